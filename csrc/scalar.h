@@ -1,0 +1,78 @@
+// Scalar functions that gates and statistics are written in, for host and device, float and double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __CUDACC__
+#define TRL_HD __host__ __device__ inline
+#else
+#define TRL_HD inline
+#endif
+
+namespace tokenrl {
+
+template <class T>
+TRL_HD constexpr T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+
+// Selections instead of fmin/fmax: they vectorise, and the first argument wins where a NaN is compared.
+template <class T>
+TRL_HD T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+TRL_HD T larger(T a, T b) {
+  return b > a ? b : a;
+}
+template <class T>
+TRL_HD T clamp(T x, T low, T high) {
+  return smaller(larger(x, low), high);
+}
+
+TRL_HD double exponential(double x) { return ::exp(x); }
+
+#ifdef __CUDA_ARCH__
+TRL_HD float exponential(float x) { return ::expf(x); }
+#else
+// e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a degree-6
+// polynomial for e^r (below 1.5 ulp together), and 2^n put together from two halves so that neither over- nor underflows early.
+TRL_HD float exponential(float x) {
+  const float bounded = clamp(x, -104.0f, 89.0f);
+  const float n = ::rintf(bounded * 1.44269504088896341f);
+  float r = bounded - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = static_cast<int32_t>(n), half = exponent >> 1;
+  const int32_t bits_a = (half + 127) << 23, bits_b = (exponent - half + 127) << 23;
+  float a, b;
+  std::memcpy(&a, &bits_a, sizeof a);
+  std::memcpy(&b, &bits_b, sizeof b);
+  const float y = p * a * b;
+  return x != x ? x : y;
+}
+#endif
+
+// e^x - 1, exact near 0, where k3 lives.
+TRL_HD float expm1_of(float x) { return ::expm1f(x); }
+TRL_HD double expm1_of(double x) { return ::expm1(x); }
+
+// t^p for a count t >= 1: the powers that methods use are exact and cheap.
+template <class T>
+TRL_HD T power(T t, T p) {
+  if (p == T(0)) return T(1);
+  if (p == T(0.5)) return ::sqrt(t);
+  if (p == T(-0.5)) return T(1) / ::sqrt(t);
+  return ::pow(t, p);
+}
+
+}  // namespace tokenrl

@@ -1,0 +1,107 @@
+"""Padded and packed batches, seen as one thing: flat tokens and the boundaries of their sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import wrong
+
+FLOATS = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch lie in its flat tokens.
+
+    shape: of a token tensor as the caller gave it, [B, T] or [N]. cu_seqlens: int64 [S + 1]. mask: bool [N] or None
+    (every token takes part). width: T of a padded batch, None for a packed one.
+    """
+
+    shape: torch.Size
+    cu_seqlens: Tensor
+    mask: Tensor | None
+    width: int | None
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape.numel()
+
+    def valid(self) -> Tensor:
+        """bool [N]: the tokens that take part."""
+        if self.mask is None:
+            return torch.ones(self.num_tokens, dtype=torch.bool, device=self.cu_seqlens.device)
+        return self.mask
+
+    def tokens(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A per-token argument, checked and flattened to a contiguous [N]."""
+        if x.shape != self.shape:
+            raise wrong(name, f"shape {list(x.shape)}", f"one value per token, {list(self.shape)}")
+        self._same_device(name, x)
+        return x.reshape(-1).to(dtype or x.dtype).contiguous()
+
+    def sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A per-sequence argument, checked, as a contiguous [S]."""
+        if x.shape != (self.num_sequences,):
+            raise wrong(name, f"shape {list(x.shape)}", f"one value per sequence, [{self.num_sequences}]")
+        self._same_device(name, x)
+        return x.to(dtype).contiguous()
+
+    def tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
+        if x.shape == self.shape:
+            return self.tokens(name, x, dtype)
+        if x.shape == (self.num_sequences,):
+            return self.sequences(name, x, dtype)
+        raise wrong(
+            name, f"shape {list(x.shape)}", f"one per sequence, [{self.num_sequences}], or per token, {list(self.shape)}"
+        )
+
+    def _same_device(self, name: str, x: Tensor) -> None:
+        if x.device != self.cu_seqlens.device:
+            raise wrong(name, f"device {x.device}", f"the device of the other tensors, {self.cu_seqlens.device}")
+
+
+def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
+    """The layout of a batch whose token tensor `x` (called `name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise wrong(name, f"shape {list(x.shape)} without cu_seqlens", "padded [B, T], or packed [N] with cu_seqlens")
+        rows, width = x.shape
+        cu_seqlens = torch.arange(rows + 1, device=x.device) * width
+    else:
+        if x.dim() != 1:
+            raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
+        cu_seqlens, width = _checked_boundaries(cu_seqlens, x), None
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
+        if mask.shape != x.shape:
+            raise wrong("mask", f"shape {list(mask.shape)}", f"the shape of {name}, {list(x.shape)}")
+        if mask.device != x.device:
+            raise wrong("mask", f"device {mask.device}", f"the device of {name}, {x.device}")
+        mask = mask.reshape(-1).contiguous()
+    return Layout(x.shape, cu_seqlens, mask, width)
+
+
+def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
+    if cu_seqlens.device != x.device:
+        raise wrong("cu_seqlens", f"device {cu_seqlens.device}", f"the device of the tokens, {x.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU this would be a host sync; there the kernels clamp every boundary to [0, N] instead.
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.numel() or (steps < 0).any():
+            raise wrong("cu_seqlens", cu_seqlens.tolist(), f"non-decreasing from 0 to the number of tokens, {x.numel()}")
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def check_floats(name: str, x: Tensor) -> None:
+    """Log-probs and everything derived from them are fp32 or fp64: a bf16 ratio is noise."""
+    if x.dtype not in FLOATS:
+        raise wrong(name, f"dtype {x.dtype}", "float32 or float64 (compute log-probs in fp32: tokenrl.token_logprobs does)")
