@@ -1,0 +1,26 @@
+"""tokenrl: fused kernels for the loss head of RL post-training."""
+
+from ._versions import check_versions
+
+check_versions()
+
+from .aggregate import aggregation_weights  # noqa: E402
+from .logprobs import TokenStats, token_logprobs  # noqa: E402
+from .metrics import Metrics  # noqa: E402
+from .objectives import OBJECTIVES, Objective, objective  # noqa: E402
+from .parts import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
+from .policy import policy_loss  # noqa: E402
+
+__all__ = [
+    "OBJECTIVES",
+    "Metrics",
+    "Objective",
+    "TokenStats",
+    "aggregation_weights",
+    "group_aggregate",
+    "objective",
+    "policy_loss",
+    "position_adaptive_clip",
+    "prefix_ratio",
+    "token_logprobs",
+]

@@ -1,0 +1,54 @@
+"""What a loss kernel saw, as one small tensor that is read with one host sync, when asked."""
+
+import math
+from functools import cached_property
+
+from torch import Tensor
+
+RAW = ("tokens", "ratio_sum", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares")
+
+
+class Metrics:
+    """Metrics of one loss call over its valid tokens; `raw` is the kernel's tensor of sums, [9].
+
+    tokens: their count. ratio_mean, ratio_min, ratio_max: of the objective's own ratio e^s. clip_low, clip_high, clip_dual:
+    the fraction of tokens on which that bound is active. approx_kl: mean of e^x - 1 - x, x the token's log ratio (k3 of
+    KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1]. All nan when there is no token.
+    """
+
+    NAMES = (
+        "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "approx_kl", "ess",
+    )  # fmt: skip
+
+    def __init__(self, raw: Tensor):
+        self.raw = raw
+
+    @cached_property
+    def _read(self) -> dict[str, float]:
+        sums = dict(zip(RAW, self.raw.tolist(), strict=True))
+        n = sums["tokens"]
+        if n == 0:
+            return dict.fromkeys(self.NAMES, math.nan) | {"tokens": 0}
+        return {
+            "tokens": int(n),
+            "ratio_mean": sums["ratio_sum"] / n,
+            "ratio_min": sums["ratio_min"],
+            "ratio_max": sums["ratio_max"],
+            "clip_low": sums["clip_low"] / n,
+            "clip_high": sums["clip_high"] / n,
+            "clip_dual": sums["clip_dual"] / n,
+            "approx_kl": sums["kl_sum"] / n,
+            "ess": sums["ratio_sum"] ** 2 / (n * sums["ratio_squares"]) if sums["ratio_squares"] > 0 else math.nan,
+        }
+
+    def as_dict(self) -> dict[str, float]:
+        """All metrics by name; one host sync on the first read."""
+        return dict(self._read)
+
+    def __getattr__(self, name: str) -> float:
+        if name in Metrics.NAMES:
+            return self._read[name]
+        raise AttributeError(f"Metrics has no {name!r}; it has {', '.join(Metrics.NAMES)}")
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(f'{key}={value:.4g}' for key, value in self._read.items())})"

@@ -1,0 +1,94 @@
+"""THE table of policy objectives: name = statistic x flow x gate x default aggregation, with its paper."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from .aggregate import AGGREGATIONS
+from .errors import unknown, wrong
+from .gates import INF, Cispo, Gate, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased, LogBand, PpoClip, Sapo, check_params
+from .statistics import check_statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """One policy objective.
+
+    statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. aggregation: the method's own, used when a call
+    names none. clamp: each token's log ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the
+    statistic (zero gradient above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the full
+    text, [P] paper, [R] our reading, [T] third-party trainers, [V] checked numerically).
+    """
+
+    name: str
+    statistic: str
+    gate: Gate
+    aggregation: str
+    source: str
+    flow: str = "through"
+    clamp: float = 20.0
+    cap: float = INF
+
+    def __post_init__(self):
+        check_statistic(self.statistic, self.flow)
+        if self.aggregation not in AGGREGATIONS:
+            raise unknown("aggregation", self.aggregation, AGGREGATIONS)
+        if not self.clamp > 0:
+            raise wrong("clamp", self.clamp, "a positive number, inf to turn it off")
+        check_params(self.gate)
+
+
+_BAND = LogBand()
+_KL = "Schulman, Approximating KL divergence; old_logp is the reference's log-prob"
+
+_ROWS = (
+    Objective("ppo", "token", PpoClip(), "token-mean", "arXiv 1707.06347 [T]"),
+    Objective("grpo", "token", PpoClip(), "seq-mean-token-mean", "arXiv 2402.03300 [T]"),
+    Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783 [T]"),
+    Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476 [T]"),
+    Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean", "arXiv 2507.18071, eq. 5 [T]", clamp=INF),
+    Objective("gspo_token", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
+              "arXiv 2507.18071, eq. 13 [T]", flow="local", clamp=INF, cap=10.0),
+    Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585 [T]"),
+    Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347 [T][V]"),
+    Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
+    Objective("ctpo_geomean", "prefix_mean", dataclasses.replace(_BAND, power=-0.5), "seq-mean-token-mean",
+              "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
+    Objective("minpro", "prefix_min", Cispo(eps_high=4.0, bound="relative"), "token-mean",
+              "arXiv 2601.22718 [N]; bounds are our reading [R]", flow="local"),
+    Objective("kl_k1", "token", KlK1(), "token-mean", _KL),
+    Objective("kl_k2", "token", KlK2(), "token-mean", _KL),
+    Objective("kl_k3", "token", KlK3(), "token-mean", _KL),
+    Objective("kl_k1_unbiased", "token", KlK1Unbiased(), "token-mean", _KL + " (verl k1+) [T]"),
+    Objective("kl_k3_unbiased", "token", KlK3Unbiased(), "token-mean", _KL + " (verl k3+) [T]"),
+)  # fmt: skip
+
+OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}
+
+
+def objective(name: str | Objective, **parameters) -> Objective:
+    """A row of the table, with any of its parameters changed.
+
+    parameters: fields of the row's gate in the method's own terms (eps_low, eps_high, dual, eps_dual, power, bound, tau_pos, tau_neg,
+    ceiling: numbers, or tensors with one value per token) and of the Objective itself (statistic, flow, gate, aggregation,
+    clamp, cap). Unknown names raise, naming the nearest.
+
+        tokenrl.objective("ctpo", eps_low=0.03, power=0.5)
+    """
+    if isinstance(name, Objective):
+        row = name
+    elif name in OBJECTIVES:
+        row = OBJECTIVES[name]
+    else:
+        raise unknown("objective", name, OBJECTIVES)
+    of_row = {field.name for field in dataclasses.fields(Objective)} - {"name", "source"}
+    of_gate = {field.name for field in dataclasses.fields(row.gate)}
+    for parameter in parameters:
+        if parameter not in of_row | of_gate:
+            raise unknown(f"parameter of {row.name!r}", parameter, sorted(of_gate) + sorted(of_row))
+    gate_changes = {key: value for key, value in parameters.items() if key in of_gate}
+    row_changes = {key: value for key, value in parameters.items() if key in of_row}
+    if gate_changes and "gate" in row_changes:
+        raise wrong("gate", f"a new gate and {', '.join(gate_changes)}", "one of the two: set them on the new gate")
+    if gate_changes:
+        row_changes["gate"] = dataclasses.replace(row.gate, **gate_changes)
+    return dataclasses.replace(row, **row_changes) if row_changes else row

@@ -1,0 +1,113 @@
+"""The parts of an objective as differentiable ops of their own, for losses that are written by hand."""
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .aggregate import span_weights
+from .errors import unknown, wrong
+from .gates import Identity
+from .layout import check_floats, layout_of
+from .objectives import Objective
+from .policy import evaluate, split_params
+from .statistics import check_statistic
+
+KINDS = {"sum": "prefix_sum", "mean": "prefix_mean", "min": "prefix_min"}
+_IDENTITY = Objective("identity", "token", Identity(), "token-mean", "the aggregation alone")
+
+
+class _Statistic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, old_logp, mask, cu_seqlens, statistic, flow, ops):
+        ctx.save_for_backward(mask, cu_seqlens)
+        ctx.rest = statistic, flow, ops
+        return ops.statistic(logp, old_logp, mask, cu_seqlens, None, statistic)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        statistic, flow, ops = ctx.rest
+        mask, cu_seqlens = ctx.saved_tensors
+        grad_logp = ops.statistic_backward(grad.contiguous(), mask, cu_seqlens, None, statistic, flow)
+        return grad_logp, None, None, None, None, None, None
+
+
+def prefix_ratio(
+    logp: Tensor, old_logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, kind: str = "sum",
+    flow: str = "local", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Log of the prefix importance ratio of each token, with x = logp - old_logp over the valid tokens of its sequence.
+
+    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO, arXiv 2601.22718 [N]).
+    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO, arXiv 2605.07331 [C]); "min" is always local.
+    logp, old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape. Returns that shape, 0 in masked cells.
+    """
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    statistic = KINDS[kind]
+    check_statistic(statistic, flow)
+    layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    check_floats("logp", logp)
+    check_floats("old_logp", old_logp)
+    if old_logp.requires_grad:
+        raise wrong("old_logp", "a tensor that requires grad", "a constant (old_logp.detach()); only logp gets a gradient")
+    chosen = backends.choose(backend, logp.device)
+    flat, old = layout.tokens("logp", logp), layout.tokens("old_logp", old_logp, logp.dtype)
+    if chosen.namespace is None:
+        s = reference.prefix_statistic(flat, old, layout.valid(), layout.cu_seqlens, statistic, flow, layout.width)
+    else:
+        s = _Statistic.apply(flat, old, layout.mask, layout.cu_seqlens, statistic, flow, chosen.ops)
+    return s.view(layout.shape)
+
+
+def position_adaptive_clip(
+    log_ratio: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, eps_low: float | Tensor,
+    eps_high: float | Tensor, power: float | Tensor, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens (CTPO, arXiv 2605.07331 [C]).
+
+    log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power: numbers or tensors of
+    that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0 outside.
+    """
+    layout = layout_of(log_ratio, mask=mask, cu_seqlens=cu_seqlens, name="log_ratio")
+    check_floats("log_ratio", log_ratio)
+    bounds = {"eps_low": eps_low, "eps_high": eps_high, "power": power}
+    for name, bound in bounds.items():
+        if isinstance(bound, Tensor):
+            if bound.requires_grad:
+                raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
+            bounds[name] = layout.tokens(name, bound, log_ratio.dtype)
+    chosen = backends.choose(backend, log_ratio.device)
+    flat = layout.tokens("log_ratio", log_ratio)
+    if chosen.namespace is None:
+        clipped = reference.position_adaptive_clip(flat, layout.valid(), layout.cu_seqlens, width=layout.width, **bounds)
+    else:
+        numbers, tensors = split_params(bounds.values())
+        clipped, _ = chosen.ops.position_adaptive_clip(flat, layout.mask, layout.cu_seqlens, numbers, tensors)
+    return clipped.view(layout.shape)
+
+
+def group_aggregate(
+    values: Tensor, aggregation: str, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    advantages: Tensor | None = None, group_ids: Tensor | None = None, normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them.
+
+    values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns a 0-d tensor;
+    the gradient with respect to values is w. Masked cells may hold anything.
+    """
+    layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, name="values")
+    check_floats("values", values)
+    if advantages is not None:
+        advantages = layout.tokens_or_sequences("advantages", advantages, values.dtype)
+    chosen = backends.choose(backend, values.device)
+    weights = span_weights(
+        aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
+    )
+    flat = layout.tokens("values", values)
+    loss, _ = evaluate(
+        chosen, _IDENTITY, _IDENTITY.gate, layout, logp=flat, old_logp=flat.detach(), advantages=None,
+        token_weight=None, weights=weights,
+    )  # fmt: skip
+    return loss

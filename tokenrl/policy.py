@@ -1,0 +1,96 @@
+"""policy_loss: a row of the table of objectives, run on a batch."""
+
+from torch import Tensor
+
+from . import backends, gates, reference, statistics
+from .aggregate import span_weights
+from .errors import wrong
+from .layout import Layout, check_floats, layout_of
+from .metrics import Metrics
+from .objectives import Objective, objective as find
+
+
+def policy_loss(
+    objective: str | Objective, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None, *,
+    mask: Tensor | None = None, cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None,
+    group_ids: Tensor | None = None, token_weight: Tensor | None = None, aggregation: str | None = None,
+    normalizer: float | Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
+    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a linear statistic of the log ratios.
+
+    objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
+    logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only logp gets a
+        gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference model's log-prob.
+    advantages: [B] (or [S]), or one per token; None for objectives that use none.
+    mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a hole (tool
+        output) inside a sequence adds nothing to a prefix and does not advance the position.
+    segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead of over the
+        sequence. group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
+    token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
+    aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count that the mode
+        divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
+    backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
+
+    Returns (loss 0-d, Metrics). The forward saves one number per token, the backward is one multiplication; differentiating
+    twice raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every backend's
+    reason when none can run the call.
+    """
+    row = find(objective)
+    layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    batch = _checked(row, layout, logp, old_logp, advantages, token_weight)
+    starts = None
+    if segment_ids is not None:
+        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
+    gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, logp.dtype))
+    chosen = backends.choose(backend, logp.device)
+    weights = span_weights(
+        aggregation or row.aggregation, layout, advantages=batch["advantages"], group_ids=group_ids,
+        normalizer=normalizer, backend=chosen,
+    )  # fmt: skip
+    loss, metrics = evaluate(chosen, row, gate, layout, starts=starts, weights=weights, **batch)
+    return loss, Metrics(metrics)
+
+
+def evaluate(chosen, row, gate, layout, *, logp, old_logp, advantages, token_weight, weights, starts=None):
+    """(loss, raw metrics) of checked, flat tensors on a backend."""
+    if chosen.namespace is None:
+        return reference.objective(
+            logp, old_logp, advantages, layout.valid(), layout.cu_seqlens, starts, weights.span_weight,
+            weights.normalizer, token_weight, row.statistic, row.flow, gate, row.clamp, row.cap, layout.width,
+        )  # fmt: skip
+    numbers, tensors = split_params(gate.params())
+    loss, _, metrics = chosen.ops.objective(
+        logp, old_logp, advantages, layout.mask, layout.cu_seqlens, starts, weights.span_weight, weights.normalizer,
+        token_weight, row.statistic, row.flow, gate.name, numbers, tensors, row.clamp, row.cap,
+    )  # fmt: skip
+    return loss, metrics
+
+
+def split_params(params) -> tuple[list[float], list[Tensor | None]]:
+    """Gate parameters as the ops take them: a number each, or 0 and a tensor in its place."""
+    tensors = [p.contiguous() if isinstance(p, Tensor) else None for p in params]
+    return [0.0 if isinstance(p, Tensor) else float(p) for p in params], tensors
+
+
+def _checked(
+    row: Objective, layout: Layout, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None,
+    token_weight: Tensor | None,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    check_floats("logp", logp)
+    old_logp = logp.detach() if old_logp is None else old_logp
+    check_floats("old_logp", old_logp)
+    if advantages is None and row.gate.uses_advantages:
+        raise wrong("advantages", None, f"one per sequence or one per token; {row.name!r} needs them")
+    for name, x in (("old_logp", old_logp), ("advantages", advantages), ("token_weight", token_weight)):
+        if x is not None and x.requires_grad:
+            raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); only logp gets a gradient")
+    if advantages is not None:
+        advantages = layout.tokens_or_sequences("advantages", advantages, logp.dtype)
+    if token_weight is not None:
+        token_weight = layout.tokens("token_weight", token_weight, logp.dtype)
+    return {
+        "logp": layout.tokens("logp", logp),
+        "old_logp": layout.tokens("old_logp", old_logp, logp.dtype),
+        "advantages": advantages,
+        "token_weight": token_weight,
+    }

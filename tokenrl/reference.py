@@ -1,0 +1,158 @@
+"""The whole pipeline in differentiable torch: the authority that every kernel is tested against.
+
+The functions carry the names and arguments of the ops (tokenrl/backends.py). What crosses tokens happens on [spans, length] matrices.
+"""
+
+import torch
+from torch import Tensor
+
+from . import statistics
+from .gates import Gate, map_params
+
+
+class Rows:
+    """Flat tokens [N] as a matrix [spans, length] and back; spans are sequences or the segments inside them."""
+
+    def __init__(self, num_tokens: int, cu_seqlens: Tensor, starts: Tensor | None, width: int | None):
+        self.width = width if starts is None else None
+        self.num_tokens = num_tokens
+        if self.width is None:
+            first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+            first[cu_seqlens] = True
+            first = first[:-1] if starts is None else first[:-1] | starts
+            begins = first.nonzero().squeeze(1)
+            self.span = first.cumsum(0) - 1
+            self.column = torch.arange(num_tokens, device=cu_seqlens.device) - begins[self.span]
+            self.shape = (begins.numel(), int(self.column.max()) + 1 if num_tokens else 0)
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        if self.width is not None:
+            return flat.view(-1, self.width)
+        return flat.new_zeros(self.shape).index_put((self.span, self.column), flat)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1) if self.width is not None else matrix[self.span, self.column]
+
+
+def objective(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None,
+    span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str, flow: str, gate: Gate,
+    clamp: float, cap: float, width: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics): x = clamp(logp - old_logp); s = min(S x, cap); loss = sum_t w_t gate(s_t)."""
+    rows = Rows(logp.numel(), cu_seqlens, starts, width)
+    kept = torch.where(mask, logp, 0)
+    x = torch.clamp(kept - torch.where(mask, old_logp, 0), -clamp, clamp)
+    valid = rows.matrix(mask)
+    t = valid.cumsum(1)
+    s = rows.flat(statistics.STATISTICS[statistic](rows.matrix(x), valid, t.to(x.dtype)))
+    if flow == "local":
+        s = s.detach() + kept - kept.detach()
+    s = s.clamp(max=cap)
+    t = rows.flat(t).clamp(min=1).to(x.dtype)
+    a = _per_token(advantages, cu_seqlens, mask, logp)
+    gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
+    s = torch.where(mask, s, 0)
+    w = _weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
+    loss = torch.where(w != 0, w * gate.value(s, kept, a, t), 0).sum()
+    return loss, _metrics(gate, x.detach(), s.detach(), a, t, mask)
+
+
+def _per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """[S] or [N] -> [N] with zeros in masked cells."""
+    if values is None:
+        return torch.zeros_like(like, requires_grad=False)
+    if values.numel() != mask.numel():
+        values = values.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
+    return torch.where(mask, values, 0).to(like.dtype)
+
+
+def _weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:
+    weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
+    w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
+    if token_weight is not None:
+        w = w * torch.where(mask, token_weight, 0)
+    return torch.where(mask, w, 0).to(like.dtype)
+
+
+def _metrics(gate: Gate, x: Tensor, s: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    ratio = s.exp()
+    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, a, t)]
+    if not mask.numel():
+        return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
+    lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()
+    one = torch.where(mask, ratio, 0)
+    kl = torch.where(mask, torch.expm1(x) - x, 0).sum()
+    sums = [mask.sum(), one.sum(), lowest, highest, *bounds, kl, (one * one).sum()]
+    return torch.stack([value.to(s.dtype) for value in sums])
+
+
+def prefix_statistic(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, statistic: str, flow: str, width: int | None
+) -> Tensor:
+    """The statistic of the log ratios, [N], zero in masked cells; see tokenrl/statistics.py."""
+    rows = Rows(logp.numel(), cu_seqlens, None, width)
+    kept = torch.where(mask, logp, 0)
+    valid = rows.matrix(mask)
+    x = rows.matrix(kept - torch.where(mask, old_logp, 0))
+    s = rows.flat(statistics.STATISTICS[statistic](x, valid, valid.cumsum(1).to(x.dtype)))
+    if flow == "local":
+        s = s.detach() + kept - kept.detach()
+    return torch.where(mask, s, 0)
+
+
+def position_adaptive_clip(
+    log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low, eps_high, power, width: int | None
+) -> Tensor:
+    """clip(x, -eps_low t^power, eps_high t^power), [N], zero in masked cells; differentiable in log_ratio."""
+    rows = Rows(log_ratio.numel(), cu_seqlens, None, width)
+    t = rows.flat(rows.matrix(mask).cumsum(1)).clamp(min=1).to(log_ratio.dtype)
+    x = torch.where(mask, log_ratio, 0)
+    band = t**power
+    inside = (x >= -eps_low * band) & (x <= eps_high * band)
+    edge = torch.where(x < 0, -eps_low * band, eps_high * band).to(x.dtype)
+    return torch.where(mask, torch.where(inside, x, edge), 0)
+
+
+def aggregation_weights(
+    mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
+    span: str, unit: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(span_weight float64 [S], count int64): the table at the head of tokenrl/aggregate.py."""
+    sequences = cu_seqlens.numel() - 1
+    if mask is None:
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
+    index = torch.arange(sequences, device=cu_seqlens.device)
+    owner = index.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    n = torch.zeros(sequences, dtype=torch.int64, device=mask.device).index_add(0, owner, mask.long())
+    nonempty = n > 0
+    counts = {"tokens": n, "rows": nonempty}
+    weight = torch.ones(sequences, dtype=torch.float64, device=mask.device)
+    if span == "inverse_length":
+        weight = 1 / n.clamp(min=1).double()
+    if group_ids is not None:
+        same = (group_ids[:, None] == group_ids[None, :]) & nonempty[None, :]
+        counts["groups"] = nonempty & ~(same & (index[None, :] < index[:, None])).any(1)
+        if span == "balanced":
+            if advantages.numel() == num_tokens:
+                advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
+            sign = advantages.sign()
+            signed = same & (sign != 0)[None, :]
+            own = signed & (sign[:, None] == sign[None, :])
+            weight = own.sum(1).double() / signed.sum(1).clamp(min=1)
+            same = own
+        tokens = (same * n).sum(1)
+        weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
+    return torch.where(nonempty, weight, 0.0), counts[unit].sum()
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse) of ids [B, T] under softmax(logits / temperature), logits [B, T, V]; zeros where ids is -100."""
+    used = ids != -100
+    z = torch.where(used[..., None], logits, 0).to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    lse = z.logsumexp(-1)
+    logp_all = z - lse[..., None]
+    logp = logp_all.gather(-1, torch.where(used, ids, 0)[..., None]).squeeze(-1)
+    surprise = torch.where(logp_all == -torch.inf, 0, logp_all)
+    entropy = -(logp_all.exp() * surprise).sum(-1)
+    return tuple(torch.where(used, value, 0) for value in (logp, entropy, lse))
