@@ -23,15 +23,23 @@ Bound = float | Tensor
 INF = float("inf")
 
 
-@dataclass(frozen=True, eq=False)
+def parametrised(cls):
+    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not trace)."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    cls.names = tuple(field.name for field in dataclasses.fields(cls))
+    return cls
+
+
+@parametrised
 class Gate:
     """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order."""
 
     name: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
     uses_advantages: ClassVar[bool] = True
 
     def params(self) -> tuple[Bound, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(getattr(self, name) for name in self.names)
 
     def value(self, s: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
@@ -51,7 +59,7 @@ def _clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
     return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class PpoClip(Gate):
     """l = max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high)); A < 0: l <= -A dual.   r = exp(s)
 
@@ -73,7 +81,7 @@ class PpoClip(Gate):
         return negative & low, (advantages > 0) & high, negative & (ratio > self.dual)
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class LogBand(Gate):
     """Position-adaptive clip in log space: width u = t^power, band [-eps_low u, eps_high u].
 
@@ -98,7 +106,7 @@ class LogBand(Gate):
         return negative & low, (advantages > 0) & high, negative & (s > self.eps_dual * width)
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class Cispo(Gate):
     """l = -sg[clip(r, low, high)] A logp: no token is dropped, its weight is bounded.
 
@@ -129,7 +137,7 @@ class Cispo(Gate):
         return ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool)
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class Sapo(Gate):
     """l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg.
 
@@ -146,14 +154,14 @@ class Sapo(Gate):
         return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlGate(Gate):
     """Base of the KL estimators of KL(pi || ref): the statistic is logp - ref_logp, so `old_logp` is the reference's."""
 
     uses_advantages = False
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlK1(KlGate):
     """l = s. Schulman's k1: right value; as a loss its expected gradient is zero."""
 
@@ -163,7 +171,7 @@ class KlK1(KlGate):
         return s
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlK2(KlGate):
     """l = s^2 / 2. Schulman's k2: on-policy its gradient is that of the reverse KL."""
 
@@ -173,7 +181,7 @@ class KlK2(KlGate):
         return s * s / 2
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlK3(KlGate):
     """l = min(e^-s + s - 1, ceiling). Schulman's k3, non-negative; verl clamps it at ceiling = 10 (zero gradient above), TRL does not."""
 
@@ -188,7 +196,7 @@ def _straight_through(value: Tensor, carrier: Tensor) -> Tensor:
     return carrier + (value - carrier).detach()
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlK1Unbiased(KlGate):
     """Value of k1, gradient of k2 (verl "k1+")."""
 
@@ -198,7 +206,7 @@ class KlK1Unbiased(KlGate):
         return _straight_through(s, s * s / 2)
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class KlK3Unbiased(KlGate):
     """Value of k3, gradient of k2 (verl "k3+"). With token_weight = r it is the importance-corrected k3 (DeepSeek-V3.2,
     TRL use_bias_correction_kl): value r k3, gradient r s."""
@@ -210,7 +218,7 @@ class KlK3Unbiased(KlGate):
         return _straight_through(_clamp(torch.expm1(-s) + s, -INF, self.ceiling), s * s / 2)
 
 
-@dataclass(frozen=True, eq=False)
+@parametrised
 class Identity(Gate):
     """l = logp: what the aggregation of a hand-written loss needs."""
 
@@ -229,19 +237,17 @@ GATES: dict[str, type[Gate]] = {
 
 def map_params(gate: Gate, change) -> Gate:
     """The same gate with `change(name, tensor)` applied to each of its tensor parameters."""
-    tensors = {
-        field.name: change(field.name, value)
-        for field in dataclasses.fields(gate)
-        if isinstance(value := getattr(gate, field.name), Tensor)
-    }
-    return dataclasses.replace(gate, **tensors) if tensors else gate
+    values = {name: getattr(gate, name) for name in gate.names}
+    if not any(isinstance(value, Tensor) for value in values.values()):
+        return gate
+    return type(gate)(**{name: change(name, v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def check_params(gate: Gate) -> None:
     """Numbers must be numbers, and no parameter may expect a gradient."""
-    for field in dataclasses.fields(gate):
-        value = getattr(gate, field.name)
+    for name in gate.names:
+        value = getattr(gate, name)
         if isinstance(value, Tensor) and value.requires_grad:
-            raise wrong(field.name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
+            raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
         if isinstance(value, float) and value != value:
-            raise wrong(field.name, "nan", "a number or a tensor with one value per token")
+            raise wrong(name, "nan", "a number or a tensor with one value per token")

@@ -65,6 +65,9 @@ _ROWS = (
 OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}
 
 
+_CHANGEABLE = ("statistic", "flow", "gate", "aggregation", "clamp", "cap")
+
+
 def objective(name: str | Objective, **parameters) -> Objective:
     """A row of the table, with any of its parameters changed.
 
@@ -80,15 +83,15 @@ def objective(name: str | Objective, **parameters) -> Objective:
         row = OBJECTIVES[name]
     else:
         raise unknown("objective", name, OBJECTIVES)
-    of_row = {field.name for field in dataclasses.fields(Objective)} - {"name", "source"}
-    of_gate = {field.name for field in dataclasses.fields(row.gate)}
+    if not parameters:
+        return row
     for parameter in parameters:
-        if parameter not in of_row | of_gate:
-            raise unknown(f"parameter of {row.name!r}", parameter, sorted(of_gate) + sorted(of_row))
-    gate_changes = {key: value for key, value in parameters.items() if key in of_gate}
-    row_changes = {key: value for key, value in parameters.items() if key in of_row}
+        if parameter not in (*row.gate.names, *_CHANGEABLE):
+            raise unknown(f"parameter of {row.name!r}", parameter, (*row.gate.names, *_CHANGEABLE))
+    gate_changes = {key: value for key, value in parameters.items() if key in row.gate.names}
+    row_changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
     if gate_changes and "gate" in row_changes:
         raise wrong("gate", f"a new gate and {', '.join(gate_changes)}", "one of the two: set them on the new gate")
     if gate_changes:
         row_changes["gate"] = dataclasses.replace(row.gate, **gate_changes)
-    return dataclasses.replace(row, **row_changes) if row_changes else row
+    return dataclasses.replace(row, **row_changes)

@@ -1,0 +1,32 @@
+# `make demo` and `make test` need python3 (3.10 or newer) with pip, g++ and make, nothing else; everything goes into .venv.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+PIP := $(PYTHON) -m pip --python $(VENV)/bin/python
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test gpu clean
+
+demo: $(VENV)/.built
+	$(VENV)/bin/tokenrl demo
+
+test: $(VENV)/.built
+	$(VENV)/bin/python -m pytest -q tests
+
+# On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
+gpu:
+	bash bench/gpu.sh
+
+# The virtual environment needs no ensurepip: this machine's pip fills it. Triton comes with a CUDA torch, beside a CPU torch it is
+# the version that the GPU tables were made with.
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) install -q -r requirements.txt
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q "triton==3.6.0"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build tokenrl/*.so *.egg-info

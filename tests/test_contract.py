@@ -1,0 +1,136 @@
+"""The op contract: schemas, opcheck, gradcheck, torch.compile, double backward."""
+
+import pytest
+import torch
+from cases import backends_to_test, batch, device_of, kernel_backends, run
+
+import tokenrl
+from tokenrl import backends
+
+KERNELS = kernel_backends()
+
+
+def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
+    """Arguments for each op on a small padded batch with a hole."""
+    g = torch.Generator().manual_seed(0)
+    shape = (3, 6)
+    logp, old = (torch.randn(*shape, generator=g).to(device, dtype).flatten() for _ in range(2))
+    mask = torch.ones(18, dtype=torch.bool, device=device)
+    mask[3] = False
+    cu = torch.arange(4, device=device) * 6
+    weight, one = torch.full((3,), 0.5, dtype=torch.float64, device=device), torch.ones((), dtype=torch.float64, device=device)
+    logits = torch.randn(3, 6, 11, generator=g).to(device, dtype)
+    ids = torch.randint(0, 11, (3, 6), generator=g).to(device)
+    stats = [torch.randn(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    bounds = torch.rand(18, generator=g).to(device, dtype)
+    objective = (logp, old, logp[:3].clone(), mask, cu, None, weight, one, None)
+    return {
+        "objective": (*objective, "prefix_sum", "through", "ppo_clip", [0.2, 0.0, 3.0], [None, bounds, None], 20.0, 10.0),
+        "statistic": (logp, old, mask, cu, None, "prefix_mean"),
+        "statistic_backward": (logp, mask, cu, None, "prefix_mean", "through"),
+        "position_adaptive_clip": (logp, mask, cu, [0.1, 0.2, 0.5], [None, None, None]),
+        "aggregation_weights": (mask, cu, 18, logp[:3].clone(), torch.tensor([4, 4, 1], device=device), "balanced", "groups"),
+        "token_logprobs": (logits, ids, 0.7),
+        "token_logprobs_backward": (stats[0], stats[1], logits, ids, stats[2], stats[3], 0.7),
+    }
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("op", backends.SCHEMAS)
+def test_opcheck(op, backend):
+    found = getattr(backends.BACKENDS[backend].ops, op).default
+    values = arguments(device=device_of(backend))[op]
+    if op in ("objective", "position_adaptive_clip", "token_logprobs"):
+        values = (values[0].clone().requires_grad_(), *values[1:])
+    torch.library.opcheck(found, values)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("op", backends.SCHEMAS)
+def test_every_backend_has_the_schema_of_the_contract(op, backend):
+    found = getattr(backends.BACKENDS[backend].ops, op).default._schema
+    assert str(found).split("(", 1)[1] == backends.SCHEMAS[op].split("(", 1)[1].replace("->  ", "-> ")
+
+
+@pytest.mark.parametrize("backend", backends_to_test())
+def test_gradcheck(backend):
+    device = device_of(backend)
+    case = {k: v.to(device) for k, v in batch(3, rows=3, width=5, poison=False).items()}
+    logp, old = case["logp"].requires_grad_(), case["old_logp"]
+
+    def loss(name, **more):
+        return lambda x: tokenrl.policy_loss(name, x, old, case["advantages"], mask=case["mask"], backend=backend, **more)[0]
+
+    through = tokenrl.objective("gspo", eps_low=0.9, eps_high=9.0)
+    for objective in ("sapo", "kl_k3", through, tokenrl.objective(through, statistic="prefix_sum", cap=9.0)):
+        assert torch.autograd.gradcheck(loss(objective), logp)
+    assert torch.autograd.gradcheck(lambda x: tokenrl.group_aggregate(x, "token-mean", mask=case["mask"], backend=backend), logp)
+    for kind in ("sum", "mean"):
+        assert torch.autograd.gradcheck(
+            lambda x, kind=kind: tokenrl.prefix_ratio(x, old, mask=case["mask"], kind=kind, flow="through", backend=backend), logp
+        )
+    clip = dict(mask=case["mask"], eps_low=0.3, eps_high=0.2, power=0.5, backend=backend)
+    assert torch.autograd.gradcheck(lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_())
+    logits = torch.randn(4, 9, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([0, 8, -100, 3], device=device)
+    assert torch.autograd.gradcheck(lambda z: tuple(tokenrl.token_logprobs(z, ids, temperature=0.7, backend=backend)), logits)
+
+
+def head(logits, ids, old_logp, advantages, mask, backend):
+    logp, entropy = tokenrl.token_logprobs(logits, ids, temperature=0.9, backend=backend)
+    loss, metrics = tokenrl.policy_loss("ctpo", logp, old_logp, advantages, mask=mask, backend=backend)
+    return loss - 0.01 * tokenrl.group_aggregate(entropy, "token-mean", mask=mask, backend=backend), metrics.raw
+
+
+@pytest.mark.parametrize("backend", backends_to_test())
+def test_compiles_into_one_graph(backend):
+    device = device_of(backend)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    for rows in (3, 4):
+        case = {k: v.to(device) for k, v in batch(rows, rows=rows, width=6, poison=False).items()}
+        g = torch.Generator().manual_seed(0)
+        logits = torch.randn(rows, 6, 13, generator=g).to(device).requires_grad_()
+        ids = torch.randint(0, 13, (rows, 6), generator=g).to(device)
+        rest = (ids, case["old_logp"].float(), case["advantages"].float(), case["mask"], backend)
+        (eager, raw), (traced, traced_raw) = head(logits, *rest), compiled(logits, *rest)
+        torch.testing.assert_close(eager, traced)
+        torch.testing.assert_close(raw, traced_raw)
+        expected, found = (torch.autograd.grad(loss, logits)[0] for loss in (eager, traced))
+        torch.testing.assert_close(expected, found)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_double_backward_raises(backend):
+    logp = torch.zeros(2, 3, device=device_of(backend), requires_grad=True)
+    x = torch.ones(2, device=logp.device)
+    parts = {
+        "policy_loss": tokenrl.policy_loss("ppo", logp, None, x, backend=backend)[0],
+        "prefix_ratio": tokenrl.prefix_ratio(logp, logp.detach(), backend=backend).sum(),
+        "token_logprobs": tokenrl.token_logprobs(logp, torch.tensor([0, 1], device=x.device), backend=backend).logp.sum(),
+    }
+    for value in parts.values():
+        (grad,) = torch.autograd.grad(value * 2, logp, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grad.sum(), logp)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_strided_upstream_gradient_is_honoured(backend):
+    logits = torch.randn(3, 5, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+    ids = torch.tensor([1, 2, 3], device=logits.device)
+    grads = [
+        torch.autograd.grad(tokenrl.token_logprobs(logits, ids, backend=name).logp.sum(), logits)[0]
+        for name in (backend, "reference")
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_backward_is_one_multiplication_of_the_saved_coefficient(backend):
+    case = {k: v for k, v in batch(2).items() if k not in ("segment_ids", "group_ids", "token_weight")}
+    _, grad, _ = run("ctpo", case, backend, torch.float32)
+    device = device_of(backend)
+    logp = case["logp"].float().to(device).requires_grad_()
+    rest = {k: v.to(device, torch.float32) if v.is_floating_point() else v.to(device) for k, v in case.items() if k != "logp"}
+    loss, _ = tokenrl.policy_loss("ctpo", logp, rest["old_logp"], rest["advantages"], mask=rest["mask"], backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, logp, torch.tensor(3.0, device=device))[0].cpu(), 3 * grad)
