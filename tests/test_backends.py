@@ -1,0 +1,78 @@
+"""The choice of a backend, its reasons, the supported versions, and metrics that are read once."""
+
+import pytest
+import torch
+from cases import CPU
+
+import tokenrl
+from tokenrl import _versions, backends
+
+
+def loss(**more):
+    return tokenrl.policy_loss("ppo", torch.zeros(1, 2), None, torch.ones(1), **more)
+
+
+def test_a_forced_backend_that_cannot_run_lists_every_reason(monkeypatch):
+    if backends.BACKENDS["cuda"].why_not(CPU) is None:
+        raise AssertionError("the cuda backend claims cpu tensors")
+    for how in ("argument", "environment"):
+        with pytest.raises(RuntimeError) as error:
+            if how == "argument":
+                loss(backend="cuda")
+            else:
+                monkeypatch.setenv("TOKENRL_BACKEND", "cuda")
+                loss()
+        for name in backends.BACKENDS:
+            assert f"{name}: " in str(error.value)
+
+
+def test_when_none_can_run_the_call_says_why(monkeypatch):
+    monkeypatch.delenv("TOKENRL_BACKEND", raising=False)
+    never = {
+        name: backends.Backend(name, b.namespace, lambda device, name=name: f"no {name} today")
+        for name, b in backends.BACKENDS.items()
+    }
+    monkeypatch.setattr(backends, "BACKENDS", never)
+    with pytest.raises(RuntimeError, match="no backend can run") as error:
+        loss()
+    assert all(f"no {name} today" in str(error.value) for name in never)
+
+
+def test_the_environment_chooses_and_the_argument_wins(monkeypatch):
+    monkeypatch.setenv("TOKENRL_BACKEND", "reference")
+    assert backends.choose(None, CPU).name == "reference"
+    monkeypatch.setenv("TOKENRL_BACKEND", "cuda")
+    assert backends.choose("reference", CPU).name == "reference"
+
+
+def test_cpu_tensors_get_the_cpp_kernels_and_never_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TOKENRL_BACKEND", raising=False)
+    expected = "cpu" if backends.BACKENDS["cpu"].why_not(CPU) is None else "reference"
+    assert backends.choose(None, CPU).name == expected
+
+
+@pytest.mark.parametrize("python,torch_version,name", [((3, 9), "2.13.0", "Python"), ((3, 11), "2.10.1", "torch")])
+def test_unsupported_versions_are_named(python, torch_version, name):
+    with pytest.raises(ImportError, match=f"supports {name} .* to "):
+        _versions.check_versions(python, torch_version)
+
+
+def test_supported_versions_pass():
+    for torch_version in ("2.11.0+cu130", "2.13.0"):
+        _versions.check_versions((3, 12), torch_version)
+
+
+def test_metrics_are_read_once():
+    _, metrics = loss(backend="reference")
+    reads = []
+
+    class Counting:
+        def tolist(self, raw=metrics.raw):
+            reads.append(1)
+            return raw.tolist()
+
+    counted = tokenrl.Metrics(Counting())
+    assert (counted.tokens, counted.ratio_mean, counted.ess, counted.as_dict()["clip_low"]) == (2, 1.0, 1.0, 0.0)
+    assert len(reads) == 1
+    with pytest.raises(AttributeError, match="ratio_mean"):
+        counted.ratio_median  # noqa: B018

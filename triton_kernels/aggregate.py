@@ -1,0 +1,125 @@
+"""Op aggregation_weights: the span weights of tokenrl/aggregate.py and the count that its normaliser needs.
+
+Two kernels: counts and signs per sequence; then, where groups matter, each sequence against tiles of all sequences.
+The only atomics add integers, so the result does not depend on their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device_of, token_block, token_warps
+from .spans import Spans, sequence, valid_tokens
+
+TILE = 64  # sequences compared with TILE others at a time
+
+
+@triton.jit
+def sign_of(x):
+    return (x > 0).to(tl.int32) - (x < 0).to(tl.int32)
+
+
+@triton.jit
+def count_kernel(
+    spans, advantages, counts, signs, span_weight, total, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Valid tokens and sign of the advantage of one sequence; its weight where that needs no group; tokens and rows in total."""
+    i = tl.program_id(0)
+    begin, end = sequence(spans, i)
+    numbers, sums = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.float64)
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        valid = valid_tokens(spans, at, at < end)
+        numbers += valid.to(tl.int64)
+        if PER_TOKEN:
+            sums += tl.load(advantages + at, mask=valid, other=0.0).to(tl.float64)
+    n = tl.sum(numbers, 0)
+    tl.store(counts + i, n)
+    if PER_TOKEN:
+        tl.store(signs + i, sign_of(tl.sum(sums, 0)))
+    elif advantages is not None:
+        tl.store(signs + i, sign_of(tl.load(advantages + i)))
+    if SPAN == "one":
+        tl.store(span_weight + i, (n > 0).to(tl.float64))
+    elif SPAN == "inverse_length":
+        tl.store(span_weight + i, tl.where(n > 0, 1.0 / tl.maximum(n, 1).to(tl.float64), 0.0))
+    if UNIT == "tokens":
+        tl.atomic_add(total, n)
+    elif UNIT == "rows":
+        tl.atomic_add(total, (n > 0).to(tl.int64))
+
+
+@triton.jit
+def balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign):
+    """size of the own sign's set / (P + Q) / tokens of the own sign's set; 0 for sign 0."""
+    size = tl.where(sign > 0, positives, negatives).to(tl.float64)
+    tokens = tl.where(sign > 0, tokens_positive, tokens_negative).to(tl.float64)
+    both = tl.maximum(positives + negatives, 1).to(tl.float64)
+    return tl.where(sign != 0, size / both / tl.maximum(tokens, 1.0), 0.0)
+
+
+@triton.jit
+def group_kernel(
+    counts, signs, group_ids, span_weight, total, num_sequences, SPAN: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Weights of TILE sequences from the counts of all sequences in their groups; a group is counted at its first sequence."""
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    exists = own < num_sequences
+    group = tl.load(group_ids + own, mask=exists, other=0)
+    n = tl.load(counts + own, mask=exists, other=0)
+    tokens, tokens_positive, tokens_negative = tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64)
+    positives, negatives, earlier = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
+    for first in range(0, num_sequences, TILE):
+        other = first + tl.arange(0, TILE)
+        others = tl.load(counts + other, mask=other < num_sequences, other=0)
+        ids = tl.load(group_ids + other, mask=other < num_sequences, other=0)
+        same = (group[:, None] == ids[None, :]) & (others > 0)[None, :]
+        if SPAN == "balanced":
+            sign = tl.load(signs + other, mask=other < num_sequences, other=0)
+            positive, negative = same & (sign > 0)[None, :], same & (sign < 0)[None, :]
+            positives += tl.sum(positive.to(tl.int32), 1)
+            negatives += tl.sum(negative.to(tl.int32), 1)
+            tokens_positive += tl.sum(tl.where(positive, others[None, :], 0), 1)
+            tokens_negative += tl.sum(tl.where(negative, others[None, :], 0), 1)
+        elif SPAN == "group":
+            tokens += tl.sum(tl.where(same, others[None, :], 0), 1)
+        if UNIT == "groups":
+            earlier += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
+    if SPAN == "balanced":
+        sign = tl.load(signs + own, mask=exists, other=0)
+        weight = balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign)
+        tl.store(span_weight + own, tl.where(n > 0, weight, 0.0), mask=exists)
+    elif SPAN == "group":
+        weight = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
+        tl.store(span_weight + own, tl.where(n > 0, weight, 0.0), mask=exists)
+    if UNIT == "groups":
+        leads = exists & (n > 0) & (earlier == 0)
+        tl.atomic_add(total, tl.sum(leads.to(tl.int64), 0))
+
+
+def aggregation_weights(
+    mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None, span: str,
+    unit: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(span_weight float64 [S], count int64 0-d)."""
+    sequences = cu_seqlens.numel() - 1
+    span_weight = cu_seqlens.new_empty(sequences, dtype=torch.float64)
+    total = cu_seqlens.new_zeros(())
+    if sequences == 0:
+        return span_weight, total
+    counts = cu_seqlens.new_empty(sequences)
+    signs = None if advantages is None else cu_seqlens.new_empty(sequences, dtype=torch.int32)
+    per_token = advantages is not None and advantages.numel() == num_tokens
+    block = token_block(num_tokens, sequences)
+    with on_device_of(cu_seqlens):
+        count_kernel[(sequences,)](
+            Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, total,
+            PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, num_warps=token_warps(block),
+        )  # fmt: skip
+        if group_ids is not None and (span in ("group", "balanced") or unit == "groups"):
+            group_kernel[(triton.cdiv(sequences, TILE),)](
+                counts, signs, group_ids, span_weight, total, sequences, SPAN=span, UNIT=unit, TILE=TILE
+            )
+    return span_weight, total

@@ -1,0 +1,60 @@
+"""Op position_adaptive_clip: one walk forwards that counts valid tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device_of, token_block, token_warps
+from .scalar import clip, power
+from .spans import Spans, fill_outside, sequence, valid_tokens
+from .statistics import positions
+
+
+@triton.jit
+def parameter(number, tensor, at, valid, T: tl.constexpr):
+    """A gate parameter in a block: a number, or one value per token (1 in masked cells)."""
+    if tensor is None:
+        return tl.full((), number, T)
+    return tl.load(tensor + at, mask=valid, other=1.0)
+
+
+@triton.jit
+def clip_kernel(
+    spans, log_ratio, tensors, clipped_out, inside_out, eps_low: tl.float64, eps_high: tl.float64, exponent: tl.float64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    T: tl.constexpr = log_ratio.dtype.element_ty
+    i = tl.program_id(0)
+    begin, end = sequence(spans, i)
+    fill_outside(spans, i, begin, end, clipped_out, BLOCK)
+    fill_outside(spans, i, begin, end, inside_out, BLOCK)
+    count = tl.zeros((), tl.int32)
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        valid = valid_tokens(spans, at, at < end)
+        t, count = positions(valid, None, count, T)
+        width = power(t, parameter(exponent, tensors[2], at, valid, T))
+        low = -parameter(eps_low, tensors[0], at, valid, T) * width
+        high = parameter(eps_high, tensors[1], at, valid, T) * width
+        x = tl.load(log_ratio + at, mask=valid, other=0.0)
+        inside = valid & (x >= low) & (x <= high)
+        tl.store(clipped_out + at, tl.where(valid, clip(x, low, high), 0.0), mask=at < end)
+        tl.store(inside_out + at, inside.to(T), mask=at < end)
+
+
+def position_adaptive_clip(
+    log_ratio: Tensor, mask: Tensor | None, cu_seqlens: Tensor, params: list[float], param_tensors: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """clip(x, -eps_low t^power, eps_high t^power) and where x lies inside, as 1 and 0; [N] each, zero in masked cells."""
+    sequences = cu_seqlens.numel() - 1
+    if sequences == 0:
+        return torch.zeros_like(log_ratio), torch.zeros_like(log_ratio)
+    clipped, inside = torch.empty_like(log_ratio), torch.empty_like(log_ratio)
+    spans = Spans(cu_seqlens, mask, None, log_ratio.numel(), sequences)
+    block = token_block(spans.num_tokens, sequences)
+    with on_device_of(log_ratio):
+        clip_kernel[(sequences,)](
+            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block, num_warps=token_warps(block)
+        )
+    return clipped, inside

@@ -1,0 +1,27 @@
+"""How kernels are launched: the device, block sizes, and the place of the final sums."""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+def on_device_of(x: Tensor):
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def token_block(num_tokens: int, num_sequences: int) -> int:
+    """Tokens of a sequence per block: about the mean length, so that short sequences waste little and long ones are walked."""
+    mean = triton.cdiv(num_tokens, max(num_sequences, 1))
+    return min(max(triton.next_power_of_2(mean), 16 if interpreting() else 128), 1024)
+
+
+def token_warps(block: int) -> int:
+    """Four tokens per thread: one 16-byte load of fp32."""
+    return min(max(block // 128, 1), 8)
