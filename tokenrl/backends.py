@@ -155,8 +155,15 @@ FAKES = {
 }
 
 
+def _no_gradients(inputs) -> tuple:
+    """What a backward returns for inputs without gradient: torch wants a list for each list of tensors (an empty list is one)."""
+    lists = (isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) for x in inputs)
+    return tuple([None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True))
+
+
 def _save_objective(ctx, inputs, output):
     _, coef, metrics = output
+    ctx.rest = _no_gradients(inputs[1:])
     ctx.mark_non_differentiable(coef, metrics)
     ctx.save_for_backward(coef)
     ctx.set_materialize_grads(False)
@@ -165,10 +172,12 @@ def _save_objective(ctx, inputs, output):
 @once_differentiable
 def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
     (coef,) = ctx.saved_tensors
-    return None if grad_loss is None else grad_loss * coef, *[None] * 15
+    grad = None if grad_loss is None else grad_loss * coef
+    return grad, *ctx.rest
 
 
 def _save_clip(ctx, inputs, output):
+    ctx.rest = _no_gradients(inputs[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
@@ -176,7 +185,7 @@ def _save_clip(ctx, inputs, output):
 @once_differentiable
 def _clip_backward(ctx, grad, _):
     (inside,) = ctx.saved_tensors
-    return torch.where(inside != 0, grad, 0), *[None] * 4
+    return torch.where(inside != 0, grad, 0), *ctx.rest
 
 
 def _save_logprobs(ctx, inputs, output):

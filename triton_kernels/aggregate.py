@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, token_block, token_warps
+from . import launch
 from .spans import Spans, sequence, valid_tokens
 
 TILE = 64  # sequences compared with TILE others at a time
@@ -112,11 +112,11 @@ def aggregation_weights(
     counts = cu_seqlens.new_empty(sequences)
     signs = None if advantages is None else cu_seqlens.new_empty(sequences, dtype=torch.int32)
     per_token = advantages is not None and advantages.numel() == num_tokens
-    block = token_block(num_tokens, sequences)
-    with on_device_of(cu_seqlens):
+    block = launch.token_block(num_tokens, sequences)
+    with launch.on_device_of(cu_seqlens):
         count_kernel[(sequences,)](
             Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, total,
-            PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, num_warps=token_warps(block),
+            PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, num_warps=launch.token_warps(block),
         )  # fmt: skip
         if group_ids is not None and (span in ("group", "balanced") or unit == "groups"):
             group_kernel[(triton.cdiv(sequences, TILE),)](

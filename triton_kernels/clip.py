@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, token_block, token_warps
+from . import launch
 from .scalar import clip, power
 from .spans import Spans, fill_outside, sequence, valid_tokens
 from .statistics import positions
@@ -16,7 +16,8 @@ def parameter(number, tensor, at, valid, T: tl.constexpr):
     """A gate parameter in a block: a number, or one value per token (1 in masked cells)."""
     if tensor is None:
         return tl.full((), number, T)
-    return tl.load(tensor + at, mask=valid, other=1.0)
+    else:
+        return tl.load(tensor + at, mask=valid, other=1.0)
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def clip_kernel(
     for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         valid = valid_tokens(spans, at, at < end)
-        t, count = positions(valid, None, count, T)
+        t, count = positions(spans, valid, valid, count, T)
         width = power(t, parameter(exponent, tensors[2], at, valid, T))
         low = -parameter(eps_low, tensors[0], at, valid, T) * width
         high = parameter(eps_high, tensors[1], at, valid, T) * width
@@ -52,9 +53,9 @@ def position_adaptive_clip(
         return torch.zeros_like(log_ratio), torch.zeros_like(log_ratio)
     clipped, inside = torch.empty_like(log_ratio), torch.empty_like(log_ratio)
     spans = Spans(cu_seqlens, mask, None, log_ratio.numel(), sequences)
-    block = token_block(spans.num_tokens, sequences)
-    with on_device_of(log_ratio):
+    block = launch.token_block(spans.num_tokens, sequences)
+    with launch.on_device_of(log_ratio):
         clip_kernel[(sequences,)](
-            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block, num_warps=token_warps(block)
+            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block, num_warps=launch.token_warps(block)
         )
     return clipped, inside

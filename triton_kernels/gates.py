@@ -9,7 +9,7 @@ Each derivative stands on the line after its value.
 import triton
 import triton.language as tl
 
-from .scalar import clip, expm1_of, exponential, larger, power, smaller
+from .scalar import clip, expm1_of, exponential, k3_of, larger, power, smaller
 
 
 @triton.jit
@@ -75,10 +75,9 @@ def kl_k2(s, logp, advantage, t):
 
 @triton.jit
 def kl_k3(s, logp, advantage, t, ceiling):
-    slope = -expm1_of(-s)
-    k3 = s - slope
+    k3 = k3_of(-s)
     value = smaller(k3, ceiling)
-    d_s = tl.where(k3 > ceiling, 0.0, slope)
+    d_s = tl.where(k3 > ceiling, 0.0, -expm1_of(-s))
     return value, d_s, 0.0, False, False, False
 
 
@@ -91,7 +90,7 @@ def kl_k1_unbiased(s, logp, advantage, t):
 
 @triton.jit
 def kl_k3_unbiased(s, logp, advantage, t, ceiling):
-    value = smaller(expm1_of(-s) + s, ceiling)
+    value = smaller(k3_of(-s), ceiling)
     d_s = s
     return value, d_s, 0.0, False, False, False
 

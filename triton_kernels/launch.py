@@ -1,4 +1,4 @@
-"""How kernels are launched: the device, block sizes, and the place of the final sums."""
+"""How kernels are launched: the device, block sizes and warps."""
 
 import contextlib
 
@@ -25,3 +25,13 @@ def token_block(num_tokens: int, num_sequences: int) -> int:
 def token_warps(block: int) -> int:
     """Four tokens per thread: one 16-byte load of fp32."""
     return min(max(block // 128, 1), 8)
+
+
+def vocab_block(vocab: int, dtype: torch.dtype) -> int:
+    """Logits per block: 16 per thread on a GPU (8 in fp64); the interpreter pays per operation, not per element."""
+    most = 65536 if interpreting() else 2048 if dtype == torch.float64 else 4096
+    return min(max(triton.next_power_of_2(vocab), 128), most)
+
+
+def vocab_warps(block: int) -> int:
+    return min(max(block // 512, 1), 8)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
 from .gates import GATES, NEED_POSITION
-from .launch import on_device_of, token_block, token_warps
 from .spans import Spans, fill_outside, sequence
 from .walks import Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
@@ -117,8 +117,8 @@ def objective(
     segmented_span = statistic.startswith("span") and starts is not None
     needs_scratch = segmented_span or (statistic.startswith("prefix") and flow == "through")
     padding = MAX_PARAMS - len(params)
-    block = token_block(num_tokens, sequences)
-    with on_device_of(logp):
+    block = launch.token_block(num_tokens, sequences)
+    with launch.on_device_of(logp):
         objective_kernel[(sequences,)](
             Spans(cu_seqlens, mask, starts, num_tokens, sequences),
             Tokens(logp, old_logp, advantages, token_weight, (*param_tensors, *[None] * padding)),
@@ -129,6 +129,6 @@ def objective(
             cu_seqlens.new_zeros(1, dtype=torch.int32), loss, metrics, clamp, cap, *params, *[0.0] * padding,
             STATISTIC=statistic, FLOW=flow, GATE=GATES[gate], NUM_PARAMS=len(params),
             PER_TOKEN=advantages is not None and advantages.numel() == num_tokens, POSITION=gate in NEED_POSITION,
-            BLOCK=block, TILE=min(triton.next_power_of_2(sequences), 64), num_warps=token_warps(block),
+            BLOCK=block, TILE=min(triton.next_power_of_2(sequences), 64), num_warps=launch.token_warps(block),
         )  # fmt: skip
     return loss, coef, metrics

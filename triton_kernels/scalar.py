@@ -27,24 +27,55 @@ def _power_of_two(n):
 
 
 @triton.jit
+def _beyond_linear(r):
+    """e^r - 1 - r for |r| <= ln2 / 2: Taylor's series in fp64, Cephes' expf polynomial in fp32."""
+    if r.dtype == tl.float64:
+        p = r * (1 / 1307674368000) + 1 / 87178291200
+        p = p * r + 1 / 6227020800
+        p = p * r + 1 / 479001600
+        p = p * r + 1 / 39916800
+        p = p * r + 1 / 3628800
+        p = p * r + 1 / 362880
+        p = p * r + 1 / 40320
+        p = p * r + 1 / 5040
+        p = p * r + 1 / 720
+        p = p * r + 1 / 120
+        p = p * r + 1 / 24
+        p = p * r + 1 / 6
+    else:
+        p = r * 1.9875691500e-4 + 1.3981999507e-3
+        p = p * r + 8.3334519073e-3
+        p = p * r + 4.1665795894e-2
+        p = p * r + 1.6666665459e-1
+    return (p * r + 0.5) * r * r
+
+
+@triton.jit
 def exponential(x):
-    """e^x within 2 ulp. tl.exp alone rounds x log2(e) once in fp32, which costs |x| ulp: here x = 2 h ln2 + r comes first."""
+    """e^x within 1 ulp. tl.exp rounds x log2(e) once in fp32, which costs |x| ulp: here x = n ln2 + r comes first, and 2^n is put
+    together from two halves so that neither over- nor underflows early."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    bounded = clip(x, -104.0, 89.0)
-    h = tl.floor(bounded * 0.72134752044448170 + 0.5)
-    r = bounded - h * 1.38671875
-    r = r + h * 4.2438888e-4
-    half = _power_of_two(h.to(tl.int32))
-    return tl.exp(r) * half * half
+    else:
+        bounded = clip(x, -104.0, 89.0)
+        n = tl.floor(bounded * 1.44269504088896341 + 0.5)
+        r = bounded - n * 0.693359375
+        r = r + n * 2.12194440e-4
+        whole = tl.where(x == x, n, 0.0).to(tl.int32)
+        half = whole >> 1
+        return (_beyond_linear(r) + r + 1) * _power_of_two(half) * _power_of_two(whole - half)
 
 
 @triton.jit
 def expm1_of(x):
-    """e^x - 1, exact near 0, where k3 lives: Kahan's (u - 1) x / log u with u = e^x cancels the rounding of u."""
-    u = exponential(x)
-    near = (u - 1) * x / tl.where(u == 1, 1.0, tl.log(u))
-    return tl.where(tl.abs(x) > 1, u - 1, tl.where(u == 1, x, near))
+    """e^x - 1, exact near 0."""
+    return tl.where(tl.abs(x) < 0.34, _beyond_linear(x) + x, exponential(x) - 1)
+
+
+@triton.jit
+def k3_of(x):
+    """e^x - 1 - x, exact near 0, where Schulman's k3 lives."""
+    return tl.where(tl.abs(x) < 0.34, _beyond_linear(x), (exponential(x) - 1) - x)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Where sequences, segments and valid tokens lie, and sums, minima and copies along them, one block of tokens at a time.
 
 A program walks its sequence in blocks; what crosses a block's border is a carry. `reset` marks the tokens at which a new span
-begins in the direction of the walk; None says that there are none inside the sequence.
+begins in the direction of the walk; it is looked at only where there are segments.
 """
 
 from typing import NamedTuple
@@ -36,23 +36,26 @@ def valid_tokens(spans, at, inside):
     """Which of the tokens `at` take part; `inside` says which of them exist."""
     if spans.mask is None:
         return inside
-    return inside & (tl.load(spans.mask + at, mask=inside, other=0) != 0)
+    else:
+        return inside & (tl.load(spans.mask + at, mask=inside, other=0) != 0)
 
 
 @triton.jit
 def segment_starts(spans, at, inside):
-    """Where a segment starts at a valid token, or None where there are no segments."""
+    """Where a segment starts at a valid token."""
     if spans.starts is None:
-        return None
-    return valid_tokens(spans, at, inside) & (tl.load(spans.starts + at, mask=inside, other=0) != 0)
+        return at < 0
+    else:
+        return valid_tokens(spans, at, inside) & (tl.load(spans.starts + at, mask=inside, other=0) != 0)
 
 
 @triton.jit
 def segment_ends(spans, at, end):
-    """Where the next token begins another segment, or None where there are no segments."""
+    """Where the next token begins another segment or none is left."""
     if spans.starts is None:
-        return None
-    return segment_starts(spans, at + 1, at + 1 < end) | (at == end - 1)
+        return at == end - 1
+    else:
+        return segment_starts(spans, at + 1, at + 1 < end) | (at == end - 1)
 
 
 @triton.jit
@@ -77,8 +80,9 @@ def log_ratios(logp, old_logp, at, valid, clamp):
         x = own - tl.load(old_logp + at, mask=valid, other=0.0)
     if clamp is None:
         return own, x, valid
-    clamped = clip(x, -clamp, clamp)
-    return own, clamped, clamped == x
+    else:
+        clamped = clip(x, -clamp, clamp)
+        return own, clamped, clamped == x
 
 
 @triton.jit
@@ -104,23 +108,24 @@ def _at_exit(x, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def running_sum(x, reset, carry, REVERSE: tl.constexpr):
+def running_sum(spans, x, reset, carry, REVERSE: tl.constexpr):
     """Inclusive sums, and the carry into the next block."""
-    if reset is None:
+    if spans.starts is None:
         return tl.cumsum(x, 0, reverse=REVERSE) + carry, carry + tl.sum(x, 0)
-    seen, sums = tl.associative_scan((reset.to(tl.int32), x), 0, _add, reverse=REVERSE)
-    sums = tl.where(seen != 0, sums, sums + carry)
-    return sums, _at_exit(sums, REVERSE)
+    else:
+        seen, sums = tl.associative_scan((reset.to(tl.int32), x), 0, _add, reverse=REVERSE)
+        sums = tl.where(seen != 0, sums, sums + carry)
+        return sums, _at_exit(sums, REVERSE)
 
 
 @triton.jit
-def running_min(x, reset, carry):
+def running_min(spans, x, reset, carry):
     """Inclusive minima, and the carry into the next block."""
-    if reset is None:
+    if spans.starts is None:
         lowest = smaller(tl.associative_scan(x, 0, smaller), carry)
-        return lowest, _at_exit(lowest, False)
-    seen, lowest = tl.associative_scan((reset.to(tl.int32), x), 0, _least)
-    lowest = tl.where(seen != 0, lowest, smaller(lowest, carry))
+    else:
+        seen, lowest = tl.associative_scan((reset.to(tl.int32), x), 0, _least)
+        lowest = tl.where(seen != 0, lowest, smaller(lowest, carry))
     return lowest, _at_exit(lowest, False)
 
 
@@ -136,7 +141,7 @@ def spread(x, reset, carry, REVERSE: tl.constexpr):
 def exclusive_minima(spans, logp, old_logp, clamp, at, begin, end, reset, carry):
     """The least log ratio of the valid tokens before each token of the block in its span, inf where there are none; and the carry."""
     before = valid_tokens(spans, at - 1, (at > begin) & (at <= end))
-    if reset is not None:
+    if spans.starts is not None:
         before = before & (reset == 0)
     _, x, _ = log_ratios(logp, old_logp, at - 1, before, clamp)
-    return running_min(tl.where(before, x, float("inf")), reset, carry)
+    return running_min(spans, tl.where(before, x, float("inf")), reset, carry)

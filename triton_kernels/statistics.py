@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, token_block, token_warps
+from . import launch
 from .spans import (
     Spans, exclusive_minima, fill_outside, log_ratios, running_sum, segment_ends, segment_starts, sequence, spread,
     valid_tokens,
@@ -21,13 +21,12 @@ def prefix_block(spans, logp, old_logp, clamp, at, begin, end, x, t, reset, carr
     """Token and prefix statistics of a block with log ratios x and positions t; and the carry."""
     if STATISTIC == "token":
         return x, carry
-    if STATISTIC == "prefix_min":
+    elif STATISTIC == "prefix_min":
         before, carry = exclusive_minima(spans, logp, old_logp, clamp, at, begin, end, reset, carry)
         return x + tl.where(before == float("inf"), 0.0, before), carry
-    sums, carry = running_sum(x, reset, carry, False)
-    if STATISTIC == "prefix_mean":
-        return sums / t, carry
-    return sums, carry
+    else:
+        sums, carry = running_sum(spans, x, reset, carry, False)
+        return sums / t if STATISTIC == "prefix_mean" else sums, carry
 
 
 @triton.jit
@@ -36,9 +35,9 @@ def first_carry(STATISTIC: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def positions(valid, reset, count, T: tl.constexpr):
+def positions(spans, valid, reset, count, T: tl.constexpr):
     """The 1-based count of valid tokens (1 before the first), and the carry."""
-    t, count = running_sum(valid.to(tl.int32), reset, count, False)
+    t, count = running_sum(spans, valid.to(tl.int32), reset, count, False)
     return tl.maximum(t, 1).to(T), count
 
 
@@ -67,8 +66,8 @@ def segment_sums(spans, logp, old_logp, clamp, begin, end, sums_out, counts_out,
         valid = valid_tokens(spans, at, inside)
         reset = segment_starts(spans, at, inside)
         _, x, _ = log_ratios(logp, old_logp, at, valid, clamp)
-        sums, carry = running_sum(x, reset, carry, False)
-        counts, count = running_sum(valid.to(tl.int32), reset, count, False)
+        sums, carry = running_sum(spans, x, reset, carry, False)
+        counts, count = running_sum(spans, valid.to(tl.int32), reset, count, False)
         tl.store(sums_out + at, sums, mask=inside)
         tl.store(counts_out + at, counts, mask=inside)
     tl.debug_barrier()  # threads read back what others wrote
@@ -96,7 +95,7 @@ def _prefix(spans, logp, old_logp, out, begin, end, STATISTIC: tl.constexpr, BLO
         reset = segment_starts(spans, at, inside)
         _, x, _ = log_ratios(logp, old_logp, at, valid, None)
         if STATISTIC == "prefix_mean":
-            t, count = positions(valid, reset, count, T)
+            t, count = positions(spans, valid, reset, count, T)
         s, carry = prefix_block(spans, logp, old_logp, None, at, begin, end, x, t, reset, carry, STATISTIC)
         tl.store(out + at, tl.where(valid, s, 0.0), mask=inside)
 
@@ -129,7 +128,7 @@ def _suffix(spans, grad, out, begin, end, MEAN: tl.constexpr, BLOCK: tl.constexp
             at = first + tl.arange(0, BLOCK)
             inside = at < end
             valid = valid_tokens(spans, at, inside)
-            t, count = positions(valid, segment_starts(spans, at, inside), count, T)
+            t, count = positions(spans, valid, segment_starts(spans, at, inside), count, T)
             tl.store(out + at, tl.load(grad + at, mask=valid, other=0.0) / t, mask=inside)
         tl.debug_barrier()  # threads read back what others wrote
     carry = tl.zeros((), T)
@@ -138,7 +137,7 @@ def _suffix(spans, grad, out, begin, end, MEAN: tl.constexpr, BLOCK: tl.constexp
         inside = at >= begin
         valid = valid_tokens(spans, at, inside)
         g = tl.load((out if MEAN else grad) + at, mask=valid, other=0.0)
-        sums, carry = running_sum(g, segment_ends(spans, at, end), carry, True)
+        sums, carry = running_sum(spans, g, segment_ends(spans, at, end), carry, True)
         tl.store(out + at, tl.where(valid, sums, 0.0), mask=inside)
 
 
@@ -167,10 +166,10 @@ def _launch_statistic(x: Tensor, old: Tensor | None, spans: Spans, statistic: st
     out = torch.empty_like(x)
     segmented_span = spans.starts is not None and statistic.startswith("span")
     counts = torch.empty_like(x, dtype=torch.int32) if segmented_span else None
-    block = token_block(spans.num_tokens, spans.num_sequences)
-    with on_device_of(x):
+    block = launch.token_block(spans.num_tokens, spans.num_sequences)
+    with launch.on_device_of(x):
         statistic_kernel[(spans.num_sequences,)](
-            spans, x, old, out, counts, STATISTIC=statistic, BLOCK=block, num_warps=token_warps(block)
+            spans, x, old, out, counts, STATISTIC=statistic, BLOCK=block, num_warps=launch.token_warps(block)
         )
     return out
 
@@ -195,9 +194,9 @@ def statistic_backward(
     if not statistic.startswith("prefix") or spans.num_sequences == 0:
         return _launch_statistic(grad, None, spans, statistic)
     out = torch.empty_like(grad)
-    block = token_block(spans.num_tokens, spans.num_sequences)
-    with on_device_of(grad):
+    block = launch.token_block(spans.num_tokens, spans.num_sequences)
+    with launch.on_device_of(grad):
         suffix_kernel[(spans.num_sequences,)](
-            spans, grad, out, MEAN=statistic == "prefix_mean", BLOCK=block, num_warps=token_warps(block)
+            spans, grad, out, MEAN=statistic == "prefix_mean", BLOCK=block, num_warps=launch.token_warps(block)
         )
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreting, on_device_of
+from . import launch
 
 ALIGN = tl.constexpr(8)
 IGNORED = tl.constexpr(-100)
@@ -89,7 +89,8 @@ def _gradient(logits, grad, at, to, keep, id_at, inverse, lse, entropy, g_logp, 
 def _row_scalar(values, row, T: tl.constexpr):
     if values is None:
         return tl.zeros((), T)
-    return tl.load(values + row)
+    else:
+        return tl.load(values + row)
 
 
 @triton.jit
@@ -133,27 +134,17 @@ def backward_kernel(
             _gradient(logits, grad, to + lag, to, to < end, id_at, inverse, lse, entropy, g_logp, slope, T, False)
 
 
-def vocab_block(vocab: int, dtype: torch.dtype) -> int:
-    """Logits per block: 16 per thread on a GPU (8 in fp64); the interpreter pays per operation, not per element."""
-    most = 65536 if interpreting() else 4096 if dtype != torch.float64 else 2048
-    return min(max(triton.next_power_of_2(vocab), 128), most)
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)
-
-
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse) [B, T] of ids under softmax(logits / temperature), in fp32 (fp64 for fp64 logits)."""
     batch, time, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logp, entropy, lse = (ids.new_empty((batch, time), dtype=dtype) for _ in range(3))
     if ids.numel():
-        block = vocab_block(vocab, logits.dtype)
-        with on_device_of(logits):
+        block = launch.vocab_block(vocab, logits.dtype)
+        with launch.on_device_of(logits):
             forward_kernel[(batch * time,)](
                 logits, ids, logp, entropy, lse, time, vocab, logits.stride(0), logits.stride(1), 1 / temperature,
-                BLOCK=block, num_warps=_warps(block),
+                BLOCK=block, num_warps=launch.vocab_warps(block),
             )  # fmt: skip
     return logp, entropy, lse
 
@@ -166,10 +157,10 @@ def token_logprobs_backward(
     batch, time, vocab = logits.shape
     grad = torch.empty((batch, time, vocab), dtype=logits.dtype, device=logits.device)
     if grad.numel():
-        block = vocab_block(vocab, logits.dtype)
-        with on_device_of(logits):
+        block = launch.vocab_block(vocab, logits.dtype)
+        with launch.on_device_of(logits):
             backward_kernel[(batch * time,)](
                 grad_logp, grad_entropy, logits, ids, lse, entropy, grad, time, vocab, logits.stride(0), logits.stride(1),
-                1 / temperature, PACKED=logits.is_contiguous(), BLOCK=block, num_warps=_warps(block),
+                1 / temperature, PACKED=logits.is_contiguous(), BLOCK=block, num_warps=launch.vocab_warps(block),
             )  # fmt: skip
     return grad

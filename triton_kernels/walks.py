@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .clip import parameter
-from .scalar import exponential, expm1_of, larger, smaller
+from .scalar import exponential, k3_of, larger, smaller
 from .spans import log_ratios, running_sum, segment_ends, segment_starts, spread, valid_tokens
 from .statistics import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
 
@@ -42,10 +42,10 @@ def gated(
     T: tl.constexpr = logp.dtype
     if PER_TOKEN:
         advantage = tl.load(tokens.advantages + at, mask=valid, other=0.0)
-    else:
-        advantage += tl.zeros_like(x)
     if tokens.token_weight is not None:
         weight = weight * tl.load(tokens.token_weight + at, mask=valid, other=0.0)
+    # The interpreter cannot combine a number's comparison with a block's: make both blocks.
+    advantage, weight = advantage + tl.zeros_like(x), weight + tl.zeros_like(x)
     params = (
         parameter(numbers[2], tokens.bounds[0], at, valid, T), parameter(numbers[3], tokens.bounds[1], at, valid, T),
         parameter(numbers[4], tokens.bounds[2], at, valid, T), parameter(numbers[5], tokens.bounds[3], at, valid, T),
@@ -61,7 +61,7 @@ def gated(
     sums = (
         count + valid.to(T), ratios + ratio, smaller(least, tl.where(valid, ratio, float("inf"))),
         larger(most, tl.where(valid, ratio, -float("inf"))), lows + (valid & low).to(T), highs + (valid & high).to(T),
-        duals + (valid & dual).to(T), kl + (expm1_of(x) - x), squares + ratio * ratio,
+        duals + (valid & dual).to(T), kl + k3_of(x), squares + ratio * ratio,
         loss + tl.where(live, weight * value, 0.0),
     )  # fmt: skip
     return g, e, sums
@@ -84,7 +84,7 @@ def prefix_walk(
         reset = segment_starts(spans, at, inside)
         logp, x, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
         if POSITION or STATISTIC == "prefix_mean":
-            t, count = positions(valid, reset, count, T)
+            t, count = positions(spans, valid, reset, count, T)
         s, carry = prefix_block(spans, tokens.logp, tokens.old_logp, numbers[0], at, begin, end, x, t, reset, carry, STATISTIC)
         g, e, sums = gated(
             tokens, numbers, weight, advantage, at, valid, logp, x, s, t, sums, GATE, NUM_PARAMS, PER_TOKEN
@@ -110,7 +110,7 @@ def suffix_walk(spans, tokens, clamp, begin, end, coef, scratch, BLOCK: tl.const
         valid = valid_tokens(spans, at, inside)
         _, _, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, clamp)
         g = tl.load(scratch + at, mask=inside, other=0.0)
-        g, carry = running_sum(g, segment_ends(spans, at, end), carry, True)
+        g, carry = running_sum(spans, g, segment_ends(spans, at, end), carry, True)
         e = tl.load(coef + at, mask=inside, other=0.0)
         tl.store(coef + at, e + tl.where(valid & passes, g, 0.0), mask=inside)
 
@@ -132,7 +132,7 @@ def span_walk(
         valid = valid_tokens(spans, at, at < end)
         logp, x, _ = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
         if POSITION:
-            t, count = positions(valid, None, count, T)
+            t, count = positions(spans, valid, valid, count, T)
         g, e, sums = gated(
             tokens, numbers, weight, advantage, at, valid, logp, x, s + tl.zeros_like(x), t, sums, GATE, NUM_PARAMS, PER_TOKEN
         )
@@ -174,7 +174,7 @@ def segment_walk(
         )
         if FLOW == "through":
             g = g / ns.to(T) if STATISTIC == "span_mean" else g
-            g, carry = running_sum(g, segment_ends(spans, at, end), carry, True)
+            g, carry = running_sum(spans, g, segment_ends(spans, at, end), carry, True)
             tl.store(scratch + at, g, mask=inside)
         tl.store(coef + at, e if FLOW == "through" else g + e, mask=inside)
     if FLOW == "through":

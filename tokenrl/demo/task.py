@@ -23,9 +23,15 @@ def prompt(terms: Terms) -> str:
     return ("+".join(map(str, terms)) + "=").rjust(PROMPT_LENGTH)
 
 
-def solution(terms: Terms) -> str:
-    """(7, 5, 8) -> "12,20."."""
-    return ",".join(str(sum(terms[: i + 1])) for i in range(1, len(terms))) + "."
+def solution(terms: Terms, slip: float = 0.0, source: random.Random | None = None) -> str:
+    """(7, 5, 8) -> "12,20."; with a probability of `slip` a total is off by one or two, and the later ones build on it."""
+    total, totals = terms[0], []
+    for term in terms[1:]:
+        total += term
+        if source is not None and source.random() < slip:
+            total += source.choice((-2, -1, 1, 2))
+        totals.append(str(total))
+    return ",".join(totals) + "."
 
 
 def reward(terms: Terms, response: str) -> float:

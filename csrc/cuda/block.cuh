@@ -1,0 +1,114 @@
+// What the threads of one block do together: scans and reductions in a fixed order, by warp shuffles and shared memory.
+// Everything works on small structs whose size is a multiple of four bytes; `combine(earlier, later)` is associative.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define TRL_SHARED(type, name, count) __shared__ type name[count]
+#define TRL_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  kernel<<<static_cast<unsigned>(grid), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#else
+#include "../host/cuda_on_cpu.h"
+#endif
+
+namespace tokenrl::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / kWarp;
+
+// `shuffle(word)` applied to each 32-bit word of a struct.
+template <class S, class Shuffle>
+__device__ __forceinline__ S shuffled(S state, Shuffle shuffle) {
+  static_assert(sizeof(S) % 4 == 0);
+  uint32_t words[sizeof(S) / 4];
+  std::memcpy(words, &state, sizeof(S));
+#pragma unroll
+  for (uint32_t& word : words) word = shuffle(word);
+  std::memcpy(&state, words, sizeof(S));
+  return state;
+}
+
+template <class S>
+__device__ __forceinline__ S from_earlier_lane(S state, unsigned distance) {
+  return shuffled(state, [=](uint32_t word) { return __shfl_up_sync(kAllLanes, word, distance); });
+}
+
+template <class S>
+__device__ __forceinline__ S from_later_lane(S state, unsigned distance) {
+  return shuffled(state, [=](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
+}
+
+// `carry` and the states of all earlier threads combined; afterwards `carry` has passed all threads. memory: [kWarps], shared.
+template <class S, class Combine>
+__device__ __forceinline__ S scan_before(S own, S& carry, Combine combine, S* memory) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  S through = own;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const S earlier = from_earlier_lane(through, distance);
+    if (lane >= distance) through = combine(earlier, through);
+  }
+  if (lane == kWarp - 1) memory[warp] = through;
+  const S before = from_earlier_lane(through, 1);
+  __syncthreads();
+  S prefix = carry;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) prefix = carry;
+    carry = combine(carry, memory[w]);
+  }
+  __syncthreads();  // memory is free again
+  return lane == 0 ? prefix : combine(prefix, before);
+}
+
+// All threads' states combined, in every thread. memory: [kWarps], shared, and not in use by a call before.
+template <class S, class Combine>
+__device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const S later = from_later_lane(own, distance);
+    if (threadIdx.x % kWarp + distance < kWarp) own = combine(own, later);
+  }
+  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  S all = memory[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) all = combine(all, memory[w]);
+  return all;
+}
+
+// True in all threads of the block that comes last of `blocks`; it sees what every block wrote before. ticket starts at zero.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
+  TRL_SHARED(unsigned, position, 1);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) position[0] = atomicAdd(ticket, 1u);
+  __syncthreads();
+  if (position[0] != blocks - 1) return false;
+  __threadfence();
+  return true;
+}
+
+inline void zero(void* memory, size_t bytes, [[maybe_unused]] void* stream) {
+#ifdef __CUDACC__
+  cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+#else
+  std::memset(memory, 0, bytes);
+#endif
+}
+
+// Null, or what the launches before complained of.
+inline const char* launch_error() {
+#ifdef __CUDACC__
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+#endif
+  return nullptr;
+}
+
+}  // namespace tokenrl::cuda

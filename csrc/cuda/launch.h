@@ -1,0 +1,36 @@
+// What ops.cpp calls to run a kernel: one launcher per op, over the argument structs of csrc/kernels.h. Pointers are to device memory,
+// `stream` is a cudaStream_t. Scratch is device memory of the given size, aligned to 16 bytes, with any contents. Each launcher returns
+// null, or the error's text.
+#pragma once
+
+#include <cstddef>
+
+#include "../kernels.h"
+#include "../statistics.h"
+#include "../vocabulary.h"
+
+namespace tokenrl::cuda {
+
+template <class T>
+size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences);
+template <class T>
+const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream);
+
+// adjoint: the true one (flow "through"). For flow "local" and for prefix_min, whose adjoints are the mask, ask for the statistic
+// `token` of the gradient. counts: scratch [N], for span statistics only.
+template <class T>
+const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream);
+
+template <class T>
+const char* position_adaptive_clip(const BandArgs<T>& args, void* stream);
+
+size_t aggregation_weights_scratch_bytes(int64_t num_sequences);
+const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* scratch, void* stream);
+
+// Logit, T: float, float; double, double; BFloat16, float; Half, float.
+template <class Logit, class T>
+const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* stream);
+template <class Logit, class T>
+const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* stream);
+
+}  // namespace tokenrl::cuda

@@ -1,0 +1,267 @@
+// The objective in one launch: one block per sequence, then the last block to finish adds up the sequences.
+#pragma once
+
+#include "launch.h"
+#include "spans.cuh"
+
+namespace tokenrl::cuda {
+
+// Loss and metrics of some tokens.
+template <class T>
+struct Totals {
+  T loss, metrics[kNumMetrics];
+
+  __device__ __forceinline__ static Totals nothing() {
+    Totals totals{};
+    totals.metrics[kRatioMin] = infinity<T>();
+    totals.metrics[kRatioMax] = -infinity<T>();
+    return totals;
+  }
+
+  __device__ __forceinline__ void add(const Totals& other) {
+    loss += other.loss;
+#pragma unroll
+    for (int k = 0; k < kNumMetrics; ++k) {
+      if (k == kRatioMin) metrics[k] = smaller(metrics[k], other.metrics[k]);
+      else if (k == kRatioMax) metrics[k] = larger(metrics[k], other.metrics[k]);
+      else metrics[k] += other.metrics[k];
+    }
+  }
+};
+
+struct Add {
+  template <class S>
+  __device__ __forceinline__ S operator()(S a, const S& b) const {
+    a.add(b);
+    return a;
+  }
+};
+
+// Memory of a launch: what one pass leaves for the next, and what one block leaves for the last.
+template <class T>
+struct ObjectiveScratch {
+  Totals<T>* totals;  // [S]
+  T* direct;          // [N]: w d_logp
+  int32_t* counts;    // [N]
+  unsigned* ticket;   // [1], zero before the launch
+};
+
+template <class T, class Gate>
+struct SequenceObjective {
+  const ObjectiveArgs<T>& args;
+  const ObjectiveScratch<T>& scratch;
+  Statistic statistic;
+  bool through;
+  Sequence q;
+  T weight, advantage;  // of the sequence
+  Totals<T> totals;
+  Running<T>* memory;
+
+  __device__ __forceinline__ bool valid(int64_t token) const { return is_valid(args.spans, token); }
+  __device__ __forceinline__ bool over_span() const { return statistic == Statistic::span_sum || statistic == Statistic::span_mean; }
+  __device__ __forceinline__ bool mean() const { return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean; }
+  __device__ __forceinline__ T log_ratio(int64_t token) const {
+    return clamp(args.logp[token] - args.old_logp[token], -args.clamp, args.clamp);
+  }
+
+  __device__ __forceinline__ Running<T> ratio_element(int64_t token, Combine<T> combine) const {
+    Running<T> element = combine.nothing();
+    element.fresh = is_start(args.spans, q, token);
+    if (valid(token)) {
+      element.count = 1;
+      element.value = log_ratio(token);
+    }
+    return element;
+  }
+
+  __device__ __forceinline__ Gated<T> gate(int64_t token, T s, int32_t t) const {
+    T params[kMaxParams];
+#pragma unroll
+    for (int k = 0; k < Gate::num_params; ++k)
+      params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
+    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
+    return Gate::eval(GateInput<T>{s, args.logp[token], own, T(t), params});
+  }
+
+  __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
+    Totals<T> one;
+    const T ratio = exponential(s);
+    one.loss = 0;
+    one.metrics[kTokens] = 1;
+    one.metrics[kRatioSum] = one.metrics[kRatioMin] = one.metrics[kRatioMax] = ratio;
+    one.metrics[kLow] = gated.low;
+    one.metrics[kHigh] = gated.high;
+    one.metrics[kDual] = gated.dual;
+    one.metrics[kKlSum] = expm1_of(x) - x;
+    one.metrics[kRatioSquares] = ratio * ratio;
+    totals.add(one);
+  }
+
+  // The statistic of one token is known: its loss, and its coefficient as far as other tokens have no part in it.
+  __device__ __forceinline__ void evaluate(int64_t token, T statistic_value, int32_t t, int32_t divisor) {
+    const T s = smaller(statistic_value, args.cap), x = log_ratio(token);
+    const Gated<T> gated = gate(token, s, t);
+    observe(x, s, gated);
+    const T w = args.token_weight ? weight * args.token_weight[token] : weight;
+    totals.loss += w != 0 ? w * gated.value : T(0);
+    const T shared = w != 0 && statistic_value <= args.cap ? w * gated.d_s : T(0), direct = w != 0 ? w * gated.d_logp : T(0);
+    if (through && statistic != Statistic::token) {
+      args.coef[token] = mean() ? shared / T(divisor) : shared;
+      scratch.direct[token] = direct;
+    } else {
+      args.coef[token] = (through && !clamp_passes(token) ? T(0) : shared) + direct;
+    }
+  }
+
+  __device__ __forceinline__ bool clamp_passes(int64_t token) const {
+    const T d = args.logp[token] - args.old_logp[token];
+    return d >= -args.clamp && d <= args.clamp;
+  }
+
+  __device__ __forceinline__ void finish(int64_t token, T adjoint) const {
+    args.coef[token] = valid(token) ? (clamp_passes(token) ? adjoint : T(0)) + scratch.direct[token] : T(0);
+  }
+
+  // Inclusive sums and counts within each span; the last token of a span then holds its totals.
+  __device__ __forceinline__ void gather_spans() {
+    const Combine<T> combine{Fold::add};
+    walk<T>(
+        q, false, combine, [&](int64_t token) { return ratio_element(token, combine); },
+        [&](int64_t token, const Running<T>&, const Running<T>& after) {
+          args.coef[token] = after.value;
+          scratch.counts[token] = after.count;
+        },
+        memory);
+  }
+
+  // Prefix statistics gather on the way forwards; span statistics carry totals from the end of each span backwards.
+  __device__ __forceinline__ void evaluate_tokens() {
+    const bool spans = over_span();
+    const Combine<T> combine{spans ? Fold::copy : statistic == Statistic::prefix_min ? Fold::least : Fold::add};
+    walk<T>(
+        q, spans, combine,
+        [&](int64_t token) {
+          if (!spans) return ratio_element(token, combine);
+          if (!is_end(args.spans, q, token)) return combine.nothing();
+          return Running<T>{1, scratch.counts[token], args.coef[token]};
+        },
+        [&](int64_t token, const Running<T>& before, const Running<T>& after) {
+          if (!valid(token)) {
+            args.coef[token] = 0;
+            return;
+          }
+          T s = mean() ? after.value / T(after.count) : after.value;
+          if (statistic == Statistic::token) s = log_ratio(token);
+          if (statistic == Statistic::prefix_min) s = log_ratio(token) + (after.count > 1 ? before.value : T(0));
+          evaluate(token, s, spans ? scratch.counts[token] : after.count, after.count);
+        },
+        memory);
+  }
+
+  // The adjoint: sums from each token to the end of its span; for span statistics the first token's goes to all.
+  __device__ __forceinline__ void spread_back() {
+    const bool spans = over_span();
+    walk<T>(
+        q, true, Combine<T>{Fold::add},
+        [&](int64_t token) { return Running<T>{is_end(args.spans, q, token), 0, valid(token) ? args.coef[token] : T(0)}; },
+        [&](int64_t token, const Running<T>&, const Running<T>& after) {
+          if (spans) args.coef[token] = after.value;
+          else finish(token, after.value);
+        },
+        memory);
+    if (!spans) return;
+    const Combine<T> copy{Fold::copy};
+    walk<T>(
+        q, false, copy,
+        [&](int64_t token) {
+          return is_start(args.spans, q, token) ? Running<T>{1, 0, args.coef[token]} : copy.nothing();
+        },
+        [&](int64_t token, const Running<T>&, const Running<T>& after) { finish(token, after.value); }, memory);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (over_span()) gather_spans();
+    evaluate_tokens();
+    if (through && statistic != Statistic::token) spread_back();
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, const Totals<T>* per_sequence) {
+  Totals<double> sum = Totals<double>::nothing();
+  for (int64_t i = threadIdx.x; i < args.spans.num_sequences; i += kThreads) {
+    Totals<double> one;
+    one.loss = __ldcg(&per_sequence[i].loss);
+#pragma unroll
+    for (int k = 0; k < kNumMetrics; ++k) one.metrics[k] = __ldcg(&per_sequence[i].metrics[k]);
+    sum.add(one);
+  }
+  TRL_SHARED(Totals<double>, memory, kWarps);
+  sum = reduce(sum, Add{}, memory);
+  if (threadIdx.x != 0) return;
+  args.loss[0] = static_cast<T>(sum.loss);
+#pragma unroll
+  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
+}
+
+template <class T, class Gate>
+__global__ void __launch_bounds__(kThreads)
+    objective_kernel(ObjectiveArgs<T> args, ObjectiveScratch<T> scratch, Statistic statistic, bool through) {
+  TRL_SHARED(Running<T>, scan_memory, kWarps);
+  TRL_SHARED(Totals<T>, reduce_memory, kWarps);
+  const int64_t i = blockIdx.x;
+  clear_outside(args.spans, i, [&](int64_t token) { args.coef[token] = 0; });
+  if (i < args.spans.num_sequences) {
+    const double normalizer = args.normalizer[0];
+    const T weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
+    const T advantage = args.advantages && !args.advantages_per_token ? args.advantages[i] : T(0);
+    SequenceObjective<T, Gate> sequence{args,   scratch,   statistic,           through,    sequence_of(args.spans, i),
+                                        weight, advantage, Totals<T>::nothing(), scan_memory};
+    sequence.run();
+    const Totals<T> totals = reduce(sequence.totals, Add{}, reduce_memory);
+    if (threadIdx.x == 0) scratch.totals[i] = totals;
+  }
+  if (is_last_block(scratch.ticket, gridDim.x)) add_up_sequences(args, scratch.totals);
+}
+
+inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+template <class T>
+size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences) {
+  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(Totals<T>)) + aligned(num_tokens * sizeof(T)) +
+         aligned(num_tokens * sizeof(int32_t));
+}
+
+template <class T>
+ObjectiveScratch<T> objective_scratch(void* memory, const Spans& spans) {
+  auto* at = static_cast<char*>(memory);
+  ObjectiveScratch<T> scratch;
+  scratch.ticket = reinterpret_cast<unsigned*>(at);
+  scratch.totals = reinterpret_cast<Totals<T>*>(at += aligned(sizeof(unsigned)));
+  scratch.direct = reinterpret_cast<T*>(at += aligned(spans.num_sequences * sizeof(Totals<T>)));
+  scratch.counts = reinterpret_cast<int32_t*>(at += aligned(spans.num_tokens * sizeof(T)));
+  return scratch;
+}
+
+template <class T, class Gate>
+bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream) {
+  if (std::strcmp(Gate::name, gate) != 0) return false;
+  TRL_LAUNCH((objective_kernel<T, Gate>), blocks_of(args.spans), kThreads, 0, stream, args,
+             objective_scratch<T>(scratch, args.spans), statistic, through);
+  return true;
+}
+
+template <class T, class... Gate>
+bool launch_named(std::tuple<Gate...>*, const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
+                  void* scratch, void* stream) {
+  return (launch_if_named<T, Gate>(args, statistic, through, gate, scratch, stream) || ...);
+}
+
+template <class T>
+const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream) {
+  zero(scratch, sizeof(unsigned), stream);
+  if (!launch_named(static_cast<Gates*>(nullptr), args, statistic, through, gate, scratch, stream)) return "no gate of that name";
+  return launch_error();
+}
+
+}  // namespace tokenrl::cuda

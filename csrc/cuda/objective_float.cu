@@ -1,0 +1,8 @@
+#include "objective.cuh"
+
+namespace tokenrl::cuda {
+
+template size_t objective_scratch_bytes<float>(int64_t, int64_t);
+template const char* objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, void*, void*);
+
+}  // namespace tokenrl::cuda

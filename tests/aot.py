@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels through the package's own launchers without a GPU: python aot.py ARCH (or ARCH canary).
+
+A stand-in driver names the target and nothing is launched, so arguments are specialised as on a GPU. Prints one JSON line per kernel. Runs in its own
+process, without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class StandInDriver:
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(arch: int, found: list) -> None:
+    """From here on a launch compiles its kernel for `arch` and appends (name, kernel, seconds) to found."""
+    triton.runtime.driver.set_active(StandInDriver(arch))
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.__name__, kernel, time.perf_counter() - start))
+        return kernel
+
+    JITFunction.run = warm_up
+
+
+def resources(kernel) -> dict:
+    """Registers, stack bytes (more than 0: it spills) and shared memory of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage | {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+
+
+def wide_loads(kernel) -> int:
+    """16-byte (or wider) loads from global memory in the PTX."""
+    return len(re.findall(r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)", kernel.asm["ptx"]))
+
+
+def objectives():
+    """Every statistic x flow, with and without segments; the gates take turns. A batch of 4 x 2000 tokens."""
+    from tokenrl.gates import GATES, LogBand
+    from tokenrl.statistics import FLOWS
+
+    pairs = [(s, f, segmented) for s, flows in FLOWS.items() for f in flows for segmented in (False, True)]
+    x, flags, s = torch.zeros(8000), torch.zeros(8000, dtype=torch.bool), torch.zeros(4, dtype=torch.float64)
+    cu, one = torch.arange(5) * 2000, torch.ones((), dtype=torch.float64)
+    for k, (statistic, flow, segmented) in enumerate(pairs):
+        gate = list(GATES)[k % len(GATES)]
+        numbers = [0.5] * len(GATES[gate]().params())
+        tensors = [x if gate == LogBand.name else None] * len(numbers)
+        label = f"{statistic} {flow} {gate}{' segments' if segmented else ''}"
+        args = (x, x, x[:4], flags, cu, flags if segmented else None, s, one, x if k % 2 else None, statistic, flow, gate)
+        yield label, "objective", (*args, numbers, tensors, 20.0, 10.0)
+
+
+def parts():
+    """The statistics, their adjoints, the clip and the aggregation weights."""
+    from tokenrl.statistics import STATISTICS
+
+    x, flags, cu = torch.zeros(8000), torch.zeros(8000, dtype=torch.bool), torch.arange(5) * 2000
+    for name in STATISTICS:
+        for starts in (None, flags):
+            label = f"{name}{'' if starts is None else ' segments'}"
+            yield label, "statistic", (x, x, flags, cu, starts, name)
+            if name.startswith("prefix"):
+                yield label, "statistic_backward", (x, flags, cu, starts, name, "through")
+    yield "", "position_adaptive_clip", (x, flags, cu, [0.1, 0.1, 0.3], [None, x, None])
+    for span in ("one", "inverse_length", "group", "balanced"):
+        yield span, "aggregation_weights", (flags, cu, 8000, x if span == "balanced" else None, cu[:4], span, "groups")
+
+
+def logprobs():
+    """Forward and backward over a vocabulary that 16 bytes divide and one that they do not."""
+    for vocab in (151936, 50257):
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, ids, stats = torch.empty(1, 2, vocab, dtype=dtype), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2)
+            label = f"{str(dtype).removeprefix('torch.')} V={vocab}"
+            yield label, "token_logprobs", (logits, ids, 0.7)
+            yield label, "token_logprobs_backward", (stats, stats, logits, ids, stats, stats, 0.7)
+
+
+def canary():
+    """The forward kernel with far too many logits per thread: it must be seen to spill."""
+    from tokenrl.triton_kernels import launch
+
+    launch.vocab_block, launch.vocab_warps = lambda vocab, dtype: 32768, lambda block: 4
+    yield from list(logprobs())[:1]
+
+
+def main(arch: int, which: str) -> None:
+    from tokenrl import triton_kernels
+
+    found = []
+    compile_only(arch, found)
+    cases = canary() if which == "canary" else (case for make in (objectives, parts, logprobs) for case in make())
+    for label, op, args in cases:
+        triton_kernels.OPS[op](*args)
+        for name, kernel, seconds in found:
+            row = {"arch": arch, "kernel": name, "case": label, "seconds": round(seconds, 2), "wide_loads": wide_loads(kernel)}
+            print(json.dumps(row | resources(kernel)), flush=True)
+        found.clear()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "all")
