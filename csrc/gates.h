@@ -118,9 +118,9 @@ struct KlK3 {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in) {
     Gated<T> out;
-    const T k3 = expm1_of(-in.s) + in.s;
+    const T k3 = excess(-in.s);
     out.value = smaller(k3, in.p[0]);
-    out.d_s = k3 > in.p[0] ? T(0) : -expm1_of(-in.s);
+    out.d_s = k3 > in.p[0] ? T(0) : in.s - k3;
     return out;
   }
 };

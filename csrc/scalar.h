@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #define TRL_HD __host__ __device__ inline
 #else
-#define TRL_HD inline
+#define TRL_HD inline __attribute__((always_inline))  // no copy of one instruction set is ever linked into another's code
 #endif
 
 namespace tokenrl {
@@ -62,9 +62,20 @@ TRL_HD float exponential(float x) {
 }
 #endif
 
-// e^x - 1, exact near 0, where k3 lives.
-TRL_HD float expm1_of(float x) { return ::expm1f(x); }
-TRL_HD double expm1_of(double x) { return ::expm1(x); }
+// e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere.
+TRL_HD float excess(float x) {
+  float p = 2.75573192e-6f;
+  p = p * x + 2.48015873e-5f;
+  p = p * x + 1.98412698e-4f;
+  p = p * x + 1.38888889e-3f;
+  p = p * x + 8.33333333e-3f;
+  p = p * x + 4.16666667e-2f;
+  p = p * x + 1.66666667e-1f;
+  p = p * x + 0.5f;
+  const float direct = exponential(x) - 1.0f - x;
+  return x > -0.5f && x < 0.5f ? p * x * x : direct;
+}
+TRL_HD double excess(double x) { return ::expm1(x) - x; }
 
 // t^p for a count t >= 1: the powers that methods use are exact and cheap.
 template <class T>

@@ -59,8 +59,9 @@ def resources(kernel) -> dict:
 
 
 def wide_loads(kernel) -> int:
-    """16-byte (or wider) loads from global memory in the PTX."""
-    return len(re.findall(r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)", kernel.asm["ptx"]))
+    """Loads of at least 16 bytes from global memory in the PTX, straight to registers or (cp.async) to shared memory."""
+    wide = r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)|cp\.async\.cg\.shared\.global .*, 0x10"
+    return len(re.findall(wide, kernel.asm["ptx"]))
 
 
 def objectives():
@@ -76,8 +77,23 @@ def objectives():
         numbers = [0.5] * len(GATES[gate]().params())
         tensors = [x if gate == LogBand.name else None] * len(numbers)
         label = f"{statistic} {flow} {gate}{' segments' if segmented else ''}"
-        args = (x, x, x[:4], flags, cu, flags if segmented else None, s, one, x if k % 2 else None, statistic, flow, gate)
+        args = (
+            x,
+            x,
+            x[:4],
+            flags,
+            cu,
+            flags if segmented else None,
+            s,
+            one,
+            x if k % 2 else None,
+            statistic,
+            flow,
+            gate,
+        )
         yield label, "objective", (*args, numbers, tensors, 20.0, 10.0)
+    d, rest = x.double(), ("prefix_mean", "through", "kl_k3", [10.0], [None], 20.0, 10.0)
+    yield "prefix_mean through kl_k3 float64", "objective", (d, d, d, flags, cu, flags, s, one, d, *rest)
 
 
 def parts():
@@ -100,7 +116,11 @@ def logprobs():
     """Forward and backward over a vocabulary that 16 bytes divide and one that they do not."""
     for vocab in (151936, 50257):
         for dtype in (torch.bfloat16, torch.float32):
-            logits, ids, stats = torch.empty(1, 2, vocab, dtype=dtype), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2)
+            logits, ids, stats = (
+                torch.empty(1, 2, vocab, dtype=dtype),
+                torch.zeros(1, 2, dtype=torch.int64),
+                torch.zeros(1, 2),
+            )
             label = f"{str(dtype).removeprefix('torch.')} V={vocab}"
             yield label, "token_logprobs", (logits, ids, 0.7)
             yield label, "token_logprobs_backward", (stats, stats, logits, ids, stats, stats, 0.7)
@@ -123,7 +143,13 @@ def main(arch: int, which: str) -> None:
     for label, op, args in cases:
         triton_kernels.OPS[op](*args)
         for name, kernel, seconds in found:
-            row = {"arch": arch, "kernel": name, "case": label, "seconds": round(seconds, 2), "wide_loads": wide_loads(kernel)}
+            row = {
+                "arch": arch,
+                "kernel": name,
+                "case": label,
+                "seconds": round(seconds, 2),
+                "wide_loads": wide_loads(kernel),
+            }
             print(json.dumps(row | resources(kernel)), flush=True)
         found.clear()
 

@@ -101,11 +101,13 @@ TRITON_REASON = _load_triton()
 
 
 def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
+    missing = NATIVE_REASON
+    if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key("tokenrl::objective", kind.upper()):
+        missing = "built without CUDA (no nvcc was found, or TOKENRL_CUDA=0)"
+
     def why_not(device: torch.device) -> str | None:
-        if NATIVE_REASON:
-            return NATIVE_REASON
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("tokenrl::objective", kind.upper()):
-            return "built without CUDA (no nvcc was found, or TOKENRL_CUDA=0)"
+        if missing:
+            return missing
         return None if device.type == kind else f"runs {kind} tensors, these are on {device.type}"
 
     return why_not

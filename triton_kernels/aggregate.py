@@ -12,7 +12,7 @@ from torch import Tensor
 from . import launch
 from .spans import Spans, sequence, valid_tokens
 
-TILE = 64  # sequences compared with TILE others at a time
+TILE = 32  # sequences compared with TILE others at a time
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def sign_of(x):
 
 @triton.jit
 def count_kernel(
-    spans, advantages, counts, signs, span_weight, total, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    spans, advantages, counts, signs, span_weight, total, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Valid tokens and sign of the advantage of one sequence; its weight where that needs no group; tokens and rows in total."""
     i = tl.program_id(0)
@@ -62,15 +62,24 @@ def balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign
 
 @triton.jit
 def group_kernel(
-    counts, signs, group_ids, span_weight, total, num_sequences, SPAN: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr
+    counts, signs, group_ids, span_weight, total, num_sequences, SPAN: tl.constexpr, UNIT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Weights of TILE sequences from the counts of all sequences in their groups; a group is counted at its first sequence."""
     own = tl.program_id(0) * TILE + tl.arange(0, TILE)
     exists = own < num_sequences
     group = tl.load(group_ids + own, mask=exists, other=0)
     n = tl.load(counts + own, mask=exists, other=0)
-    tokens, tokens_positive, tokens_negative = tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64)
-    positives, negatives, earlier = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
+    tokens, tokens_positive, tokens_negative = (
+        tl.zeros((TILE,), tl.int64),
+        tl.zeros((TILE,), tl.int64),
+        tl.zeros((TILE,), tl.int64),
+    )
+    positives, negatives, earlier = (
+        tl.zeros((TILE,), tl.int32),
+        tl.zeros((TILE,), tl.int32),
+        tl.zeros((TILE,), tl.int32),
+    )
     for first in range(0, num_sequences, TILE):
         other = first + tl.arange(0, TILE)
         others = tl.load(counts + other, mask=other < num_sequences, other=0)
@@ -100,8 +109,8 @@ def group_kernel(
 
 
 def aggregation_weights(
-    mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None, span: str,
-    unit: str,
+    mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
+    span: str, unit: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(span_weight float64 [S], count int64 0-d)."""
     sequences = cu_seqlens.numel() - 1

@@ -22,8 +22,8 @@ def parameter(number, tensor, at, valid, T: tl.constexpr):
 
 @triton.jit
 def clip_kernel(
-    spans, log_ratio, tensors, clipped_out, inside_out, eps_low: tl.float64, eps_high: tl.float64, exponent: tl.float64,
-    BLOCK: tl.constexpr,
+    spans, log_ratio, tensors, clipped_out, inside_out, eps_low: tl.float64, eps_high: tl.float64,
+    exponent: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = log_ratio.dtype.element_ty
     i = tl.program_id(0)
@@ -56,6 +56,7 @@ def position_adaptive_clip(
     block = launch.token_block(spans.num_tokens, sequences)
     with launch.on_device_of(log_ratio):
         clip_kernel[(sequences,)](
-            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block, num_warps=launch.token_warps(block)
-        )
+            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block,
+            num_warps=launch.token_warps(block),
+        )  # fmt: skip
     return clipped, inside

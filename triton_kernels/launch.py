@@ -19,12 +19,12 @@ def on_device_of(x: Tensor):
 def token_block(num_tokens: int, num_sequences: int) -> int:
     """Tokens of a sequence per block: about the mean length, so that short sequences waste little and long ones are walked."""
     mean = triton.cdiv(num_tokens, max(num_sequences, 1))
-    return min(max(triton.next_power_of_2(mean), 16 if interpreting() else 128), 1024)
+    return min(max(triton.next_power_of_2(mean), 16 if interpreting() else 128), 512)
 
 
 def token_warps(block: int) -> int:
-    """Four tokens per thread: one 16-byte load of fp32."""
-    return min(max(block // 128, 1), 8)
+    """Two tokens per thread: ten running sums per token fill the registers."""
+    return max(block // 64, 1)
 
 
 def vocab_block(vocab: int, dtype: torch.dtype) -> int:

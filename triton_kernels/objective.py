@@ -77,20 +77,20 @@ def objective_kernel(
     )  # fmt: skip
     if STATISTIC != "span_sum" and STATISTIC != "span_mean":
         sums = prefix_walk(
-            spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, STATISTIC, FLOW, GATE, NUM_PARAMS, PER_TOKEN,
-            POSITION, BLOCK,
+            spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, STATISTIC, FLOW, GATE, NUM_PARAMS,
+            PER_TOKEN, POSITION, BLOCK,
         )  # fmt: skip
         if FLOW == "through" and STATISTIC != "token":
             suffix_walk(spans, tokens, numbers[0], begin, end, coef, scratch, BLOCK)
     elif spans.starts is None:
         sums = span_walk(
-            spans, tokens, numbers, weight, advantage, begin, end, coef, STATISTIC, FLOW, GATE, NUM_PARAMS, PER_TOKEN, POSITION,
-            BLOCK,
+            spans, tokens, numbers, weight, advantage, begin, end, coef, STATISTIC, FLOW, GATE, NUM_PARAMS, PER_TOKEN,
+            POSITION, BLOCK,
         )  # fmt: skip
     else:
         sums = segment_walk(
-            spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, counts, STATISTIC, FLOW, GATE, NUM_PARAMS,
-            PER_TOKEN, BLOCK,
+            spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, counts, STATISTIC, FLOW, GATE,
+            NUM_PARAMS, PER_TOKEN, BLOCK,
         )  # fmt: skip
     publish(partials, i, spans.num_sequences, sums)
     tl.debug_barrier()  # all threads' stores come before the ticket
@@ -105,9 +105,9 @@ def _nothing(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objective(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None,
-    span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str, flow: str, gate: str,
-    params: list[float], param_tensors: list[Tensor | None], clamp: float, cap: float,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor,
+    starts: Tensor | None, span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str,
+    flow: str, gate: str, params: list[float], param_tensors: list[Tensor | None], clamp: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss 0-d, coef [N], metrics [9]); the contract is in tokenrl/backends.py, the formulas in tokenrl/reference.py."""
     num_tokens, sequences = logp.numel(), cu_seqlens.numel() - 1
@@ -121,14 +121,14 @@ def objective(
     with launch.on_device_of(logp):
         objective_kernel[(sequences,)](
             Spans(cu_seqlens, mask, starts, num_tokens, sequences),
-            Tokens(logp, old_logp, advantages, token_weight, (*param_tensors, *[None] * padding)),
-            span_weight, normalizer, coef,
-            torch.empty_like(logp) if needs_scratch else None,
+            Tokens(logp, old_logp, advantages, token_weight, (*param_tensors, *[None] * padding)), span_weight,
+            normalizer, coef, torch.empty_like(logp) if needs_scratch else None,
             torch.empty_like(logp, dtype=torch.int32) if segmented_span else None,
             logp.new_empty(NUM_SUMS.value * sequences, dtype=torch.float64),
             cu_seqlens.new_zeros(1, dtype=torch.int32), loss, metrics, clamp, cap, *params, *[0.0] * padding,
             STATISTIC=statistic, FLOW=flow, GATE=GATES[gate], NUM_PARAMS=len(params),
             PER_TOKEN=advantages is not None and advantages.numel() == num_tokens, POSITION=gate in NEED_POSITION,
             BLOCK=block, TILE=min(triton.next_power_of_2(sequences), 64), num_warps=launch.token_warps(block),
+            maxnreg=128,
         )  # fmt: skip
     return loss, coef, metrics

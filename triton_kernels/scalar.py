@@ -81,6 +81,6 @@ def k3_of(x):
 @triton.jit
 def power(t, p):
     """t^p for a count t >= 1; the powers that methods use are exact and cheap."""
-    root = tl.sqrt(t)
+    root = tl.sqrt(t) if t.dtype == tl.float64 else tl.sqrt_rn(t)
     general = exponential(p * tl.log(t))
     return tl.where(p == 0.5, root, tl.where(p == -0.5, 1 / root, general))

@@ -178,7 +178,9 @@ def statistic(
     logp: Tensor, old_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None, statistic: str
 ) -> Tensor:
     """The statistic of logp - old_logp, [N], zero in masked cells."""
-    return _launch_statistic(logp, old_logp, Spans(cu_seqlens, mask, starts, logp.numel(), cu_seqlens.numel() - 1), statistic)
+    return _launch_statistic(
+        logp, old_logp, Spans(cu_seqlens, mask, starts, logp.numel(), cu_seqlens.numel() - 1), statistic
+    )
 
 
 def statistic_backward(

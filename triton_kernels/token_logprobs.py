@@ -13,6 +13,7 @@ from . import launch
 
 ALIGN = tl.constexpr(8)
 IGNORED = tl.constexpr(-100)
+STAGES = tl.constexpr(3)  # blocks on their way from memory while one is worked on
 
 
 @triton.jit
@@ -28,14 +29,14 @@ def _online(logits, at, keep, inverse_temperature, m, total, weighted, T: tl.con
     weighted = (weighted + moved * total) * scale
     e = tl.exp(z - shift)
     total = total * scale + e
-    weighted += tl.where(z == -float("inf"), 0.0, e * (z - shift))
+    weighted += e * tl.maximum(z - shift, -1e4)  # finite, so that 0 * -inf is 0
     return highest, total, weighted
 
 
 @triton.jit
 def forward_kernel(
-    logits, ids, logp_out, entropy_out, lse_out, time, vocab, stride_batch, stride_time, inverse_temperature: tl.float64,
-    BLOCK: tl.constexpr,
+    logits, ids, logp_out, entropy_out, lse_out, time, vocab, stride_batch, stride_time,
+    inverse_temperature: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = logp_out.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +55,7 @@ def forward_kernel(
         at = first + lanes
         m, total, weighted = _online(logits, at, (at >= begin) & (at < end), inverse, m, total, weighted, T, False)
         whole = first + BLOCK * tl.maximum((end - first) // BLOCK, 1)
-        for block in range(first + BLOCK, whole, BLOCK):
+        for block in tl.range(first + BLOCK, whole, BLOCK, num_stages=STAGES):
             m, total, weighted = _online(logits, block + lanes, None, inverse, m, total, weighted, T, True)
         if whole < end:
             at = whole + lanes
@@ -69,7 +70,9 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(logits, grad, at, to, keep, id_at, inverse, lse, entropy, g_logp, g_entropy, T: tl.constexpr, WHOLE: tl.constexpr):
+def _gradient(
+    logits, grad, at, to, keep, id_at, inverse, lse, entropy, g_logp, g_entropy, T: tl.constexpr, WHOLE: tl.constexpr
+):
     """Gradient of one block of logits read `at`, written `to`."""
     raw = tl.load(logits + at) if WHOLE else tl.load(logits + at, mask=keep, other=-float("inf"))
     z = raw.to(T) * inverse
@@ -124,9 +127,12 @@ def backward_kernel(
         slope = g_entropy if grad_entropy is not None else None
         first = begin // ALIGN * ALIGN
         to = first + lanes
-        _gradient(logits, grad, to + lag, to, (to >= begin) & (to < end), id_at, inverse, lse, entropy, g_logp, slope, T, False)
+        _gradient(
+            logits, grad, to + lag, to, (to >= begin) & (to < end), id_at, inverse, lse, entropy, g_logp, slope, T,
+            False,
+        )  # fmt: skip
         whole = first + BLOCK * tl.maximum((end - first) // BLOCK, 1)
-        for block in range(first + BLOCK, whole, BLOCK):
+        for block in tl.range(first + BLOCK, whole, BLOCK, num_stages=STAGES):
             to = block + lanes
             _gradient(logits, grad, to + lag, to, None, id_at, inverse, lse, entropy, g_logp, slope, T, True)
         if whole < end:
@@ -160,7 +166,8 @@ def token_logprobs_backward(
         block = launch.vocab_block(vocab, logits.dtype)
         with launch.on_device_of(logits):
             backward_kernel[(batch * time,)](
-                grad_logp, grad_entropy, logits, ids, lse, entropy, grad, time, vocab, logits.stride(0), logits.stride(1),
-                1 / temperature, PACKED=logits.is_contiguous(), BLOCK=block, num_warps=launch.vocab_warps(block),
+                grad_logp, grad_entropy, logits, ids, lse, entropy, grad, time, vocab, logits.stride(0),
+                logits.stride(1), 1 / temperature, PACKED=logits.is_contiguous(), BLOCK=block,
+                num_warps=launch.vocab_warps(block),
             )  # fmt: skip
     return grad

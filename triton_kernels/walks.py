@@ -29,8 +29,8 @@ class Tokens(NamedTuple):
 @triton.jit
 def no_sums(BLOCK: tl.constexpr, T: tl.constexpr):
     """Per lane of a block: the metrics in the order of tokenrl/metrics.py, then the loss."""
-    zero, inf = tl.zeros((BLOCK,), T), tl.full((BLOCK,), float("inf"), T)
-    return zero, zero, inf, -inf, zero, zero, zero, zero, zero, zero
+    none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), T), tl.full((BLOCK,), float("inf"), T)
+    return none, zero, inf, -inf, none, none, none, zero, zero, zero
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def gated(
     PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """The gate on a block: w dl/ds, w dl/dlogp, and the sums with this block added."""
-    T: tl.constexpr = logp.dtype
+    T: tl.constexpr = tokens.logp.dtype.element_ty
     if PER_TOKEN:
         advantage = tl.load(tokens.advantages + at, mask=valid, other=0.0)
     if tokens.token_weight is not None:
@@ -59,10 +59,10 @@ def gated(
     ratio = tl.where(valid, exponential(capped), 0.0)
     count, ratios, least, most, lows, highs, duals, kl, squares, loss = sums
     sums = (
-        count + valid.to(T), ratios + ratio, smaller(least, tl.where(valid, ratio, float("inf"))),
-        larger(most, tl.where(valid, ratio, -float("inf"))), lows + (valid & low).to(T), highs + (valid & high).to(T),
-        duals + (valid & dual).to(T), kl + k3_of(x), squares + ratio * ratio,
-        loss + tl.where(live, weight * value, 0.0),
+        count + valid.to(tl.int32), ratios + ratio, smaller(least, tl.where(valid, ratio, float("inf"))),
+        larger(most, tl.where(valid, ratio, -float("inf"))), lows + (valid & low).to(tl.int32),
+        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + k3_of(x),
+        squares + ratio * ratio, loss + tl.where(live, weight * value, 0.0),
     )  # fmt: skip
     return g, e, sums
 
@@ -70,7 +70,8 @@ def gated(
 @triton.jit
 def prefix_walk(
     spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, STATISTIC: tl.constexpr, FLOW: tl.constexpr,
-    GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gates of token and prefix statistics. coef is final but for a prefix under flow "through": then it holds w dl/dlogp, and
     scratch what suffix_walk adds up."""
@@ -85,7 +86,9 @@ def prefix_walk(
         logp, x, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
         if POSITION or STATISTIC == "prefix_mean":
             t, count = positions(spans, valid, reset, count, T)
-        s, carry = prefix_block(spans, tokens.logp, tokens.old_logp, numbers[0], at, begin, end, x, t, reset, carry, STATISTIC)
+        s, carry = prefix_block(
+            spans, tokens.logp, tokens.old_logp, numbers[0], at, begin, end, x, t, reset, carry, STATISTIC
+        )
         g, e, sums = gated(
             tokens, numbers, weight, advantage, at, valid, logp, x, s, t, sums, GATE, NUM_PARAMS, PER_TOKEN
         )
@@ -118,7 +121,8 @@ def suffix_walk(spans, tokens, clamp, begin, end, coef, scratch, BLOCK: tl.const
 @triton.jit
 def span_walk(
     spans, tokens, numbers, weight, advantage, begin, end, coef, STATISTIC: tl.constexpr, FLOW: tl.constexpr,
-    GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gates where the span is the sequence: its total first, then every token's gate, then (through) the total of g."""
     T: tl.constexpr = coef.dtype.element_ty
@@ -134,8 +138,9 @@ def span_walk(
         if POSITION:
             t, count = positions(spans, valid, valid, count, T)
         g, e, sums = gated(
-            tokens, numbers, weight, advantage, at, valid, logp, x, s + tl.zeros_like(x), t, sums, GATE, NUM_PARAMS, PER_TOKEN
-        )
+            tokens, numbers, weight, advantage, at, valid, logp, x, s + tl.zeros_like(x), t, sums, GATE, NUM_PARAMS,
+            PER_TOKEN,
+        )  # fmt: skip
         gs += g
         tl.store(coef + at, g + e if FLOW == "local" else e, mask=at < end)
     if FLOW == "through":
@@ -152,8 +157,8 @@ def span_walk(
 
 @triton.jit
 def segment_walk(
-    spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, counts, STATISTIC: tl.constexpr, FLOW: tl.constexpr,
-    GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, counts, STATISTIC: tl.constexpr,
+    FLOW: tl.constexpr, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gates where spans are segments: sums forwards; totals and gates backwards, where scratch gets the suffix sums of g."""
     T: tl.constexpr = coef.dtype.element_ty

@@ -82,12 +82,13 @@ __device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
   return all;
 }
 
-// True in all threads of the block that comes last of `blocks`; it sees what every block wrote before. ticket starts at zero.
+// True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before. ticket starts at 0.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   TRL_SHARED(unsigned, position, 1);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) position[0] = atomicAdd(ticket, 1u);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    position[0] = atomicAdd(ticket, 1u);
+  }
   __syncthreads();
   if (position[0] != blocks - 1) return false;
   __threadfence();

@@ -7,27 +7,47 @@
 namespace tokenrl::cuda {
 
 // Loss and metrics of some tokens.
-template <class T>
+template <class T, class Count>
 struct Totals {
-  T loss, metrics[kNumMetrics];
+  T loss, ratio_sum, ratio_min, ratio_max, kl_sum, ratio_squares;
+  Count tokens, low, high, dual;
 
   __device__ __forceinline__ static Totals nothing() {
-    Totals totals{};
-    totals.metrics[kRatioMin] = infinity<T>();
-    totals.metrics[kRatioMax] = -infinity<T>();
-    return totals;
+    return {T(0), T(0), infinity<T>(), -infinity<T>(), T(0), T(0), 0, 0, 0, 0};
   }
 
-  __device__ __forceinline__ void add(const Totals& other) {
+  template <class U, class C>
+  __device__ __forceinline__ void add(const Totals<U, C>& other) {
     loss += other.loss;
-#pragma unroll
-    for (int k = 0; k < kNumMetrics; ++k) {
-      if (k == kRatioMin) metrics[k] = smaller(metrics[k], other.metrics[k]);
-      else if (k == kRatioMax) metrics[k] = larger(metrics[k], other.metrics[k]);
-      else metrics[k] += other.metrics[k];
+    ratio_sum += other.ratio_sum;
+    ratio_min = smaller(ratio_min, T(other.ratio_min));
+    ratio_max = larger(ratio_max, T(other.ratio_max));
+    kl_sum += other.kl_sum;
+    ratio_squares += other.ratio_squares;
+    tokens += other.tokens;
+    low += other.low;
+    high += other.high;
+    dual += other.dual;
+  }
+
+  __device__ __forceinline__ T metric(int which) const {
+    switch (which) {
+      case kTokens: return T(tokens);
+      case kRatioSum: return ratio_sum;
+      case kRatioMin: return ratio_min;
+      case kRatioMax: return ratio_max;
+      case kLow: return T(low);
+      case kHigh: return T(high);
+      case kDual: return T(dual);
+      case kKlSum: return kl_sum;
+      default: return ratio_squares;
     }
   }
 };
+
+template <class T>
+using SequenceTotals = Totals<T, int32_t>;
+using BatchTotals = Totals<double, int64_t>;
 
 struct Add {
   template <class S>
@@ -40,7 +60,7 @@ struct Add {
 // Memory of a launch: what one pass leaves for the next, and what one block leaves for the last.
 template <class T>
 struct ObjectiveScratch {
-  Totals<T>* totals;  // [S]
+  SequenceTotals<T>* totals;  // [S]
   T* direct;          // [N]: w d_logp
   int32_t* counts;    // [N]
   unsigned* ticket;   // [1], zero before the launch
@@ -54,7 +74,7 @@ struct SequenceObjective {
   bool through;
   Sequence q;
   T weight, advantage;  // of the sequence
-  Totals<T> totals;
+  SequenceTotals<T> totals;
   Running<T>* memory;
 
   __device__ __forceinline__ bool valid(int64_t token) const { return is_valid(args.spans, token); }
@@ -84,17 +104,9 @@ struct SequenceObjective {
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
-    Totals<T> one;
     const T ratio = exponential(s);
-    one.loss = 0;
-    one.metrics[kTokens] = 1;
-    one.metrics[kRatioSum] = one.metrics[kRatioMin] = one.metrics[kRatioMax] = ratio;
-    one.metrics[kLow] = gated.low;
-    one.metrics[kHigh] = gated.high;
-    one.metrics[kDual] = gated.dual;
-    one.metrics[kKlSum] = expm1_of(x) - x;
-    one.metrics[kRatioSquares] = ratio * ratio;
-    totals.add(one);
+    totals.add(SequenceTotals<T>{T(0), ratio, ratio, ratio, excess(x), ratio * ratio, 1, gated.low > 0, gated.high > 0,
+                                 gated.dual > 0});
   }
 
   // The statistic of one token is known: its loss, and its coefficient as far as other tokens have no part in it.
@@ -187,28 +199,20 @@ struct SequenceObjective {
 };
 
 template <class T>
-__device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, const Totals<T>* per_sequence) {
-  Totals<double> sum = Totals<double>::nothing();
-  for (int64_t i = threadIdx.x; i < args.spans.num_sequences; i += kThreads) {
-    Totals<double> one;
-    one.loss = __ldcg(&per_sequence[i].loss);
-#pragma unroll
-    for (int k = 0; k < kNumMetrics; ++k) one.metrics[k] = __ldcg(&per_sequence[i].metrics[k]);
-    sum.add(one);
-  }
-  TRL_SHARED(Totals<double>, memory, kWarps);
+__device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, const SequenceTotals<T>* per_sequence) {
+  BatchTotals sum = BatchTotals::nothing();
+  for (int64_t i = threadIdx.x; i < args.spans.num_sequences; i += kThreads) sum.add(per_sequence[i]);
+  TRL_SHARED(BatchTotals, memory, kWarps);
   sum = reduce(sum, Add{}, memory);
-  if (threadIdx.x != 0) return;
-  args.loss[0] = static_cast<T>(sum.loss);
-#pragma unroll
-  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
+  if (threadIdx.x == 0) args.loss[0] = static_cast<T>(sum.loss);
+  if (threadIdx.x < kNumMetrics) args.metrics[threadIdx.x] = static_cast<T>(sum.metric(threadIdx.x));
 }
 
 template <class T, class Gate>
 __global__ void __launch_bounds__(kThreads)
     objective_kernel(ObjectiveArgs<T> args, ObjectiveScratch<T> scratch, Statistic statistic, bool through) {
   TRL_SHARED(Running<T>, scan_memory, kWarps);
-  TRL_SHARED(Totals<T>, reduce_memory, kWarps);
+  TRL_SHARED(SequenceTotals<T>, reduce_memory, kWarps);
   const int64_t i = blockIdx.x;
   clear_outside(args.spans, i, [&](int64_t token) { args.coef[token] = 0; });
   if (i < args.spans.num_sequences) {
@@ -216,9 +220,9 @@ __global__ void __launch_bounds__(kThreads)
     const T weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
     const T advantage = args.advantages && !args.advantages_per_token ? args.advantages[i] : T(0);
     SequenceObjective<T, Gate> sequence{args,   scratch,   statistic,           through,    sequence_of(args.spans, i),
-                                        weight, advantage, Totals<T>::nothing(), scan_memory};
+                                        weight, advantage, SequenceTotals<T>::nothing(), scan_memory};
     sequence.run();
-    const Totals<T> totals = reduce(sequence.totals, Add{}, reduce_memory);
+    const SequenceTotals<T> totals = reduce(sequence.totals, Add{}, reduce_memory);
     if (threadIdx.x == 0) scratch.totals[i] = totals;
   }
   if (is_last_block(scratch.ticket, gridDim.x)) add_up_sequences(args, scratch.totals);
@@ -228,7 +232,7 @@ inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 template <class T>
 size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences) {
-  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(Totals<T>)) + aligned(num_tokens * sizeof(T)) +
+  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(SequenceTotals<T>)) + aligned(num_tokens * sizeof(T)) +
          aligned(num_tokens * sizeof(int32_t));
 }
 
@@ -237,8 +241,8 @@ ObjectiveScratch<T> objective_scratch(void* memory, const Spans& spans) {
   auto* at = static_cast<char*>(memory);
   ObjectiveScratch<T> scratch;
   scratch.ticket = reinterpret_cast<unsigned*>(at);
-  scratch.totals = reinterpret_cast<Totals<T>*>(at += aligned(sizeof(unsigned)));
-  scratch.direct = reinterpret_cast<T*>(at += aligned(spans.num_sequences * sizeof(Totals<T>)));
+  scratch.totals = reinterpret_cast<SequenceTotals<T>*>(at += aligned(sizeof(unsigned)));
+  scratch.direct = reinterpret_cast<T*>(at += aligned(spans.num_sequences * sizeof(SequenceTotals<T>)));
   scratch.counts = reinterpret_cast<int32_t*>(at += aligned(spans.num_tokens * sizeof(T)));
   return scratch;
 }

@@ -42,6 +42,7 @@ struct Fibre {
 
 struct Warp {
   uint64_t posted[32], result[32];
+  unsigned waiting, finished;  // lanes
 };
 
 // The machine's one block at a time, per OS thread.
@@ -133,6 +134,7 @@ inline void fibre_main() {
   arrived(nullptr, &b.scheduler_bottom, &b.scheduler_size);
   b.body(b.closure);
   b.fibres[b.running].state = State::done;
+  b.warps[b.running / 32].finished |= 1u << b.running % 32;
   --b.live;
   open_barrier_if_complete();
   park();
@@ -172,6 +174,7 @@ inline void run_block(Order& order) {
   for (auto& [memory, bytes] : b.static_shared) std::memset(memory, 0xFF, bytes);
   std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xFF);
   for (Fibre& f : b.fibres) start(f);
+  for (Warp& warp : b.warps) warp.waiting = warp.finished = 0;
   b.live = static_cast<unsigned>(b.fibres.size());
   b.waiting = 0;
   while (b.live > 0) {
@@ -210,27 +213,24 @@ inline const uint64_t* collective(unsigned mask, Collective kind, uint64_t poste
   Warp& warp = b.warps[first / 32];
   if (!(mask >> lane & 1)) fail("a warp operation whose mask leaves out the calling lane");
   warp.posted[lane] = posted;
-  bool complete = true;
-  for (unsigned other = 0; other < 32; ++other) {
-    if (!(mask >> other & 1) || other == lane) continue;
-    const Fibre& f = b.fibres[first + other];
-    if (f.state == State::done) fail("a warp operation whose mask names a lane that has finished");
-    if (f.state == State::warp && (f.mask != mask || f.kind != kind)) fail("lanes of a mask meet in different warp operations");
-    complete &= f.state == State::warp;
-  }
+  if (mask & warp.finished) fail("a warp operation whose mask names a lane that has finished");
   Fibre& self = b.fibres[b.running];
-  if (!complete) {
-    self.mask = mask;
-    self.kind = kind;
-    self.state = State::warp;
+  self.mask = mask;
+  self.kind = kind;
+  self.state = State::warp;
+  warp.waiting |= 1u << lane;
+  if ((warp.waiting & mask) != mask) {
     park();
     return warp.result;
   }
   for (unsigned other = 0; other < 32; ++other) {
     if (!(mask >> other & 1)) continue;
+    Fibre& f = b.fibres[first + other];
+    if (f.mask != mask || f.kind != kind) fail("lanes of a mask meet in different warp operations");
     warp.result[other] = warp.posted[other];
-    b.fibres[first + other].state = State::ready;
+    f.state = State::ready;
   }
+  warp.waiting &= ~mask;
   return warp.result;
 }
 

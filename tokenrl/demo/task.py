@@ -1,6 +1,6 @@
-"""The demo's task: chained sums with the running totals written out, "7+5+8=" -> "12,20.", one token per character.
+"""The demo's task: the running totals, modulo ten, of a row of digits, one character each: "7583=" -> "203." (7+5, +8, +3).
 
-Prompts are set flush right in a fixed width, blanks to the left, so that batches need no attention mask.
+Prompts are filled with blanks to a fixed width, so that batches need no attention mask.
 """
 
 import random
@@ -9,35 +9,29 @@ import zlib
 import torch
 from torch import Tensor
 
-CHARACTERS = "0123456789+=,. "
+CHARACTERS = "0123456789=. "
 END, BLANK = CHARACTERS.index("."), CHARACTERS.index(" ")
-MIN_TERMS, MAX_TERMS = 3, 6
-PROMPT_LENGTH = 2 * MAX_TERMS
-RESPONSE_LENGTH = 3 * (MAX_TERMS - 1) + 1
+MIN_TERMS, MAX_TERMS = 4, 12
+PROMPT_LENGTH = MAX_TERMS + 1
+RESPONSE_LENGTH = MAX_TERMS
 
 Terms = tuple[int, ...]
 
 
 def prompt(terms: Terms) -> str:
-    """(7, 5, 8) -> "      7+5+8=", PROMPT_LENGTH characters."""
-    return ("+".join(map(str, terms)) + "=").rjust(PROMPT_LENGTH)
+    """(7, 5, 8, 3) -> "7583=        ", PROMPT_LENGTH characters."""
+    return ("".join(map(str, terms)) + "=").ljust(PROMPT_LENGTH)
 
 
-def solution(terms: Terms, slip: float = 0.0, source: random.Random | None = None) -> str:
-    """(7, 5, 8) -> "12,20."; with a probability of `slip` a total is off by one or two, and the later ones build on it."""
-    total, totals = terms[0], []
-    for term in terms[1:]:
-        total += term
-        if source is not None and source.random() < slip:
-            total += source.choice((-2, -1, 1, 2))
-        totals.append(str(total))
-    return ",".join(totals) + "."
+def solution(terms: Terms) -> str:
+    """(7, 5, 8, 3) -> "203."."""
+    return "".join(str(sum(terms[: i + 1]) % 10) for i in range(1, len(terms))) + "."
 
 
 def reward(terms: Terms, response: str) -> float:
-    """1 when the response ends in "." and the last number before it is the sum, else 0."""
-    said, end, _ = response.partition(".")
-    return float(end == "." and said.split(",")[-1] == str(sum(terms)))
+    """1 when the digit before the first "." is the sum modulo ten, and there is a total for each step; else 0."""
+    totals, end, _ = response.partition(".")
+    return float(end == "." and len(totals) == len(terms) - 1 and totals[-1] == str(sum(terms) % 10))
 
 
 def held_out(terms: Terms) -> bool:
@@ -46,10 +40,10 @@ def held_out(terms: Terms) -> bool:
 
 
 def problems(count: int, source: random.Random, evaluation: bool = False) -> list[Terms]:
-    """Random problems with MIN_TERMS to MAX_TERMS terms of one digit, all from the held-out part or none."""
+    """Random problems with MIN_TERMS to MAX_TERMS digits, all from the held-out part or none."""
     found = []
     while len(found) < count:
-        terms = tuple(source.randint(1, 9) for _ in range(source.randint(MIN_TERMS, MAX_TERMS)))
+        terms = tuple(source.randint(0, 9) for _ in range(source.randint(MIN_TERMS, MAX_TERMS)))
         if held_out(terms) == evaluation:
             found.append(terms)
     return found

@@ -30,7 +30,6 @@ class Settings:
     temperature: float = 1.0
     warm_up_reward: float = 0.25
     warm_up_steps: int = 600
-    slip: float = 0.25
     warm_up_batch: int = 128
     warm_up_learning_rate: float = 2e-3
     held_out: int = 512
@@ -83,13 +82,13 @@ def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int,
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_up_learning_rate)
     reward = 0.0
     for step in range(settings.warm_up_steps):
-        if step % 20 == 0:
+        if step % 10 == 0:
             reward = evaluate(model, settings)
             if reward >= settings.warm_up_reward:
                 return
         terms = task.problems(settings.warm_up_batch, source)
         prompts = task.encode([task.prompt(t) for t in terms], task.PROMPT_LENGTH)
-        responses = task.encode([task.solution(t, settings.slip, source) for t in terms], task.RESPONSE_LENGTH)
+        responses = task.encode([task.solution(t) for t in terms], task.RESPONSE_LENGTH)
         tokens = torch.cat([prompts, responses], 1).to(model.device)
         mask = (responses != task.BLANK).to(model.device)
         ids = torch.where(mask, tokens[:, task.PROMPT_LENGTH :], -100)

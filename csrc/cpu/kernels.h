@@ -1,0 +1,70 @@
+// The CPU kernels. The objective and the log-probs are compiled once per instruction set, each in a namespace of its own.
+#pragma once
+
+#include "../kernels.h"
+#include "../statistics.h"
+#include "../vocabulary.h"
+
+namespace tokenrl::cpu {
+
+// How a kernel gets its threads: body(context, begin, end) over disjoint ranges of [0, n) of at least `grain` each.
+struct Threads {
+  void (*run)(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+};
+
+template <class F>
+inline void parallel(const Threads& threads, int64_t n, int64_t grain, F&& f) {
+  threads.run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+// Loss and metrics of one sequence.
+template <class T>
+struct Totals {
+  T loss, metrics[kNumMetrics];
+};
+
+// totals: one per sequence. False when there is no gate of that name.
+#define TOKENRL_CPU_KERNELS                                                                                              \
+  template <class T>                                                                                                     \
+  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals<T>* totals, \
+                 const Threads& threads);                                                                                \
+  template <class Logit, class T>                                                                                        \
+  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                                        \
+  template <class Logit, class T>                                                                                        \
+  void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
+
+namespace portable {
+TOKENRL_CPU_KERNELS
+}
+#ifdef __x86_64__
+namespace avx2 {
+TOKENRL_CPU_KERNELS
+}
+namespace avx512 {
+TOKENRL_CPU_KERNELS
+}
+#endif
+#undef TOKENRL_CPU_KERNELS
+
+enum class Isa { portable, avx2, avx512 };
+inline constexpr const char* kIsas[] = {"portable", "avx2", "avx512"};
+
+// The widest instruction set of this CPU, or the one that TOKENRL_CPU_ISA names; read once.
+Isa instruction_set();
+
+// Runs the objective on the instruction set in use and adds up its sequences.
+template <class T>
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, const Threads& threads);
+template <class Logit, class T>
+void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);
+template <class Logit, class T>
+void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
+
+// For flow "local" and for prefix_min, whose adjoints are the mask, ask for the statistic `token` of the gradient.
+template <class T>
+void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, const Threads& threads);
+template <class T>
+void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads);
+void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Threads& threads);
+
+}  // namespace tokenrl::cpu

@@ -1,0 +1,90 @@
+// The statistics along one sequence and their adjoints. Running sums are double: on a CPU they cost the same.
+#pragma once
+
+#include "../kernels.h"
+#include "../statistics.h"
+
+namespace tokenrl::cpu {
+
+struct Sequence {
+  int64_t begin, end;
+};
+
+TRL_HD Sequence sequence_of(const Spans& spans, int64_t i) {
+  return {clamp(spans.cu_seqlens[i], int64_t{0}, spans.num_tokens), clamp(spans.cu_seqlens[i + 1], int64_t{0}, spans.num_tokens)};
+}
+TRL_HD bool is_valid(const Spans& spans, int64_t token) { return !spans.mask || spans.mask[token]; }
+TRL_HD bool is_start(const Spans& spans, int64_t token) {
+  return spans.starts && spans.starts[token] && is_valid(spans, token);
+}
+TRL_HD bool over_span(Statistic statistic) {
+  return statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+}
+TRL_HD bool is_mean(Statistic statistic) {
+  return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
+}
+
+// Sums (or minima, before each token) and counts of the valid tokens since the span's start; s and t hold one entry per token of q.
+template <class T>
+TRL_HD void scan(const Spans& spans, Sequence q, Statistic statistic, const T* x, T* s, T* t) {
+  double sum = 0;
+  T lowest = 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < q.end - q.begin; ++i) {
+    if (is_start(spans, q.begin + i)) sum = 0, count = 0;
+    if (is_valid(spans, q.begin + i)) {
+      const T before = count ? lowest : T(0);
+      lowest = count ? smaller(lowest, x[i]) : x[i];
+      sum += x[i];
+      ++count;
+      s[i] = statistic == Statistic::token        ? x[i]
+             : statistic == Statistic::prefix_min  ? before + x[i]
+             : statistic == Statistic::prefix_mean ? static_cast<T>(sum / static_cast<double>(count))
+                                                   : static_cast<T>(sum);
+    } else {
+      s[i] = over_span(statistic) ? static_cast<T>(sum) : T(0);
+    }
+    t[i] = static_cast<T>(count);
+  }
+}
+
+// Gives every token what the last token of its span holds, divided by that token's count for means.
+template <class T>
+TRL_HD void spread_totals(const Spans& spans, Sequence q, bool mean, const T* t, T* s) {
+  T total = 0;
+  for (int64_t i = q.end - q.begin - 1; i >= 0; --i) {
+    if (q.begin + i + 1 == q.end || is_start(spans, q.begin + i + 1)) total = mean ? s[i] / larger(t[i], T(1)) : s[i];
+    s[i] = total;
+  }
+}
+
+// s and t (the position) of every token of q from its log ratios.
+template <class T>
+TRL_HD void statistic_of(const Spans& spans, Sequence q, Statistic statistic, const T* x, T* s, T* t) {
+  scan(spans, q, statistic, x, s, t);
+  if (over_span(statistic)) spread_totals(spans, q, statistic == Statistic::span_mean, t, s);
+}
+
+// The adjoint in place: g is zero in masked cells; t as above.
+template <class T>
+TRL_HD void adjoint_of(const Spans& spans, Sequence q, Statistic statistic, const T* t, T* g) {
+  const int64_t n = q.end - q.begin;
+  double sum = 0;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    if (q.begin + i + 1 < q.end && is_start(spans, q.begin + i + 1)) sum = 0;
+    sum += statistic == Statistic::prefix_mean ? g[i] / larger(t[i], T(1)) : g[i];
+    g[i] = static_cast<T>(sum);
+  }
+  if (!over_span(statistic)) return;
+  // The first token of a span now holds the span's total; the mean's divisor is the count at the span's end.
+  for (int64_t i = 1; i < n; ++i)
+    if (!is_start(spans, q.begin + i)) g[i] = g[i - 1];
+  if (statistic != Statistic::span_mean) return;
+  T count = 1;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    if (i + 1 == n || is_start(spans, q.begin + i + 1)) count = larger(t[i], T(1));
+    g[i] /= count;
+  }
+}
+
+}  // namespace tokenrl::cpu

@@ -1,0 +1,117 @@
+// Where an op's arguments go: the CPU kernels, or the CUDA launchers with their stream and scratch memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifdef TOKENRL_WITH_CUDA
+#include <dlfcn.h>
+#endif
+
+#include "cpu/kernels.h"
+#if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
+#include "cuda/launch.h"
+#endif
+
+namespace tokenrl {
+
+// Torch's own thread pool.
+inline const cpu::Threads kTorchThreads{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}};
+
+struct CpuDevice {
+  template <class T>
+  void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
+    cpu::objective(args, statistic, through, gate, kTorchThreads);
+  }
+  template <class T>
+  void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint) const {
+    cpu::statistic(args, statistic, adjoint, kTorchThreads);
+  }
+  template <class T>
+  void position_adaptive_clip(const BandArgs<T>& args) const {
+    cpu::position_adaptive_clip(args, kTorchThreads);
+  }
+  void aggregation_weights(const WeightArgs& args, Span span, Unit unit) const {
+    cpu::aggregation_weights(args, span, unit, kTorchThreads);
+  }
+  template <class Args>
+  void token_logprobs(const Args& args) const {
+    cpu::token_logprobs(args, kTorchThreads);
+  }
+  template <class Args>
+  void token_logprobs_backward(const Args& args) const {
+    cpu::token_logprobs_backward(args, kTorchThreads);
+  }
+};
+
+#if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
+struct CudaDevice {
+  const torch::stable::Tensor& like;
+
+  torch::stable::Tensor scratch(size_t bytes) const {
+    return torch::stable::new_empty(like, std::vector<int64_t>{static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte);
+  }
+  void* stream() const {
+#ifdef TOKENRL_WITH_CUDA
+    // libtorch_cuda is found at run time: this library loads beside a torch without CUDA too.
+    using CurrentStream = int32_t (*)(int32_t, void**);
+    static const auto current_stream = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+      return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    STD_TORCH_CHECK(current_stream, "tokenrl: this torch has no libtorch_cuda.so, so there is no CUDA stream to launch on.");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(current_stream(like.get_device_index(), &stream) == 0, "tokenrl: torch gave no CUDA stream.");
+    return stream;
+#else
+    return nullptr;
+#endif
+  }
+  static void check(const char* error) { STD_TORCH_CHECK(!error, "tokenrl: CUDA launch failed: ", error ? error : ""); }
+
+  template <class T>
+  void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
+    const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences));
+    check(cuda::objective(args, statistic, through, gate, memory.data_ptr(), stream()));
+  }
+  template <class T>
+  void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint) const {
+    const bool spans = statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+    const auto memory = scratch(spans ? sizeof(int32_t) * static_cast<size_t>(args.spans.num_tokens) : 0);
+    check(cuda::statistic(args, statistic, adjoint, static_cast<int32_t*>(memory.data_ptr()), stream()));
+  }
+  template <class T>
+  void position_adaptive_clip(const BandArgs<T>& args) const {
+    check(cuda::position_adaptive_clip(args, stream()));
+  }
+  void aggregation_weights(const WeightArgs& args, Span span, Unit unit) const {
+    const auto memory = scratch(cuda::aggregation_weights_scratch_bytes(args.spans.num_sequences));
+    check(cuda::aggregation_weights(args, span, unit, memory.data_ptr(), stream()));
+  }
+  template <class Args>
+  void token_logprobs(const Args& args) const {
+    check(cuda::token_logprobs(args, stream()));
+  }
+  template <class Args>
+  void token_logprobs_backward(const Args& args) const {
+    check(cuda::token_logprobs_backward(args, stream()));
+  }
+};
+#endif
+
+// f(device) for the device of x.
+template <class F>
+void on_device_of(const torch::stable::Tensor& x, F&& f) {
+#ifdef TOKENRL_WITH_CUDA
+  if (x.is_cuda()) return f(CudaDevice{x});
+#endif
+#ifdef TOKENRL_SIM
+  f(CudaDevice{x});
+#else
+  f(CpuDevice{});
+#endif
+}
+
+}  // namespace tokenrl

@@ -1,0 +1,318 @@
+// The ops: schemas, argument checks and allocation, once for both devices, on LibTorch's stable ABI.
+// With -DTOKENRL_SIM the CPU key runs the CUDA kernels, compiled for the host (csrc/host/): the test-only library tokenrl_sim.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "devices.h"
+
+#ifndef TOKENRL_LIBRARY
+#define TOKENRL_LIBRARY tokenrl
+#endif
+
+namespace tokenrl {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+template <int kCount>
+int named(const char* const (&names)[kCount], const std::string& given, const char* argument) {
+  const int found = find_name(names, given.c_str());
+  if (found >= 0) return found;
+  std::string accepted;
+  for (const char* name : names) accepted += std::string(accepted.empty() ? "" : ", ") + name;
+  STD_TORCH_CHECK(false, argument, ": got '", given, "', accepted: ", accepted, ".");
+  return found;
+}
+
+bool is_through(const std::string& flow) {
+  static constexpr const char* kFlows[] = {"local", "through"};
+  return named(kFlows, flow, "flow") == 1;
+}
+
+void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype.");
+  STD_TORCH_CHECK(x.numel() == numel, name, ": got ", x.numel(), " elements, expected ", numel, ".");
+  STD_TORCH_CHECK(x.is_contiguous(), name, ": must be contiguous.");
+  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+                  ": must be on the device of the other tensors.");
+}
+
+template <class T>
+const T* pointer(const Tensor& x) {
+  return static_cast<const T*>(x.data_ptr());
+}
+template <class T>
+T* output(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <class T>
+const T* checked(const Optional& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
+  if (!x) return nullptr;
+  check(*x, name, dtype, numel, like);
+  return pointer<T>(*x);
+}
+
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) { return torch::stable::new_empty(like, sizes, dtype); }
+
+Spans spans_of(const Optional& mask, const Tensor& cu_seqlens, const Optional& starts, int64_t num_tokens) {
+  STD_TORCH_CHECK(cu_seqlens.numel() >= 1, "cu_seqlens: got no element, expected [S + 1].");
+  check(cu_seqlens, "cu_seqlens", ScalarType::Long, cu_seqlens.numel(), cu_seqlens);
+  return {num_tokens, cu_seqlens.numel() - 1, pointer<int64_t>(cu_seqlens),
+          checked<bool>(mask, "mask", ScalarType::Bool, num_tokens, cu_seqlens),
+          checked<bool>(starts, "starts", ScalarType::Bool, num_tokens, cu_seqlens)};
+}
+
+// f(T{}) for the precision of x: float or double.
+template <class F>
+auto by_precision(const Tensor& x, const char* name, F&& f) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, name,
+                  ": expected float32 or float64.");
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+template <class T, size_t kCount>
+void fill_params(Param<T> (&params)[kCount], size_t expected, const std::vector<double>& numbers, const std::vector<Optional>& tensors,
+                 int64_t num_tokens, const Tensor& like) {
+  STD_TORCH_CHECK(numbers.size() == expected && tensors.size() == expected, "params: got ", numbers.size(), " numbers and ",
+                  tensors.size(), " tensors, expected ", expected, " of each.");
+  for (size_t k = 0; k < expected; ++k)
+    params[k] = {checked<T>(tensors[k], "param_tensors", like.scalar_type(), num_tokens, like), static_cast<T>(numbers[k])};
+}
+
+template <class... Gate>
+size_t num_params_of(std::tuple<Gate...>*, const std::string& gate) {
+  int found = -1;
+  ((Gate::name == gate ? void(found = Gate::num_params) : void()), ...);
+  const char* const names[] = {Gate::name...};
+  if (found < 0) named(names, gate, "gate");
+  return static_cast<size_t>(found);
+}
+
+std::tuple<Tensor, Tensor, Tensor> objective(
+    const Tensor& logp, const Tensor& old_logp, const Optional& advantages, const Optional& mask, const Tensor& cu_seqlens,
+    const Optional& starts, const Tensor& span_weight, const Tensor& normalizer, const Optional& token_weight,
+    const std::string& statistic, const std::string& flow, const std::string& gate, const std::vector<double>& params,
+    const std::vector<Optional>& param_tensors, double clamp, double cap) {
+  const ScalarType dtype = logp.scalar_type();
+  const int64_t n = logp.numel();
+  const Spans spans = spans_of(mask, cu_seqlens, starts, n);
+  const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
+  const bool through = is_through(flow);
+  const size_t num_params = num_params_of(static_cast<Gates*>(nullptr), gate);
+  check(cu_seqlens, "cu_seqlens", ScalarType::Long, spans.num_sequences + 1, logp);
+  check(span_weight, "span_weight", ScalarType::Double, spans.num_sequences, logp);
+  check(normalizer, "normalizer", ScalarType::Double, 1, logp);
+  const bool per_token = advantages && advantages->numel() == n;
+  return by_precision(logp, "logp", [&](auto precision) {
+    using T = decltype(precision);
+    Tensor loss = empty(logp, {}, dtype), coef = empty(logp, {n}, dtype), metrics = empty(logp, {kNumMetrics}, dtype);
+    check(logp, "logp", dtype, n, logp);
+    check(old_logp, "old_logp", dtype, n, logp);
+    ObjectiveArgs<T> args{};
+    args.spans = spans;
+    args.logp = pointer<T>(logp);
+    args.old_logp = pointer<T>(old_logp);
+    args.advantages = checked<T>(advantages, "advantages", dtype, per_token ? n : spans.num_sequences, logp);
+    args.advantages_per_token = per_token;
+    args.span_weight = pointer<double>(span_weight);
+    args.normalizer = pointer<double>(normalizer);
+    args.token_weight = checked<T>(token_weight, "token_weight", dtype, n, logp);
+    fill_params(args.params, num_params, params, param_tensors, n, logp);
+    args.clamp = static_cast<T>(clamp);
+    args.cap = static_cast<T>(cap);
+    args.loss = output<T>(loss);
+    args.coef = output<T>(coef);
+    args.metrics = output<T>(metrics);
+    on_device_of(logp, [&](const auto& device) { device.objective(args, which, through, gate.c_str()); });
+    return std::make_tuple(loss, coef, metrics);
+  });
+}
+
+Tensor run_statistic(const Tensor& input, const Tensor* input2, const Optional& mask, const Tensor& cu_seqlens,
+                     const Optional& starts, Statistic statistic, bool adjoint) {
+  const int64_t n = input.numel();
+  return by_precision(input, "logp", [&](auto precision) {
+    using T = decltype(precision);
+    check(input, "logp", input.scalar_type(), n, cu_seqlens);
+    if (input2) check(*input2, "old_logp", input.scalar_type(), n, input);
+    Tensor out = empty(input, {n}, input.scalar_type());
+    const StatisticArgs<T> args{spans_of(mask, cu_seqlens, starts, n), pointer<T>(input), input2 ? pointer<T>(*input2) : nullptr,
+                                output<T>(out)};
+    on_device_of(input, [&](const auto& device) { device.statistic(args, statistic, adjoint); });
+    return out;
+  });
+}
+
+Tensor statistic(const Tensor& logp, const Tensor& old_logp, const Optional& mask, const Tensor& cu_seqlens, const Optional& starts,
+                 const std::string& statistic) {
+  const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
+  return run_statistic(logp, &old_logp, mask, cu_seqlens, starts, which, false);
+}
+
+Tensor statistic_backward(const Tensor& grad, const Optional& mask, const Tensor& cu_seqlens, const Optional& starts,
+                          const std::string& statistic, const std::string& flow) {
+  const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
+  const bool masked = !is_through(flow) || which == Statistic::prefix_min || which == Statistic::token;
+  return run_statistic(grad, nullptr, mask, cu_seqlens, starts, masked ? Statistic::token : which, !masked);
+}
+
+std::tuple<Tensor, Tensor> position_adaptive_clip(const Tensor& log_ratio, const Optional& mask, const Tensor& cu_seqlens,
+                                                  const std::vector<double>& params, const std::vector<Optional>& param_tensors) {
+  const int64_t n = log_ratio.numel();
+  const ScalarType dtype = log_ratio.scalar_type();
+  return by_precision(log_ratio, "log_ratio", [&](auto precision) {
+    using T = decltype(precision);
+    check(log_ratio, "log_ratio", dtype, n, cu_seqlens);
+    Tensor clipped = empty(log_ratio, {n}, dtype), inside = empty(log_ratio, {n}, dtype);
+    BandArgs<T> args{};
+    args.spans = spans_of(mask, cu_seqlens, std::nullopt, n);
+    args.log_ratio = pointer<T>(log_ratio);
+    fill_params(args.params, 3, params, param_tensors, n, log_ratio);
+    args.clipped = output<T>(clipped);
+    args.inside = output<T>(inside);
+    on_device_of(log_ratio, [&](const auto& device) { device.position_adaptive_clip(args); });
+    return std::make_tuple(clipped, inside);
+  });
+}
+
+std::tuple<Tensor, Tensor> aggregation_weights(const Optional& mask, const Tensor& cu_seqlens, int64_t num_tokens,
+                                               const Optional& advantages, const Optional& group_ids, const std::string& span,
+                                               const std::string& unit) {
+  WeightArgs args{};
+  args.spans = spans_of(mask, cu_seqlens, std::nullopt, num_tokens);
+  const auto which = static_cast<Span>(named(kSpans, span, "span"));
+  const auto counted = static_cast<Unit>(named(kUnits, unit, "unit"));
+  const bool by_group = which == Span::group || which == Span::balanced || counted == Unit::groups;
+  STD_TORCH_CHECK(!by_group || group_ids, "group_ids: got none; span '", span, "' with unit '", unit, "' needs them.");
+  STD_TORCH_CHECK(which != Span::balanced || advantages, "advantages: got none; span 'balanced' needs them.");
+  args.group_ids = checked<int64_t>(group_ids, "group_ids", ScalarType::Long, args.spans.num_sequences, cu_seqlens);
+  if (advantages) {
+    args.advantages_double = advantages->scalar_type() == ScalarType::Double;
+    args.advantages_per_token = advantages->numel() == num_tokens;
+    const int64_t expected = args.advantages_per_token ? num_tokens : args.spans.num_sequences;
+    check(*advantages, "advantages", args.advantages_double ? ScalarType::Double : ScalarType::Float, expected, cu_seqlens);
+    args.advantages = advantages->data_ptr();
+  }
+  Tensor span_weight = empty(cu_seqlens, {args.spans.num_sequences}, ScalarType::Double);
+  Tensor count = torch::stable::new_zeros(cu_seqlens, {}, ScalarType::Long);
+  args.span_weight = output<double>(span_weight);
+  args.count = output<int64_t>(count);
+  if (args.spans.num_sequences > 0) on_device_of(cu_seqlens, [&](const auto& device) { device.aggregation_weights(args, which, counted); });
+  return std::make_tuple(span_weight, count);
+}
+
+// f(Logit{}, T{}): how the logits are stored, and the precision of everything derived from them.
+template <class F>
+void by_logit(const Tensor& logits, F&& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return f(float{}, float{});
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(BFloat16{}, float{});
+    case ScalarType::Half: return f(Half{}, float{});
+    default: STD_TORCH_CHECK(false, "logits: expected bfloat16, float16, float32 or float64.");
+  }
+}
+
+template <class Logit, class T>
+LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, double temperature) {
+  STD_TORCH_CHECK(logits.dim() == 3 && ids.dim() == 2, "logits: expected [B, T, V] with ids [B, T].");
+  STD_TORCH_CHECK(logits.stride(2) == 1 || logits.size(2) == 1, "logits: the last stride must be 1.");
+  STD_TORCH_CHECK(logits.size(2) >= 1, "logits: expected V >= 1.");
+  STD_TORCH_CHECK(ids.size(0) == logits.size(0) && ids.size(1) == logits.size(1), "ids: expected one per row of logits.");
+  check(ids, "ids", ScalarType::Long, ids.numel(), logits);
+  LogprobArgs<Logit, T> args{};
+  args.batch = logits.size(0), args.time = logits.size(1), args.vocab = logits.size(2);
+  args.stride_batch = logits.stride(0), args.stride_time = logits.stride(1);
+  args.logits = pointer<Logit>(logits);
+  args.ids = pointer<int64_t>(ids);
+  args.temperature = static_cast<T>(temperature);
+  return args;
+}
+
+ScalarType precision_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
+  const Sizes sizes{ids.size(0), ids.size(1)};
+  const ScalarType dtype = precision_of(logits);
+  Tensor logp = empty(ids, sizes, dtype), entropy = empty(ids, sizes, dtype), lse = empty(ids, sizes, dtype);
+  by_logit(logits, [&](auto logit, auto precision) {
+    using T = decltype(precision);
+    auto args = logprob_args<decltype(logit), T>(logits, ids, temperature);
+    args.logp = output<T>(logp);
+    args.entropy = output<T>(entropy);
+    args.lse = output<T>(lse);
+    if (ids.numel() > 0) on_device_of(logits, [&](const auto& device) { device.token_logprobs(args); });
+  });
+  return std::make_tuple(logp, entropy, lse);
+}
+
+Tensor token_logprobs_backward(const Optional& grad_logp, const Optional& grad_entropy, const Tensor& logits, const Tensor& ids,
+                               const Tensor& lse, const Tensor& entropy, double temperature) {
+  Tensor grad = empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  const ScalarType dtype = precision_of(logits);
+  const int64_t rows = ids.numel();
+  by_logit(logits, [&](auto logit, auto precision) {
+    using T = decltype(precision);
+    auto args = logprob_args<decltype(logit), T>(logits, ids, temperature);
+    check(lse, "lse", dtype, rows, logits);
+    check(entropy, "entropy", dtype, rows, logits);
+    args.lse = output<T>(lse);
+    args.entropy = output<T>(entropy);
+    args.grad_logp = checked<T>(grad_logp, "grad_logp", dtype, rows, logits);
+    args.grad_entropy = checked<T>(grad_entropy, "grad_entropy", dtype, rows, logits);
+    args.grad_logits = output<decltype(logit)>(grad);
+    if (rows > 0) on_device_of(logits, [&](const auto& device) { device.token_logprobs_backward(args); });
+  });
+  return grad;
+}
+
+}  // namespace
+}  // namespace tokenrl
+
+#define TOKENRL_IMPLEMENT(m)                                                                   \
+  m.impl("objective", TORCH_BOX(&tokenrl::objective));                                         \
+  m.impl("statistic", TORCH_BOX(&tokenrl::statistic));                                         \
+  m.impl("statistic_backward", TORCH_BOX(&tokenrl::statistic_backward));                       \
+  m.impl("position_adaptive_clip", TORCH_BOX(&tokenrl::position_adaptive_clip));               \
+  m.impl("aggregation_weights", TORCH_BOX(&tokenrl::aggregation_weights));                     \
+  m.impl("token_logprobs", TORCH_BOX(&tokenrl::token_logprobs));                               \
+  m.impl("token_logprobs_backward", TORCH_BOX(&tokenrl::token_logprobs_backward))
+
+// One more step of expansion: torch's macros paste their argument.
+#define TOKENRL_DEFINE(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define TOKENRL_IMPL_FOR(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
+  m.def(
+      "objective(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
+      "Tensor span_weight, Tensor normalizer, Tensor? token_weight, str statistic, str flow, str gate, float[] params, "
+      "Tensor?[] param_tensors, float clamp, float cap) -> (Tensor loss, Tensor coef, Tensor metrics)");
+  m.def("statistic(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) -> Tensor");
+  m.def("statistic_backward(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) -> Tensor");
+  m.def(
+      "position_adaptive_clip(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, Tensor?[] param_tensors) "
+      "-> (Tensor clipped, Tensor inside)");
+  m.def(
+      "aggregation_weights(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, str span, "
+      "str unit) -> (Tensor span_weight, Tensor count)");
+  m.def("token_logprobs(Tensor logits, Tensor ids, float temperature) -> (Tensor logp, Tensor entropy, Tensor lse)");
+  m.def(
+      "token_logprobs_backward(Tensor? grad_logp, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor lse, Tensor entropy, "
+      "float temperature) -> Tensor");
+}
+
+TOKENRL_IMPL_FOR(TOKENRL_LIBRARY, CPU, m) { TOKENRL_IMPLEMENT(m); }
+#ifdef TOKENRL_WITH_CUDA
+TOKENRL_IMPL_FOR(TOKENRL_LIBRARY, CUDA, m) { TOKENRL_IMPLEMENT(m); }
+#endif
