@@ -1,7 +1,7 @@
 """Compiles the Triton kernels through the package's own launchers without a GPU: python aot.py ARCH (or ARCH canary).
 
-A stand-in driver names the target and nothing is launched, so arguments are specialised as on a GPU. Prints one JSON line per kernel. Runs in its own
-process, without TRITON_INTERPRET.
+A stand-in driver names the target and nothing is launched, so arguments are specialised as on a GPU. Prints one JSON
+line per kernel. Runs in its own process, without TRITON_INTERPRET.
 """
 
 import json
@@ -59,7 +59,7 @@ def resources(kernel) -> dict:
 
 
 def wide_loads(kernel) -> int:
-    """Loads of at least 16 bytes from global memory in the PTX, straight to registers or (cp.async) to shared memory."""
+    """Loads of at least 16 bytes from global memory in the PTX, to registers or (cp.async) to shared memory."""
     wide = r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)|cp\.async\.cg\.shared\.global .*, 0x10"
     return len(re.findall(wide, kernel.asm["ptx"]))
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compile of every Triton kernel for three GPU generations, without a GPU: no spills, wide loads of the logits."""
+"""Every Triton kernel compiled for three GPU generations, without a GPU: no spills, wide loads of the logits."""
 
 import concurrent.futures
 import functools
@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 ARCHS = (80, 90, 100)
 KERNELS = {
-    "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel", "forward_kernel",
-    "backward_kernel",
+    "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
+    "forward_kernel", "backward_kernel",
 }  # fmt: skip
 
 
@@ -35,7 +35,10 @@ def kernels() -> dict[int, list[dict]]:
 
 
 def table(rows: list[dict]) -> str:
-    line = "sm_{arch:<4} {kernel:<17} {case:<44} {reg:>4} registers {stack:>4} B stack {shared:>6} B shared {warps:>3} warps {seconds:>6} s"
+    line = (
+        "sm_{arch:<4} {kernel:<17} {case:<44} {reg:>4} registers {stack:>4} B stack {shared:>6} B shared {warps:>3} "
+        "warps {seconds:>6} s"
+    )
     return "\n".join(line.format(**row) for row in rows)
 
 

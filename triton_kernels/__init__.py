@@ -17,8 +17,8 @@ OPS = {
     for op in (
         objective, statistic, statistic_backward, position_adaptive_clip, aggregation_weights, token_logprobs,
         token_logprobs_backward,
-    )  # fmt: skip
-}
+    )
+}  # fmt: skip
 _library = torch.library.Library("tokenrl_triton", "DEF")
 for _name, _op in OPS.items():
     _library.define(_name + SCHEMAS[_name])

@@ -25,7 +25,7 @@ def count_kernel(
     spans, advantages, counts, signs, span_weight, total, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Valid tokens and sign of the advantage of one sequence; its weight where that needs no group; tokens and rows in total."""
+    """Valid tokens and sign of one sequence; its weight where that needs no group; tokens and rows in total."""
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     numbers, sums = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.float64)
@@ -65,21 +65,14 @@ def group_kernel(
     counts, signs, group_ids, span_weight, total, num_sequences, SPAN: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of TILE sequences from the counts of all sequences in their groups; a group is counted at its first sequence."""
+    """Weights of TILE sequences from the counts in their groups; a group is counted at its first sequence."""
     own = tl.program_id(0) * TILE + tl.arange(0, TILE)
     exists = own < num_sequences
     group = tl.load(group_ids + own, mask=exists, other=0)
     n = tl.load(counts + own, mask=exists, other=0)
-    tokens, tokens_positive, tokens_negative = (
-        tl.zeros((TILE,), tl.int64),
-        tl.zeros((TILE,), tl.int64),
-        tl.zeros((TILE,), tl.int64),
-    )
-    positives, negatives, earlier = (
-        tl.zeros((TILE,), tl.int32),
-        tl.zeros((TILE,), tl.int32),
-        tl.zeros((TILE,), tl.int32),
-    )
+    none, zero = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int64)
+    positives, negatives, earlier = none, none, none
+    tokens, tokens_positive, tokens_negative = zero, zero, zero
     for first in range(0, num_sequences, TILE):
         other = first + tl.arange(0, TILE)
         others = tl.load(counts + other, mask=other < num_sequences, other=0)

@@ -47,7 +47,7 @@ def clip_kernel(
 def position_adaptive_clip(
     log_ratio: Tensor, mask: Tensor | None, cu_seqlens: Tensor, params: list[float], param_tensors: list[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """clip(x, -eps_low t^power, eps_high t^power) and where x lies inside, as 1 and 0; [N] each, zero in masked cells."""
+    """clip(x, -eps_low t^power, eps_high t^power) and where x lies inside (1 or 0); [N] each, zero in masked cells."""
     sequences = cu_seqlens.numel() - 1
     if sequences == 0:
         return torch.zeros_like(log_ratio), torch.zeros_like(log_ratio)

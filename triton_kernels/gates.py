@@ -1,7 +1,7 @@
 """One function per gate: the loss of one token and its partials. Formulas and sources: tokenrl/gates.py.
 
 gate(s, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
-s, logp, advantage, t: blocks of tokens (t: the position, 1-based); parameters: numbers or blocks, in the order of params().
+s, logp, advantage, t: blocks of tokens (t: the position, 1-based); parameters: numbers or blocks, as in params().
 d_s, d_logp: partials with respect to the statistic and the own log-prob; low, high, dual: where that bound is active.
 Each derivative stands on the line after its value.
 """
@@ -14,7 +14,7 @@ from .scalar import clip, expm1_of, exponential, k3_of, larger, power, smaller
 
 @triton.jit
 def _bounded(advantage, x, low, high, dual):
-    """The y between which and x the loss -A y (y = x or clip(x)) is larger, at most dual where A < 0; the active bounds."""
+    """y of x and clip(x) with the larger loss -A y, at most dual where A < 0; and which bounds are active."""
     positive, negative = advantage > 0, advantage < 0
     clipped = clip(x, low, high)
     y = tl.where(positive, smaller(x, clipped), smaller(larger(x, clipped), dual))

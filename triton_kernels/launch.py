@@ -17,7 +17,7 @@ def on_device_of(x: Tensor):
 
 
 def token_block(num_tokens: int, num_sequences: int) -> int:
-    """Tokens of a sequence per block: about the mean length, so that short sequences waste little and long ones are walked."""
+    """Tokens of a sequence per block: about the mean length; longer sequences are walked."""
     mean = triton.cdiv(num_tokens, max(num_sequences, 1))
     return min(max(triton.next_power_of_2(mean), 16 if interpreting() else 128), 512)
 

@@ -109,7 +109,7 @@ def objective(
     starts: Tensor | None, span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str,
     flow: str, gate: str, params: list[float], param_tensors: list[Tensor | None], clamp: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss 0-d, coef [N], metrics [9]); the contract is in tokenrl/backends.py, the formulas in tokenrl/reference.py."""
+    """(loss 0-d, coef [N], metrics [9]); contract: tokenrl/backends.py, formulas: tokenrl/reference.py."""
     num_tokens, sequences = logp.numel(), cu_seqlens.numel() - 1
     if sequences == 0:
         return _nothing(logp)

@@ -52,8 +52,9 @@ def _beyond_linear(r):
 
 @triton.jit
 def exponential(x):
-    """e^x within 1 ulp. tl.exp rounds x log2(e) once in fp32, which costs |x| ulp: here x = n ln2 + r comes first, and 2^n is put
-    together from two halves so that neither over- nor underflows early."""
+    """e^x within 1 ulp. tl.exp rounds x log2(e) in fp32, which costs |x| ulp: here x = n ln2 + r comes first.
+
+    2^n is put together from two halves so that neither over- nor underflows early."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:

@@ -1,7 +1,7 @@
-"""Where sequences, segments and valid tokens lie, and sums, minima and copies along them, one block of tokens at a time.
+"""Where sequences, segments and valid tokens lie; sums, minima and copies along them, one block of tokens at a time.
 
-A program walks its sequence in blocks; what crosses a block's border is a carry. `reset` marks the tokens at which a new span
-begins in the direction of the walk; it is looked at only where there are segments.
+A program walks its sequence in blocks; what crosses a block's border is a carry. `reset` marks the tokens at which a
+new span begins in the direction of the walk; it is looked at only where there are segments.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .scalar import clip, smaller
 
 
 class Spans(NamedTuple):
-    """Kernel argument: the boundaries int64 [S + 1], mask and starts bool [N] or None; boundaries are clamped to [0, N]."""
+    """Kernel argument: boundaries int64 [S + 1], clamped to [0, N] when read; mask and starts bool [N] or None."""
 
     cu_seqlens: Tensor
     mask: Tensor | None
@@ -73,7 +73,7 @@ def fill_outside(spans, i, begin, end, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def log_ratios(logp, old_logp, at, valid, clamp):
-    """logp and its difference to old_logp (None: 0), clamped to +-clamp (None: not), zero in masked cells; and where the clamp does not bind."""
+    """logp; x = logp - old_logp (None: 0) clamped to +-clamp (None: not); where the clamp does not bind. Masked: 0."""
     own = tl.load(logp + at, mask=valid, other=0.0)
     x = own
     if old_logp is not None:
@@ -139,7 +139,7 @@ def spread(x, reset, carry, REVERSE: tl.constexpr):
 
 @triton.jit
 def exclusive_minima(spans, logp, old_logp, clamp, at, begin, end, reset, carry):
-    """The least log ratio of the valid tokens before each token of the block in its span, inf where there are none; and the carry."""
+    """The least log ratio of the valid tokens before each token in its span, inf where there are none; the carry."""
     before = valid_tokens(spans, at - 1, (at > begin) & (at <= end))
     if spans.starts is not None:
         before = before & (reset == 0)

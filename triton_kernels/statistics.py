@@ -1,7 +1,7 @@
 """The statistics of log ratios (tokenrl/statistics.py) and their adjoints: ops statistic and statistic_backward.
 
-One program per sequence. Prefix statistics are one walk forwards, their adjoint one walk backwards; with segments a span
-statistic walks forwards for the totals and backwards to hand them to every token of the segment.
+One program per sequence. Prefix statistics are one walk forwards, their adjoint one walk backwards; with segments a
+span statistic walks forwards for the totals and backwards to hand them to every token of the segment.
 """
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import launch
 from .spans import (
-    Spans, exclusive_minima, fill_outside, log_ratios, running_sum, segment_ends, segment_starts, sequence, spread,
+    Spans,
+    exclusive_minima,
+    fill_outside,
+    log_ratios,
+    running_sum,
+    segment_ends,
+    segment_starts,
+    sequence,
+    spread,
     valid_tokens,
 )  # fmt: skip
 
@@ -75,7 +83,7 @@ def segment_sums(spans, logp, old_logp, clamp, begin, end, sums_out, counts_out,
 
 @triton.jit
 def segment_totals(spans, at, begin, end, sums, counts, total, n):
-    """What segment_sums stored, and the totals of its segments, for one block of a walk backwards; total and n are the carries."""
+    """Totals and counts of a block's segments, what segment_sums counted, and the carries, on a walk backwards."""
     inside = (at >= begin) & (at < end)
     ends = segment_ends(spans, at, end)
     count = tl.load(counts + at, mask=inside, other=0)

@@ -1,7 +1,7 @@
 """Ops token_logprobs and token_logprobs_backward: log-prob of an id, entropy and log-sum-exp over one row of logits.
 
-One program per row, which it reads once in blocks. Blocks begin at multiples of ALIGN elements of the buffer, not at the row's own start:
-with a vocabulary that 16 bytes do not divide, only a row's first and last block pay for narrow loads.
+One program per row, which it reads once in blocks. Blocks begin at multiples of ALIGN elements of the buffer, not
+at the row's own start: where 16 bytes do not divide a row, only its first and last block pay for narrow loads.
 """
 
 import torch

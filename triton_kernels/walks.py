@@ -1,7 +1,7 @@
-"""The walks of the objective kernel along one sequence: gates of every token, coef = dloss/dlogp, sums for loss and metrics.
+"""The walks of the objective kernel along one sequence: gates, coef = dloss/dlogp, sums for loss and metrics.
 
-Token and prefix statistics: one walk forwards; under flow "through" it leaves g = w dl/ds behind, and a walk backwards adds the
-suffix sums of g. Span statistics: totals first, then gates, then (through) the totals of g.
+Token and prefix statistics: one walk forwards; under flow "through" it leaves g = w dl/ds behind, and a walk backwards
+adds the suffix sums of g. Span statistics: totals first, then gates, then (through) the totals of g.
 """
 
 from typing import NamedTuple
@@ -73,8 +73,8 @@ def prefix_walk(
     GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gates of token and prefix statistics. coef is final but for a prefix under flow "through": then it holds w dl/dlogp, and
-    scratch what suffix_walk adds up."""
+    """Gates of token and prefix statistics. coef is final except for a prefix under flow "through": there it holds
+    w dl/dlogp, and scratch what suffix_walk adds up."""
     T: tl.constexpr = coef.dtype.element_ty
     sums, t = no_sums(BLOCK, T), tl.full((BLOCK,), 1, T)
     carry, count = first_carry(STATISTIC, T), tl.zeros((), tl.int32)
@@ -160,7 +160,7 @@ def segment_walk(
     spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, counts, STATISTIC: tl.constexpr,
     FLOW: tl.constexpr, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gates where spans are segments: sums forwards; totals and gates backwards, where scratch gets the suffix sums of g."""
+    """Gates where spans are segments: sums forwards; totals and gates backwards; scratch gets the suffix sums of g."""
     T: tl.constexpr = coef.dtype.element_ty
     segment_sums(spans, tokens.logp, tokens.old_logp, numbers[0], begin, end, scratch, counts, BLOCK)
     sums, total, n = no_sums(BLOCK, T), tl.zeros((), T), tl.zeros((), tl.int32)

@@ -17,16 +17,29 @@ inline void parallel(const Threads& threads, int64_t n, int64_t grain, F&& f) {
   threads.run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// Loss and metrics of one sequence.
-template <class T>
+// Loss and metrics of some tokens.
 struct Totals {
-  T loss, metrics[kNumMetrics];
+  double loss, metrics[kNumMetrics];
+
+  TRL_HD static Totals nothing() {
+    Totals totals{};
+    totals.metrics[kRatioMin] = infinity<double>();
+    totals.metrics[kRatioMax] = -infinity<double>();
+    return totals;
+  }
+  TRL_HD void add(const Totals& other) {
+    loss += other.loss;
+    for (int k = 0; k < kNumMetrics; ++k)
+      metrics[k] = k == kRatioMin   ? smaller(metrics[k], other.metrics[k])
+                   : k == kRatioMax ? larger(metrics[k], other.metrics[k])
+                                    : metrics[k] + other.metrics[k];
+  }
 };
 
 // totals: one per sequence. False when there is no gate of that name.
 #define TOKENRL_CPU_KERNELS                                                                                              \
   template <class T>                                                                                                     \
-  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals<T>* totals, \
+  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals, \
                  const Threads& threads);                                                                                \
   template <class Logit, class T>                                                                                        \
   void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                                        \

@@ -8,6 +8,9 @@
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
+// Tokens whose sums are taken in T; blocks are added up in double.
+constexpr int64_t kBlock = 256;
+
 // One entry per token of a sequence; masked cells hold harmless numbers and weight 0.
 template <class T>
 struct Lanes {
@@ -42,16 +45,17 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   }
 }
 
-// Value, partials and metrics of n tokens. kPerToken: some parameter is a tensor.
+// Value and partials of tokens first to last, and their metrics. kPerToken: some parameter is a tensor.
 template <class T, class Gate, bool kPerToken>
-inline Totals<T> gate_loop(const ObjectiveArgs<T>& args, int64_t begin, int64_t n, const Lanes<T>& lanes) {
+inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes,
+                      Totals& totals) {
   T loss = 0, tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>();
   T low = 0, high = 0, dual = 0, kl = 0, squares = 0;
 #pragma omp simd reduction(+ : loss, tokens, sum, low, high, dual, kl, squares) reduction(min : lowest) reduction(max : highest)
-  for (int64_t k = 0; k < n; ++k) {
+  for (int64_t k = first; k < last; ++k) {
     T p[kMaxParams];
     for (int j = 0; j < Gate::num_params; ++j)
-      p[j] = kPerToken && args.params[j].tensor && lanes.valid[k] != 0 ? args.params[j].tensor[begin + k] : args.params[j].value;
+      p[j] = kPerToken && args.params[j].tensor && lanes.valid[k] != 0 ? args.params[j].tensor[token + k] : args.params[j].value;
     const T valid = lanes.valid[k], weight = lanes.weight[k], uncapped = lanes.s[k], s = smaller(uncapped, args.cap);
     const Gated<T> g = Gate::eval(GateInput<T>{s, lanes.logp[k], lanes.advantage[k], larger(lanes.t[k], T(1)), p});
     const T ratio = exponential(s);
@@ -70,11 +74,11 @@ inline Totals<T> gate_loop(const ObjectiveArgs<T>& args, int64_t begin, int64_t 
     dual += counts ? g.dual : T(0);
     kl += counts ? excess(lanes.x[k]) : T(0);
   }
-  return {loss, {tokens, sum, lowest, highest, low, high, dual, kl, squares}};
+  totals.add({loss, {tokens, sum, lowest, highest, low, high, dual, kl, squares}});
 }
 
 template <class T, class Gate>
-void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory, Totals<T>& totals) {
+void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory, Totals& totals) {
   const Sequence q = sequence_of(args.spans, i);
   const int64_t n = larger(q.end - q.begin, int64_t{0});
   const Lanes<T> lanes(memory, n);
@@ -82,7 +86,12 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
   statistic_of(args.spans, q, statistic, lanes.x, lanes.s, lanes.t);
   bool per_token = false;
   for (int j = 0; j < Gate::num_params; ++j) per_token = per_token || args.params[j].tensor;
-  totals = per_token ? gate_loop<T, Gate, true>(args, q.begin, n, lanes) : gate_loop<T, Gate, false>(args, q.begin, n, lanes);
+  totals = Totals::nothing();
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = smaller(first + kBlock, n);
+    if (per_token) gate_loop<T, Gate, true>(args, q.begin, first, last, lanes, totals);
+    else gate_loop<T, Gate, false>(args, q.begin, first, last, lanes, totals);
+  }
   if (through && statistic != Statistic::token) adjoint_of(args.spans, q, statistic, lanes.t, lanes.shared);
   T* coef = args.coef + q.begin;
   for (int64_t k = 0; k < n; ++k) {
@@ -92,7 +101,7 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
 }
 
 template <class T, class Gate>
-void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Totals<T>* totals, const Threads& threads) {
+void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Totals* totals, const Threads& threads) {
   const int64_t grain = larger(int64_t{1}, 4096 * args.spans.num_sequences / larger(args.spans.num_tokens, int64_t{1}));
   parallel(threads, args.spans.num_sequences, grain, [&](int64_t begin, int64_t end) {
     int64_t longest = 1;
@@ -109,19 +118,19 @@ void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, T
 
 template <class T, class... Gate>
 bool run_named(std::tuple<Gate...>*, const char* name, const ObjectiveArgs<T>& args, Statistic statistic, bool through,
-               Totals<T>* totals, const Threads& threads) {
+               Totals* totals, const Threads& threads) {
   return ((std::strcmp(Gate::name, name) == 0 && (run_gate<T, Gate>(args, statistic, through, totals, threads), true)) || ...);
 }
 
 }  // namespace
 
 template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals<T>* totals,
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals,
                const Threads& threads) {
   return run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
 }
 
-template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, Totals<float>*, const Threads&);
-template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, Totals<double>*, const Threads&);
+template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, Totals*, const Threads&);
+template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, Totals*, const Threads&);
 
 }  // namespace tokenrl::cpu::TOKENRL_ISA

@@ -4,6 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../introspection.h"
 #include "kernels.h"
 #include "walk.h"
 
@@ -34,7 +35,7 @@ Isa widest() {
 #endif
 
 template <class T>
-bool each_objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals<T>* totals,
+bool each_objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals,
                     const Threads& threads) {
   TOKENRL_BY_ISA(objective(args, statistic, through, gate, totals, threads));
 }
@@ -66,23 +67,13 @@ Isa instruction_set() {
 
 template <class T>
 bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, const Threads& threads) {
-  std::vector<Totals<T>> totals(static_cast<size_t>(args.spans.num_sequences));
+  std::vector<Totals> totals(static_cast<size_t>(args.spans.num_sequences));
   clear_outside(args.spans, args.coef);
   if (!each_objective(args, statistic, through, gate, totals.data(), threads)) return false;
-  double loss = 0, metrics[kNumMetrics] = {};
-  metrics[kRatioMin] = infinity<double>();
-  metrics[kRatioMax] = -infinity<double>();
-  for (const Totals<T>& one : totals) {
-    loss += one.loss;
-    for (int k = 0; k < kNumMetrics; ++k) {
-      const double value = one.metrics[k];
-      metrics[k] = k == kRatioMin   ? smaller(metrics[k], value)
-                   : k == kRatioMax ? larger(metrics[k], value)
-                                    : metrics[k] + value;
-    }
-  }
-  args.loss[0] = static_cast<T>(loss);
-  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(metrics[k]);
+  Totals sum = Totals::nothing();
+  for (const Totals& one : totals) sum.add(one);
+  args.loss[0] = static_cast<T>(sum.loss);
+  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
   return true;
 }
 
@@ -162,10 +153,10 @@ SequenceCount count_of(const WeightArgs& args, int64_t i) {
     return args.advantages_double ? static_cast<const double*>(args.advantages)[at] : static_cast<const float*>(args.advantages)[at];
   };
   SequenceCount count;
-  for (int64_t token = q.begin; token < q.end; ++token) {
-    if (!is_valid(args.spans, token)) continue;
-    ++count.tokens;
-    if (args.advantages && args.advantages_per_token) count.advantage += advantage(token);
+  for (int64_t token = q.begin; token < q.end; ++token) count.tokens += is_valid(args.spans, token);
+  if (args.advantages && args.advantages_per_token) {
+    for (int64_t token = q.begin; token < q.end; ++token)
+      if (is_valid(args.spans, token)) count.advantage += advantage(token);
   }
   if (args.advantages && !args.advantages_per_token) count.advantage = advantage(i);
   return count;
@@ -230,3 +221,5 @@ TOKENRL_INSTANTIATE(BFloat16, float)
 TOKENRL_INSTANTIATE(Half, float)
 
 }  // namespace tokenrl::cpu
+
+const char* tokenrl_instruction_set() { return tokenrl::cpu::kIsas[static_cast<int>(tokenrl::cpu::instruction_set())]; }

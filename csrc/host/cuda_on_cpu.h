@@ -1,11 +1,12 @@
 // Runs CUDA kernels on the CPU, in tests: the same .cu files, compiled by a plain C++ compiler with this header.
 //
 // Every CUDA thread is a fibre (its own stack, switched by hand); blocks run one after another on the calling thread. A fibre runs
-// until it waits at a barrier or in a warp operation, so a schedule is the order in which waiting threads get their turn:
-// 0 in order, 1 reversed, any other number shuffled anew with that seed in every round (environment TOKENRL_SCHEDULE, or schedule()).
-// A race that a missing barrier opens shows in some schedule; shared memory starts as 0xFF, and is on the heap, where the address
-// sanitizer sees its ends. What real hardware would hang on or leave undefined (a barrier that some threads never reach, a warp mask
-// that names finished lanes) ends the process with a message. Blocks and grids are one-dimensional.
+// until it waits at a barrier or in a warp operation. A schedule is who gets the next turn: 0 in order, 1 in reverse, each warp as far
+// as it can go before the next; any other number is a seed that shuffles blocks, warps, lanes and how long a warp's turn lasts
+// (environment TOKENRL_SCHEDULE, or schedule()). A race that a missing barrier opens shows in some schedule. Shared memory starts as
+// 0xFF, and is on the heap, where the address sanitizer sees its ends. What real hardware would hang on or leave undefined (a barrier
+// that some threads never reach, a warp mask that names finished lanes) ends the process with a message. Blocks and grids are
+// one-dimensional; blocks do not overlap, so races between blocks are not seen.
 #pragma once
 
 #include "fibres.h"

@@ -163,13 +163,30 @@ class Order {
     if (schedule() > 1) std::shuffle(order_.begin(), order_.end(), random_);
     return order_;
   }
+  // Whether a warp that can go on does so before others get their turn; always, unless the schedule is shuffled.
+  bool stays() { return schedule() < 2 || random_() % 2 == 0; }
 
  private:
   std::vector<unsigned> order_;
   std::mt19937 random_;
 };
 
-inline void run_block(Order& order) {
+// Runs lanes of a warp, each until it waits; whether any could run.
+inline bool run_warp(unsigned warp, Order& lanes) {
+  bool moved = false, again = true;
+  while (again) {
+    again = false;
+    for (unsigned lane : lanes.next()) {
+      if (block().fibres[warp * 32 + lane].state != State::ready) continue;
+      resume(warp * 32 + lane);
+      moved = again = true;
+    }
+    again = again && lanes.stays();
+  }
+  return moved;
+}
+
+inline void run_block(Order& warps, Order& lanes) {
   Block& b = block();
   for (auto& [memory, bytes] : b.static_shared) std::memset(memory, 0xFF, bytes);
   std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xFF);
@@ -179,11 +196,7 @@ inline void run_block(Order& order) {
   b.waiting = 0;
   while (b.live > 0) {
     bool moved = false;
-    for (unsigned i : order.next()) {
-      if (b.fibres[i].state != State::ready) continue;
-      resume(i);
-      moved = true;
-    }
+    for (unsigned warp : warps.next()) moved |= run_warp(warp, lanes);
     if (!moved) fail("deadlock: no thread can go on");
   }
 }
@@ -199,10 +212,10 @@ void launch(int64_t grid, int64_t threads, size_t shared_bytes, const Body& body
   b.closure = &body;
   gridDim.x = static_cast<unsigned>(grid);
   blockDim.x = static_cast<unsigned>(threads);
-  Order blocks(grid), turns(threads);
+  Order blocks(grid), warps(threads / 32), lanes(32);
   for (unsigned i : blocks.next()) {
     blockIdx.x = i;
-    run_block(turns);
+    run_block(warps, lanes);
   }
 }
 

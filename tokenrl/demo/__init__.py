@@ -1,0 +1,65 @@
+"""`tokenrl demo`: trains a small policy with two objectives, then shows what the loss head costs and how exact each backend is."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config; nothing is ever downloaded
+
+from .. import backends  # noqa: E402
+from . import parity, plots, report  # noqa: E402
+from .model import build, response_logits  # noqa: E402
+from .report import OBJECTIVES, Result, Trained  # noqa: E402
+from .train import Settings, evaluate, reinforce, warm_up  # noqa: E402
+
+__all__ = ["Result", "Settings", "run"]
+
+
+def run(out: Path, settings: Settings, console: Console) -> Result:
+    """The whole demo; writes report.txt, curves.png and rollouts.safetensors into `out` and prints the report."""
+    begin = time.perf_counter(), time.process_time()
+    random.seed(settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = Result(settings, backends.choose(None, device).name, device.type)
+    result.warm_up_steps, result.trained = _train(settings, device, console)
+    result.recording = _recorded(result.trained[OBJECTIVES[-1]], settings)
+    for name in OBJECTIVES:
+        result.timings[name] = parity.timings(name, result.recording)
+    result.parity = parity.parity(result.recording, OBJECTIVES)
+    result.paths = [report.save_rollouts(result, out / "rollouts.safetensors"), plots.curves(result, out / "curves.png")]
+    result.wall, result.cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    result.paths.append(report.write(result, out / "report.txt", console))
+    return result
+
+
+def _train(settings: Settings, device: torch.device, console: Console) -> tuple[int, dict[str, Trained]]:
+    """The number of warm-up steps, and what each objective made of the same warm start."""
+    columns = TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TextColumn("reward {task.fields[reward]:.2f}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars = {"warm-up": progress.add_task("warm-up", total=settings.warm_up_steps, reward=0.0)}
+        for name in OBJECTIVES:
+            bars[name] = progress.add_task(name, total=settings.steps, reward=0.0, start=False)
+        model = build(settings.seed, device)
+        steps = warm_up(model, settings, lambda step, reward: progress.update(bars["warm-up"], completed=step, reward=reward))
+        before = {"sampled": evaluate(model, settings), "greedy": evaluate(model, settings, greedy=True)}
+        progress.update(bars["warm-up"], total=steps, completed=steps, reward=before["sampled"])
+        trained = {}
+        for name in OBJECTIVES:
+            progress.start_task(bars[name])
+            moved, history, batch = reinforce(
+                model, name, settings, lambda step, reward, bar=bars[name]: progress.update(bar, completed=step, reward=reward)
+            )
+            after = {"sampled": evaluate(moved, settings), "greedy": evaluate(moved, settings, greedy=True)}
+            trained[name] = Trained(moved, history, batch, before, after)
+    return steps, trained
+
+
+@torch.no_grad()
+def _recorded(trained: Trained, settings: Settings) -> parity.Recording:
+    return parity.Recording(trained.batch, response_logits(trained.model, trained.batch.tokens).clone(), settings.temperature)

@@ -1,4 +1,4 @@
-"""The demo's task: the running totals, modulo ten, of a row of digits, one character each: "7583=" -> "203." (7+5, +8, +3).
+"""The demo's task: the running totals, modulo five, of a row of digits, one character each: "3142=" -> "430." (3+1, +4, +2).
 
 Prompts are filled with blanks to a fixed width, so that batches need no attention mask.
 """
@@ -9,7 +9,8 @@ import zlib
 import torch
 from torch import Tensor
 
-CHARACTERS = "0123456789=. "
+MODULUS = 5
+CHARACTERS = "01234=. "
 END, BLANK = CHARACTERS.index("."), CHARACTERS.index(" ")
 MIN_TERMS, MAX_TERMS = 4, 12
 PROMPT_LENGTH = MAX_TERMS + 1
@@ -19,19 +20,18 @@ Terms = tuple[int, ...]
 
 
 def prompt(terms: Terms) -> str:
-    """(7, 5, 8, 3) -> "7583=        ", PROMPT_LENGTH characters."""
+    """(3, 1, 4, 2) -> "3142=        ", PROMPT_LENGTH characters."""
     return ("".join(map(str, terms)) + "=").ljust(PROMPT_LENGTH)
 
 
 def solution(terms: Terms) -> str:
-    """(7, 5, 8, 3) -> "203."."""
-    return "".join(str(sum(terms[: i + 1]) % 10) for i in range(1, len(terms))) + "."
+    """(3, 1, 4, 2) -> "430."."""
+    return "".join(str(sum(terms[: i + 1]) % MODULUS) for i in range(1, len(terms))) + "."
 
 
 def reward(terms: Terms, response: str) -> float:
-    """1 when the digit before the first "." is the sum modulo ten, and there is a total for each step; else 0."""
-    totals, end, _ = response.partition(".")
-    return float(end == "." and len(totals) == len(terms) - 1 and totals[-1] == str(sum(terms) % 10))
+    """1 when the response up to its first "." is right in every total, else 0."""
+    return float(response.partition(".")[0] + "." == solution(terms) and "." in response)
 
 
 def held_out(terms: Terms) -> bool:
@@ -43,7 +43,7 @@ def problems(count: int, source: random.Random, evaluation: bool = False) -> lis
     """Random problems with MIN_TERMS to MAX_TERMS digits, all from the held-out part or none."""
     found = []
     while len(found) < count:
-        terms = tuple(source.randint(0, 9) for _ in range(source.randint(MIN_TERMS, MAX_TERMS)))
+        terms = tuple(source.randrange(MODULUS) for _ in range(source.randint(MIN_TERMS, MAX_TERMS)))
         if held_out(terms) == evaluation:
             found.append(terms)
     return found

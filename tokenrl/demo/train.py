@@ -26,12 +26,12 @@ class Settings:
     rollouts: int = 8
     minibatches: int = 4
     epochs: int = 2
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     temperature: float = 1.0
     warm_up_reward: float = 0.25
     warm_up_steps: int = 600
     warm_up_batch: int = 128
-    warm_up_learning_rate: float = 2e-3
+    warm_up_learning_rate: float = 3e-3
     held_out: int = 512
 
 
@@ -76,8 +76,8 @@ def evaluate(model: LlamaForCausalLM, settings: Settings, greedy: bool = False) 
     return graded(terms, sample(model, prompts, settings.temperature, generator)[0]).mean().item()
 
 
-def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int, float], None]) -> None:
-    """Supervised learning of worked solutions until the sampled reward is warm_up_reward."""
+def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int, float], None]) -> int:
+    """Supervised learning of worked solutions until the sampled reward is warm_up_reward; the number of updates."""
     source = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_up_learning_rate)
     reward = 0.0
@@ -85,7 +85,7 @@ def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int,
         if step % 10 == 0:
             reward = evaluate(model, settings)
             if reward >= settings.warm_up_reward:
-                return
+                return step
         terms = task.problems(settings.warm_up_batch, source)
         prompts = task.encode([task.prompt(t) for t in terms], task.PROMPT_LENGTH)
         responses = task.encode([task.solution(t) for t in terms], task.RESPONSE_LENGTH)
@@ -95,6 +95,7 @@ def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int,
         (logp,) = tokenrl.token_logprobs(response_logits(model, tokens), ids, outputs=("logp",))
         _update(model, optimizer, -logp.sum() / mask.sum())
         on_step(step + 1, reward)
+    return settings.warm_up_steps
 
 
 def collect(model: LlamaForCausalLM, terms: list[task.Terms], settings: Settings, generator: torch.Generator) -> Rollouts:

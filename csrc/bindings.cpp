@@ -1,0 +1,64 @@
+// tokenrl._bindings: what an op cannot tell Python. It is linked to the op library, which knows its kernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "gates.h"
+#include "introspection.h"
+#include "statistics.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  const std::string version = TOKENRL_CUDA_VERSION, architectures = TOKENRL_CUDA_ARCHITECTURES;
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["instruction_set"] = tokenrl_instruction_set();
+  info["cuda"] = version.empty() ? py::object(py::none()) : py::str(version);
+  info["cuda_architectures"] = py::str(architectures).attr("split")();
+  return info;
+}
+
+template <class... Gate>
+std::vector<std::pair<std::string, int>> gate_table(std::tuple<Gate...>*) {
+  return {{Gate::name, Gate::num_params}...};
+}
+
+std::vector<py::dict> kernel_attributes() {
+  std::vector<py::dict> kernels;
+#ifdef TOKENRL_WITH_CUDA
+  const char* error = tokenrl_kernel_attributes(
+      [](void* context, const TokenrlKernel& kernel) {
+        py::dict row;
+        row["name"] = kernel.name;
+        row["threads"] = kernel.threads;
+        row["registers"] = kernel.registers;
+        row["shared_bytes"] = kernel.shared_bytes;
+        row["local_bytes"] = kernel.local_bytes;
+        row["blocks_per_multiprocessor"] = kernel.blocks_per_multiprocessor;
+        static_cast<std::vector<py::dict>*>(context)->push_back(row);
+      },
+      &kernels);
+  if (error) throw std::runtime_error(std::string("kernel_attributes: ") + error);
+#else
+  throw std::runtime_error("kernel_attributes: built without CUDA (no nvcc was found, or TOKENRL_CUDA=0)");
+#endif
+  return kernels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_bindings, m) {
+  m.doc() = "Build information, the gate table and the attributes of the CUDA kernels.";
+  m.def("build_info", &build_info, "Compiler, instruction set in use, CUDA version (None without) and its architectures.");
+  m.def("gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); }, "(name, number of parameters) of each gate.");
+  m.def("statistics", [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },
+        "The names of the statistics.");
+  m.def("kernel_attributes", &kernel_attributes,
+        "Registers, shared and local memory and occupancy of each CUDA kernel on the current device; RuntimeError with the reason "
+        "where there is none.");
+}

@@ -1,0 +1,60 @@
+"""Compiles C++ and, as plain C++ against csrc/host/cuda_on_cpu.h, the CUDA sources; objects are kept in build/host by their content."""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "host"
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+def why_not() -> str | None:
+    """The reason why nothing can be compiled here."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"csrc/host/fibres.h switches stacks in x86-64 assembly, this is {platform.machine()}"
+    return None if shutil.which("g++") else "there is no g++"
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _headers(tree: Path) -> str:
+    """Everything that a source can include."""
+    paths = [p for folder in (tree / "csrc", ROOT / "tests" / "cpp_host") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
+    return _digest(*(part for p in sorted(paths) for part in (p.name, p.read_text())))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_all(sources: list[Path], flags: list[str], tree: Path = ROOT) -> list[Path]:
+    """One object per source, two compilers at a time. tree: the folder whose csrc the sources include."""
+    headers = _headers(tree)
+
+    def compile_one(source: Path) -> Path:
+        target = BUILD / f"{source.stem}-{_digest(headers, source, source.read_text(), *flags)}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(".tmp.o")
+            _run(["g++", "-std=c++17", *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+            unfinished.replace(target)
+        return target
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(name: str, objects: list[Path], flags: list[str]) -> Path:
+    target = BUILD / f"{name}-{_digest(*objects, *flags)}"
+    if not target.exists():
+        _run(["g++", *map(str, objects), *flags, "-o", str(target)])
+    return target

@@ -1,0 +1,128 @@
+"""The `tokenrl` command: `tokenrl demo` and `tokenrl doctor`."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from . import _versions
+from .backends import BACKENDS
+
+NEEDED = {"demo": ("transformers", "safetensors", "matplotlib"), "any command": ("typer", "rich")}
+
+
+def require(command: str) -> None:
+    """Exits with what to install when a package that a command needs is missing."""
+    missing = [package for package in NEEDED[command] if importlib.util.find_spec(package) is None]
+    if missing:
+        sys.exit(f"tokenrl: {command} needs {', '.join(missing)}, not installed here: pip install tokenrl[demo]")
+
+
+def main() -> None:
+    """Entry point of the `tokenrl` command."""
+    require("any command")
+    application()()
+
+
+def application():
+    """The typer application."""
+    import typer
+
+    app = typer.Typer(name="tokenrl", help="Fused kernels for the loss head of RL post-training.", no_args_is_help=True)
+
+    @app.command()
+    def doctor() -> None:
+        """Versions, and each backend: whether it can run here, or why not."""
+        from rich.console import Console
+
+        report_doctor(Console())
+
+    @app.command()
+    def demo(
+        out: Path = typer.Option(Path("demo_out"), help="Folder for the figure, the report and the recorded rollouts."),
+        seed: int = typer.Option(0, help="Decides the weights, the problems and the samples."),
+        steps: int = typer.Option(60, min=1, help="Batches of rollouts per objective."),
+        prompts: int = typer.Option(32, min=1, help="Problems per batch, 8 rollouts each."),
+        learning_rate: float = typer.Option(2e-4, help="Of the reinforcement, with AdamW."),
+    ) -> None:
+        """Trains a small language model with grpo and ctpo, times the loss head and checks its gradients on every backend."""
+        require("demo")
+        run_demo(out, seed=seed, steps=steps, prompts=prompts, learning_rate=learning_rate)
+
+    return app
+
+
+def run_demo(out: Path, **settings) -> None:
+    """Runs the demo; exit code 1 when the reward did not rise with both objectives."""
+    from rich.console import Console
+
+    from .demo import Settings, run
+
+    result = run(out, Settings(**settings), Console())
+    if result.not_risen():
+        moves = (f"{name} {result.trained[name].before['sampled']:.3f} -> {result.trained[name].after['sampled']:.3f}"
+                 for name in result.not_risen())  # fmt: skip
+        sys.exit(f"tokenrl demo: the sampled reward on held-out problems did not rise by 0.1: {', '.join(moves)}")
+
+
+def package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> list[tuple[str, str, str]]:
+    """(what, version or place, supported)."""
+    ranges = {name: " to ".join(".".join(map(str, v)) for v in span)
+              for name, span in (("Python", _versions.PYTHON), ("torch", _versions.TORCH))}  # fmt: skip
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return [
+        ("tokenrl", package_version("tokenrl"), ""),
+        ("Python", platform.python_version(), ranges["Python"]),
+        ("torch", torch.__version__, ranges["torch"]),
+        ("triton", package_version("triton"), "optional"),
+        ("numpy", package_version("numpy"), ""),
+        ("C++ compiler", shutil.which("c++") or shutil.which("g++") or "not found", "to build"),
+        ("nvcc", shutil.which("nvcc") or "not found", "optional, to build for CUDA"),
+        ("GPU", gpu, "optional"),
+    ]
+
+
+def build_info() -> dict | str | None:
+    """What the native extension says about its build, or None without one."""
+    if importlib.util.find_spec("tokenrl._bindings") is None:
+        return None
+    try:
+        return importlib.import_module("tokenrl._bindings").build_info()
+    except ImportError as error:
+        return f"tokenrl._bindings does not import: {error}"
+
+
+def report_doctor(console) -> None:
+    """Prints the versions, the build and the table of backends."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table("", "here", "supported", box=box.SIMPLE_HEAD)
+    for row in versions():
+        table.add_row(*row)
+    console.print(table, highlight=False)
+    built = build_info()
+    if built is not None:
+        lines = (f"{key}: {value}" for key, value in built.items()) if isinstance(built, dict) else [str(built)]
+        console.print("build", *(f"  {line}" for line in lines), sep="\n", highlight=False, markup=False)
+    devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
+    table = Table("backend", *(f"on {device.type}" for device in devices), box=box.SIMPLE_HEAD)
+    for name, backend in BACKENDS.items():
+        table.add_row(name, *(backend.why_not(device) or "can run" for device in devices))
+    console.print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
