@@ -14,9 +14,10 @@
 #endif
 
 namespace tokenrl {
+namespace {
 
 // Torch's own thread pool.
-inline const cpu::Threads kTorchThreads{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+[[maybe_unused]] const cpu::Threads kTorchThreads{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }};
 
@@ -103,7 +104,7 @@ struct CudaDevice {
 
 // f(device) for the device of x.
 template <class F>
-void on_device_of(const torch::stable::Tensor& x, F&& f) {
+void on_device_of([[maybe_unused]] const torch::stable::Tensor& x, F&& f) {
 #ifdef TOKENRL_WITH_CUDA
   if (x.is_cuda()) return f(CudaDevice{x});
 #endif
@@ -114,4 +115,5 @@ void on_device_of(const torch::stable::Tensor& x, F&& f) {
 #endif
 }
 
+}  // namespace
 }  // namespace tokenrl

@@ -87,11 +87,12 @@ TRL_HD Softmax<T> no_logits() {
   return {-infinity<T>(), T(0), T(0)};
 }
 
-// The same state relative to another, not smaller maximum. A state of nothing but -inf stays empty.
+// The same state relative to another, not smaller maximum. A state of nothing but -inf stays empty. Logits masked by the lowest finite
+// number shift so far that sum * shift overflows: what no longer has a weight is selected away, not multiplied by 0.
 template <class T>
 TRL_HD Softmax<T> rescaled(const Softmax<T>& a, T max) {
   const T shift = a.sum > 0 ? a.max - max : T(0), scale = exponential(shift);
-  return {max, a.sum * scale, (a.weighted + a.sum * shift) * scale};
+  return {max, a.sum * scale, scale > 0 ? (a.weighted + a.sum * shift) * scale : T(0)};
 }
 
 template <class T>

@@ -25,9 +25,10 @@ def test_doctor_names_every_backend_with_can_run_or_its_reason():
         assert f"{name} {' '.join(reason.split())}" in seen
 
 
-def test_doctor_prints_the_reason_of_a_missing_library(monkeypatch):
-    monkeypatch.setattr(backends, "NATIVE_REASON", "no [C++] compiler was found")
-    assert called("doctor").output.count("no [C++] compiler was found") == 2
+def test_doctor_prints_reasons_as_they_are(monkeypatch):
+    never = backends.Backend("cpu", "tokenrl", lambda device: "no compiler [c++] was found")
+    monkeypatch.setattr(cli, "BACKENDS", {"cpu": never})
+    assert "no compiler [c++] was found" in called("doctor").output
 
 
 def test_an_unknown_command_is_an_error():

@@ -23,15 +23,18 @@ def run(tmp_path_factory):
 
 
 def test_worked_solutions_and_prompts():
-    assert task.solution((3, 1, 4, 2)) == "430."
-    assert task.solution((0, 0, 0, 0)) == "000."
+    assert task.solution((3, 1, 4, 2)) == "3430."
+    assert task.solution((0, 0, 0, 0)) == "0000."
     assert task.prompt((3, 1, 4, 2)) == "3142=".ljust(task.PROMPT_LENGTH)
-    assert task.decode(task.encode(["430."], 6)) == ["430.  "]
+    assert task.decode(task.encode(["3430."], 7)) == ["3430.  "]
 
 
 @pytest.mark.parametrize(
     "response,expected",
-    [("430.", 1), ("430.   ", 1), ("430.12", 1), ("431.", 0), ("330.", 0), ("30.", 0), ("4300.", 0), ("430", 0), (".", 0), ("", 0)],
+    [
+        ("3430.", 1), ("3430.   ", 1), ("3430.12", 1), ("3431.", 0), ("3330.", 0), ("430.", 0), ("34300.", 0), ("3430", 0),
+        (".", 0), ("", 0),
+    ],  # fmt: skip
 )
 def test_the_reward_on_hand_cases(response, expected):
     assert task.reward((3, 1, 4, 2), response) == expected

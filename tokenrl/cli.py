@@ -107,11 +107,12 @@ def build_info() -> dict | str | None:
 def report_doctor(console) -> None:
     """Prints the versions, the build and the table of backends."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "here", "supported", box=box.SIMPLE_HEAD)
     for row in versions():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table, highlight=False)
     built = build_info()
     if built is not None:
@@ -120,7 +121,7 @@ def report_doctor(console) -> None:
     devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
     table = Table("backend", *(f"on {device.type}" for device in devices), box=box.SIMPLE_HEAD)
     for name, backend in BACKENDS.items():
-        table.add_row(name, *(backend.why_not(device) or "can run" for device in devices))
+        table.add_row(name, *(escape(backend.why_not(device) or "can run") for device in devices))
     console.print(table, highlight=False)
 
 

@@ -17,12 +17,10 @@
 
 namespace tokenrl {
 
-inline int failures = 0;
-
 inline void expect(bool holds, const std::string& what) {
   if (holds) return;
   std::printf("FAILED %s\n", what.c_str());
-  ++failures;
+  std::exit(1);
 }
 
 // Every entry within `tolerance` of the truth, relative to the largest one (and at least to 1e-3).
@@ -34,8 +32,7 @@ void expect_close(const std::vector<T>& kernel, const std::vector<double>& truth
   for (size_t i = 0; i < truth.size(); ++i) {
     if (static_cast<double>(kernel[i]) == truth[i] || (std::isnan(truth[i]) && std::isnan(kernel[i]))) continue;
     if (std::fabs(kernel[i] - truth[i]) <= tolerance * largest) continue;
-    expect(false, what + " [" + std::to_string(i) + "]: " + std::to_string(kernel[i]) + ", truth " + std::to_string(truth[i]));
-    return;
+    return expect(false, what + " [" + std::to_string(i) + "]: " + std::to_string(kernel[i]) + ", truth " + std::to_string(truth[i]));
   }
 }
 
@@ -49,15 +46,17 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// The same results under every schedule: compute() returns one vector with all of them.
+// The same results under every schedule: compute() returns one vector with all of them. Memory errors need but one schedule.
 template <class Compute>
 auto under_all_schedules(const std::string& what, Compute compute) {
   host::schedule() = 0;
   const auto first = compute();
+#ifndef __SANITIZE_ADDRESS__
   for (long schedule : {1L, 7L}) {
     host::schedule() = schedule;
     expect(same_bits(compute(), first), what + ": other bits under schedule " + std::to_string(schedule));
   }
+#endif
   return first;
 }
 

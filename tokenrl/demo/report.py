@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -90,7 +91,7 @@ def exactness(result: Result) -> Table:
     table.columns[-1].justify = "left"
     for row in result.parity:
         errors = [f"{row.errors[name]:.1e}" if name in row.errors else "-" for name in OBJECTIVES]
-        table.add_row(row.backend, row.device or "-", *errors, "" if row.reason is None else f"cannot run: {row.reason}")
+        table.add_row(row.backend, row.device or "-", *errors, "" if row.reason is None else escape(f"cannot run: {row.reason}"))
     return table
 
 
@@ -104,7 +105,8 @@ def write(result: Result, path: Path, console: Console) -> Path:
         f"{result.wall:.0f} s wall, {result.cpu:.0f} s CPU, torch threads: {torch.get_num_threads()}.",
         "\n".join(f"wrote {written}" for written in (*result.paths, path)),
     )
-    body = Group(lines[0], "", learning(result), costs(result), exactness(result), lines[1], lines[2])
+    tables = learning(result), costs(result), exactness(result)
+    body = Group(lines[0], "", *tables, lines[1], escape(lines[2]))
     console.print(body, highlight=False)
     with path.open("w") as file:
         Console(file=file, width=140).print(body, highlight=False)

@@ -1,4 +1,4 @@
-"""The demo's task: the running totals, modulo five, of a row of digits, one character each: "3142=" -> "430." (3+1, +4, +2).
+"""The demo's task: the running totals, modulo five, of a row of digits, one character each: "3142=" -> "3430.".
 
 Prompts are filled with blanks to a fixed width, so that batches need no attention mask.
 """
@@ -14,7 +14,7 @@ CHARACTERS = "01234=. "
 END, BLANK = CHARACTERS.index("."), CHARACTERS.index(" ")
 MIN_TERMS, MAX_TERMS = 4, 12
 PROMPT_LENGTH = MAX_TERMS + 1
-RESPONSE_LENGTH = MAX_TERMS
+RESPONSE_LENGTH = MAX_TERMS + 1
 
 Terms = tuple[int, ...]
 
@@ -25,8 +25,8 @@ def prompt(terms: Terms) -> str:
 
 
 def solution(terms: Terms) -> str:
-    """(3, 1, 4, 2) -> "430."."""
-    return "".join(str(sum(terms[: i + 1]) % MODULUS) for i in range(1, len(terms))) + "."
+    """(3, 1, 4, 2) -> "3430."."""
+    return "".join(str(sum(terms[: i + 1]) % MODULUS) for i in range(len(terms))) + "."
 
 
 def reward(terms: Terms, response: str) -> float:
