@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,21 +74,32 @@ def gencode(archs: list[str]) -> str:
     return " ".join(flags)
 
 
+def ninja_path(path: Path) -> str:
+    """A path as build.ninja spells it; ninja quotes it for the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def shell_path(path: Path | str) -> str:
+    """A path inside the flags of a build.ninja, which go to the shell as they are."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 class Ninja:
     """The text of a build.ninja."""
 
     def __init__(self, compiler: str, toolkit: dict[str, str] | None):
         common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
+        # compiler: a command, maybe with arguments (CXX="ccache g++").
         self.text = f"rule cxx\n command = {compiler} {common} $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
         self.text += f"rule link\n command = {compiler} -shared -o $out $in $flags\n"
         if toolkit:
-            cuda = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(architectures())}"
-            self.text += f"rule nvcc\n command = {toolkit['nvcc']} {cuda} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)\n"
+            cuda = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(architectures())}"
+            self.text += f"rule nvcc\n command = {shell_path(toolkit['nvcc'])} {cuda} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)\n"
             self.text += " depfile = $out.d\n deps = gcc\n"
 
     def build(self, rule: str, out: Path, inputs: list[Path], flags: str = "", after: Path | None = None) -> Path:
-        order = f" | {after}" if after else ""
-        self.text += f"build {out}: {rule} {' '.join(map(str, inputs))}{order}\n flags = {flags}\n"
+        order = f" | {ninja_path(after)}" if after else ""
+        self.text += f"build {ninja_path(out)}: {rule} {' '.join(map(ninja_path, inputs))}{order}\n flags = {flags}\n"
         return out
 
 
@@ -98,14 +110,15 @@ def op_library(ninja: Ninja, folder: Path, target: Path, torch: Path, toolkit: d
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
             objects.append(ninja.build("cxx", folder / f"{name}.{isa}.o", [source], f"-DTOKENRL_ISA={isa} {flags}"))
     objects.append(ninja.build("cxx", folder / "parts.o", [ROOT / "csrc" / "cpu" / "parts.cpp"]))
-    include = f"-isystem {torch / 'include'} -isystem {torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"
+    include = " ".join(f"-isystem {shell_path(torch / folder)}" for folder in ("include", "include/torch/csrc/api/include"))
     cuda = "-DTOKENRL_WITH_CUDA" if toolkit else ""
     objects.append(ninja.build("cxx", folder / "ops.o", [ROOT / "csrc" / "ops.cpp"], f"{include} {STABLE_ABI} {cuda}"))
-    libraries = f"-L{torch / 'lib'} -ltorch_cpu -ldl"
+    # The soname is what the bindings ask the loader for; without one they would ask for this path on the machine that built them.
+    libraries = f"-Wl,-soname,{target.name} -L{shell_path(torch / 'lib')} -ltorch_cpu -ldl"
     if toolkit:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         objects += [ninja.build("nvcc", folder / f"{source.stem}.cu.o", [source]) for source in sources]
-        libraries += f" -L{toolkit['lib']} -l:libcudart_static.a -lrt -lpthread"
+        libraries += f" -L{shell_path(toolkit['lib'])} -l:libcudart_static.a -lrt -lpthread"
     ninja.build("link", target, objects, libraries)
 
 
@@ -118,9 +131,9 @@ def bindings(ninja: Ninja, folder: Path, target: Path, ops: Path, toolkit: dict[
         return "pybind11 is not installed"
     built = f"-DTOKENRL_CUDA_VERSION='\"{toolkit['version'] if toolkit else ''}\"'"
     built += f" -DTOKENRL_CUDA_ARCHITECTURES='\"{' '.join(architectures()) if toolkit else ''}\"'"
-    flags = f"-isystem {python} -isystem {pybind / 'include'} {built} {'-DTOKENRL_WITH_CUDA' if toolkit else ''}"
+    flags = f"-isystem {shell_path(python)} -isystem {shell_path(pybind / 'include')} {built} {'-DTOKENRL_WITH_CUDA' if toolkit else ''}"
     made = ninja.build("cxx", folder / "bindings.o", [ROOT / "csrc" / "bindings.cpp"], flags)
-    ninja.build("link", target, [made], f"{ops} -Wl,-rpath,'$$ORIGIN'", after=ops)
+    ninja.build("link", target, [made], f"{shell_path(ops)} -Wl,-rpath,'$$ORIGIN'", after=ops)
     return None
 
 
@@ -152,6 +165,9 @@ class BuildNative(build_ext):
         without = bindings(ninja, folder, package / f"_bindings{sysconfig.get_config_var('EXT_SUFFIX')}", ops, toolkit)
         (folder / "build.ninja").write_text(ninja.text)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True, stdout=sys.stderr)
+        if toolkit:
+            logs = sorted(folder.glob("*.cu.o.log"))
+            (ROOT / "build" / "ptxas.log").write_text("".join(log.read_text() for log in logs))
         return None, without
 
     def get_outputs(self):

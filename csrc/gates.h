@@ -26,13 +26,14 @@ struct GateInput {
 template <class T>
 TRL_HD Gated<T> surrogate(T advantage, T ratio, T clipped, T ceiling, bool low, bool high, bool above) {
   Gated<T> out;
+  // & and selections, no branches: loops over tokens vectorise.
   const bool positive = advantage > 0, negative = advantage < 0;
-  out.low = negative && low;
-  out.high = positive && high;
-  out.dual = negative && above;
   const T bounded = larger(-advantage * ratio, -advantage * clipped);
   out.value = negative ? smaller(bounded, -advantage * ceiling) : bounded;
-  out.d_s = out.low + out.high + out.dual > 0 ? T(0) : -advantage * ratio;
+  out.d_s = (negative & (low | above)) | (positive & high) ? T(0) : -advantage * ratio;
+  out.low = negative & low ? T(1) : T(0);
+  out.high = positive & high ? T(1) : T(0);
+  out.dual = negative & above ? T(1) : T(0);
   return out;
 }
 

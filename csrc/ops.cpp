@@ -4,11 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <string>
-#include <type_traits>
-#include <vector>
-
+#include "checks.h"
 #include "devices.h"
 
 #ifndef TOKENRL_LIBRARY
@@ -17,85 +13,6 @@
 
 namespace tokenrl {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-template <int kCount>
-int named(const char* const (&names)[kCount], const std::string& given, const char* argument) {
-  const int found = find_name(names, given.c_str());
-  if (found >= 0) return found;
-  std::string accepted;
-  for (const char* name : names) accepted += std::string(accepted.empty() ? "" : ", ") + name;
-  STD_TORCH_CHECK(false, argument, ": got '", given, "', accepted: ", accepted, ".");
-  return found;
-}
-
-bool is_through(const std::string& flow) {
-  static constexpr const char* kFlows[] = {"local", "through"};
-  return named(kFlows, flow, "flow") == 1;
-}
-
-void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype.");
-  STD_TORCH_CHECK(x.numel() == numel, name, ": got ", x.numel(), " elements, expected ", numel, ".");
-  STD_TORCH_CHECK(x.is_contiguous(), name, ": must be contiguous.");
-  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
-                  ": must be on the device of the other tensors.");
-}
-
-template <class T>
-const T* pointer(const Tensor& x) {
-  return static_cast<const T*>(x.data_ptr());
-}
-template <class T>
-T* output(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-template <class T>
-const T* checked(const Optional& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
-  if (!x) return nullptr;
-  check(*x, name, dtype, numel, like);
-  return pointer<T>(*x);
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) { return torch::stable::new_empty(like, sizes, dtype); }
-
-Spans spans_of(const Optional& mask, const Tensor& cu_seqlens, const Optional& starts, int64_t num_tokens) {
-  STD_TORCH_CHECK(cu_seqlens.numel() >= 1, "cu_seqlens: got no element, expected [S + 1].");
-  check(cu_seqlens, "cu_seqlens", ScalarType::Long, cu_seqlens.numel(), cu_seqlens);
-  return {num_tokens, cu_seqlens.numel() - 1, pointer<int64_t>(cu_seqlens),
-          checked<bool>(mask, "mask", ScalarType::Bool, num_tokens, cu_seqlens),
-          checked<bool>(starts, "starts", ScalarType::Bool, num_tokens, cu_seqlens)};
-}
-
-// f(T{}) for the precision of x: float or double.
-template <class F>
-auto by_precision(const Tensor& x, const char* name, F&& f) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, name,
-                  ": expected float32 or float64.");
-  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
-template <class T, size_t kCount>
-void fill_params(Param<T> (&params)[kCount], size_t expected, const std::vector<double>& numbers, const std::vector<Optional>& tensors,
-                 int64_t num_tokens, const Tensor& like) {
-  STD_TORCH_CHECK(numbers.size() == expected && tensors.size() == expected, "params: got ", numbers.size(), " numbers and ",
-                  tensors.size(), " tensors, expected ", expected, " of each.");
-  for (size_t k = 0; k < expected; ++k)
-    params[k] = {checked<T>(tensors[k], "param_tensors", like.scalar_type(), num_tokens, like), static_cast<T>(numbers[k])};
-}
-
-template <class... Gate>
-size_t num_params_of(std::tuple<Gate...>*, const std::string& gate) {
-  int found = -1;
-  ((Gate::name == gate ? void(found = Gate::num_params) : void()), ...);
-  const char* const names[] = {Gate::name...};
-  if (found < 0) named(names, gate, "gate");
-  return static_cast<size_t>(found);
-}
 
 std::tuple<Tensor, Tensor, Tensor> objective(
     const Tensor& logp, const Tensor& old_logp, const Optional& advantages, const Optional& mask, const Tensor& cu_seqlens,
@@ -107,6 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> objective(
   const Spans spans = spans_of(mask, cu_seqlens, starts, n);
   const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
   const bool through = is_through(flow);
+  STD_TORCH_CHECK(!through || which != Statistic::prefix_min, "flow: got 'through' for prefix_min, accepted: local.");
   const size_t num_params = num_params_of(static_cast<Gates*>(nullptr), gate);
   check(cu_seqlens, "cu_seqlens", ScalarType::Long, spans.num_sequences + 1, logp);
   check(span_weight, "span_weight", ScalarType::Double, spans.num_sequences, logp);
@@ -218,7 +136,8 @@ void by_logit(const Tensor& logits, F&& f) {
     case ScalarType::Double: return f(double{}, double{});
     case ScalarType::BFloat16: return f(BFloat16{}, float{});
     case ScalarType::Half: return f(Half{}, float{});
-    default: STD_TORCH_CHECK(false, "logits: expected bfloat16, float16, float32 or float64.");
+    default:
+      STD_TORCH_CHECK(false, "logits: got ", dtype_name(logits.scalar_type()), ", expected bfloat16, float16, float32 or float64.");
   }
 }
 

@@ -77,13 +77,39 @@ TRL_HD float excess(float x) {
 }
 TRL_HD double excess(double x) { return ::expm1(x) - x; }
 
-// t^p for a count t >= 1: the powers that methods use are exact and cheap.
-template <class T>
-TRL_HD T power(T t, T p) {
-  if (p == T(0)) return T(1);
-  if (p == T(0.5)) return ::sqrt(t);
-  if (p == T(-0.5)) return T(1) / ::sqrt(t);
-  return ::pow(t, p);
+// log x for normal x >= 1, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.
+TRL_HD double logarithm(double x) { return ::log(x); }
+#ifdef __CUDA_ARCH__
+TRL_HD float logarithm(float x) { return ::logf(x); }
+#else
+TRL_HD float logarithm(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int32_t n = (bits - 0x3f3504f3) >> 23, mantissa = bits - (n << 23);
+  float m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  m -= 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float square = m * m, k = static_cast<float>(n);
+  return k * 0.693359375f + (m + (p * m * square - 0.5f * square - k * 2.12194440e-4f));
+}
+#endif
+
+// t^p for a count t >= 1; the powers that methods use are exact. One term of the sum counts, the others are times 0: a choice by p
+// would become a branch, and loops over tokens would not vectorise.
+TRL_HD double power(double t, double p) { return p == 0.5 ? ::sqrt(t) : ::pow(t, p); }
+TRL_HD float power(float t, float p) {
+  const float up = p == 0.5f ? 1.0f : 0.0f, down = p == -0.5f ? 1.0f : 0.0f, other = 1.0f - up - down;
+  const float root = ::sqrtf(t);
+  return up * root + down / root + other * exponential(p * logarithm(t));
 }
 
 }  // namespace tokenrl

@@ -46,8 +46,8 @@ def application():
     def demo(
         out: Path = typer.Option(Path("demo_out"), help="Folder for the figure, the report and the recorded rollouts."),
         seed: int = typer.Option(0, help="Decides the weights, the problems and the samples."),
-        steps: int = typer.Option(60, min=1, help="Batches of rollouts per objective."),
-        prompts: int = typer.Option(32, min=1, help="Problems per batch, 8 rollouts each."),
+        steps: int = typer.Option(40, min=1, help="Batches of rollouts per objective."),
+        prompts: int = typer.Option(48, min=1, help="Problems per batch, 8 rollouts each."),
         learning_rate: float = typer.Option(2e-4, help="Of the reinforcement, with AdamW."),
     ) -> None:
         """Trains a small language model with grpo and ctpo, times the loss head and checks its gradients on every backend."""

@@ -49,19 +49,25 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
 template <class T, class Gate, bool kPerToken>
 inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes,
                       Totals& totals) {
+  const T *x = lanes.x, *statistic = lanes.s, *t = lanes.t, *logp = lanes.logp, *advantage = lanes.advantage;
+  const T *weights = lanes.weight, *valids = lanes.valid;
+  T *shared = lanes.shared, *direct = lanes.direct, p[kMaxParams] = {};
+  for (int j = 0; j < Gate::num_params; ++j) p[j] = args.params[j].value;
+  const T cap = args.cap;
   T loss = 0, tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>();
   T low = 0, high = 0, dual = 0, kl = 0, squares = 0;
 #pragma omp simd reduction(+ : loss, tokens, sum, low, high, dual, kl, squares) reduction(min : lowest) reduction(max : highest)
   for (int64_t k = first; k < last; ++k) {
-    T p[kMaxParams];
-    for (int j = 0; j < Gate::num_params; ++j)
-      p[j] = kPerToken && args.params[j].tensor && lanes.valid[k] != 0 ? args.params[j].tensor[token + k] : args.params[j].value;
-    const T valid = lanes.valid[k], weight = lanes.weight[k], uncapped = lanes.s[k], s = smaller(uncapped, args.cap);
-    const Gated<T> g = Gate::eval(GateInput<T>{s, lanes.logp[k], lanes.advantage[k], larger(lanes.t[k], T(1)), p});
+    if constexpr (kPerToken) {
+      for (int j = 0; j < Gate::num_params; ++j)
+        if (args.params[j].tensor) p[j] = valids[k] != 0 ? args.params[j].tensor[token + k] : T(1);
+    }
+    const T valid = valids[k], weight = weights[k], uncapped = statistic[k], s = smaller(uncapped, cap);
+    const Gated<T> g = Gate::eval(GateInput<T>{s, logp[k], advantage[k], larger(t[k], T(1)), p});
     const T ratio = exponential(s);
     const bool pays = weight != 0, counts = valid != 0;
-    lanes.shared[k] = pays && uncapped <= args.cap ? weight * g.d_s : T(0);
-    lanes.direct[k] = pays ? weight * g.d_logp : T(0);
+    shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
+    direct[k] = pays ? weight * g.d_logp : T(0);
     loss += pays ? weight * g.value : T(0);
     tokens += valid;
     sum += counts ? ratio : T(0);
@@ -72,7 +78,7 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
     low += counts ? g.low : T(0);
     high += counts ? g.high : T(0);
     dual += counts ? g.dual : T(0);
-    kl += counts ? excess(lanes.x[k]) : T(0);
+    kl += counts ? excess(x[k]) : T(0);
   }
   totals.add({loss, {tokens, sum, lowest, highest, low, high, dual, kl, squares}});
 }

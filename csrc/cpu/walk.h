@@ -24,27 +24,47 @@ TRL_HD bool is_mean(Statistic statistic) {
   return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
 }
 
-// Sums (or minima, before each token) and counts of the valid tokens since the span's start; s and t hold one entry per token of q.
-template <class T>
-TRL_HD void scan(const Spans& spans, Sequence q, Statistic statistic, const T* x, T* s, T* t) {
+// The statistic of one token from its own log ratio and what the span holds up to it; span statistics leave their running sum.
+template <Statistic kStatistic, class T>
+TRL_HD T at_token(T x, double sum, T least_before, int64_t count) {
+  if constexpr (kStatistic == Statistic::token) return x;
+  else if constexpr (kStatistic == Statistic::prefix_min) return least_before + x;
+  else if constexpr (kStatistic == Statistic::prefix_mean) return static_cast<T>(sum / static_cast<double>(count));
+  else return static_cast<T>(sum);
+}
+
+// One walk forwards: s as above and t, the count of valid tokens, for every token of q. Masked cells repeat the running sum.
+template <Statistic kStatistic, class T>
+TRL_HD void scan(const Spans& spans, Sequence q, const T* x, T* s, T* t) {
+  const bool *mask = spans.mask, *starts = spans.starts;
   double sum = 0;
   T lowest = 0;
   int64_t count = 0;
   for (int64_t i = 0; i < q.end - q.begin; ++i) {
-    if (is_start(spans, q.begin + i)) sum = 0, count = 0;
-    if (is_valid(spans, q.begin + i)) {
+    const bool valid = !mask || mask[q.begin + i];
+    if (starts && valid && starts[q.begin + i]) sum = 0, count = 0;
+    if (valid) {
       const T before = count ? lowest : T(0);
       lowest = count ? smaller(lowest, x[i]) : x[i];
       sum += x[i];
       ++count;
-      s[i] = statistic == Statistic::token        ? x[i]
-             : statistic == Statistic::prefix_min  ? before + x[i]
-             : statistic == Statistic::prefix_mean ? static_cast<T>(sum / static_cast<double>(count))
-                                                   : static_cast<T>(sum);
+      s[i] = at_token<kStatistic>(x[i], sum, before, count);
     } else {
-      s[i] = over_span(statistic) ? static_cast<T>(sum) : T(0);
+      s[i] = static_cast<T>(sum);
     }
     t[i] = static_cast<T>(count);
+  }
+}
+
+template <class T>
+TRL_HD void scan(const Spans& spans, Sequence q, Statistic statistic, const T* x, T* s, T* t) {
+  switch (statistic) {
+    case Statistic::token: return scan<Statistic::token>(spans, q, x, s, t);
+    case Statistic::prefix_sum: return scan<Statistic::prefix_sum>(spans, q, x, s, t);
+    case Statistic::prefix_mean: return scan<Statistic::prefix_mean>(spans, q, x, s, t);
+    case Statistic::prefix_min: return scan<Statistic::prefix_min>(spans, q, x, s, t);
+    case Statistic::span_sum:
+    case Statistic::span_mean: return scan<Statistic::span_sum>(spans, q, x, s, t);
   }
 }
 

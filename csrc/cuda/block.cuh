@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -92,6 +94,21 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks)
   __syncthreads();
   if (position[0] != blocks - 1) return false;
   __threadfence();
+  return true;
+}
+
+// Every kernel by name, for those who ask for its registers. A file lists its kernels when it is loaded.
+struct NamedKernel {
+  std::string name;
+  const void* function;
+};
+inline std::vector<NamedKernel>& named_kernels() {
+  static std::vector<NamedKernel> all;
+  return all;
+}
+template <class Kernel>
+bool list_kernel(const std::string& name, Kernel* kernel) {
+  named_kernels().push_back({name, reinterpret_cast<const void*>(kernel)});
   return true;
 }
 

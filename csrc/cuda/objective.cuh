@@ -208,8 +208,12 @@ __device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, c
   if (threadIdx.x < kNumMetrics) args.metrics[threadIdx.x] = static_cast<T>(sum.metric(threadIdx.x));
 }
 
+// Blocks that share a multiprocessor: left to itself, the compiler spills registers of the double kernels to fit more.
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 2 : 3;
+
 template <class T, class Gate>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     objective_kernel(ObjectiveArgs<T> args, ObjectiveScratch<T> scratch, Statistic statistic, bool through) {
   TRL_SHARED(Running<T>, scan_memory, kWarps);
   TRL_SHARED(SequenceTotals<T>, reduce_memory, kWarps);
@@ -226,6 +230,11 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) scratch.totals[i] = totals;
   }
   if (is_last_block(scratch.ticket, gridDim.x)) add_up_sequences(args, scratch.totals);
+}
+
+template <class T, class... Gate>
+bool list_objectives(std::tuple<Gate...>*, const std::string& type) {
+  return (list_kernel("objective " + std::string(Gate::name) + " " + type, &objective_kernel<T, Gate>) && ...);
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }

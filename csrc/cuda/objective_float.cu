@@ -5,4 +5,6 @@ namespace tokenrl::cuda {
 template size_t objective_scratch_bytes<float>(int64_t, int64_t);
 template const char* objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, void*, void*);
 
+static const bool listed = list_objectives<float>(static_cast<Gates*>(nullptr), "float");
+
 }  // namespace tokenrl::cuda

@@ -132,4 +132,9 @@ template const char* statistic(const StatisticArgs<double>&, Statistic, bool, in
 template const char* position_adaptive_clip(const BandArgs<float>&, void*);
 template const char* position_adaptive_clip(const BandArgs<double>&, void*);
 
+static const bool listed = list_kernel("statistic float", &statistic_kernel<float>) &&
+                           list_kernel("statistic double", &statistic_kernel<double>) &&
+                           list_kernel("position_adaptive_clip float", &band_kernel<float>) &&
+                           list_kernel("position_adaptive_clip double", &band_kernel<double>);
+
 }  // namespace tokenrl::cuda

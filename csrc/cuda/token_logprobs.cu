@@ -143,4 +143,12 @@ template const char* token_logprobs_backward(const LogprobArgs<double, double>&,
 template const char* token_logprobs_backward(const LogprobArgs<BFloat16, float>&, void*);
 template const char* token_logprobs_backward(const LogprobArgs<Half, float>&, void*);
 
+template <class Logit, class T>
+bool list_logprobs(const std::string& type) {
+  return list_kernel("token_logprobs " + type, &logprobs_kernel<Logit, T>) &&
+         list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T>);
+}
+static const bool listed = list_logprobs<float, float>("float") && list_logprobs<double, double>("double") &&
+                           list_logprobs<BFloat16, float>("bfloat16") && list_logprobs<Half, float>("half");
+
 }  // namespace tokenrl::cuda

@@ -106,4 +106,7 @@ const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, vo
   return launch_error();
 }
 
+static const bool listed =
+    list_kernel("aggregation_weights count", &count_kernel) && list_kernel("aggregation_weights groups", &group_kernel);
+
 }  // namespace tokenrl::cuda

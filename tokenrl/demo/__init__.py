@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config
 
 from .. import backends  # noqa: E402
 from . import parity, plots, report  # noqa: E402
-from .model import build, response_logits  # noqa: E402
+from .model import build  # noqa: E402
 from .report import OBJECTIVES, Result, Trained  # noqa: E402
 from .train import Settings, evaluate, reinforce, warm_up  # noqa: E402
 
@@ -28,7 +28,6 @@ def run(out: Path, settings: Settings, console: Console) -> Result:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = Result(settings, backends.choose(None, device).name, device.type)
     result.warm_up_steps, result.trained = _train(settings, device, console)
-    result.recording = _recorded(result.trained[OBJECTIVES[-1]], settings)
     for name in OBJECTIVES:
         result.timings[name] = parity.timings(name, result.recording)
     result.parity = parity.parity(result.recording, OBJECTIVES)
@@ -52,14 +51,9 @@ def _train(settings: Settings, device: torch.device, console: Console) -> tuple[
         trained = {}
         for name in OBJECTIVES:
             progress.start_task(bars[name])
-            moved, history, batch = reinforce(
+            tuned, history, recording = reinforce(
                 model, name, settings, lambda step, reward, bar=bars[name]: progress.update(bar, completed=step, reward=reward)
             )
-            after = {"sampled": evaluate(moved, settings), "greedy": evaluate(moved, settings, greedy=True)}
-            trained[name] = Trained(moved, history, batch, before, after)
+            after = {"sampled": evaluate(tuned, settings), "greedy": evaluate(tuned, settings, greedy=True)}
+            trained[name] = Trained(tuned, history, recording, before, after)
     return steps, trained
-
-
-@torch.no_grad()
-def _recorded(trained: Trained, settings: Settings) -> parity.Recording:
-    return parity.Recording(trained.batch, response_logits(trained.model, trained.batch.tokens).clone(), settings.temperature)

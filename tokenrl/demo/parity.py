@@ -1,5 +1,6 @@
 """The loss head on a recorded batch: its gradients on every backend against fp64, and its time against eager PyTorch."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -11,18 +12,9 @@ from torch import Tensor
 import tokenrl
 from tokenrl.backends import BACKENDS
 
-from .train import Rollouts, decisions
+from .train import Recording, Rollouts, decisions
 
 NEAR_EDGE = 1e-5
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A batch of rollouts with the policy's logits [B, T, V] after the step's updates; all tensors on one device."""
-
-    batch: Rollouts
-    logits: Tensor
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 def moved(recording: Recording, device: torch.device) -> Recording:
     batch = Rollouts(**{name: value.to(device) for name, value in vars(recording.batch).items()})
-    return Recording(batch, recording.logits.to(device), recording.temperature)
+    return dataclasses.replace(recording, batch=batch, logits=recording.logits.to(device))
 
 
 def parity(recording: Recording, names: tuple[str, ...]) -> list[Parity]:

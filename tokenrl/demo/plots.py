@@ -24,12 +24,14 @@ STYLE = {
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
 }  # fmt: skip
 FEWEST = 200
+RANGE = 0.5
 
 
 def curves(result: "Result", path: Path) -> Path:
     """Draws the four panels to a PNG."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         _rewards(axes[0, 0], result)
         _clip_rates(axes[0, 1], result)
         _band(axes[1, 0], result, "grpo", "Fixed band (grpo): log ratio of each token")
@@ -81,7 +83,7 @@ def _band(axis, result: "Result", name: str, title: str) -> None:
     """Quantiles of the objective's log ratio against its clip bounds."""
     positions, s, _ = _positions(result.trained[name])
     gate, color = tokenrl.objective(name).gate, COLORS[name]
-    for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.4)):
+    for low, high, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.4)):
         edges = s.nanquantile(torch.tensor([low, high]), 0)
         axis.fill_between(positions, *edges, color=color, alpha=alpha, linewidth=0, label=f"{high - low:.0%} of tokens")
     if name == "grpo":
@@ -91,5 +93,5 @@ def _band(axis, result: "Result", name: str, title: str) -> None:
     axis.plot(positions, high, color=INK, linewidth=1.6, label="clip bounds")
     axis.plot(positions, low, color=INK, linewidth=1.6)
     axis.axhline(0, color=INK, linewidth=0.6)
-    axis.set(title=title, xlabel="position in the response", ylabel="log ratio")
-    axis.legend(loc="best", ncols=3, fontsize=9)
+    axis.set(title=title, xlabel="position in the response", ylabel="log ratio", ylim=(-RANGE, RANGE))
+    axis.legend(loc="lower left", ncols=3, fontsize=9, frameon=True, framealpha=0.85, edgecolor="none")

@@ -21,15 +21,15 @@ class Settings:
     warm_up_reward: the sampled reward at which the warm-up stops, at the latest after warm_up_steps."""
 
     seed: int = 0
-    steps: int = 60
-    prompts: int = 32
+    steps: int = 40
+    prompts: int = 48
     rollouts: int = 8
     minibatches: int = 4
     epochs: int = 2
     learning_rate: float = 2e-4
     temperature: float = 1.0
     warm_up_reward: float = 0.25
-    warm_up_steps: int = 600
+    warm_up_steps: int = 400
     warm_up_batch: int = 128
     warm_up_learning_rate: float = 3e-3
     held_out: int = 512
@@ -49,6 +49,16 @@ class Rollouts:
 
     def __getitem__(self, rows: Tensor) -> "Rollouts":
         return Rollouts(**{name: value[rows] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A step's rollouts, and the policy's logits fp32 [B, T, V] on them after the step's updates; all tensors on one device."""
+
+    batch: Rollouts
+    logits: Tensor
+    temperature: float
+    step: int
 
 
 @dataclass
@@ -117,8 +127,8 @@ def collect(model: LlamaForCausalLM, terms: list[task.Terms], settings: Settings
 
 def reinforce(
     start: LlamaForCausalLM, name: str, settings: Settings, on_step: Callable[[int, float], None]
-) -> tuple[LlamaForCausalLM, History, Rollouts]:
-    """A copy of `start` trained with an objective; its history, and the last batch of rollouts."""
+) -> tuple[LlamaForCausalLM, History, Recording]:
+    """A copy of `start` trained with an objective; its history, and the step after a quarter of them, when rewards are mixed."""
     model = copy.deepcopy(start)
     objective = tokenrl.objective(name)
     source = random.Random(settings.seed + 1)
@@ -132,9 +142,13 @@ def reinforce(
             order = torch.randperm(len(batch.tokens), generator=shuffle).to(model.device)
             for rows in order.chunk(settings.minibatches):
                 _improve(model, optimizer, objective, batch[rows], settings.temperature, history)
+        if step == settings.steps // 4:
+            with torch.no_grad():
+                logits = response_logits(model, batch.tokens).clone()
+            recording = Recording(batch, logits, settings.temperature, step + 1)
         history.rewards.append(batch.rewards.mean().item())
         on_step(step + 1, history.rewards[-1])
-    return model, history, batch
+    return model, history, recording
 
 
 def _improve(model, optimizer, objective: tokenrl.Objective, batch: Rollouts, temperature: float, history: History) -> None:
