@@ -103,13 +103,14 @@ TRL_HD float logarithm(float x) {
 }
 #endif
 
-// t^p for a count t >= 1; the powers that methods use are exact. One term of the sum counts, the others are times 0: a choice by p
-// would become a branch, and loops over tokens would not vectorise.
+// 1 where a == b, else 0, by arithmetic: a comparison of what a loop does not change becomes a branch, and the loop does not vectorise.
+TRL_HD float same(float a, float b) { return larger(0.0f, 1.0f - 1e30f * ::fabsf(a - b)); }
+
+// t^p for a count t >= 1; the powers that methods use are exact.
 TRL_HD double power(double t, double p) { return p == 0.5 ? ::sqrt(t) : ::pow(t, p); }
 TRL_HD float power(float t, float p) {
-  const float up = p == 0.5f ? 1.0f : 0.0f, down = p == -0.5f ? 1.0f : 0.0f, other = 1.0f - up - down;
-  const float root = ::sqrtf(t);
-  return up * root + down / root + other * exponential(p * logarithm(t));
+  const float up = same(p, 0.5f), down = same(p, -0.5f), root = ::sqrtf(t);
+  return up * root + down / root + (1.0f - up - down) * exponential(p * logarithm(t));
 }
 
 }  // namespace tokenrl

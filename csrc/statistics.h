@@ -1,4 +1,5 @@
-// The statistics by name, for host and device: which tokens' log ratios make up the s of one token (tokenrl/statistics.py).
+// The statistics by name, for host and device: which tokens' log ratios make up the s of one token
+// (tokenrl/statistics.py).
 #pragma once
 
 #include <cstring>
@@ -8,7 +9,8 @@
 namespace tokenrl {
 
 enum class Statistic { token, prefix_sum, prefix_mean, prefix_min, span_sum, span_mean };
-inline constexpr const char* kStatistics[] = {"token", "prefix_sum", "prefix_mean", "prefix_min", "span_sum", "span_mean"};
+inline constexpr const char* kStatistics[] = {"token",      "prefix_sum", "prefix_mean",
+                                              "prefix_min", "span_sum",   "span_mean"};
 
 // What aggregation_weights puts on a sequence, and what its normaliser counts (tokenrl/aggregate.py).
 enum class Span { one, inverse_length, group, balanced };

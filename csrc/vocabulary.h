@@ -67,11 +67,15 @@ TRL_HD Half narrow<Half>(float x) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   uint32_t half;
-  if (magnitude > 0x7f800000u) half = 0x7e00u;
-  else if (magnitude >= 0x47800000u) half = 0x7c00u;
+  if (magnitude > 0x7f800000u)
+    half = 0x7e00u;
+  else if (magnitude >= 0x47800000u)
+    half = 0x7c00u;
   // Below the smallest normal half, adding 0.5 lines the bits up with a subnormal's and rounds them.
-  else if (magnitude < 0x38800000u) half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
-  else half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  else if (magnitude < 0x38800000u)
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  else
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   return {static_cast<uint16_t>(sign | half)};
 #endif
 }
@@ -87,8 +91,9 @@ TRL_HD Softmax<T> no_logits() {
   return {-infinity<T>(), T(0), T(0)};
 }
 
-// The same state relative to another, not smaller maximum. A state of nothing but -inf stays empty. Logits masked by the lowest finite
-// number shift so far that sum * shift overflows: what no longer has a weight is selected away, not multiplied by 0.
+// The same state relative to another, not smaller maximum. A state of nothing but -inf stays empty. Logits masked by
+// the lowest finite number shift so far that sum * shift overflows: what no longer has a weight is selected away, not
+// multiplied by 0.
 template <class T>
 TRL_HD Softmax<T> rescaled(const Softmax<T>& a, T max) {
   const T shift = a.sum > 0 ? a.max - max : T(0), scale = exponential(shift);

@@ -1,6 +1,10 @@
-"""Compiles C++ and, as plain C++ against csrc/host/cuda_on_cpu.h, the CUDA sources; objects are kept in build/host by their content."""
+"""Compiles C++ and, as plain C++ against csrc/host/cuda_on_cpu.h, the CUDA sources.
+
+Objects are kept in build/host by their content.
+"""
 
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -11,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "host"
 # attributes.cu asks the CUDA runtime, and has no kernel.
 CUDA_SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "attributes")
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
 def why_not() -> str | None:
@@ -27,14 +30,22 @@ def digest(*parts) -> str:
 
 def headers(tree: Path) -> str:
     """Everything that a source can include."""
-    paths = [p for folder in (tree / "csrc", ROOT / "tests" / "cpp_host") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
+    paths = [
+        p
+        for folder in (tree / "csrc", ROOT / "tests" / "cpp_host")
+        for p in folder.rglob("*")
+        if p.suffix in (".h", ".cuh")
+    ]
     return digest(*(part for p in sorted(paths) for part in (p.name, p.read_text())))
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _make(target: Path, command: list[str]) -> None:
+    """Whole or not at all: another test run may be making the same file."""
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    unfinished.replace(target)
 
 
 def compile_all(sources: list[Path], flags: list[str], tree: Path = ROOT) -> list[Path]:
@@ -42,11 +53,9 @@ def compile_all(sources: list[Path], flags: list[str], tree: Path = ROOT) -> lis
     included = headers(tree)
 
     def compile_one(source: Path) -> Path:
-        target = BUILD / f"{source.stem}-{digest(included, source, source.read_text(), *flags)}.o"
+        target = BUILD / f"{source.stem}-{digest(included, source.name, source.read_text(), *flags)}.o"
         if not target.exists():
-            unfinished = target.with_suffix(".tmp.o")
-            _run(["g++", "-std=c++17", *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
-            unfinished.replace(target)
+            _make(target, ["g++", "-std=c++17", *flags, "-x", "c++", "-c", str(source)])
         return target
 
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -57,5 +66,5 @@ def compile_all(sources: list[Path], flags: list[str], tree: Path = ROOT) -> lis
 def link(name: str, objects: list[Path], flags: list[str]) -> Path:
     target = BUILD / f"{name}-{digest(*objects, *flags)}"
     if not target.exists():
-        _run(["g++", *map(str, objects), *flags, "-o", str(target)])
+        _make(target, ["g++", *map(str, objects), *flags])
     return target

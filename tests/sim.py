@@ -10,7 +10,7 @@ import torch
 from tokenrl import backends
 
 TORCH = Path(torch.__file__).parent
-FLAGS = ["-O1", "-fPIC", *host_build.WARNINGS]
+FLAGS = ["-O1", "-fPIC"]
 # The stable ABI of the oldest torch that the package supports.
 OPS_FLAGS = [
     *FLAGS, "-DTOKENRL_SIM", "-DTOKENRL_LIBRARY=tokenrl_sim", "-DTORCH_TARGET_VERSION=0x020b000000000000",
@@ -35,5 +35,8 @@ def register() -> None:
     torch.ops.load_library(str(build_sim()))
     backends.register("tokenrl_sim")
     backends.BACKENDS["sim"] = backends.Backend(
-        "sim", "tokenrl_sim", lambda device: None if device.type == "cpu" else "runs cpu tensors", automatic=lambda device: False
+        "sim",
+        "tokenrl_sim",
+        lambda device: None if device.type == "cpu" else "runs cpu tensors",
+        automatic=lambda device: False,
     )

@@ -1,4 +1,7 @@
-"""The CUDA kernels compiled for every architecture that the package ships: no spills, no stack; prints registers and shared memory."""
+"""The CUDA kernels compiled for every architecture that the package ships: no spills, no stack.
+
+Prints registers and shared memory of each.
+"""
 
 import re
 import shutil
@@ -24,7 +27,7 @@ def compile_report(source) -> list[dict]:
     command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *targets]
     log = BUILD / f"{source.stem}-{digest(headers(ROOT), source.read_text(), *command)}.ptxas"
     if not log.exists():
-        done = subprocess.run([*command, "-c", source, "-o", log.with_suffix(".o")], capture_output=True, text=True)
+        done = subprocess.run([*command, "-c", source, "-o", log.with_suffix(".cu.o")], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         log.write_text(done.stdout + done.stderr)
     return [match.groupdict() for match in REPORT.finditer(log.read_text())]
@@ -38,7 +41,9 @@ def test_no_kernel_spills(capsys):
     lines = [f"registers on sm_{'/'.join(map(str, ARCHITECTURES))}:"]
     for source, rows in reports.items():
         kernels = {row["kernel"] for row in rows}
-        assert kernels and len(rows) == len(kernels) * len(ARCHITECTURES), f"{source.name}: nvcc's report was not understood"
+        assert kernels and len(rows) == len(kernels) * len(ARCHITECTURES), (
+            f"{source.name}: nvcc's report was not understood"
+        )
         for kernel in sorted(kernels):
             used = [r for r in rows if r["kernel"] == kernel]
             shared = re.search(r"(\d+) bytes smem", used[0]["rest"])
@@ -46,5 +51,7 @@ def test_no_kernel_spills(capsys):
             lines.append(f"{registers:>12} registers {shared[1] if shared else 0:>6} B shared  {source.name}  {kernel}")
     with capsys.disabled():
         print("", *lines, sep="\n")
-    spilling = [row for rows in reports.values() for row in rows if any(int(row[k]) for k in ("stack", "stores", "loads"))]
+    spilling = [
+        row for rows in reports.values() for row in rows if any(int(row[k]) for k in ("stack", "stores", "loads"))
+    ]
     assert not spilling, spilling

@@ -94,14 +94,15 @@ def versions() -> list[tuple[str, str, str]]:
     ]
 
 
-def build_info() -> dict | str | None:
-    """What the native extension says about its build, or None without one."""
+def build_info() -> dict[str, object]:
+    """What the native extension says about its build; the reason where it is missing."""
     if importlib.util.find_spec("tokenrl._bindings") is None:
-        return None
+        built = importlib.import_module("tokenrl._build") if importlib.util.find_spec("tokenrl._build") else None
+        return {"tokenrl._bindings": getattr(built, "BINDINGS_REASON", None) or "not built"}
     try:
-        return importlib.import_module("tokenrl._bindings").build_info()
+        return dict(importlib.import_module("tokenrl._bindings").build_info())
     except ImportError as error:
-        return f"tokenrl._bindings does not import: {error}"
+        return {"tokenrl._bindings": f"does not import: {error}"}
 
 
 def report_doctor(console) -> None:
@@ -114,10 +115,8 @@ def report_doctor(console) -> None:
     for row in versions():
         table.add_row(*map(escape, row))
     console.print(table, highlight=False)
-    built = build_info()
-    if built is not None:
-        lines = (f"{key}: {value}" for key, value in built.items()) if isinstance(built, dict) else [str(built)]
-        console.print("build", *(f"  {line}" for line in lines), sep="\n", highlight=False, markup=False)
+    lines = (f"    {key}: {value}" for key, value in build_info().items())
+    console.print("  build", *lines, sep="\n", highlight=False, markup=False)
     devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
     table = Table("backend", *(f"on {device.type}" for device in devices), box=box.SIMPLE_HEAD)
     for name, backend in BACKENDS.items():

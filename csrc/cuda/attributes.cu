@@ -8,7 +8,8 @@ const char* tokenrl_kernel_attributes(void (*visit)(void*, const TokenrlKernel&)
     cudaFuncAttributes attributes{};
     int blocks = 0;
     cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kThreads, 0);
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kThreads, 0);
     if (error != cudaSuccess) {
       cudaGetLastError();  // or the next launch would report it
       return cudaGetErrorString(error);

@@ -45,7 +45,8 @@ __device__ __forceinline__ S from_later_lane(S state, unsigned distance) {
   return shuffled(state, [=](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
 }
 
-// `carry` and the states of all earlier threads combined; afterwards `carry` has passed all threads. memory: [kWarps], shared.
+// `carry` and the states of all earlier threads combined; afterwards `carry` has passed all threads. memory: [kWarps],
+// shared.
 template <class S, class Combine>
 __device__ __forceinline__ S scan_before(S own, S& carry, Combine combine, S* memory) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -84,7 +85,8 @@ __device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
   return all;
 }
 
-// True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before. ticket starts at 0.
+// True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before.
+// ticket starts at 0.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   TRL_SHARED(unsigned, position, 1);
   if (threadIdx.x == 0) {

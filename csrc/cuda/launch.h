@@ -1,6 +1,6 @@
-// What ops.cpp calls to run a kernel: one launcher per op, over the argument structs of csrc/kernels.h. Pointers are to device memory,
-// `stream` is a cudaStream_t. Scratch is device memory of the given size, aligned to 16 bytes, with any contents. Each launcher returns
-// null, or the error's text.
+// What ops.cpp calls to run a kernel: one launcher per op, over the argument structs of csrc/kernels.h. Pointers are to
+// device memory, `stream` is a cudaStream_t. Scratch is device memory of the given size, aligned to 16 bytes, with any
+// contents. Each launcher returns null, or the error's text.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +14,11 @@ namespace tokenrl::cuda {
 template <class T>
 size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences);
 template <class T>
-const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream);
+const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
+                      void* stream);
 
-// adjoint: the true one (flow "through"). For flow "local" and for prefix_min, whose adjoints are the mask, ask for the statistic
-// `token` of the gradient. counts: scratch [N], for span statistics only.
+// adjoint: the true one (flow "through"). For flow "local" and for prefix_min, whose adjoints are the mask, ask for the
+// statistic `token` of the gradient. counts: scratch [N], for span statistics only.
 template <class T>
 const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream);
 

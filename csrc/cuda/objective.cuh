@@ -3,67 +3,17 @@
 
 #include "launch.h"
 #include "spans.cuh"
+#include "totals.cuh"
 
 namespace tokenrl::cuda {
-
-// Loss and metrics of some tokens.
-template <class T, class Count>
-struct Totals {
-  T loss, ratio_sum, ratio_min, ratio_max, kl_sum, ratio_squares;
-  Count tokens, low, high, dual;
-
-  __device__ __forceinline__ static Totals nothing() {
-    return {T(0), T(0), infinity<T>(), -infinity<T>(), T(0), T(0), 0, 0, 0, 0};
-  }
-
-  template <class U, class C>
-  __device__ __forceinline__ void add(const Totals<U, C>& other) {
-    loss += other.loss;
-    ratio_sum += other.ratio_sum;
-    ratio_min = smaller(ratio_min, T(other.ratio_min));
-    ratio_max = larger(ratio_max, T(other.ratio_max));
-    kl_sum += other.kl_sum;
-    ratio_squares += other.ratio_squares;
-    tokens += other.tokens;
-    low += other.low;
-    high += other.high;
-    dual += other.dual;
-  }
-
-  __device__ __forceinline__ T metric(int which) const {
-    switch (which) {
-      case kTokens: return T(tokens);
-      case kRatioSum: return ratio_sum;
-      case kRatioMin: return ratio_min;
-      case kRatioMax: return ratio_max;
-      case kLow: return T(low);
-      case kHigh: return T(high);
-      case kDual: return T(dual);
-      case kKlSum: return kl_sum;
-      default: return ratio_squares;
-    }
-  }
-};
-
-template <class T>
-using SequenceTotals = Totals<T, int32_t>;
-using BatchTotals = Totals<double, int64_t>;
-
-struct Add {
-  template <class S>
-  __device__ __forceinline__ S operator()(S a, const S& b) const {
-    a.add(b);
-    return a;
-  }
-};
 
 // Memory of a launch: what one pass leaves for the next, and what one block leaves for the last.
 template <class T>
 struct ObjectiveScratch {
   SequenceTotals<T>* totals;  // [S]
-  T* direct;          // [N]: w d_logp
-  int32_t* counts;    // [N]
-  unsigned* ticket;   // [1], zero before the launch
+  T* direct;                  // [N]: w d_logp
+  int32_t* counts;            // [N]
+  unsigned* ticket;           // [1], zero before the launch
 };
 
 template <class T, class Gate>
@@ -78,8 +28,12 @@ struct SequenceObjective {
   Running<T>* memory;
 
   __device__ __forceinline__ bool valid(int64_t token) const { return is_valid(args.spans, token); }
-  __device__ __forceinline__ bool over_span() const { return statistic == Statistic::span_sum || statistic == Statistic::span_mean; }
-  __device__ __forceinline__ bool mean() const { return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean; }
+  __device__ __forceinline__ bool over_span() const {
+    return statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+  }
+  __device__ __forceinline__ bool mean() const {
+    return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
+  }
   __device__ __forceinline__ T log_ratio(int64_t token) const {
     return clamp(args.logp[token] - args.old_logp[token], -args.clamp, args.clamp);
   }
@@ -116,7 +70,8 @@ struct SequenceObjective {
     observe(x, s, gated);
     const T w = args.token_weight ? weight * args.token_weight[token] : weight;
     totals.loss += w != 0 ? w * gated.value : T(0);
-    const T shared = w != 0 && statistic_value <= args.cap ? w * gated.d_s : T(0), direct = w != 0 ? w * gated.d_logp : T(0);
+    const T shared = w != 0 && statistic_value <= args.cap ? w * gated.d_s : T(0),
+            direct = w != 0 ? w * gated.d_logp : T(0);
     if (through && statistic != Statistic::token) {
       args.coef[token] = mean() ? shared / T(divisor) : shared;
       scratch.direct[token] = direct;
@@ -175,10 +130,14 @@ struct SequenceObjective {
     const bool spans = over_span();
     walk<T>(
         q, true, Combine<T>{Fold::add},
-        [&](int64_t token) { return Running<T>{is_end(args.spans, q, token), 0, valid(token) ? args.coef[token] : T(0)}; },
+        [&](int64_t token) {
+          return Running<T>{is_end(args.spans, q, token), 0, valid(token) ? args.coef[token] : T(0)};
+        },
         [&](int64_t token, const Running<T>&, const Running<T>& after) {
-          if (spans) args.coef[token] = after.value;
-          else finish(token, after.value);
+          if (spans)
+            args.coef[token] = after.value;
+          else
+            finish(token, after.value);
         },
         memory);
     if (!spans) return;
@@ -223,8 +182,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const double normalizer = args.normalizer[0];
     const T weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
     const T advantage = args.advantages && !args.advantages_per_token ? args.advantages[i] : T(0);
-    SequenceObjective<T, Gate> sequence{args,   scratch,   statistic,           through,    sequence_of(args.spans, i),
-                                        weight, advantage, SequenceTotals<T>::nothing(), scan_memory};
+    SequenceObjective<T, Gate> sequence{args,
+                                        scratch,
+                                        statistic,
+                                        through,
+                                        sequence_of(args.spans, i),
+                                        weight,
+                                        advantage,
+                                        SequenceTotals<T>::nothing(),
+                                        scan_memory};
     sequence.run();
     const SequenceTotals<T> totals = reduce(sequence.totals, Add{}, reduce_memory);
     if (threadIdx.x == 0) scratch.totals[i] = totals;
@@ -241,8 +207,8 @@ inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 template <class T>
 size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences) {
-  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(SequenceTotals<T>)) + aligned(num_tokens * sizeof(T)) +
-         aligned(num_tokens * sizeof(int32_t));
+  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(SequenceTotals<T>)) +
+         aligned(num_tokens * sizeof(T)) + aligned(num_tokens * sizeof(int32_t));
 }
 
 template <class T>
@@ -257,7 +223,8 @@ ObjectiveScratch<T> objective_scratch(void* memory, const Spans& spans) {
 }
 
 template <class T, class Gate>
-bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream) {
+bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
+                     void* stream) {
   if (std::strcmp(Gate::name, gate) != 0) return false;
   TRL_LAUNCH((objective_kernel<T, Gate>), blocks_of(args.spans), kThreads, 0, stream, args,
              objective_scratch<T>(scratch, args.spans), statistic, through);
@@ -265,15 +232,17 @@ bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool thr
 }
 
 template <class T, class... Gate>
-bool launch_named(std::tuple<Gate...>*, const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
-                  void* scratch, void* stream) {
+bool launch_named(std::tuple<Gate...>*, const ObjectiveArgs<T>& args, Statistic statistic, bool through,
+                  const char* gate, void* scratch, void* stream) {
   return (launch_if_named<T, Gate>(args, statistic, through, gate, scratch, stream) || ...);
 }
 
 template <class T>
-const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch, void* stream) {
+const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
+                      void* stream) {
   zero(scratch, sizeof(unsigned), stream);
-  if (!launch_named(static_cast<Gates*>(nullptr), args, statistic, through, gate, scratch, stream)) return "no gate of that name";
+  if (!launch_named(static_cast<Gates*>(nullptr), args, statistic, through, gate, scratch, stream))
+    return "no gate of that name";
   return launch_error();
 }
 

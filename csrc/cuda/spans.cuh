@@ -51,8 +51,8 @@ struct Combine {
 };
 
 // Passes over the tokens of q in the given direction: element(token) -> Running is what a token adds to the state, and
-// visit(token, before, after) sees the state on both sides of it. A thread visits the tokens whose elements it asked for, and asks
-// again right before each visit. After the walk every thread sees what all others have written.
+// visit(token, before, after) sees the state on both sides of it. A thread visits the tokens whose elements it asked
+// for, and asks again right before each visit. After the walk every thread sees what all others have written.
 template <class T, class Element, class Visit>
 __device__ __forceinline__ void walk(Sequence q, bool backwards, Combine<T> combine, Element element, Visit visit,
                                      Running<T>* memory) {

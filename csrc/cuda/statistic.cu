@@ -61,7 +61,8 @@ struct SequenceStatistic {
         memory);
   }
 
-  // Adjoint of a prefix statistic: sums from each token to the end of its span, each term divided by its own position for the mean.
+  // Adjoint of a prefix statistic: sums from each token to the end of its span, each term divided by its own position
+  // for the mean.
   __device__ __forceinline__ void suffix() const {
     const Combine<T> add{Fold::add};
     walk<T>(
@@ -86,10 +87,14 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= args.spans.num_sequences) return;
   const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
   const SequenceStatistic<T> sequence{args, counts, mean, sequence_of(args.spans, i), memory};
-  if (statistic == Statistic::token) sequence.token();
-  else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean) sequence.span();
-  else if (adjoint) sequence.suffix();
-  else sequence.prefix(statistic == Statistic::prefix_min);
+  if (statistic == Statistic::token)
+    sequence.token();
+  else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean)
+    sequence.span();
+  else if (adjoint)
+    sequence.suffix();
+  else
+    sequence.prefix(statistic == Statistic::prefix_min);
 }
 
 template <class T>
@@ -106,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) band_kernel(BandArgs<T> args) {
         if (!is_valid(args.spans, token)) return;
         T params[3];
 #pragma unroll
-        for (int k = 0; k < 3; ++k) params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
+        for (int k = 0; k < 3; ++k)
+          params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
         const T width = power(T(after.count), params[2]), low = -params[0] * width, high = params[1] * width;
         const T x = args.log_ratio[token];
         args.clipped[token] = clamp(x, low, high);

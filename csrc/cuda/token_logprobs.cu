@@ -1,4 +1,5 @@
-// Log-prob, entropy and log-sum-exp of each row of logits in one pass, and the gradient of the logits: one block per row.
+// Log-prob, entropy and log-sum-exp of each row of logits in one pass, and the gradient of the logits: one block per
+// row.
 #include "block.cuh"
 #include "launch.h"
 
@@ -35,7 +36,9 @@ __device__ __forceinline__ Row row_of(const LogprobArgs<Logit, T>& args) {
 
 template <class T>
 struct Merge {
-  __device__ __forceinline__ Softmax<T> operator()(const Softmax<T>& a, const Softmax<T>& b) const { return merge(a, b); }
+  __device__ __forceinline__ Softmax<T> operator()(const Softmax<T>& a, const Softmax<T>& b) const {
+    return merge(a, b);
+  }
 };
 
 // What this thread sees of the row: packs from the first aligned logit on, the rest one by one.
@@ -51,7 +54,8 @@ __device__ __forceinline__ Softmax<T> thread_softmax(const Logit* logits, int64_
 #pragma unroll
     for (int k = 0; k < kPack; ++k) take(state, widen(pack.of[k]) / temperature);
   }
-  for (int64_t i = head + packs * kPack + threadIdx.x; i < vocab; i += kThreads) take(state, widen(logits[i]) / temperature);
+  for (int64_t i = head + packs * kPack + threadIdx.x; i < vocab; i += kThreads)
+    take(state, widen(logits[i]) / temperature);
   return state;
 }
 

@@ -28,7 +28,8 @@ struct AddCounts {
 };
 
 __device__ __forceinline__ double advantage_at(const WeightArgs& args, int64_t i) {
-  return args.advantages_double ? static_cast<const double*>(args.advantages)[i] : static_cast<const float*>(args.advantages)[i];
+  return args.advantages_double ? static_cast<const double*>(args.advantages)[i]
+                                : static_cast<const float*>(args.advantages)[i];
 }
 
 __device__ __forceinline__ int32_t sign_of(double x) { return (x > 0) - (x < 0); }
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(WeightArgs args, Sequen
 }
 
 // One thread per sequence, which meets all others in tiles of shared memory. Signs are all 0 unless they matter.
-__global__ void __launch_bounds__(kThreads) group_kernel(WeightArgs args, const SequenceCount* counts, Span span, Unit unit) {
+__global__ void __launch_bounds__(kThreads)
+    group_kernel(WeightArgs args, const SequenceCount* counts, Span span, Unit unit) {
   TRL_SHARED(SequenceCount, other_counts, kThreads);
   TRL_SHARED(int64_t, other_groups, kThreads);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, sequences = args.spans.num_sequences;

@@ -1,12 +1,13 @@
 // Runs CUDA kernels on the CPU, in tests: the same .cu files, compiled by a plain C++ compiler with this header.
 //
-// Every CUDA thread is a fibre (its own stack, switched by hand); blocks run one after another on the calling thread. A fibre runs
-// until it waits at a barrier or in a warp operation. A schedule is who gets the next turn: 0 in order, 1 in reverse, each warp as far
-// as it can go before the next; any other number is a seed that shuffles blocks, warps, lanes and how long a warp's turn lasts
-// (environment TOKENRL_SCHEDULE, or schedule()). A race that a missing barrier opens shows in some schedule. Shared memory starts as
-// 0xFF, and is on the heap, where the address sanitizer sees its ends. What real hardware would hang on or leave undefined (a barrier
-// that some threads never reach, a warp mask that names finished lanes) ends the process with a message. Blocks and grids are
-// one-dimensional; blocks do not overlap, so races between blocks are not seen.
+// Every CUDA thread is a fibre (its own stack, switched by hand); blocks run one after another on the calling thread. A
+// fibre runs until it waits at a barrier or in a warp operation. A schedule is who gets the next turn: 0 in order, 1 in
+// reverse, each warp as far as it can go before the next; any other number is a seed that shuffles blocks, warps, lanes
+// and how long a warp's turn lasts (environment TOKENRL_SCHEDULE, or schedule()). A race that a missing barrier opens
+// shows in some schedule. Shared memory starts as 0xFF, and is on the heap, where the address sanitizer sees its ends.
+// What real hardware would hang on or leave undefined (a barrier that some threads never reach, a warp mask that names
+// finished lanes) ends the process with a message. Blocks and grids are one-dimensional; blocks do not overlap, so
+// races between blocks are not seen.
 #pragma once
 
 #include "fibres.h"
@@ -35,10 +36,11 @@ class Shared {
 
 }  // namespace tokenrl::host
 
-#define TRL_SHARED(type, name, count)                                            \
+#define TRL_SHARED(type, name, count)                                      \
   static thread_local ::tokenrl::host::Shared<type> name##_storage(count); \
   type* const name = name##_storage.data()
-#define TRL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::tokenrl::host::block().dynamic_shared.data())
+#define TRL_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(::tokenrl::host::block().dynamic_shared.data())
 #define TRL_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   ((void)(stream), ::tokenrl::host::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
 
@@ -49,7 +51,9 @@ inline void __syncthreads() {
   tokenrl::host::open_barrier_if_complete();
   tokenrl::host::park();
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { tokenrl::host::collective(mask, tokenrl::host::Collective::sync, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  tokenrl::host::collective(mask, tokenrl::host::Collective::sync, 0);
+}
 inline void __threadfence() {}
 
 template <class V>

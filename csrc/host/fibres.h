@@ -1,8 +1,10 @@
-// The threads of a CUDA block as fibres on one CPU thread: scheduling, barriers and warp operations of csrc/host/cuda_on_cpu.h.
+// The threads of a CUDA block as fibres on one CPU thread: scheduling, barriers and warp operations of
+// csrc/host/cuda_on_cpu.h.
 #pragma once
 
 #ifndef __x86_64__
-#error "csrc/host/fibres.h switches stacks in x86-64 assembly; the CUDA sources are tested on the CPU on that machine only"
+#error \
+    "csrc/host/fibres.h switches stacks in x86-64 assembly; the CUDA sources are tested on the CPU on that machine only"
 #endif
 
 #include <algorithm>
@@ -146,7 +148,8 @@ inline void start(Fibre& fibre) {
   __asan_unpoison_memory_region(fibre.stack.get(), kStackBytes);
 #endif
   // switch_stack pops six registers and returns into fibre_main, whose own return address is a null.
-  auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fibre.stack.get()) + kStackBytes) & ~uintptr_t{15});
+  auto** top =
+      reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fibre.stack.get()) + kStackBytes) & ~uintptr_t{15});
   std::fill(top - 8, top, nullptr);
   top[-2] = reinterpret_cast<void*>(&fibre_main);
   fibre.stack_pointer = top - 8;
@@ -203,7 +206,8 @@ inline void run_block(Order& warps, Order& lanes) {
 
 template <class Body>
 void launch(int64_t grid, int64_t threads, size_t shared_bytes, const Body& body) {
-  if (grid < 1 || grid > 2147483647 || threads < 1 || threads > 1024 || threads % 32 != 0) fail("no such grid or block");
+  if (grid < 1 || grid > 2147483647 || threads < 1 || threads > 1024 || threads % 32 != 0)
+    fail("no such grid or block");
   Block& b = block();
   b.fibres.resize(threads);
   b.warps.resize(threads / 32);

@@ -25,14 +25,16 @@ inline void expect(bool holds, const std::string& what) {
 
 // Every entry within `tolerance` of the truth, relative to the largest one (and at least to 1e-3).
 template <class T>
-void expect_close(const std::vector<T>& kernel, const std::vector<double>& truth, double tolerance, const std::string& what) {
+void expect_close(const std::vector<T>& kernel, const std::vector<double>& truth, double tolerance,
+                  const std::string& what) {
   double largest = 1e-3;
   for (double x : truth)
     if (std::isfinite(x)) largest = std::fmax(largest, std::fabs(x));
   for (size_t i = 0; i < truth.size(); ++i) {
     if (static_cast<double>(kernel[i]) == truth[i] || (std::isnan(truth[i]) && std::isnan(kernel[i]))) continue;
     if (std::fabs(kernel[i] - truth[i]) <= tolerance * largest) continue;
-    return expect(false, what + " [" + std::to_string(i) + "]: " + std::to_string(kernel[i]) + ", truth " + std::to_string(truth[i]));
+    return expect(false, what + " [" + std::to_string(i) + "]: " + std::to_string(kernel[i]) + ", truth " +
+                             std::to_string(truth[i]));
   }
 }
 
@@ -46,7 +48,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// The same results under every schedule: compute() returns one vector with all of them. Memory errors need but one schedule.
+// The same results under every schedule: compute() returns one vector with all of them. Memory errors need but one
+// schedule.
 template <class Compute>
 auto under_all_schedules(const std::string& what, Compute compute) {
   host::schedule() = 0;
@@ -72,7 +75,12 @@ struct Batch {
 
   // `missing` leaves that many tokens out of logp's memory, for the canary of the address sanitizer.
   explicit Batch(int missing = 0)
-      : logp(tokens), old_logp(tokens), token_weight(tokens), advantages(tokens), sequence_advantages(sequences), bounds(tokens) {
+      : logp(tokens),
+        old_logp(tokens),
+        token_weight(tokens),
+        advantages(tokens),
+        sequence_advantages(sequences),
+        bounds(tokens) {
     std::mt19937 random(11);
     std::normal_distribution<double> normal(0.0, 1.0);
     std::uniform_real_distribution<double> uniform(0.0, 1.0);
@@ -112,11 +120,16 @@ inline std::vector<std::vector<int64_t>> spans_of(const Spans& spans, int64_t se
 // ds_k / dx_j in a span of n tokens; for the minimum only what its derivative sees.
 inline double entry(Statistic statistic, size_t k, size_t j, size_t n) {
   switch (statistic) {
-    case Statistic::prefix_sum: return j <= k;
-    case Statistic::prefix_mean: return j <= k ? 1.0 / static_cast<double>(k + 1) : 0.0;
-    case Statistic::span_sum: return 1.0;
-    case Statistic::span_mean: return 1.0 / static_cast<double>(n);
-    default: return j == k;
+    case Statistic::prefix_sum:
+      return j <= k;
+    case Statistic::prefix_mean:
+      return j <= k ? 1.0 / static_cast<double>(k + 1) : 0.0;
+    case Statistic::span_sum:
+      return 1.0;
+    case Statistic::span_mean:
+      return 1.0 / static_cast<double>(n);
+    default:
+      return j == k;
   }
 }
 
@@ -134,9 +147,10 @@ struct Pair {
   Statistic statistic;
   bool through;
 };
-inline const Pair kPairs[] = {
-    {Statistic::token, true},      {Statistic::prefix_sum, false}, {Statistic::prefix_sum, true}, {Statistic::prefix_mean, false},
-    {Statistic::prefix_mean, true}, {Statistic::prefix_min, false}, {Statistic::span_sum, false},   {Statistic::span_sum, true},
-    {Statistic::span_mean, false},  {Statistic::span_mean, true}};
+inline const Pair kPairs[] = {{Statistic::token, true},       {Statistic::prefix_sum, false},
+                              {Statistic::prefix_sum, true},  {Statistic::prefix_mean, false},
+                              {Statistic::prefix_mean, true}, {Statistic::prefix_min, false},
+                              {Statistic::span_sum, false},   {Statistic::span_sum, true},
+                              {Statistic::span_mean, false},  {Statistic::span_mean, true}};
 
 }  // namespace tokenrl

@@ -37,7 +37,8 @@ struct Truth {
 template <class Gate, class T>
 Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t token, double s, double t) {
   double params[kMaxParams];
-  for (int k = 0; k < kMaxParams; ++k) params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
+  for (int k = 0; k < kMaxParams; ++k)
+    params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
   const double advantage = args.advantages[args.advantages_per_token ? token : sequence];
   return Gate::eval(GateInput<double>{s, args.logp[token], advantage, t, params});
 }
@@ -58,7 +59,8 @@ Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
       for (size_t k = 0; k < n; ++k) {
         const double raw = statistic_at(options.pair.statistic, x, k), s = std::fmin(raw, args.cap);
         const auto gated = gate_at<Gate>(args, i, span[k], s, static_cast<double>(k + 1));
-        const double w = args.span_weight[i] / *args.normalizer * (args.token_weight ? args.token_weight[span[k]] : 1.0);
+        const double w =
+            args.span_weight[i] / *args.normalizer * (args.token_weight ? args.token_weight[span[k]] : 1.0);
         truth.loss += w * gated.value;
         g[k] = raw <= args.cap ? w * gated.d_s : 0.0;
         direct[k] = w * gated.d_logp;
@@ -86,7 +88,8 @@ std::vector<T> run(ObjectiveArgs<T> args, const Options& options, const char* ga
   args.metrics = args.loss + 1;
   args.coef = args.metrics + kNumMetrics;
   std::vector<char> scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences), '\xff');
-  const char* error = cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), nullptr);
+  const char* error =
+      cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), nullptr);
   expect(error == nullptr, std::string("the launcher says ") + (error ? error : ""));
   return out;
 }
@@ -94,14 +97,16 @@ std::vector<T> run(ObjectiveArgs<T> args, const Options& options, const char* ga
 template <class T, class Gate>
 void check(const Batch<T>& batch, const Options& options) {
   const std::string what = std::string(Gate::name) + (sizeof(T) == 4 ? " float " : " double ") +
-                           kStatistics[static_cast<int>(options.pair.statistic)] + (options.pair.through ? " through" : " local") +
-                           (options.segments ? " segments" : "") + (options.per_token ? " per token" : "");
+                           kStatistics[static_cast<int>(options.pair.statistic)] +
+                           (options.pair.through ? " through" : " local") + (options.segments ? " segments" : "") +
+                           (options.per_token ? " per token" : "");
   const auto args = arguments(batch, options);
   const auto out = under_all_schedules(what, [&] { return run(args, options, Gate::name); });
   const Truth truth = truth_of<Gate>(args, options);
   expect_close(std::vector<T>{out[0]}, {truth.loss}, 10 * tolerance_of<T>(), what + " loss");
   for (int m = 0; m < kNumMetrics; ++m)
-    expect_close(std::vector<T>{out[1 + m]}, {truth.metrics[m]}, 10 * tolerance_of<T>(), what + " metric " + std::to_string(m));
+    expect_close(std::vector<T>{out[1 + m]}, {truth.metrics[m]}, 10 * tolerance_of<T>(),
+                 what + " metric " + std::to_string(m));
   expect_close(std::vector<T>(out.begin() + 1 + kNumMetrics, out.end()), truth.coef, tolerance_of<T>(), what + " coef");
 }
 
@@ -114,7 +119,8 @@ void check_all(std::tuple<Gate...>*) {
   int turn = sizeof(T) == 4 ? 0 : 5;
   for (const Pair& pair : kPairs)
     for (bool segments : {false, true})
-      gates[(turn++ * 3) % sizeof...(Gate)](batch, {pair, true, segments, turn % 2 == 0, 0.15, turn % 3 == 0 ? 0.2 : INFINITY});
+      gates[(turn++ * 3) % sizeof...(Gate)](
+          batch, {pair, true, segments, turn % 2 == 0, 0.15, turn % 3 == 0 ? 0.2 : INFINITY});
   gates[0](batch, {{Statistic::prefix_mean, true}, true, true, true, 0.15, INFINITY});
   gates[1](batch, {{Statistic::prefix_sum, false}, true, false, false, INFINITY, INFINITY});
 }

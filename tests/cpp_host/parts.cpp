@@ -1,4 +1,5 @@
-// The statistics, the position-adaptive clip, the aggregation weights and the log-probs under several schedules, against loops in double.
+// The statistics, the position-adaptive clip, the aggregation weights and the log-probs under several schedules,
+// against loops in double.
 #include <map>
 #include <set>
 
@@ -13,12 +14,13 @@ void check_statistics(const Batch<T>& batch) {
     for (bool adjoint : {false, true}) {
       if (adjoint && !pair.through) continue;
       for (bool segments : {false, true}) {
-        const std::string what = std::string(kStatistics[static_cast<int>(pair.statistic)]) + (adjoint ? " adjoint" : "");
+        const std::string what =
+            std::string(kStatistics[static_cast<int>(pair.statistic)]) + (adjoint ? " adjoint" : "");
         std::vector<int32_t> counts(batch.tokens);
         const auto out = under_all_schedules(what, [&] {
           std::vector<T> result(batch.tokens, static_cast<T>(std::nan("")));
-          const StatisticArgs<T> args{batch.spans(true, segments), batch.logp.data(), adjoint ? nullptr : batch.old_logp.data(),
-                                      result.data()};
+          const StatisticArgs<T> args{batch.spans(true, segments), batch.logp.data(),
+                                      adjoint ? nullptr : batch.old_logp.data(), result.data()};
           cuda::statistic(args, pair.statistic, adjoint, counts.data(), nullptr);
           return result;
         });
@@ -27,9 +29,11 @@ void check_statistics(const Batch<T>& batch) {
           for (const auto& span : spans_of(batch.spans(true, segments), i)) {
             std::vector<double> x(span.size());
             for (size_t k = 0; k < x.size(); ++k)
-              x[k] = static_cast<double>(batch.logp[span[k]]) - (adjoint ? 0.0 : static_cast<double>(batch.old_logp[span[k]]));
+              x[k] = static_cast<double>(batch.logp[span[k]]) -
+                     (adjoint ? 0.0 : static_cast<double>(batch.old_logp[span[k]]));
             for (size_t k = 0; k < x.size(); ++k) {
-              if (!adjoint) truth[span[k]] = statistic_at(pair.statistic, x, k);
+              if (!adjoint)
+                truth[span[k]] = statistic_at(pair.statistic, x, k);
               else
                 for (size_t j = 0; j < x.size(); ++j) truth[span[k]] += entry(pair.statistic, j, k, x.size()) * x[j];
             }
@@ -57,7 +61,8 @@ void check_band(const Batch<T>& batch) {
   for (int64_t i = 0; i < batch.sequences; ++i) {
     const auto valid = spans_of(batch.spans(true, false), i)[0];
     for (size_t k = 0; k < valid.size(); ++k) {
-      const double x = batch.advantages[valid[k]], width = std::sqrt(k + 1.0), low = -batch.bounds[valid[k]] * width, high = 0.2 * width;
+      const double x = batch.advantages[valid[k]], width = std::sqrt(k + 1.0), low = -batch.bounds[valid[k]] * width,
+                   high = 0.2 * width;
       truth[valid[k]] = std::fmin(std::fmax(x, low), high);
       truth[batch.tokens + valid[k]] = x >= low && x <= high;
     }
@@ -86,7 +91,8 @@ struct Groups {
 };
 
 void check_weights(const Groups& batch, Span span, Unit unit) {
-  const std::string what = std::string("weights ") + kSpans[static_cast<int>(span)] + " " + kUnits[static_cast<int>(unit)];
+  const std::string what =
+      std::string("weights ") + kSpans[static_cast<int>(span)] + " " + kUnits[static_cast<int>(unit)];
   const bool balanced = span == Span::balanced;
   const auto out = under_all_schedules(what, [&] {
     std::vector<double> weight(batch.sequences + 1, std::nan(""));
@@ -151,9 +157,11 @@ void check_logprobs(int64_t vocab, int64_t gap) {
   auto logits = random_logits<Logit, T>(stride_batch + 2 * stride + vocab);
   const std::vector<int64_t> ids{0, vocab - 1, vocab / 2, vocab / 3, vocab + 4, kIgnoredId};
   const std::vector<T> grad_logp{1, T(-0.5), 0, 2, 1, 3}, grad_entropy{0, 1, T(0.25), -1, 1, 3};
-  const std::string what = "logprobs V=" + std::to_string(vocab) + " gap=" + std::to_string(gap) + " bytes=" + std::to_string(sizeof(Logit));
+  const std::string what =
+      "logprobs V=" + std::to_string(vocab) + " gap=" + std::to_string(gap) + " bytes=" + std::to_string(sizeof(Logit));
   const T temperature = T(0.8);
-  LogprobArgs<Logit, T> args{2, 3, vocab, stride_batch, stride, logits.data(), ids.data(), temperature, {}, {}, {}, {}, {}, {}};
+  LogprobArgs<Logit, T> args{2,  3,  vocab, stride_batch, stride, logits.data(), ids.data(), temperature, {},
+                             {}, {}, {},    {},           {}};
   const auto out = under_all_schedules(what, [&] {
     std::vector<T> result(3 * rows, static_cast<T>(std::nan("")));
     args.logp = result.data();

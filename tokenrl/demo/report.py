@@ -62,7 +62,7 @@ def _table(*columns: str, first: int = 1) -> Table:
     """The first columns are text, the others numbers."""
     table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < first else "right", vertical="bottom")
+        table.add_column(column, justify="left" if i < first else "right")
     return table
 
 

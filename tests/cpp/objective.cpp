@@ -1,0 +1,233 @@
+// Every gate x statistic x flow through the objective kernel in double: its coefficients against finite differences, on ragged
+// sequences with segments, holes full of NaN, token weights, a cap and a clamp. Statistics are typed out anew here.
+#include <algorithm>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+
+namespace tokenrl {
+namespace {
+
+constexpr double kClamp = 0.9, kCap = 0.8;
+
+struct Pair {
+  Statistic statistic;
+  bool through;
+};
+constexpr Pair kPairs[] = {
+    {Statistic::token, true},       {Statistic::prefix_sum, false}, {Statistic::prefix_sum, true}, {Statistic::prefix_mean, false},
+    {Statistic::prefix_mean, true}, {Statistic::prefix_min, false}, {Statistic::span_sum, false},  {Statistic::span_sum, true},
+    {Statistic::span_mean, false},  {Statistic::span_mean, true}};
+
+const cpu::Threads kOneThread{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
+// Uneven shares, each on a thread of its own.
+const cpu::Threads kThreeThreads{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  std::vector<std::thread> pool;
+  for (const auto [begin, end] : {std::pair{int64_t{0}, n / 5}, std::pair{n / 5, n / 2}, std::pair{n / 2, n}})
+    if (begin < end) pool.emplace_back(body, context, begin, end);
+  for (std::thread& thread : pool) thread.join();
+}};
+
+struct Batch {
+  std::vector<int64_t> cu_seqlens{2, 2, 3, 20, 90, 97};
+  int64_t sequences = 5, tokens = 99;
+  std::vector<double> logp, old_logp, advantages, token_weight, bounds[kMaxParams], span_weight{1.0, 0.5, 0.25, 2.0, 0.75};
+  std::unique_ptr<bool[]> mask{new bool[tokens]}, starts{new bool[tokens]};
+  double normalizer = 3;
+
+  explicit Batch(const std::string& gate) : logp(tokens), old_logp(tokens), advantages(sequences), token_weight(tokens) {
+    // A fixed sequence of numbers in [-1, 1): random enough, and the same everywhere.
+    uint64_t state = 12345;
+    const auto next = [&state] {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      return static_cast<double>(state >> 11) / 4503599627370496.0 - 1;
+    };
+    const double low[] = {0.1, 0.12, gate == "ppo_clip" ? 1.3 : 0.3, 0.4};
+    for (int64_t k = 0; k < kMaxParams; ++k) bounds[k].resize(tokens);
+    for (double& a : advantages) a = next();
+    for (int64_t i = 0; i < tokens; ++i) {
+      logp[i] = -1.5 + next();
+      old_logp[i] = logp[i] - 0.35 * next() - (i % 13 == 5 ? 1.2 : 0);  // some are beyond the clamp
+      token_weight[i] = i % 7 == 3 ? 0 : 1 + next();
+      mask[i] = next() < 0.6;
+      starts[i] = mask[i] && next() > 0.7;
+      for (int k = 0; k < kMaxParams; ++k) bounds[k][i] = low[k] + 0.05 * next();
+      if (!mask[i]) logp[i] = old_logp[i] = token_weight[i] = bounds[0][i] = bounds[1][i] = bounds[2][i] = bounds[3][i] = NAN;
+    }
+  }
+};
+
+struct Result {
+  double loss, metrics[kNumMetrics];
+  std::vector<double> coef;
+};
+
+Result evaluate(const Batch& batch, const std::string& gate, int num_params, Pair pair, const cpu::Threads& threads = kOneThread) {
+  Result result{0, {}, std::vector<double>(batch.tokens, NAN)};
+  ObjectiveArgs<double> args{};
+  args.spans = {batch.tokens, batch.sequences, batch.cu_seqlens.data(), batch.mask.get(), batch.starts.get()};
+  args.logp = batch.logp.data();
+  args.old_logp = batch.old_logp.data();
+  args.advantages = batch.advantages.data();
+  args.span_weight = batch.span_weight.data();
+  args.normalizer = &batch.normalizer;
+  args.token_weight = batch.token_weight.data();
+  for (int k = 0; k < num_params; ++k) args.params[k] = {batch.bounds[k].data(), 0};
+  args.clamp = kClamp;
+  args.cap = kCap;
+  args.loss = &result.loss;
+  args.coef = result.coef.data();
+  args.metrics = result.metrics;
+  expect(cpu::objective(args, pair.statistic, pair.through, gate.c_str(), threads), gate + ": unknown to the kernel");
+  return result;
+}
+
+// The valid tokens of every span, and the sequence it lies in.
+struct Span {
+  int64_t sequence;
+  std::vector<int64_t> tokens;
+};
+std::vector<Span> spans_of(const Batch& batch) {
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < batch.sequences; ++i) {
+    spans.push_back({i, {}});
+    for (int64_t t = batch.cu_seqlens[i]; t < batch.cu_seqlens[i + 1]; ++t) {
+      if (!batch.mask[t]) continue;
+      if (batch.starts[t]) spans.push_back({i, {}});
+      spans.back().tokens.push_back(t);
+    }
+  }
+  return spans;
+}
+
+double log_ratio(const Batch& batch, int64_t token, double step = 0) {
+  return std::clamp(batch.logp[token] + step - batch.old_logp[token], -kClamp, kClamp);
+}
+
+double statistic_at(const Batch& batch, const Span& span, Statistic statistic, size_t k) {
+  const auto x = [&](size_t j) { return log_ratio(batch, span.tokens[j]); };
+  double sum = 0, least = 0;
+  for (size_t j = 0; j < k; ++j) least = j == 0 ? x(0) : std::fmin(least, x(j));
+  if (statistic == Statistic::token) return x(k);
+  if (statistic == Statistic::prefix_min) return least + x(k);
+  const bool prefix = statistic == Statistic::prefix_sum || statistic == Statistic::prefix_mean;
+  const size_t n = prefix ? k + 1 : span.tokens.size();
+  for (size_t j = 0; j < n; ++j) sum += x(j);
+  const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
+  return mean ? sum / static_cast<double>(n) : sum;
+}
+
+// The gradient that the definition asks for: per token s_t's own effect on l_t (local), or that of x_t on all of them (through).
+// Differences in s of the gate alone, times the statistic's entries: nothing here comes from the kernel but the gate's value.
+template <class Gate>
+struct Expected {
+  double loss = 0;
+  std::vector<double> coef;
+  std::vector<bool> on_edge;
+};
+
+template <class Gate>
+Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s, double logp_step = 0) {
+  const int64_t token = span.tokens[k];
+  double p[kMaxParams];
+  for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
+  return Gate::eval(GateInput<double>{s, batch.logp[token] + logp_step, batch.advantages[span.sequence], static_cast<double>(k + 1), p});
+}
+
+// d/dx_j of s_k.
+double entry(Statistic statistic, size_t k, size_t j, size_t n) {
+  switch (statistic) {
+    case Statistic::prefix_sum: return j <= k;
+    case Statistic::prefix_mean: return j <= k ? 1 / static_cast<double>(k + 1) : 0;
+    case Statistic::span_sum: return 1;
+    case Statistic::span_mean: return 1 / static_cast<double>(n);
+    default: return j == k;
+  }
+}
+
+template <class Gate>
+Expected<Gate> expected(const Batch& batch, Pair pair) {
+  Expected<Gate> out{0, std::vector<double>(batch.tokens), std::vector<bool>(batch.tokens)};
+  for (const Span& span : spans_of(batch)) {
+    for (size_t k = 0; k < span.tokens.size(); ++k) {
+      const int64_t token = span.tokens[k];
+      const double weight = batch.span_weight[span.sequence] / batch.normalizer * batch.token_weight[token];
+      const double s = statistic_at(batch, span, pair.statistic, k), capped = std::fmin(s, kCap);
+      const Gated<double> g = gated<Gate>(batch, span, k, capped);
+      out.loss += weight * g.value;
+      // d_s is checked against differences in gates.cpp; here it is the chain that is checked.
+      const double shared = s <= kCap ? weight * g.d_s : 0;
+      out.coef[token] += weight * g.d_logp;
+      for (size_t j = 0; j < span.tokens.size(); ++j) {
+        const int64_t to = span.tokens[j];
+        const bool inside = std::fabs(batch.logp[to] - batch.old_logp[to]) <= kClamp;
+        const double own = pair.through ? (inside ? entry(pair.statistic, k, j, span.tokens.size()) : 0) : j == k;
+        out.coef[to] += shared * own;
+      }
+    }
+  }
+  return out;
+}
+
+// Whether l of any token jumps in its slope when this log-prob moves by h: differences mean nothing there.
+bool crosses(const Result& a, const Result& b) {
+  return !std::equal(std::begin(a.metrics) + kLow, std::begin(a.metrics) + kKlSum, std::begin(b.metrics) + kLow);
+}
+
+template <class Gate>
+void check_differences(const Batch& given, Pair pair, const std::vector<double>& coef, const std::string& what) {
+  const std::string name = Gate::name;
+  if (!pair.through || name == "cispo" || name.find("unbiased") != std::string::npos) return;  // stopped gradients have no difference
+  Batch batch(name);
+  int compared = 0;
+  for (int64_t token = 0; token < batch.tokens; ++token) {
+    if (!batch.mask[token]) continue;
+    const double h = 1e-5, distance = std::fabs(given.logp[token] - given.old_logp[token]) - kClamp;
+    const auto moved = [&](double by) {
+      batch.logp[token] = given.logp[token] + by;
+      const Result result = evaluate(batch, name, Gate::num_params, pair);
+      batch.logp[token] = given.logp[token];
+      return result;
+    };
+    const Result before = moved(-h), here = moved(0), after = moved(h);
+    const double left = (here.loss - before.loss) / h, right = (after.loss - here.loss) / h;
+    if (crosses(before, after) || std::fabs(distance) < 2 * h || std::fabs(left - right) > 1e-3) continue;
+    expect_near(spoiled(coef[token]), (after.loss - before.loss) / (2 * h), 1e-7, what + " [" + std::to_string(token) + "] by differences");
+    ++compared;
+  }
+  expect(compared > 30, what + ": too few tokens lie away from edges");
+}
+
+template <class Gate>
+void check_pair(Pair pair) {
+  const std::string gate = Gate::name, what = gate + " " + kStatistics[static_cast<int>(pair.statistic)] + (pair.through ? " through" : " local");
+  const Batch batch(gate);
+  const Result kernel = evaluate(batch, gate, Gate::num_params, pair);
+  const Expected<Gate> truth = expected<Gate>(batch, pair);
+  expect_near(kernel.loss, truth.loss, 1e-12, what + ": loss");
+  for (int64_t token = 0; token < batch.tokens; ++token)
+    expect_near(token == 10 ? spoiled(kernel.coef[token]) : kernel.coef[token], truth.coef[token], 1e-12,
+                what + " coef [" + std::to_string(token) + "]");
+  check_differences<Gate>(batch, pair, kernel.coef, what);
+  const Result threaded = evaluate(batch, gate, Gate::num_params, pair, kThreeThreads);
+  expect(threaded.loss == kernel.loss && threaded.coef == kernel.coef && std::equal(kernel.metrics, kernel.metrics + kNumMetrics, threaded.metrics),
+         what + ": other bits on three threads");
+}
+
+template <class... Gate>
+void check_all(std::tuple<Gate...>*) {
+  for (const Pair pair : kPairs) (check_pair<Gate>(pair), ...);
+}
+
+void test() {
+  std::printf("instruction set %s\n", cpu::kIsas[static_cast<int>(cpu::instruction_set())]);
+  check_all(static_cast<Gates*>(nullptr));
+}
+
+}  // namespace
+}  // namespace tokenrl
+
+int main(int argc, char** argv) { return tokenrl::run(argc, argv, tokenrl::test); }
