@@ -131,6 +131,7 @@ def bindings(ninja: Ninja, folder: Path, target: Path, ops: Path, toolkit: dict[
         return "pybind11 is not installed"
     built = f"-DTOKENRL_CUDA_VERSION='\"{toolkit['version'] if toolkit else ''}\"'"
     built += f" -DTOKENRL_CUDA_ARCHITECTURES='\"{' '.join(architectures()) if toolkit else ''}\"'"
+    built += f" -DTOKENRL_ISAS='\"{' '.join(ISAS)}\"'"
     flags = f"-isystem {shell_path(python)} -isystem {shell_path(pybind / 'include')} {built} {'-DTOKENRL_WITH_CUDA' if toolkit else ''}"
     made = ninja.build("cxx", folder / "bindings.o", [ROOT / "csrc" / "bindings.cpp"], flags)
     ninja.build("link", target, [made], f"{shell_path(ops)} -Wl,-rpath,'$$ORIGIN'", after=ops)

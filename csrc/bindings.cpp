@@ -14,9 +14,10 @@ namespace py = pybind11;
 namespace {
 
 py::dict build_info() {
-  const std::string version = TOKENRL_CUDA_VERSION, architectures = TOKENRL_CUDA_ARCHITECTURES;
+  const std::string version = TOKENRL_CUDA_VERSION, architectures = TOKENRL_CUDA_ARCHITECTURES, isas = TOKENRL_ISAS;
   py::dict info;
   info["compiler"] = __VERSION__;
+  info["instruction_sets"] = py::str(isas).attr("split")();
   info["instruction_set"] = tokenrl_instruction_set();
   info["cuda"] = version.empty() ? py::object(py::none()) : py::str(version);
   info["cuda_architectures"] = py::str(architectures).attr("split")();
@@ -54,7 +55,7 @@ std::vector<py::dict> kernel_attributes() {
 
 PYBIND11_MODULE(_bindings, m) {
   m.doc() = "Build information, the gate table and the attributes of the CUDA kernels.";
-  m.def("build_info", &build_info, "Compiler, instruction set in use, CUDA version (None without) and its architectures.");
+  m.def("build_info", &build_info, "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
   m.def("gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); }, "(name, number of parameters) of each gate.");
   m.def("statistics", [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },
         "The names of the statistics.");

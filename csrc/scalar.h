@@ -41,7 +41,7 @@ TRL_HD float exponential(float x) { return ::expf(x); }
 // e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a degree-6
 // polynomial for e^r (below 1.5 ulp together), and 2^n put together from two halves so that neither over- nor underflows early.
 TRL_HD float exponential(float x) {
-  const float bounded = clamp(x, -104.0f, 89.0f);
+  const float bounded = larger(-104.0f, smaller(89.0f, x));  // finite even where x is not a number
   const float n = ::rintf(bounded * 1.44269504088896341f);
   float r = bounded - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;

@@ -1,6 +1,5 @@
-"""The demo: its task, its loop, and everything that it writes. That the reward rises is checked by the command itself."""
+"""The demo: its task, its loop, and all that it writes. That the reward rises is checked by the command itself."""
 
-import dataclasses
 import random
 
 import pytest
@@ -14,15 +13,16 @@ from tokenrl import backends, cli, demo
 from tokenrl.demo import parity, task, train
 
 TINY = demo.Settings(
-    steps=3, prompts=6, rollouts=4, minibatches=2, warm_up_steps=10, warm_up_batch=32, held_out=32, learning_rate=1e-3
-)
+    steps=3, prompts=6, rollouts=4, minibatches=2, warm_up_steps=10, warm_up_batch=32, held_out=32, learning_rate=1e-3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def reward_from_the_start():
-    """A policy that was hardly warmed up earns nothing in the task; here it earns the share of threes in its response."""
+    """A policy that was hardly warmed up earns nothing in the task; here it earns the share of threes it writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "graded", lambda terms, responses: (responses == task.CHARACTERS.index("3")).float().mean(1))
+        three = task.CHARACTERS.index("3")
+        patch.setattr(train, "graded", lambda terms, responses: (responses == three).float().mean(1))
         yield
 
 
@@ -41,8 +41,16 @@ def test_worked_solutions_and_prompts():
 @pytest.mark.parametrize(
     "response,expected",
     [
-        ("3430.", 1), ("3430.   ", 1), ("3430.12", 1), ("3431.", 0), ("3330.", 0), ("430.", 0), ("34300.", 0), ("3430", 0),
-        (".", 0), ("", 0),
+        ("3430.", 1),
+        ("3430.   ", 1),
+        ("3430.12", 1),
+        ("3431.", 0),
+        ("3330.", 0),
+        ("430.", 0),
+        ("34300.", 0),
+        ("3430", 0),
+        (".", 0),
+        ("", 0),
     ],  # fmt: skip
 )
 def test_the_reward_on_hand_cases(response, expected):
@@ -98,7 +106,8 @@ def test_the_recorded_rollouts_come_back(run):
     tensors = load_file(path)
     rows, width = TINY.prompts * TINY.rollouts, task.RESPONSE_LENGTH
     assert tensors["logits"].shape == (rows, width, len(task.CHARACTERS))
-    assert tensors["mask"].dtype == torch.bool and tensors["group_ids"].tolist() == [i // TINY.rollouts for i in range(rows)]
+    assert tensors["mask"].dtype == torch.bool
+    assert tensors["group_ids"].tolist() == [i // TINY.rollouts for i in range(rows)]
     assert torch.equal(tensors["ids"] == -100, ~tensors["mask"])
     logp = tokenrl.token_logprobs(tensors["logits"], tensors["ids"], backend="reference").logp
     assert torch.allclose(logp, tensors["logp"], atol=1e-5)
@@ -106,7 +115,8 @@ def test_the_recorded_rollouts_come_back(run):
     assert metrics.ratio_max > 1.001
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata == {"task": "running totals modulo five", "temperature": "1.0", "objective": "ctpo", "seed": "0", "step": "1"}
+    assert metadata.pop("task") == "running totals modulo five"
+    assert metadata == {"temperature": "1.0", "objective": "ctpo", "seed": "0", "step": "1"}
 
 
 def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
@@ -119,7 +129,8 @@ def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
 
 @pytest.mark.parametrize("name", ["grpo", "ctpo"])
 def test_the_eager_spelling_is_the_same_loss(run, name):
-    ours, eager = (parity.gradient(f, name, run.recording, torch.float32) for f in (parity.loss_head, parity.eager_loss_head))
+    heads = parity.loss_head, parity.eager_loss_head
+    ours, eager = (parity.gradient(head, name, run.recording, torch.float32) for head in heads)
     assert ours.abs().max() > 0 and parity.relative_error(eager, ours.double()) < 1e-4
 
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -32,6 +33,7 @@ def main() -> None:
 def application():
     """The typer application."""
     import typer
+    from typer import Option as option
 
     app = typer.Typer(name="tokenrl", help="Fused kernels for the loss head of RL post-training.", no_args_is_help=True)
 
@@ -44,13 +46,13 @@ def application():
 
     @app.command()
     def demo(
-        out: Path = typer.Option(Path("demo_out"), help="Folder for the figure, the report and the recorded rollouts."),
-        seed: int = typer.Option(0, help="Decides the weights, the problems and the samples."),
-        steps: int = typer.Option(40, min=1, help="Batches of rollouts per objective."),
-        prompts: int = typer.Option(48, min=1, help="Problems per batch, 8 rollouts each."),
-        learning_rate: float = typer.Option(2e-4, help="Of the reinforcement, with AdamW."),
+        out: Annotated[Path, option(help="Folder for the figure, the report and the rollouts.")] = Path("demo_out"),
+        seed: Annotated[int, option(help="Decides the weights, the problems and the samples.")] = 0,
+        steps: Annotated[int, option(min=1, help="Batches of rollouts per objective.")] = 40,
+        prompts: Annotated[int, option(min=1, help="Problems per batch, 8 rollouts each.")] = 48,
+        learning_rate: Annotated[float, option(help="Of the reinforcement, with AdamW.")] = 2e-4,
     ) -> None:
-        """Trains a small language model with grpo and ctpo, times the loss head and checks its gradients on every backend."""
+        """Trains a small language model with grpo and ctpo, times the loss head, checks every backend's gradients."""
         require("demo")
         run_demo(out, seed=seed, steps=steps, prompts=prompts, learning_rate=learning_rate)
 

@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, c
   if (threadIdx.x < kNumMetrics) args.metrics[threadIdx.x] = static_cast<T>(sum.metric(threadIdx.x));
 }
 
-// Blocks that share a multiprocessor: left to itself, the compiler spills registers of the double kernels to fit more.
+// Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more.
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 2 : 3;
 

@@ -1,13 +1,12 @@
-"""`tokenrl demo`: trains a small policy with two objectives, then shows what the loss head costs and how exact each backend is."""
+"""`tokenrl demo`: trains a small policy with two objectives; what the loss head costs, how exact each backend is."""
 
 import os
-import random
 import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config; nothing is ever downloaded
 
@@ -23,7 +22,6 @@ __all__ = ["Result", "Settings", "run"]
 def run(out: Path, settings: Settings, console: Console) -> Result:
     """The whole demo; writes report.txt, curves.png and rollouts.safetensors into `out` and prints the report."""
     begin = time.perf_counter(), time.process_time()
-    random.seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = Result(settings, backends.choose(None, device).name, device.type)
@@ -31,7 +29,8 @@ def run(out: Path, settings: Settings, console: Console) -> Result:
     for name in OBJECTIVES:
         result.timings[name] = parity.timings(name, result.recording)
     result.parity = parity.parity(result.recording, OBJECTIVES)
-    result.paths = [report.save_rollouts(result, out / "rollouts.safetensors"), plots.curves(result, out / "curves.png")]
+    rollouts, figure = out / "rollouts.safetensors", out / "curves.png"
+    result.paths = [report.save_rollouts(result, rollouts), plots.curves(result, figure)]
     result.wall, result.cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
     result.paths.append(report.write(result, out / "report.txt", console))
     return result
@@ -39,21 +38,28 @@ def run(out: Path, settings: Settings, console: Console) -> Result:
 
 def _train(settings: Settings, device: torch.device, console: Console) -> tuple[int, dict[str, Trained]]:
     """The number of warm-up steps, and what each objective made of the same warm start."""
-    columns = TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TextColumn("reward {task.fields[reward]:.2f}")
+    reward = TextColumn("reward {task.fields[reward]:.2f}")
+    columns = TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), reward
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = {"warm-up": progress.add_task("warm-up", total=settings.warm_up_steps, reward=0.0)}
         for name in OBJECTIVES:
             bars[name] = progress.add_task(name, total=settings.steps, reward=0.0, start=False)
         model = build(settings.seed, device)
-        steps = warm_up(model, settings, lambda step, reward: progress.update(bars["warm-up"], completed=step, reward=reward))
-        before = {"sampled": evaluate(model, settings), "greedy": evaluate(model, settings, greedy=True)}
+        steps = warm_up(model, settings, _shown(progress, bars["warm-up"]))
+        before = _rewards(model, settings)
         progress.update(bars["warm-up"], total=steps, completed=steps, reward=before["sampled"])
         trained = {}
         for name in OBJECTIVES:
             progress.start_task(bars[name])
-            tuned, history, recording = reinforce(
-                model, name, settings, lambda step, reward, bar=bars[name]: progress.update(bar, completed=step, reward=reward)
-            )
-            after = {"sampled": evaluate(tuned, settings), "greedy": evaluate(tuned, settings, greedy=True)}
-            trained[name] = Trained(tuned, history, recording, before, after)
+            tuned, history, recording = reinforce(model, name, settings, _shown(progress, bars[name]))
+            trained[name] = Trained(tuned, history, recording, before, _rewards(tuned, settings))
     return steps, trained
+
+
+def _rewards(model, settings: Settings) -> dict[str, float]:
+    return {"sampled": evaluate(model, settings), "greedy": evaluate(model, settings, greedy=True)}
+
+
+def _shown(progress: Progress, bar: TaskID):
+    """An on_step(step, reward) that moves a bar."""
+    return lambda step, reward: progress.update(bar, completed=step, reward=reward)

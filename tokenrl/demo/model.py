@@ -19,7 +19,7 @@ def build(seed: int, device: torch.device) -> LlamaForCausalLM:
 
 
 def response_logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """fp32 [B, T, V]: logits[:, t] predicts response token t of tokens [B, PROMPT_LENGTH + T]; a view, nothing is copied."""
+    """fp32 [B, T, V], a view: logits[:, t] predicts response token t of tokens [B, PROMPT_LENGTH + T]."""
     width = tokens.shape[1] - task.PROMPT_LENGTH
     return model(input_ids=tokens, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
 
@@ -28,7 +28,7 @@ def response_logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 def sample(
     model: LlamaForCausalLM, prompts: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses int64 [B, RESPONSE_LENGTH] to prompts [B, PROMPT_LENGTH], and their mask: up to and with the end character.
+    """Responses int64 [B, RESPONSE_LENGTH] to prompts [B, PROMPT_LENGTH], and their mask, bool: up to and with the end.
 
     Without a generator the likeliest character is taken.
     """

@@ -1,4 +1,4 @@
-"""The loss head on a recorded batch: its gradients on every backend against fp64, and its time against eager PyTorch."""
+"""The loss head on a recorded batch: gradients on every backend against fp64, and time against eager PyTorch."""
 
 import dataclasses
 import statistics
@@ -40,7 +40,9 @@ def devices() -> list[torch.device]:
     return [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
 
 
-def loss_head(name: str, recording: Recording, logits: Tensor, backend: str | None = None, token_weight: Tensor | None = None) -> Tensor:
+def loss_head(
+    name: str, recording: Recording, logits: Tensor, backend: str | None = None, token_weight: Tensor | None = None
+) -> Tensor:
     """The loss of an objective through token_logprobs and policy_loss."""
     batch = recording.batch
     logp, _ = tokenrl.token_logprobs(logits, batch.ids, temperature=recording.temperature, backend=backend)
@@ -86,10 +88,11 @@ def gradient(make_loss: Callable[..., Tensor], name: str, recording: Recording, 
 def away_from_edges(name: str, recording: Recording) -> Tensor:
     """Weights fp32 [B, T]: 0 for tokens so near a clip edge that rounding decides on which side they are, else 1."""
     objective = tokenrl.objective(name)
+    batch, logits = recording.batch, recording.logits.double()
     (logp,) = tokenrl.token_logprobs(
-        recording.logits.double(), recording.batch.ids, temperature=recording.temperature, outputs=("logp",), backend="reference"
+        logits, batch.ids, temperature=recording.temperature, outputs=("logp",), backend="reference"
     )
-    sides = [decisions(objective, logp, recording.batch, shift)[1] for shift in (-NEAR_EDGE, NEAR_EDGE)]
+    sides = [decisions(objective, logp, batch, shift)[1] for shift in (-NEAR_EDGE, NEAR_EDGE)]
     return (sides[0] == sides[1]).float()
 
 
@@ -107,25 +110,23 @@ def parity(recording: Recording, names: tuple[str, ...]) -> list[Parity]:
     """Each backend on each device where it can run: its gradients in fp32 against the fp64 reference."""
     recording = moved(recording, torch.device("cpu"))
     weights = {name: away_from_edges(name, recording) for name in names}
-    truths = {
-        name: gradient(loss_head, name, recording, torch.float64, backend="reference", token_weight=weights[name].double())
-        for name in names
-    }
+    truths = {name: _gradients(name, recording, weights, torch.float64, "reference") for name in names}
     rows = []
     for backend in BACKENDS.values():
         reasons = {device: backend.why_not(device) for device in devices()}
         for device in (device for device, reason in reasons.items() if reason is None):
             here = moved(recording, device)
-            errors = {
-                name: relative_error(
-                    gradient(loss_head, name, here, torch.float32, backend=backend.name, token_weight=weights[name].to(device)), truth
-                )
-                for name, truth in truths.items()
-            }  # fmt: skip
+            found = {name: _gradients(name, here, weights, torch.float32, backend.name) for name in names}
+            errors = {name: relative_error(found[name], truths[name]) for name in names}
             rows.append(Parity(backend.name, device.type, errors))
         if all(reasons.values()):
             rows.append(Parity(backend.name, "", {}, next(reversed(reasons.values()))))
     return rows
+
+
+def _gradients(name: str, recording: Recording, weights: dict[str, Tensor], dtype: torch.dtype, backend: str) -> Tensor:
+    weight = weights[name].to(recording.logits.device, dtype)
+    return gradient(loss_head, name, recording, dtype, backend=backend, token_weight=weight)
 
 
 def timings(name: str, recording: Recording, repeats: int = 100) -> tuple[Timing, Timing]:

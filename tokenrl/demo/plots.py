@@ -19,7 +19,8 @@ if typing.TYPE_CHECKING:
 COLORS = {"grpo": "#c2571a", "ctpo": "#1f6f8b"}
 INK, GRID = "#333333", "#e6e6e6"
 STYLE = {
-    "font.size": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "font.size": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
 }  # fmt: skip

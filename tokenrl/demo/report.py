@@ -24,7 +24,7 @@ TASK = "running totals modulo five"
 
 @dataclass
 class Trained:
-    """One objective's run: its policy, history and a recorded step, and the mean reward on held-out problems before and after."""
+    """One objective's run: its policy, history and a recorded step; mean held-out rewards before and after."""
 
     model: LlamaForCausalLM
     history: History
@@ -35,7 +35,7 @@ class Trained:
 
 @dataclass
 class Result:
-    """Everything that the report shows. timings: (tokenrl, eager) per objective. wall, cpu: seconds of the whole demo."""
+    """All that the report shows. timings: (tokenrl, eager) per objective. wall, cpu: seconds of the whole demo."""
 
     settings: Settings
     backend: str
@@ -74,7 +74,8 @@ def learning(result: Result) -> Group:
         rewards = [f"{when[how]:.3f}" for how in ("sampled", "greedy") for when in (run.before, run.after)]
         clips = torch.tensor(run.history.clips).mean(0).tolist()
         table.add_row(name, *rewards, *(f"{clip:.1%}" for clip in clips))
-    return Group(Text(f"Reward on {result.settings.held_out} held-out problems; clipped tokens while training", "bold"), table)
+    title = f"Reward on {result.settings.held_out} held-out problems; clipped tokens while training"
+    return Group(Text(title, "bold"), table)
 
 
 def costs(result: Result) -> Group:
@@ -96,7 +97,8 @@ def exactness(result: Result) -> Group:
     table.columns[-1].justify = "left"
     for row in result.parity:
         errors = [f"{row.errors[name]:.1e}" if name in row.errors else "-" for name in OBJECTIVES]
-        table.add_row(row.backend, row.device or "-", *errors, "" if row.reason is None else escape(f"cannot run: {row.reason}"))
+        reason = "" if row.reason is None else f"cannot run: {row.reason}"
+        table.add_row(row.backend, row.device or "-", *errors, escape(reason))
     return Group(Text("Gradients against the fp64 reference: relative L2 error of dloss/dlogits", "bold"), table)
 
 
@@ -104,8 +106,9 @@ def write(result: Result, path: Path, console: Console) -> Path:
     """Prints the report, and writes it to path."""
     s = result.settings
     task = (
-        f"Task: {TASK}. Warm-up: {result.warm_up_steps} supervised steps; then {s.steps} steps of {s.prompts} x {s.rollouts} "
-        f"rollouts, {s.minibatches * s.epochs} updates each ({s.minibatches} mini-batches x {s.epochs} epochs), seed {s.seed}."
+        f"Task: {TASK}. Warm-up: {result.warm_up_steps} supervised steps; then {s.steps} steps of "
+        f"{s.prompts} x {s.rollouts} rollouts, {s.minibatches * s.epochs} updates each "
+        f"({s.minibatches} mini-batches x {s.epochs} epochs), seed {s.seed}."
     )
     time = f"{result.wall:.0f} s wall, {result.cpu:.0f} s CPU, {torch.get_num_threads()} torch threads"
     paths = "\n".join(f"wrote {written}" for written in (*result.paths, path))
@@ -117,18 +120,19 @@ def write(result: Result, path: Path, console: Console) -> Path:
 
 
 def save_rollouts(result: Result, path: Path) -> Path:
-    """The recorded batch as safetensors: logits [B, T, V], ids, logp, old_logp, mask [B, T], advantages, rewards, group_ids [B].
+    """Safetensors: logits [B, T, V]; ids, logp, old_logp, mask [B, T]; advantages, rewards, group_ids [B].
 
-    ids are -100 where the mask is false. logp is the policy's after the step's updates, old_logp that of the policy that sampled.
+    ids are -100 where the mask is false. logp: of the policy after the step; old_logp: of the one that sampled.
     """
     recording, batch = result.recording, result.recording.batch
-    (logp,) = tokenrl.token_logprobs(recording.logits, batch.ids, temperature=recording.temperature, outputs=("logp",))
+    temperature = recording.temperature
+    (logp,) = tokenrl.token_logprobs(recording.logits, batch.ids, temperature=temperature, outputs=("logp",))
     tensors = {
         "logits": recording.logits, "ids": batch.ids, "logp": logp, "old_logp": batch.old_logp, "mask": batch.mask,
         "advantages": batch.advantages, "rewards": batch.rewards, "group_ids": batch.group_ids,
     }  # fmt: skip
     metadata = {
-        "task": TASK, "temperature": str(recording.temperature), "objective": OBJECTIVES[-1], "seed": str(result.settings.seed),
+        "task": TASK, "temperature": str(temperature), "objective": OBJECTIVES[-1], "seed": str(result.settings.seed),
         "step": str(recording.step),
     }  # fmt: skip
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)

@@ -1,4 +1,4 @@
-"""Supervised warm-up, then reinforcement with verifiable rewards: several updates on each batch of rollouts, so that ratios matter."""
+"""Supervised warm-up, then reinforcement with verifiable rewards: several updates per batch, so ratios matter."""
 
 import copy
 import random
@@ -17,7 +17,7 @@ from .model import response_logits, sample
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: batches of rollouts; each is `prompts` groups of `rollouts`, learned from in `epochs` passes of `minibatches` updates.
+    """steps: batches of rollouts; each is `prompts` groups of `rollouts`, used in `epochs` x `minibatches` updates.
     warm_up_reward: the sampled reward at which the warm-up stops, at the latest after warm_up_steps."""
 
     seed: int = 0
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """tokens int64 [B, P + T]; ids int64 [B, T], -100 where mask (bool [B, T]) is false; old_logp fp32 [B, T]; the rest [B]."""
+    """tokens int64 [B, P + T]; ids int64 [B, T], -100 where mask (bool) is false; old_logp fp32 [B, T]; others [B]."""
 
     tokens: Tensor
     ids: Tensor
@@ -53,7 +53,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Recording:
-    """A step's rollouts, and the policy's logits fp32 [B, T, V] on them after the step's updates; all tensors on one device."""
+    """A step's rollouts, and the policy's logits fp32 [B, T, V] on them after the step's updates; all on one device."""
 
     batch: Rollouts
     logits: Tensor
@@ -63,8 +63,8 @@ class Recording:
 
 @dataclass
 class History:
-    """What a run saw. rewards: mean per step. clips: (low, high, dual) per update. statistics: the objective's log ratio of every
-    token, nan where masked, and clipped: whether a bound was active on it; both a list of [b, T], one entry per update."""
+    """What a run saw. rewards: mean per step. clips: low, high, dual per update. statistics: the log ratios,
+    nan where masked; clipped: whether a bound was active on the token; both [b, T], one entry per update."""
 
     rewards: list[float] = field(default_factory=list)
     clips: list[tuple[float, float, float]] = field(default_factory=list)
@@ -108,8 +108,10 @@ def warm_up(model: LlamaForCausalLM, settings: Settings, on_step: Callable[[int,
     return settings.warm_up_steps
 
 
-def collect(model: LlamaForCausalLM, terms: list[task.Terms], settings: Settings, generator: torch.Generator) -> Rollouts:
-    """settings.rollouts responses to each problem, their log-probs under the policy that sampled them, and group-normalised advantages."""
+def collect(
+    model: LlamaForCausalLM, terms: list[task.Terms], settings: Settings, generator: torch.Generator
+) -> Rollouts:
+    """settings.rollouts responses to each problem, their log-probs when sampled, and group-normalised advantages."""
     repeated = [t for t in terms for _ in range(settings.rollouts)]
     prompts = task.encode([task.prompt(t) for t in repeated], task.PROMPT_LENGTH).to(model.device)
     responses, mask = sample(model, prompts, settings.temperature, generator)
@@ -128,7 +130,7 @@ def collect(model: LlamaForCausalLM, terms: list[task.Terms], settings: Settings
 def reinforce(
     start: LlamaForCausalLM, name: str, settings: Settings, on_step: Callable[[int, float], None]
 ) -> tuple[LlamaForCausalLM, History, Recording]:
-    """A copy of `start` trained with an objective; its history, and the step after a quarter of them, when rewards are mixed."""
+    """A copy of `start` trained with an objective; its history; a step a quarter through, when rewards are mixed."""
     model = copy.deepcopy(start)
     objective = tokenrl.objective(name)
     source = random.Random(settings.seed + 1)
@@ -151,7 +153,10 @@ def reinforce(
     return model, history, recording
 
 
-def _improve(model, optimizer, objective: tokenrl.Objective, batch: Rollouts, temperature: float, history: History) -> None:
+def _improve(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, objective: tokenrl.Objective, batch: Rollouts,
+    temperature: float, history: History,
+) -> None:  # fmt: skip
     logits = response_logits(model, batch.tokens)
     (logp,) = tokenrl.token_logprobs(logits, batch.ids, temperature=temperature, outputs=("logp",))
     loss, metrics = tokenrl.policy_loss(objective, logp, batch.old_logp, batch.advantages, mask=batch.mask)
@@ -170,11 +175,12 @@ def _update(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, loss: Ten
 
 
 def decisions(objective: tokenrl.Objective, logp: Tensor, batch: Rollouts, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(s, clipped) of each token, [B, T]: the objective's log ratio, nan where masked, and whether a bound is active at s + shift."""
+    """(s, clipped), [B, T]: the objective's log ratio, nan where masked, and whether a bound is active at s + shift."""
     if objective.statistic == "token":
         s = logp - batch.old_logp
     else:
-        s = tokenrl.prefix_ratio(logp, batch.old_logp.to(logp.dtype), mask=batch.mask, kind=objective.statistic.removeprefix("prefix_"))
+        kind = objective.statistic.removeprefix("prefix_")
+        s = tokenrl.prefix_ratio(logp, batch.old_logp.to(logp.dtype), mask=batch.mask, kind=kind)
     t = batch.mask.cumsum(1).to(s.dtype)
     low, high, dual = objective.gate.clipped(s + shift, batch.advantages[:, None], t)
     return torch.where(batch.mask, s, torch.nan), (low | high | dual) & batch.mask
