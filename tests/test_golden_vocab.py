@@ -8,6 +8,8 @@ from golden_data import INDEX, arrays, near
 import tokenrl
 
 BACKENDS = backends_to_test()
+# The interpreter multiplies -inf by 0 before it selects.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
 
 
 def transformed(logits, config):
@@ -58,7 +60,7 @@ def test_medium(case, backend):
 @pytest.mark.parametrize("case", INDEX["trl_selective"]["cases"])
 def test_trl_selective(case, backend):
     entry = INDEX["trl_selective"]["cases"][case]
-    x = arrays("trl_selective", case) | arrays("primitives_small", entry["config"]["input"].split(":")[1]) | arrays("trl_selective", case)
+    x = arrays("primitives_small", entry["config"]["input"].split(":")[1]) | arrays("trl_selective", case)
     ids = x["target"]
     if "row_mask" in x:
         ids = torch.where(x["row_mask"].bool(), ids, tokenrl.logprobs.IGNORED)  # TRL's rows without a mask are our ignored ids
