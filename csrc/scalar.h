@@ -42,7 +42,8 @@ TRL_HD float exponential(float x) { return ::expf(x); }
 // polynomial for e^r (below 1.5 ulp together), and 2^n put together from two halves so that neither over- nor underflows early.
 TRL_HD float exponential(float x) {
   const float bounded = larger(-104.0f, smaller(89.0f, x));  // finite even where x is not a number
-  const float n = ::rintf(bounded * 1.44269504088896341f);
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer on every instruction set.
+  const float n = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
   float r = bounded - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .errors import unknown, wrong
-from .layout import Layout, layout_of
+from .layout import Layout, check_constant, check_integers, layout_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def span_weights(
         raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
     if mode.over_width and normalizer is None and layout.width is None:
         raise wrong("normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'")
+    if mode.by_group:
+        check_integers("group_ids", group_ids)
     groups = layout.sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
     signs = advantages if mode.span == "balanced" else None
     weight, count = backend.aggregation_weights(
@@ -76,8 +78,9 @@ def span_weights(
 
 def _normalizer(given: float | Tensor | None, mode: Aggregation, count: Tensor, layout: Layout) -> Tensor:
     if isinstance(given, Tensor):
-        if given.numel() != 1 or given.requires_grad:
-            raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor without gradient")
+        check_constant("normalizer", given)
+        if given.numel() != 1:
+            raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
         return given.to(count.device, torch.float64).reshape(())
     if given is not None:
         if not given > 0:
@@ -107,6 +110,7 @@ def aggregation_weights(
     tokens = mask if mask is not None else _packed_like(cu_seqlens)
     layout = layout_of(tokens, mask=mask, cu_seqlens=cu_seqlens, name="mask")
     if advantages is not None:
+        check_constant("advantages", advantages)
         advantages = layout.tokens_or_sequences("advantages", advantages, torch.float32)
     chosen = backends.choose(backend, tokens.device)
     weights = span_weights(
@@ -119,4 +123,6 @@ def aggregation_weights(
 
 
 def _packed_like(cu_seqlens: Tensor) -> Tensor:
-    return torch.empty(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
+    # Boundaries of a wrong shape or order get an error that names them from layout_of, not one from here.
+    total = int(cu_seqlens[-1]) if cu_seqlens.dim() == 1 and cu_seqlens.numel() else 0
+    return torch.empty(max(total, 0), dtype=torch.bool, device=cu_seqlens.device)

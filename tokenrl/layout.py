@@ -101,6 +101,18 @@ def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
     return cu_seqlens.to(torch.int64).contiguous()
 
 
+def check_integers(name: str, x: Tensor) -> None:
+    """Ids are compared for equality: floats would be cut to integers, and different ids would meet."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise wrong(name, f"dtype {x.dtype}", "integers (int64)")
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """Only log-probs and the values of a loss get gradients; in silence any other would get none."""
+    if x.requires_grad:
+        raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); it gets no gradient")
+
+
 def check_floats(name: str, x: Tensor) -> None:
     """Log-probs and everything derived from them are fp32 or fp64: a bf16 ratio is noise."""
     if x.dtype not in FLOATS:

@@ -7,7 +7,7 @@ from . import backends, reference
 from .aggregate import span_weights
 from .errors import unknown, wrong
 from .gates import Identity
-from .layout import check_floats, layout_of
+from .layout import check_constant, check_floats, layout_of
 from .objectives import Objective
 from .policy import evaluate, split_params
 from .statistics import check_statistic
@@ -100,6 +100,7 @@ def group_aggregate(
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, name="values")
     check_floats("values", values)
     if advantages is not None:
+        check_constant("advantages", advantages)
         advantages = layout.tokens_or_sequences("advantages", advantages, values.dtype)
     chosen = backends.choose(backend, values.device)
     weights = span_weights(

@@ -5,7 +5,7 @@ from torch import Tensor
 from . import backends, gates, reference, statistics
 from .aggregate import span_weights
 from .errors import wrong
-from .layout import Layout, check_floats, layout_of
+from .layout import Layout, check_floats, check_integers, layout_of
 from .metrics import Metrics
 from .objectives import Objective, objective as find
 
@@ -40,7 +40,9 @@ def policy_loss(
     batch = _checked(row, layout, logp, old_logp, advantages, token_weight)
     starts = None
     if segment_ids is not None:
-        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
+        check_integers("segment_ids", segment_ids)
+        segment_ids = layout.tokens("segment_ids", segment_ids)
+        starts = statistics.span_starts(segment_ids, layout) if layout.num_tokens else None
     gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, logp.dtype))
     chosen = backends.choose(backend, logp.device)
     weights = span_weights(

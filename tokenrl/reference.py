@@ -16,6 +16,7 @@ class Rows:
     def __init__(self, num_tokens: int, cu_seqlens: Tensor, starts: Tensor | None, width: int | None):
         self.width = width if starts is None else None
         self.num_tokens = num_tokens
+        self.shape = (cu_seqlens.numel() - 1, width)
         if self.width is None:
             first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
             first[cu_seqlens] = True
@@ -27,7 +28,7 @@ class Rows:
 
     def matrix(self, flat: Tensor) -> Tensor:
         if self.width is not None:
-            return flat.view(-1, self.width)
+            return flat.view(self.shape)
         return flat.new_zeros(self.shape).index_put((self.span, self.column), flat)
 
     def flat(self, matrix: Tensor) -> Tensor:
@@ -153,6 +154,6 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Ten
     lse = z.logsumexp(-1)
     logp_all = z - lse[..., None]
     logp = logp_all.gather(-1, torch.where(used, ids, 0)[..., None]).squeeze(-1)
-    surprise = torch.where(logp_all == -torch.inf, 0, logp_all)
-    entropy = -(logp_all.exp() * surprise).sum(-1)
+    p = logp_all.exp()
+    entropy = -(p * torch.where(p > 0, logp_all, 0)).sum(-1)
     return tuple(torch.where(used, value, 0) for value in (logp, entropy, lse))
