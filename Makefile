@@ -10,7 +10,7 @@ demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
 
 test: $(VENV)/.built
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -rs tests
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
 gpu:

@@ -11,9 +11,16 @@ if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST TOKENRL_CUDA=1
 timeout 180 "$python" -m pip install -q --no-build-isolation --no-deps -e .
-"$python" -m tokenrl.cli doctor | tee "$out/doctor.txt"
+"$python" - <<'PY' | tee "$out/device.txt"
+import torch
+from tokenrl import _bindings, backends
+print(torch.cuda.get_device_name(), _bindings.build_info())
+print(backends.reasons(torch.device("cuda")))
+for kernel in _bindings.kernel_attributes():
+    print(kernel)
+PY
 failed=0
-timeout 240 "$python" -m pytest -q -x tests/test_close.py tests/test_product.py tests/test_contract.py tests/test_paper.py \
+timeout 240 "$python" -m pytest -q -x tests/test_close.py tests/test_product.py tests/test_contract.py tests/test_logprobs.py \
   2>&1 | tee "$out/gpu-tests.txt" || failed=1
 if command -v compute-sanitizer >/dev/null; then
   timeout 90 compute-sanitizer --error-exitcode 3 "$python" -m bench --device cuda --check-only 2>&1 | tee "$out/sanitizer.txt" || failed=1
