@@ -26,8 +26,8 @@ def clip(x, low, high):
     return min(max(x, low), high)
 
 
-# Each formula takes a row's valid tokens: d (log ratios), p (log-probs), a (advantages). It gives the tokens' losses and the
-# matrix of derivatives, jacobian[t][j] = d l_t / d logp_j.
+# Each formula takes the valid tokens of a row: d (log ratios), p (log-probs), a (advantages). It gives their losses and
+# the matrix of derivatives, jacobian[t][j] = d l_t / d logp_j.
 
 
 def diagonal(losses, slopes):
@@ -192,7 +192,7 @@ def row_weights(mode, a):
         "seq-mean-token-sum": lambda: [1 / rows] * len(n),
         "seq-mean-token-sum-norm": lambda: [1 / (rows * 5)] * len(n),
         "group-mean": lambda: [1 / (groups * count) if count else 0.0 for count in in_group],
-        "balanced": lambda: balanced(n, [sum(x for x, m in zip(r, MASK[i], strict=True) if m) for i, r in enumerate(a)]),
+        "balanced": lambda: balanced(n, [sum(r[j] for j in range(5) if MASK[i][j]) for i, r in enumerate(a)]),
     }[mode]()
 
 
@@ -215,7 +215,9 @@ def by_hand(name, mode, a, scale, token_weight):
 
 
 def by_tokenrl(objective, mode, a, scale, backend="reference", **more):
-    tensor = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    def tensor(x):
+        return torch.tensor(x, dtype=torch.float64)
+
     device = device_of(backend)
     given = {"mask": torch.tensor(MASK, dtype=torch.bool), "group_ids": torch.tensor(GROUPS)} | more
     logp = torch.where(given["mask"], tensor(LOGP), torch.nan)
@@ -237,7 +239,8 @@ def test_every_row_has_its_formula():
     assert set(PAPER) == set(tokenrl.OBJECTIVES)
 
 
-@pytest.mark.parametrize("scale", [5e-4, 0.1, 1.0, 27.0])  # inside GSPO's band, inside PPO's, across, beyond clamp and cap
+# inside the band of GSPO, inside that of PPO, across, beyond clamp and cap
+@pytest.mark.parametrize("scale", [5e-4, 0.1, 1.0, 27.0])
 @pytest.mark.parametrize("mode", tokenrl.aggregate.AGGREGATIONS)
 @pytest.mark.parametrize("name", PAPER)
 def test_paper(name, mode, scale):
@@ -267,7 +270,8 @@ def test_on_policy_every_objective_is_reinforce(name, backend):
 
 @pytest.mark.parametrize("backend", backends_to_test())
 def test_a_log_band_of_power_zero_is_ppo_with_log_bounds(backend):
-    band = tokenrl.objective("ctpo", gate=LogBand(0.3, 0.2, eps_dual=0.6, power=0.0), statistic="token", flow="through")
+    gate = LogBand(0.3, 0.2, eps_dual=0.6, power=0.0)
+    band = tokenrl.objective("ctpo", gate=gate, statistic="token", flow="through")
     clipped = PpoClip(1 - math.exp(-0.3), math.exp(0.2) - 1, dual=math.exp(0.6))
     ours = by_tokenrl(band, "token-mean", TOKEN_ADVANTAGES, 1.0, backend)
     same(ours, by_tokenrl(tokenrl.objective("ppo", gate=clipped), "token-mean", TOKEN_ADVANTAGES, 1.0, backend))

@@ -204,17 +204,19 @@ def test_what_masked_cells_hold_reaches_nothing(backend):
 
 @EVERY_BACKEND
 def test_masked_bounds_per_token_reach_nothing(backend):
-    def check(seed, rows, width, junk, pair):
+    names = {"log_band": 3, "ppo_clip": 3, "cispo": 2, "sapo": 2, "kl_k3": 1, "kl_k3_unbiased": 1}
+
+    def check(seed, rows, width, junk, pair, gate):
         case = batch(seed, rows, width)
         g = torch.Generator().manual_seed(seed)
-        bounds = [0.1 + torch.rand(rows, width, dtype=torch.float64, generator=g) for _ in range(3)]
+        bounds = [0.1 + torch.rand(rows, width, dtype=torch.float64, generator=g) for _ in range(names[gate])]
         results = []
         for fill in (0.5, junk):
-            low, high, dual = (bound.masked_fill(~case["mask"], fill) for bound in bounds)
-            row = tokenrl.objective(made("log_band", pair), eps_low=low, eps_high=high, eps_dual=dual)
-            results.append(fp64(row, case, backend))
+            filled = [bound.masked_fill(~case["mask"], fill) for bound in bounds]
+            changed = dict(zip(GATES[gate].names, filled, strict=False))
+            results.append(fp64(tokenrl.objective(made(gate, pair), **changed), case, backend))
         same(*results)
         assert results[1][1][~case["mask"]].count_nonzero() == 0
 
     junk = st.sampled_from([float("nan"), float("inf"), -1e300])
-    for_all(backend, check, **SIZES, junk=junk, pair=st.sampled_from(PAIRS))
+    for_all(backend, check, **SIZES, junk=junk, pair=st.sampled_from(PAIRS), gate=st.sampled_from(list(names)))

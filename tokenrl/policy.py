@@ -21,7 +21,8 @@ def policy_loss(
     objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
     logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only logp gets a
         gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference model's log-prob.
-    advantages: [B] (or [S]), or one per token; None for objectives that use none.
+    advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many tokens as
+        sequences they are read as one per token.
     mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a hole (tool
         output) inside a sequence adds nothing to a prefix and does not advance the position.
     segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead of over the
@@ -41,8 +42,7 @@ def policy_loss(
     starts = None
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids)
-        segment_ids = layout.tokens("segment_ids", segment_ids)
-        starts = statistics.span_starts(segment_ids, layout) if layout.num_tokens else None
+        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
     gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, logp.dtype))
     chosen = backends.choose(backend, logp.device)
     weights = span_weights(

@@ -73,5 +73,5 @@ def span_starts(segment_ids: Tensor, layout: Layout) -> Tensor:
     mask = layout.valid()
     index = torch.arange(mask.numel(), device=mask.device)
     last_valid = torch.where(mask, index, -1).cummax(0).values
-    before = torch.cat([last_valid.new_full((1,), -1), last_valid[:-1]])
+    before = torch.cat([last_valid.new_full((1,), -1), last_valid])[:-1]
     return mask & (before >= 0) & (segment_ids[before.clamp(min=0)] != segment_ids)
