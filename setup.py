@@ -1,7 +1,9 @@
-"""Builds the native part with ninja: tokenrl/_ops.so (the op library, no Python in it) and tokenrl/_bindings (pybind11).
+"""Builds the native part with ninja: tokenrl/_ops.so (the op library, no Python in it) and tokenrl/_bindings
+(pybind11).
 
 TOKENRL_NATIVE=0 leaves it out. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found, whether or not there is a GPU.
-TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in tokenrl/_build.py, which `tokenrl doctor` prints.
+TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in tokenrl/_build.py, which `tokenrl
+doctor` prints.
 """
 
 import importlib.util
@@ -40,10 +42,14 @@ def find_toolkit() -> dict[str, str] | None:
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if not nvcc or not Path(nvcc).exists():
         return None
-    log = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True).stderr
+    log = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    ).stderr
     here = re.search(r"_HERE_=(\S+)", log)
     top = Path(here[1]).parent if here else Path(nvcc).parent.parent
-    folders = [f for f in (top / "lib64", top / "lib", *top.glob("targets/*/lib")) if (f / "libcudart_static.a").exists()]
+    folders = [
+        f for f in (top / "lib64", top / "lib", *top.glob("targets/*/lib")) if (f / "libcudart_static.a").exists()
+    ]
     version = re.search(r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     return {"nvcc": nvcc, "lib": str(folders[0]), "version": version[1] if version else "?"} if folders else None
 
@@ -110,10 +116,13 @@ def op_library(ninja: Ninja, folder: Path, target: Path, torch: Path, toolkit: d
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
             objects.append(ninja.build("cxx", folder / f"{name}.{isa}.o", [source], f"-DTOKENRL_ISA={isa} {flags}"))
     objects.append(ninja.build("cxx", folder / "parts.o", [ROOT / "csrc" / "cpu" / "parts.cpp"]))
-    include = " ".join(f"-isystem {shell_path(torch / folder)}" for folder in ("include", "include/torch/csrc/api/include"))
+    include = " ".join(
+        f"-isystem {shell_path(torch / folder)}" for folder in ("include", "include/torch/csrc/api/include")
+    )
     cuda = "-DTOKENRL_WITH_CUDA" if toolkit else ""
     objects.append(ninja.build("cxx", folder / "ops.o", [ROOT / "csrc" / "ops.cpp"], f"{include} {STABLE_ABI} {cuda}"))
-    # The soname is what the bindings ask the loader for; without one they would ask for this path on the machine that built them.
+    # The soname is what the bindings ask the loader for; without one they would ask for this path on the machine that
+    # built them.
     libraries = f"-Wl,-soname,{target.name} -L{shell_path(torch / 'lib')} -ltorch_cpu -ldl"
     if toolkit:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -154,7 +163,10 @@ class BuildNative(build_ext):
         if os.environ.get("TOKENRL_NATIVE", "1") == "0":
             return "installed with TOKENRL_NATIVE=0", "installed with TOKENRL_NATIVE=0"
         toolkit, torch, compiler = cuda_toolkit(), package_folder("torch"), os.environ.get("CXX") or shutil.which("g++")
-        for missing, reason in ((compiler, "no C++ compiler: install g++ or set CXX"), (torch, "torch was not installed at build time")):
+        for missing, reason in (
+            (compiler, "no C++ compiler: install g++ or set CXX"),
+            (torch, "torch was not installed at build time"),
+        ):
             if missing is None:
                 print(f"tokenrl: no native code: {reason}", file=sys.stderr)
                 return reason, reason
@@ -179,6 +191,8 @@ setup(
     version=VERSION,
     packages=["tokenrl", "tokenrl.demo", "tokenrl.triton_kernels"],
     package_dir={"tokenrl": "tokenrl", "tokenrl.triton_kernels": "triton_kernels"},
-    ext_modules=[Extension("tokenrl._ops", sources=[])],  # so that the wheel is a platform wheel; BuildNative knows the sources
+    ext_modules=[
+        Extension("tokenrl._ops", sources=[])
+    ],  # so that the wheel is a platform wheel; BuildNative knows the sources
     cmdclass={"build_ext": BuildNative},
 )

@@ -80,7 +80,11 @@ def measure(case: Case, names: list[str], device: str, repeats: int, limit: floa
 
 
 def machine_line(device: str, limit: float) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}; copy {limit / 1e9:.1f} GB/s"
 
 
@@ -121,7 +125,9 @@ def main() -> None:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / f"{device}.md").write_text(text)
-            (options.out / f"{device}.json").write_text(json.dumps({"machine": machine_line(device, limit), "lines": lines}, indent=1))
+            (options.out / f"{device}.json").write_text(
+                json.dumps({"machine": machine_line(device, limit), "lines": lines}, indent=1)
+            )
     if failures:
         raise SystemExit("\n".join(["wrong results:", *failures]))
     print("every result agrees with eager PyTorch")

@@ -11,7 +11,8 @@ import tokenrl
 
 @dataclass(frozen=True)
 class Case:
-    """run(backend) and eager() take no tensors and return (value, input): forward; the value's backward reaches the input.
+    """run(backend) and eager() take no tensors and return (value, input): forward; the value's backward reaches the
+    input.
     tokens: how many; forward_bytes, backward_bytes: the traffic of a kernel that reads and writes everything once."""
 
     op: str

@@ -9,7 +9,8 @@ ULPS = 8
 def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float, float]]:
     """(norm, error, allowed) in the largest entry and in L2.
 
-    kernel: what is tested. truth: the fp64 reference. base: the same reference in the kernel's precision. The kernel may err at
+    kernel: what is tested. truth: the fp64 reference. base: the same reference in the kernel's precision. The kernel
+    may err at
     most twice as much as the base does, plus a few ulps of the largest entry.
     """
     eps = torch.finfo(kernel.dtype).eps
@@ -29,6 +30,8 @@ def close(kernel: Tensor, truth: Tensor, base: Tensor, what: str = "") -> None:
     assert truth.dtype == torch.float64, "the truth is fp64"
     finite = truth.isfinite()
     odd_kernel, odd_truth = kernel[~finite].double(), truth[~finite]
-    assert torch.equal(odd_kernel.nan_to_num(nan=7.0), odd_truth.nan_to_num(nan=7.0)), f"{what}: {odd_kernel} not {odd_truth}"
+    assert torch.equal(odd_kernel.nan_to_num(nan=7.0), odd_truth.nan_to_num(nan=7.0)), (
+        f"{what}: {odd_kernel} not {odd_truth}"
+    )
     for norm, error, allowed in errors(kernel[finite], truth[finite], base[finite]):
         assert error <= allowed, f"{what}: {norm} error {error:.3e}, allowed {allowed:.3e}"

@@ -30,4 +30,6 @@ def near(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-9) -> None
     found, expected = found.detach().cpu().double(), expected.double()
     error = (found - expected).abs()
     allowed = rtol * expected.abs() + 1e-12 * expected.abs().max()
-    assert (error <= allowed).all(), f"{what}: error {error.max():.3e} where the largest entry is {expected.abs().max():.3e}"
+    assert (error <= allowed).all(), (
+        f"{what}: error {error.max():.3e} where the largest entry is {expected.abs().max():.3e}"
+    )

@@ -18,18 +18,38 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
     mask = torch.ones(18, dtype=torch.bool, device=device)
     mask[3] = False
     cu = torch.arange(4, device=device) * 6
-    weight, one = torch.full((3,), 0.5, dtype=torch.float64, device=device), torch.ones((), dtype=torch.float64, device=device)
+    weight, one = (
+        torch.full((3,), 0.5, dtype=torch.float64, device=device),
+        torch.ones((), dtype=torch.float64, device=device),
+    )
     logits = torch.randn(3, 6, 11, generator=g).to(device, dtype)
     ids = torch.randint(0, 11, (3, 6), generator=g).to(device)
     stats = [torch.randn(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(4)]
     bounds = torch.rand(18, generator=g).to(device, dtype)
     objective = (logp, old, logp[:3].clone(), mask, cu, None, weight, one, None)
     return {
-        "objective": (*objective, "prefix_sum", "through", "ppo_clip", [0.2, 0.0, 3.0], [None, bounds, None], 20.0, 10.0),
+        "objective": (
+            *objective,
+            "prefix_sum",
+            "through",
+            "ppo_clip",
+            [0.2, 0.0, 3.0],
+            [None, bounds, None],
+            20.0,
+            10.0,
+        ),
         "statistic": (logp, old, mask, cu, None, "prefix_mean"),
         "statistic_backward": (logp, mask, cu, None, "prefix_mean", "through"),
         "position_adaptive_clip": (logp, mask, cu, [0.1, 0.2, 0.5], [None, None, None]),
-        "aggregation_weights": (mask, cu, 18, logp[:3].clone(), torch.tensor([4, 4, 1], device=device), "balanced", "groups"),
+        "aggregation_weights": (
+            mask,
+            cu,
+            18,
+            logp[:3].clone(),
+            torch.tensor([4, 4, 1], device=device),
+            "balanced",
+            "groups",
+        ),
         "token_logprobs": (logits, ids, 0.7),
         "token_logprobs_backward": (stats[0], stats[1], logits, ids, stats[2], stats[3], 0.7),
     }
@@ -59,21 +79,32 @@ def test_gradcheck(backend):
     logp, old = case["logp"].requires_grad_(), case["old_logp"]
 
     def loss(name, **more):
-        return lambda x: tokenrl.policy_loss(name, x, old, case["advantages"], mask=case["mask"], backend=backend, **more)[0]
+        return lambda x: tokenrl.policy_loss(
+            name, x, old, case["advantages"], mask=case["mask"], backend=backend, **more
+        )[0]
 
     through = tokenrl.objective("gspo", eps_low=0.9, eps_high=9.0)
     for objective in ("sapo", "kl_k3", through, tokenrl.objective(through, statistic="prefix_sum", cap=9.0)):
         assert torch.autograd.gradcheck(loss(objective), logp)
-    assert torch.autograd.gradcheck(lambda x: tokenrl.group_aggregate(x, "token-mean", mask=case["mask"], backend=backend), logp)
+    assert torch.autograd.gradcheck(
+        lambda x: tokenrl.group_aggregate(x, "token-mean", mask=case["mask"], backend=backend), logp
+    )
     for kind in ("sum", "mean"):
         assert torch.autograd.gradcheck(
-            lambda x, kind=kind: tokenrl.prefix_ratio(x, old, mask=case["mask"], kind=kind, flow="through", backend=backend), logp
+            lambda x, kind=kind: tokenrl.prefix_ratio(
+                x, old, mask=case["mask"], kind=kind, flow="through", backend=backend
+            ),
+            logp,
         )
     clip = dict(mask=case["mask"], eps_low=0.3, eps_high=0.2, power=0.5, backend=backend)
-    assert torch.autograd.gradcheck(lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_()
+    )
     logits = torch.randn(4, 9, dtype=torch.float64, device=device, requires_grad=True)
     ids = torch.tensor([0, 8, -100, 3], device=device)
-    assert torch.autograd.gradcheck(lambda z: tuple(tokenrl.token_logprobs(z, ids, temperature=0.7, backend=backend)), logits)
+    assert torch.autograd.gradcheck(
+        lambda z: tuple(tokenrl.token_logprobs(z, ids, temperature=0.7, backend=backend)), logits
+    )
 
 
 def head(logits, ids, old_logp, advantages, mask, backend):
@@ -106,7 +137,9 @@ def test_double_backward_raises(backend):
     parts = {
         "policy_loss": tokenrl.policy_loss("ppo", logp, None, x, backend=backend)[0],
         "prefix_ratio": tokenrl.prefix_ratio(logp, logp.detach(), backend=backend).sum(),
-        "token_logprobs": tokenrl.token_logprobs(logp, torch.tensor([0, 1], device=x.device), backend=backend).logp.sum(),
+        "token_logprobs": tokenrl.token_logprobs(
+            logp, torch.tensor([0, 1], device=x.device), backend=backend
+        ).logp.sum(),
     }
     for value in parts.values():
         (grad,) = torch.autograd.grad(value * 2, logp, create_graph=True)
@@ -131,6 +164,12 @@ def test_the_backward_is_one_multiplication_of_the_saved_coefficient(backend):
     _, grad, _ = run("ctpo", case, backend, torch.float32)
     device = device_of(backend)
     logp = case["logp"].float().to(device).requires_grad_()
-    rest = {k: v.to(device, torch.float32) if v.is_floating_point() else v.to(device) for k, v in case.items() if k != "logp"}
-    loss, _ = tokenrl.policy_loss("ctpo", logp, rest["old_logp"], rest["advantages"], mask=rest["mask"], backend=backend)
+    rest = {
+        k: v.to(device, torch.float32) if v.is_floating_point() else v.to(device)
+        for k, v in case.items()
+        if k != "logp"
+    }
+    loss, _ = tokenrl.policy_loss(
+        "ctpo", logp, rest["old_logp"], rest["advantages"], mask=rest["mask"], backend=backend
+    )
     torch.testing.assert_close(torch.autograd.grad(loss, logp, torch.tensor(3.0, device=device))[0].cpu(), 3 * grad)

@@ -6,8 +6,8 @@ from cases import backends_to_test, device_of
 from golden_data import INDEX, arrays, near
 
 import tokenrl
-from tokenrl.gates import Cispo, PpoClip, Sapo
 from tokenrl.gates import INF as OFF
+from tokenrl.gates import Cispo, PpoClip, Sapo
 
 EXCLUDED = {("verl_kl_penalty", "abs"): "|logp - ref_logp| is no objective here: as a loss its gradient is a sign"}
 VERL = ("ctpo", "verl_vanilla", "verl_gspo", "verl_sapo", "verl_cispo")
@@ -20,7 +20,9 @@ def grid(*families):
         pytest.param(family, case, backend, id=f"{case}-{backend}")
         for backend in backends_to_test()
         for family in families
-        for case in list(INDEX[family]["cases"])[:: 3 if backend == "triton" and device_of(backend).type == "cpu" else 1]
+        for case in list(INDEX[family]["cases"])[
+            :: 3 if backend == "triton" and device_of(backend).type == "cpu" else 1
+        ]
     ]
 
 
@@ -43,7 +45,9 @@ def verl_objective(family, config):
     more = {
         "verl_vanilla": {"dual": config.get("clip_ratio_c")}, "verl_gspo": {}, "verl_cispo": {"bound": "relative"},
     }[family]  # fmt: skip
-    return tokenrl.objective({"verl_vanilla": "ppo", "verl_gspo": "gspo_token", "verl_cispo": "cispo"}[family], **bounds, **more)
+    return tokenrl.objective(
+        {"verl_vanilla": "ppo", "verl_gspo": "gspo_token", "verl_cispo": "cispo"}[family], **bounds, **more
+    )
 
 
 def leaf(x, backend):
@@ -69,6 +73,17 @@ def test_verl(family, case, backend):
     # The official counters are means in fp32.
     assert metrics.clip_low + metrics.clip_high == pytest.approx(entry["metrics"]["actor/pg_clipfrac"], abs=1e-6)
     assert metrics.clip_dual == pytest.approx(entry["metrics"]["actor/pg_clipfrac_lower"], abs=1e-6)
+    if family == "ctpo":
+        # The cap shows in the ratio only: a clip hides it from the loss.
+        recorded = {name: entry["metrics"][f"pg_update/{name}"] for name in CTPO_METRICS}
+        found = {name: getattr(metrics, ours) * (metrics.tokens if name.endswith("count") else 1) for name, ours in CTPO_METRICS.items()}
+        assert found == pytest.approx(recorded, rel=1e-9)
+
+
+CTPO_METRICS = {
+    "clip/low/count": "clip_low", "clip/high/count": "clip_high", "clip/dual/count": "clip_dual",
+    "is_ratio/min": "ratio_min", "is_ratio/max": "ratio_max", "is_ratio/mean": "ratio_mean",
+}  # fmt: skip
 
 
 def verl_normalizer(config):
@@ -80,7 +95,9 @@ def verl_normalizer(config):
         return 1 / config["dp_size"]
     if mode == "token-mean":
         return config["batch_num_tokens"] / config["dp_size"]
-    return config["global_batch_size"] / config["dp_size"] * (config["loss_scale_factor"] if mode.endswith("norm") else 1)
+    return (
+        config["global_batch_size"] / config["dp_size"] * (config["loss_scale_factor"] if mode.endswith("norm") else 1)
+    )
 
 
 @pytest.mark.parametrize("family,case,backend", grid("verl_agg_loss"))
@@ -125,7 +142,9 @@ def trl_objective(config):
     elif kind == "sapo":
         gate = Sapo(config["sapo_temperature_pos"], config["sapo_temperature_neg"])
     else:
-        gate = PpoClip(config["epsilon_low"], config["epsilon_high"], OFF if config["delta"] is None else config["delta"])
+        gate = PpoClip(
+            config["epsilon_low"], config["epsilon_high"], OFF if config["delta"] is None else config["delta"]
+        )
     statistic, flow = {
         "token": ("token", "through"), "sequence": ("span_mean", "through"), "sequence_token": ("span_mean", "local"),
     }[level]  # fmt: skip
@@ -203,9 +222,31 @@ def test_trl(family, case, backend):
         loss = loss - config["entropy_coef"] * bonus
     near(loss, arrays(family, case)["loss"], "loss")
     near(torch.autograd.grad(loss, logp)[0], arrays(family, case)["grad_logp"], "gradient")
-    if "metrics" in entry and config["importance_sampling_level"] != "sequence":  # there TRL takes means over rows
-        assert reported[0].clip_low == pytest.approx(entry["metrics"]["clip_ratio/low_mean"], abs=1e-6)
-        assert reported[0].clip_high == pytest.approx(entry["metrics"]["clip_ratio/high_mean"], abs=1e-6)
+    for name, recorded in entry.get("metrics", {}).items():
+        assert trl_clipped(TRL_CLIP[name], config, x, logp, reported[0], backend) == pytest.approx(recorded, abs=1e-6)
+
+
+TRL_CLIP = {"clip_ratio/low_mean": "clip_low", "clip_ratio/high_mean": "clip_high", "cispo_clip_ratio": "clip_high"}
+
+
+def trl_clipped(name, config, x, logp, metrics, backend):
+    """The fraction as TRL counts it: of the tokens, at sequence level of the rows (masked ones too); in CISPO only where A > 0."""
+    objective, counts = trl_objective(config), x["mask"]
+    if config["loss_type"] == "cispo":
+        counts = counts & (x["advantages"] > 0)[:, None]
+    elif config["importance_sampling_level"] != "sequence":
+        return getattr(metrics, name)
+    per_row = config["importance_sampling_level"] == "sequence"
+    total = len(counts) if per_row else int(x["mask"].sum())
+    clipped = 0.0
+    for row in counts.any(1).nonzero().flatten().tolist() if per_row else [slice(None)]:
+        at = slice(row, row + 1) if per_row else row
+        old_logp = x["old_logp"][at] if "old_logp" in x else None
+        _, found = tokenrl.policy_loss(
+            objective, logp.detach()[at], old_logp, x["advantages"][at], mask=counts[at], backend=backend
+        )  # fmt: skip
+        clipped += (getattr(found, name) if found.tokens else 0.0) * (1 if per_row else found.tokens)
+    return clipped / total
 
 
 def test_nothing_else_is_excluded():

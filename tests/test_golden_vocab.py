@@ -23,12 +23,17 @@ def run(x, ids, config, backend, outputs=("logp", "entropy")):
     logits = x["logits"].to(device_of(backend)).requires_grad_()
     z = transformed(logits, {"logit_scale": 1.0, "softcap": None} | config)
     temperature = config["temperature"]
-    return logits, tokenrl.token_logprobs(z, ids.to(z.device), temperature=temperature, outputs=outputs, backend=backend)
+    return logits, tokenrl.token_logprobs(
+        z, ids.to(z.device), temperature=temperature, outputs=outputs, backend=backend
+    )
 
 
 def grads(stats, logits):
     """The gradient of each row's output with respect to that row's logits: the rows do not mix."""
-    return {name: torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)[0] for name in ("logp", "entropy")}
+    return {
+        name: torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)[0]
+        for name in ("logp", "entropy")
+    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,7 +68,9 @@ def test_trl_selective(case, backend):
     x = arrays("primitives_small", entry["config"]["input"].split(":")[1]) | arrays("trl_selective", case)
     ids = x["target"]
     if "row_mask" in x:
-        ids = torch.where(x["row_mask"].bool(), ids, tokenrl.logprobs.IGNORED)  # TRL's rows without a mask are our ignored ids
+        ids = torch.where(
+            x["row_mask"].bool(), ids, tokenrl.logprobs.IGNORED
+        )  # TRL's rows without a mask are our ignored ids
     # The released entropy is nan for rows with -inf logits; only the log-prob is recorded there.
     outputs = ("logp", "entropy") if "grad_logits" in x else ("logp",)
     logits, stats = run(x, ids, entry["config"], backend, outputs)

@@ -81,7 +81,11 @@ def test_rows_of_the_table_on_long_sequences(name, backend):
 @pytest.mark.parametrize("edge", [-0.25, 0.25, 0.5])
 def test_on_an_edge_the_gradient_is_a_one_sided_limit(edge, advantage, backend):
     gate = LogBand(0.25, 0.25, eps_dual=0.5, power=0.0)
-    case = {"logp": torch.full((1, 1), edge - 1), "old_logp": torch.full((1, 1), -1.0), "advantages": torch.tensor([advantage])}
+    case = {
+        "logp": torch.full((1, 1), edge - 1),
+        "old_logp": torch.full((1, 1), -1.0),
+        "advantages": torch.tensor([advantage]),
+    }
     _, grad, _ = run(made(gate, "token", "through"), case, backend, torch.float64)
     inside = -advantage * torch.tensor(edge, dtype=torch.float64).exp()
     limits = [0.0, inside.item()]

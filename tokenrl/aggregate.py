@@ -21,7 +21,8 @@ from .layout import Layout, check_constant, check_integers, layout_of
 
 @dataclass(frozen=True)
 class Aggregation:
-    """A mode: its span weight, what its normaliser counts (None: the normaliser is 1), and whether it is also divided by the
+    """A mode: its span weight, what its normaliser counts (None: the normaliser is 1), and whether it is also divided
+    by the
     padded width T."""
 
     span: str
@@ -61,11 +62,17 @@ def span_weights(
         raise unknown("aggregation", aggregation, AGGREGATIONS)
     mode = AGGREGATIONS[aggregation]
     if mode.by_group and group_ids is None:
-        raise wrong("group_ids", None, f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it")
+        raise wrong(
+            "group_ids",
+            None,
+            f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it",
+        )
     if mode.span == "balanced" and advantages is None:
         raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
     if mode.over_width and normalizer is None and layout.width is None:
-        raise wrong("normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'")
+        raise wrong(
+            "normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
+        )
     if mode.by_group:
         check_integers("group_ids", group_ids)
     groups = layout.sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
@@ -98,9 +105,12 @@ def aggregation_weights(
     """The weight of each token, w, so that a loss is sum_t w_t l_t.
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
-    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G (Balanced
-    Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage; sequences with
-    advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens, R sequences and G groups with any.
+    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
+    (Balanced
+    Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage; sequences
+    with
+    advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens, R sequences and
+    G groups with any.
     mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
     group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G).
     Returns fp32 of the mask's shape, zero in masked cells.

@@ -1,4 +1,5 @@
-"""Which code runs a call: the op contract (schema, fake, autograd), the reasons why a backend cannot run, and the choice.
+"""Which code runs a call: the op contract (schema, fake, autograd), the reasons why a backend cannot run, and the
+choice.
 
 Every kernel backend implements the same ops; tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1].
 """
@@ -34,7 +35,8 @@ SCHEMAS = {
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the ops. namespace: of its ops under torch.ops, None for the reference. why_not: the reason why it cannot run
+    """One way to run the ops. namespace: of its ops under torch.ops, None for the reference. why_not: the reason why
+    it cannot run
     on a device, or None. automatic: whether a call that names no backend may get it."""
 
     name: str
@@ -138,7 +140,9 @@ def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_w
 
 
 def _fake_weights(mask, cu_seqlens, *rest):
-    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty((), dtype=torch.int64)
+    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
+        (), dtype=torch.int64
+    )
 
 
 def _fake_logprobs(logits, ids, temperature):

@@ -29,4 +29,6 @@ def objectives_table() -> str:
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     between = f"<!-- objectives -->\n{objectives_table()}\n<!-- /objectives -->"
-    path.write_text(re.sub(r"<!-- objectives -->\n.*?<!-- /objectives -->", lambda _: between, path.read_text(), flags=re.S))
+    path.write_text(
+        re.sub(r"<!-- objectives -->\n.*?<!-- /objectives -->", lambda _: between, path.read_text(), flags=re.S)
+    )

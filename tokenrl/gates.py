@@ -110,8 +110,10 @@ class LogBand(Gate):
 class Cispo(Gate):
     """l = -sg[clip(r, low, high)] A logp: no token is dropped, its weight is bounded.
 
-    CISPO, MiniMax-M1, arXiv 2506.13585 [T]. bound="raw": low = eps_low, high = eps_high are the bounds themselves (TRL, Liger,
-    ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL). eps_low=None: no lower bound.
+    CISPO, MiniMax-M1, arXiv 2506.13585 [T]. bound="raw": low = eps_low, high = eps_high are the bounds themselves
+    (TRL, Liger,
+    ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL). eps_low=None: no lower
+    bound.
     """
 
     name = "cispo"
@@ -230,8 +232,7 @@ class Identity(Gate):
 
 
 GATES: dict[str, type[Gate]] = {
-    gate.name: gate
-    for gate in (PpoClip, LogBand, Cispo, Sapo, KlK1, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity)
+    gate.name: gate for gate in (PpoClip, LogBand, Cispo, Sapo, KlK1, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity)
 }
 
 

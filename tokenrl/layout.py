@@ -58,7 +58,9 @@ class Layout:
         if x.shape == (self.num_sequences,):
             return self.sequences(name, x, dtype)
         raise wrong(
-            name, f"shape {list(x.shape)}", f"one per sequence, [{self.num_sequences}], or per token, {list(self.shape)}"
+            name,
+            f"shape {list(x.shape)}",
+            f"one per sequence, [{self.num_sequences}], or per token, {list(self.shape)}",
         )
 
     def _same_device(self, name: str, x: Tensor) -> None:
@@ -70,7 +72,9 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
     """The layout of a batch whose token tensor `x` (called `name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
     if cu_seqlens is None:
         if x.dim() != 2:
-            raise wrong(name, f"shape {list(x.shape)} without cu_seqlens", "padded [B, T], or packed [N] with cu_seqlens")
+            raise wrong(
+                name, f"shape {list(x.shape)} without cu_seqlens", "padded [B, T], or packed [N] with cu_seqlens"
+            )
         rows, width = x.shape
         cu_seqlens = torch.arange(rows + 1, device=x.device) * width
     else:
@@ -97,7 +101,9 @@ def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
         # On a GPU this would be a host sync; there the kernels clamp every boundary to [0, N] instead.
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.numel() or (steps < 0).any():
-            raise wrong("cu_seqlens", cu_seqlens.tolist(), f"non-decreasing from 0 to the number of tokens, {x.numel()}")
+            raise wrong(
+                "cu_seqlens", cu_seqlens.tolist(), f"non-decreasing from 0 to the number of tokens, {x.numel()}"
+            )
     return cu_seqlens.to(torch.int64).contiguous()
 
 
@@ -116,4 +122,6 @@ def check_constant(name: str, x: Tensor) -> None:
 def check_floats(name: str, x: Tensor) -> None:
     """Log-probs and everything derived from them are fp32 or fp64: a bf16 ratio is noise."""
     if x.dtype not in FLOATS:
-        raise wrong(name, f"dtype {x.dtype}", "float32 or float64 (compute log-probs in fp32: tokenrl.token_logprobs does)")
+        raise wrong(
+            name, f"dtype {x.dtype}", "float32 or float64 (compute log-probs in fp32: tokenrl.token_logprobs does)"
+        )

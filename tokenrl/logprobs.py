@@ -33,17 +33,25 @@ class TokenStats:
 
 
 def token_logprobs(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, outputs: Sequence[str] = OUTPUTS, backend: str | None = None
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = OUTPUTS,
+    backend: str | None = None,
 ) -> TokenStats:
     """Log-prob of each id and entropy of its distribution: z = logits / temperature, lse = log sum_v e^z_v.
 
         logp = z_id - lse                d logp / d z_v = 1[v = id] - p_v
         entropy = -sum_v p_v log p_v     d entropy / d z_v = -p_v (log p_v + entropy)
 
-    logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last stride is 1. -inf logits have
-    p = 0. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here); -100 gives 0 and no gradient.
+    logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last stride
+    is 1. -inf logits have
+    p = 0. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here); -100 gives 0
+    and no gradient.
     On a GPU an id outside gives nan. temperature: a positive number. outputs: any of "logp", "entropy".
-    Returns TokenStats of fp32 (fp64 for fp64 logits). The forward allocates its outputs only; the backward recomputes p from lse.
+    Returns TokenStats of fp32 (fp64 for fp64 logits). The forward allocates its outputs only; the backward recomputes
+    p from lse.
     """
     _check(logits, ids, temperature, outputs)
     chosen = backends.choose(backend, logits.device)
@@ -75,4 +83,8 @@ def _check(logits: Tensor, ids: Tensor, temperature: float, outputs: Sequence[st
             raise unknown("outputs", name, OUTPUTS)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         if ((ids != IGNORED) & ((ids < 0) | (ids >= logits.shape[-1]))).any():
-            raise wrong("ids", f"values from {ids.min()} to {ids.max()}", f"0 to {logits.shape[-1] - 1}, or -100 to ignore a row")
+            raise wrong(
+                "ids",
+                f"values from {ids.min()} to {ids.max()}",
+                f"0 to {logits.shape[-1] - 1}, or -100 to ignore a row",
+            )

@@ -13,9 +13,12 @@ from .statistics import check_statistic
 class Objective:
     """One policy objective.
 
-    statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. aggregation: the method's own, used when a call
-    names none. clamp: each token's log ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the
-    statistic (zero gradient above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the full
+    statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. aggregation: the method's own, used when a
+    call
+    names none. clamp: each token's log ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound
+    of the
+    statistic (zero gradient above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the
+    full
     text, [P] paper, [R] our reading, [T] third-party trainers, [V] checked numerically).
     """
 
@@ -71,8 +74,10 @@ _CHANGEABLE = ("statistic", "flow", "gate", "aggregation", "clamp", "cap")
 def objective(name: str | Objective, **parameters) -> Objective:
     """A row of the table, with any of its parameters changed.
 
-    parameters: fields of the row's gate in the method's own terms (eps_low, eps_high, dual, eps_dual, power, bound, tau_pos, tau_neg,
-    ceiling: numbers, or tensors with one value per token) and of the Objective itself (statistic, flow, gate, aggregation,
+    parameters: fields of the row's gate in the method's own terms (eps_low, eps_high, dual, eps_dual, power, bound,
+    tau_pos, tau_neg,
+    ceiling: numbers, or tensors with one value per token) and of the Objective itself (statistic, flow, gate,
+    aggregation,
     clamp, cap). Unknown names raise, naming the nearest.
 
         tokenrl.objective("ctpo", eps_low=0.03, power=0.5)

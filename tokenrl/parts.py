@@ -38,9 +38,12 @@ def prefix_ratio(
 ) -> Tensor:  # fmt: skip
     """Log of the prefix importance ratio of each token, with x = logp - old_logp over the valid tokens of its sequence.
 
-    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO, arXiv 2601.22718 [N]).
-    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO, arXiv 2605.07331 [C]); "min" is always local.
-    logp, old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape. Returns that shape, 0 in masked cells.
+    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO, arXiv 2601.22718
+    [N]).
+    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO, arXiv 2605.07331
+    [C]); "min" is always local.
+    logp, old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape. Returns that shape, 0
+    in masked cells.
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
@@ -50,7 +53,9 @@ def prefix_ratio(
     check_floats("logp", logp)
     check_floats("old_logp", old_logp)
     if old_logp.requires_grad:
-        raise wrong("old_logp", "a tensor that requires grad", "a constant (old_logp.detach()); only logp gets a gradient")
+        raise wrong(
+            "old_logp", "a tensor that requires grad", "a constant (old_logp.detach()); only logp gets a gradient"
+        )
     chosen = backends.choose(backend, logp.device)
     flat, old = layout.tokens("logp", logp), layout.tokens("old_logp", old_logp, logp.dtype)
     if chosen.namespace is None:
@@ -66,7 +71,8 @@ def position_adaptive_clip(
 ) -> Tensor:  # fmt: skip
     """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens (CTPO, arXiv 2605.07331 [C]).
 
-    log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power: numbers or tensors of
+    log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power:
+    numbers or tensors of
     that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0 outside.
     """
     layout = layout_of(log_ratio, mask=mask, cu_seqlens=cu_seqlens, name="log_ratio")
@@ -80,7 +86,9 @@ def position_adaptive_clip(
     chosen = backends.choose(backend, log_ratio.device)
     flat = layout.tokens("log_ratio", log_ratio)
     if chosen.namespace is None:
-        clipped = reference.position_adaptive_clip(flat, layout.valid(), layout.cu_seqlens, width=layout.width, **bounds)
+        clipped = reference.position_adaptive_clip(
+            flat, layout.valid(), layout.cu_seqlens, width=layout.width, **bounds
+        )
     else:
         numbers, tensors = split_params(bounds.values())
         clipped, _ = chosen.ops.position_adaptive_clip(flat, layout.mask, layout.cu_seqlens, numbers, tensors)
@@ -94,7 +102,8 @@ def group_aggregate(
 ) -> Tensor:  # fmt: skip
     """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them.
 
-    values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns a 0-d tensor;
+    values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns
+    a 0-d tensor;
     the gradient with respect to values is w. Masked cells may hold anything.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, name="values")

@@ -7,7 +7,8 @@ from .aggregate import span_weights
 from .errors import wrong
 from .layout import Layout, check_floats, check_integers, layout_of
 from .metrics import Metrics
-from .objectives import Objective, objective as find
+from .objectives import Objective
+from .objectives import objective as find
 
 
 def policy_loss(
@@ -16,24 +17,33 @@ def policy_loss(
     group_ids: Tensor | None = None, token_weight: Tensor | None = None, aggregation: str | None = None,
     normalizer: float | Tensor | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a linear statistic of the log ratios.
+    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a linear statistic of the log
+    ratios.
 
     objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
-    logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only logp gets a
-        gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference model's log-prob.
-    advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many tokens as
+    logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
+    logp gets a
+        gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference model's
+        log-prob.
+    advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many
+    tokens as
         sequences they are read as one per token.
-    mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a hole (tool
+    mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
+    hole (tool
         output) inside a sequence adds nothing to a prefix and does not advance the position.
-    segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead of over the
+    segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
+    of over the
         sequence. group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
     token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
-    aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count that the mode
+    aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
+    that the mode
         divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
-    Returns (loss 0-d, Metrics). The forward saves one number per token, the backward is one multiplication; differentiating
-    twice raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every backend's
+    Returns (loss 0-d, Metrics). The forward saves one number per token, the backward is one multiplication;
+    differentiating
+    twice raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every
+    backend's
     reason when none can run the call.
     """
     row = find(objective)

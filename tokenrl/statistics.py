@@ -1,7 +1,9 @@
 """The statistics in torch: which tokens' log ratios make up the s of one token.
 
-Each takes x, the log ratios [spans, length] with zeros in masked cells, mask of the same shape, and t, the 1-based count of
-valid tokens; each is linear in x except prefix_min. A span is a sequence, or a segment inside one: only the boundaries differ.
+Each takes x, the log ratios [spans, length] with zeros in masked cells, mask of the same shape, and t, the 1-based
+count of
+valid tokens; each is linear in x except prefix_min. A span is a sequence, or a segment inside one: only the boundaries
+differ.
 
 flow says what a gradient sees: "through" is the true derivative, "local" stops it in all tokens but the own one
 (value s_t, derivative 1 with respect to the own logp: the form of CTPO and GSPO-token).

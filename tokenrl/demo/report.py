@@ -84,7 +84,9 @@ def costs(result: Result) -> Group:
     for (name, vocabulary), (ours, eager) in result.timings.items():
         table.add_row(name, str(vocabulary), f"{ours * 1e3:.2f} ms", f"{eager * 1e3:.2f} ms", f"{eager / ours:.1f}x")
     what = f"Loss head, forward and backward: tokenrl ({result.backend}) and eager PyTorch on {result.device}"
-    where = f"medians on the recorded batch, [{rows}, {width}] tokens and {own} logits each; then on part of it, widened"
+    where = (
+        f"medians on the recorded batch, [{rows}, {width}] tokens and {own} logits each; then on part of it, widened"
+    )
     return Group(Text(what, "bold"), Text(where), table)
 
 
