@@ -111,9 +111,8 @@ class Cispo(Gate):
     """l = -sg[clip(r, low, high)] A logp: no token is dropped, its weight is bounded.
 
     CISPO, MiniMax-M1, arXiv 2506.13585 [T]. bound="raw": low = eps_low, high = eps_high are the bounds themselves
-    (TRL, Liger,
-    ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL). eps_low=None: no lower
-    bound.
+    (TRL, Liger, ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL).
+    eps_low=None: no lower bound. clip_high counts tokens of either sign of A, as verl does; TRL counts A > 0 only.
     """
 
     name = "cispo"
