@@ -5,11 +5,11 @@ import itertools
 
 import sim
 import torch
-from close import close
 
 import tokenrl
 from tokenrl import backends
 from tokenrl.gates import GATES, Cispo, KlK3, KlK3Unbiased, LogBand, PpoClip
+from tokenrl.parity import close
 from tokenrl.statistics import FLOWS
 
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import device_of, kernel_backends
-from close import close
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
+from tokenrl.parity import close
 
 KERNELS = kernel_backends()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import PAIRS, away_from_edges, batch, check, gates_under_test, kernel_backends, packed, run
-from close import close
 
 import tokenrl
 from tokenrl.gates import LogBand, PpoClip
+from tokenrl.parity import close
 
 GATES = gates_under_test()
 

@@ -1,4 +1,4 @@
-"""The one tolerance rule of this project."""
+"""The one tolerance rule of this project: a kernel against the fp64 reference, next to the reference in the kernel's precision."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float
     """(norm, error, allowed) in the largest entry and in L2.
 
     kernel: what is tested. truth: the fp64 reference. base: the same reference in the kernel's precision. The kernel
-    may err at
-    most twice as much as the base does, plus a few ulps of the largest entry.
+    may err at most twice as much as the base does, plus a few ulps of the largest entry.
     """
     eps = torch.finfo(kernel.dtype).eps
     k, b, t = (x.detach().double().flatten() for x in (kernel, base, truth))

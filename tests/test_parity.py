@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from close import close
+
+from tokenrl.parity import close
 
 
 def one_token_wrong(g):
