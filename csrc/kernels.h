@@ -64,16 +64,32 @@ struct WeightArgs {
   int64_t* count;             // [1], zeroed by the caller
 };
 
-// Logits are [B, T, V] with strides in elements, the last one 1; every other tensor is contiguous [B, T].
+// z = softcap tanh(logit_scale x / softcap) / temperature of a logit x; without a softcap it is infinite.
+template <class T>
+struct Transform {
+  T temperature, softcap, logit_scale;
+  const T* temperatures;  // [B, T], optional: in place of the number
+  const bool* keep;       // [B, T, V], optional, by strides, the last one 1; false takes a logit out as -inf does
+  int64_t keep_stride_batch, keep_stride_time;
+};
+
+// Logits are [B, T, V] with strides in elements, the last one 1; every other tensor is contiguous [B, T], with K ids per
+// row [B, T, K].
 template <class Logit, class T>
 struct LogprobArgs {
-  int64_t batch, time, vocab, stride_batch, stride_time;
+  int64_t batch, time, vocab, num_ids, stride_batch, stride_time;
   const Logit* logits;
   const int64_t* ids;
-  T temperature;
-  T *logp, *entropy, *lse;                 // forward: outputs; backward: lse and entropy are inputs
-  const T *grad_logp, *grad_entropy;       // backward; each optional
-  Logit* grad_logits;                      // backward; contiguous [B, T, V]
+  Transform<T> transform;
+  // Forward: outputs. Backward: inputs, as far as they are gradients' or log_sum_sq_probs' business.
+  T *logp, *entropy, *lse;
+  T *log_sum_sq_probs, *mean_logit, *max_prob;  // each optional
+  bool* is_top1;                                // [B, T, K], optional
+  int64_t* rank;                                // [B, T, K], optional
+  // Backward. Each upstream gradient is optional; the logits' gradient may be in their own memory.
+  const T *grad_logp, *grad_entropy, *grad_lse, *grad_log_sum_sq_probs;
+  Logit* grad_logits;
+  int64_t grad_stride_batch, grad_stride_time;
 };
 
 }  // namespace tokenrl

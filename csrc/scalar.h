@@ -63,6 +63,12 @@ TRL_HD float exponential(float x) {
 }
 #endif
 
+// By e^2x, which saturates at both ends; exact to an ulp of 1.
+template <class T>
+TRL_HD T hyperbolic_tangent(T x) {
+  return 1 - 2 / (exponential(2 * x) + 1);
+}
+
 // e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere.
 TRL_HD float excess(float x) {
   float p = 2.75573192e-6f;

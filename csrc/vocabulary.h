@@ -1,7 +1,7 @@
 // What one logit does to a row's log-prob, entropy and gradient; 16-bit logits and their conversions. Host and device.
 #pragma once
 
-#include "scalar.h"
+#include "kernels.h"
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
@@ -80,58 +80,124 @@ TRL_HD Half narrow<Half>(float x) {
 #endif
 }
 
-// Online softmax of some logits z: their maximum m, sum e^(z - m), and sum e^(z - m) (z - m).
+// Online softmax of z = factor y over some logits, y relative to the largest: max y, sum e^(z - max z), the sum of those
+// times (y - max y), and of their squares.
 template <class T>
 struct Softmax {
-  T max, sum, weighted;
+  T max, sum, weighted, squares;
 };
 
 template <class T>
 TRL_HD Softmax<T> no_logits() {
-  return {-infinity<T>(), T(0), T(0)};
+  return {-infinity<T>(), T(0), T(0), T(0)};
 }
 
 // The same state relative to another, not smaller maximum. A state of nothing but -inf stays empty. Logits masked by
 // the lowest finite number shift so far that sum * shift overflows: what no longer has a weight is selected away, not
 // multiplied by 0.
 template <class T>
-TRL_HD Softmax<T> rescaled(const Softmax<T>& a, T max) {
-  const T shift = a.sum > 0 ? a.max - max : T(0), scale = exponential(shift);
-  return {max, a.sum * scale, scale > 0 ? (a.weighted + a.sum * shift) * scale : T(0)};
+TRL_HD Softmax<T> rescaled(const Softmax<T>& a, T max, T factor) {
+  const T shift = a.sum > 0 ? a.max - max : T(0), scale = exponential(factor * shift);
+  return {max, a.sum * scale, scale > 0 ? (a.weighted + a.sum * shift) * scale : T(0), a.squares * scale * scale};
 }
 
 template <class T>
-TRL_HD Softmax<T> merge(const Softmax<T>& a, const Softmax<T>& b) {
+TRL_HD Softmax<T> merge(const Softmax<T>& a, const Softmax<T>& b, T factor) {
   const T max = larger(a.max, b.max);
-  const Softmax<T> x = rescaled(a, max), y = rescaled(b, max);
-  return {max, x.sum + y.sum, x.weighted + y.weighted};
+  const Softmax<T> x = rescaled(a, max, factor), y = rescaled(b, max, factor);
+  return {max, x.sum + y.sum, x.weighted + y.weighted, x.squares + y.squares};
 }
 
-// z = -inf has no weight; NaN goes through to the sums.
+// z = factor y for one row.
 template <class T>
-TRL_HD void take(Softmax<T>& state, T z) {
-  if (z > state.max) state = rescaled(state, z);
-  if (z == -infinity<T>()) return;
-  const T shift = z - state.max, e = exponential(shift);
-  state.sum += e;
-  state.weighted += e * shift;
+struct RowTransform {
+  T softcap, logit_scale, factor;
+  bool capped;
+
+  TRL_HD RowTransform(const Transform<T>& transform, int64_t row)
+      : softcap(transform.softcap), logit_scale(transform.logit_scale), capped(transform.softcap < infinity<T>()) {
+    const T temperature = transform.temperatures ? transform.temperatures[row] : transform.temperature;
+    factor = (capped ? T(1) : logit_scale) / temperature;
+  }
+  // A logit of -inf was taken out of the vocabulary, and stays out under a softcap.
+  TRL_HD T cap(T x) const {
+    const T y = softcap * hyperbolic_tangent(x * (logit_scale / softcap));
+    return x == -infinity<T>() ? x : y;
+  }
+  // d z / d x over factor, where y = cap(x).
+  TRL_HD T slope(T y) const {
+    const T t = y / softcap;
+    return y == -infinity<T>() ? T(0) : logit_scale * (1 - t * t);
+  }
+};
+
+// What the row's statistics are made of, and the statistics.
+template <class T>
+TRL_HD T lse_of(const Softmax<T>& a, T factor) {
+  return factor * a.max + ::log(a.sum);
+}
+// y - max first: exact, where z - lse would round twice at large offsets.
+template <class T>
+TRL_HD T logp_of(const Softmax<T>& a, T y, T factor) {
+  return factor * (y - a.max) - ::log(a.sum);
+}
+template <class T>
+TRL_HD T entropy_of(const Softmax<T>& a, T factor) {
+  return ::log(a.sum) - factor * a.weighted / a.sum;
+}
+template <class T>
+TRL_HD T log_sum_sq_probs_of(const Softmax<T>& a) {
+  return ::log(a.squares) - 2 * ::log(a.sum);
 }
 
 template <class T>
-TRL_HD T log_sum(const Softmax<T>& a) {
-  return a.max + ::log(a.sum);
-}
-template <class T>
-TRL_HD T entropy_of(const Softmax<T>& a) {
-  return ::log(a.sum) - a.weighted / a.sum;
+TRL_HD T max_prob_of(const Softmax<T>& a) {
+  return a.sum > 0 ? 1 / a.sum : std::numeric_limits<T>::quiet_NaN();
 }
 
-// d/dz of g_logp logp + g_entropy H at one logit: g_logp (1[z is the id's] - p) - g_entropy p (log p + H).
+// The gradient with respect to z of everything that a row's upstream gradients weigh: p (constant + slope log p +
+// square p), and each id's own gradient on top of it.
 template <class T>
-TRL_HD T logit_gradient(T z, T lse, T entropy, T grad_logp, T grad_entropy, bool own) {
-  const T log_p = z - lse, p = exponential(log_p);
-  const T through_entropy = p > 0 ? grad_entropy * p * (log_p + entropy) : T(0);
-  return grad_logp * ((own ? T(1) : T(0)) - p) - through_entropy;
+struct RowGradient {
+  T constant, slope, square;
+
+  template <class Logit>
+  TRL_HD RowGradient(const LogprobArgs<Logit, T>& args, int64_t row) {
+    T own = 0;
+    for (int64_t k = 0; k < args.num_ids; ++k) own += own_gradient(args, row, k);
+    const T entropy = args.grad_entropy ? args.grad_entropy[row] : T(0);
+    const T squares = args.grad_log_sum_sq_probs ? args.grad_log_sum_sq_probs[row] : T(0);
+    constant = (args.grad_lse ? args.grad_lse[row] : T(0)) - own - (entropy != 0 ? entropy * args.entropy[row] : T(0)) - 2 * squares;
+    slope = -entropy;
+    square = squares != 0 ? 2 * squares * exponential(-args.log_sum_sq_probs[row]) : T(0);
+  }
+  template <class Logit>
+  TRL_HD static T own_gradient(const LogprobArgs<Logit, T>& args, int64_t row, int64_t k) {
+    const int64_t at = row * args.num_ids + k;
+    return args.grad_logp && args.ids[at] != kIgnoredId ? args.grad_logp[at] : T(0);
+  }
+  // Nothing of the row's logits is needed: no id, or no gradient.
+  template <class Logit>
+  TRL_HD static bool is_zero(const LogprobArgs<Logit, T>& args, int64_t row) {
+    bool used = false, zero = true;
+    for (int64_t k = 0; k < args.num_ids; ++k) {
+      used = used || args.ids[row * args.num_ids + k] != kIgnoredId;
+      zero = zero && own_gradient(args, row, k) == 0;
+    }
+    return !used || (zero && is_zero(args.grad_entropy, row) && is_zero(args.grad_lse, row) && is_zero(args.grad_log_sum_sq_probs, row));
+  }
+  TRL_HD static bool is_zero(const T* upstream, int64_t row) { return !upstream || upstream[row] == 0; }
+  template <class V>  // T, or a vector of them
+  TRL_HD V at(V log_p, V p) const {
+    return p * (constant + slope * log_p + square * p);
+  }
+};
+
+template <class Logit, class T>
+TRL_HD bool is_ignored(const LogprobArgs<Logit, T>& args, int64_t row) {
+  for (int64_t k = 0; k < args.num_ids; ++k)
+    if (args.ids[row * args.num_ids + k] != kIgnoredId) return false;
+  return true;
 }
 
 }  // namespace tokenrl

@@ -112,25 +112,43 @@ def parts():
         yield span, "aggregation_weights", (flags, cu, 8000, x if span == "balanced" else None, cu[:4], span, "groups")
 
 
+OUTPUTS = ("log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
+
+
+def row_cases(label: str, logits, per_row: int, everything: bool):
+    """Forward and backward of one call, the gradient in fresh memory and in the logits' own."""
+    rows = logits.shape[:2]
+    ids, stats = torch.zeros(*rows, per_row, dtype=torch.int64), torch.zeros(rows)
+    grad, none = torch.zeros(*rows, per_row), torch.zeros(0)
+    transform = (0.7, None, float("inf"), 1.0, None)
+    grads, squares, outputs = (grad, stats, None, None), none, []
+    if everything:
+        keep = torch.ones(logits.shape[-1], dtype=torch.bool).expand(logits.shape)
+        transform = (1.0, stats, 30.0, 0.5, keep)
+        grads, squares, outputs = (grad, stats, stats, stats), stats, list(OUTPUTS)
+    saved = (ids, stats, stats, squares)
+    yield label, "token_logprobs", (logits, ids, *transform, outputs, False)
+    yield label, "token_logprobs_backward", (*grads, logits, *saved, *transform)
+    yield f"{label} in place", "token_logprobs_backward_", (*grads, logits, *saved, *transform)
+
+
 def logprobs():
-    """Forward and backward over a vocabulary that 16 bytes divide and one that they do not."""
+    """Over a vocabulary that 16 bytes divide and one that they do not; a single row is split over programs."""
     for vocab in (151936, 50257):
         for dtype in (torch.bfloat16, torch.float32):
-            logits, ids, stats = (
-                torch.empty(1, 2, vocab, dtype=dtype),
-                torch.zeros(1, 2, dtype=torch.int64),
-                torch.zeros(1, 2),
-            )
             label = f"{str(dtype).removeprefix('torch.')} V={vocab}"
-            yield label, "token_logprobs", (logits, ids, 0.7)
-            yield label, "token_logprobs_backward", (stats, stats, logits, ids, stats, stats, 0.7)
+            two, one = (torch.empty(1, rows, vocab, dtype=dtype) for rows in (2, 1))
+            yield from row_cases(f"{label} plain", two, 1, False)
+            yield from row_cases(f"{label} K=1 everything", two, 1, True)
+            yield from row_cases(f"{label} K=4 everything", two, 4, True)
+            yield from row_cases(f"{label} split", one, 1, False)
 
 
 def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
 
-    launch.vocab_block, launch.vocab_warps = lambda vocab, dtype: 32768, lambda block: 4
+    launch.vocab_block, launch.vocab_warps = lambda vocab, dtype, parts: 32768, lambda block: 4
     yield from list(logprobs())[:1]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import host_build
 import torch
 
-from tokenrl import backends
+from tokenrl import backends, contract
 
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-O1", "-fPIC"]
@@ -33,7 +33,7 @@ def register() -> None:
         warnings.warn(f"the CUDA kernels are not tested on the CPU: {reason}", stacklevel=2)
         return
     torch.ops.load_library(str(build_sim()))
-    backends.register("tokenrl_sim")
+    contract.register("tokenrl_sim")
     backends.BACKENDS["sim"] = backends.Backend(
         "sim",
         "tokenrl_sim",

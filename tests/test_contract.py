@@ -5,7 +5,8 @@ import torch
 from cases import backends_to_test, batch, device_of, kernel_backends, run
 
 import tokenrl
-from tokenrl import backends
+from tokenrl import backends, contract
+from tokenrl.logprobs import OUTPUTS
 
 KERNELS = kernel_backends()
 
@@ -24,7 +25,11 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
     )
     logits = torch.randn(3, 6, 11, generator=g).to(device, dtype)
     ids = torch.randint(0, 11, (3, 6), generator=g).to(device)
-    stats = [torch.randn(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    ids = torch.stack([ids, ids.flip(0)], -1)
+    keep = (torch.rand(11, generator=g) > 0.2).to(device).expand(3, 6, 11)
+    stats = [torch.rand(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(7)]
+    transform = (1.0, stats[6] + 0.5, 5.0, 0.9, keep)
+    backward = (torch.stack(stats[:2], -1), *stats[:3], logits, ids, *stats[3:6], *transform)
     bounds = torch.rand(18, generator=g).to(device, dtype)
     objective = (logp, old, logp[:3].clone(), mask, cu, None, weight, one, None)
     return {
@@ -50,13 +55,14 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
             "balanced",
             "groups",
         ),
-        "token_logprobs": (logits, ids, 0.7),
-        "token_logprobs_backward": (stats[0], stats[1], logits, ids, stats[2], stats[3], 0.7),
+        "token_logprobs": (logits, ids, *transform, list(OUTPUTS), False),
+        "token_logprobs_backward": backward,
+        "token_logprobs_backward_": backward,
     }
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("op", backends.SCHEMAS)
+@pytest.mark.parametrize("op", contract.SCHEMAS)
 def test_opcheck(op, backend):
     found = getattr(backends.BACKENDS[backend].ops, op).default
     values = arguments(device=device_of(backend))[op]
@@ -66,10 +72,10 @@ def test_opcheck(op, backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("op", backends.SCHEMAS)
+@pytest.mark.parametrize("op", contract.SCHEMAS)
 def test_every_backend_has_the_schema_of_the_contract(op, backend):
     found = getattr(backends.BACKENDS[backend].ops, op).default._schema
-    assert str(found).split("(", 1)[1] == backends.SCHEMAS[op].split("(", 1)[1].replace("->  ", "-> ")
+    assert str(found).split("(", 1)[1] == contract.SCHEMAS[op].split("(", 1)[1].replace("->  ", "-> ")
 
 
 @pytest.mark.parametrize("backend", backends_to_test())
@@ -101,10 +107,17 @@ def test_gradcheck(backend):
         lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_()
     )
     logits = torch.randn(4, 9, dtype=torch.float64, device=device, requires_grad=True)
-    ids = torch.tensor([0, 8, -100, 3], device=device)
-    assert torch.autograd.gradcheck(
-        lambda z: tuple(tokenrl.token_logprobs(z, ids, temperature=0.7, backend=backend)), logits
-    )
+    ids = torch.tensor([[0, 8], [8, 8], [-100, -100], [3, -100]], device=device)
+    keep = torch.arange(9, device=device) != 5
+    for options in ({}, {"softcap": 3.0, "logit_scale": 0.8, "keep_mask": keep}):
+        differentiable = ("logp", "entropy", "lse", "log_sum_sq_probs")
+
+        def head(z, options=options):
+            return tuple(
+                tokenrl.token_logprobs(z, ids, temperature=0.7, outputs=differentiable, backend=backend, **options)
+            )
+
+        assert torch.autograd.gradcheck(head, logits)
 
 
 def head(logits, ids, old_logp, advantages, mask, backend):

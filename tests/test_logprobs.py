@@ -1,106 +1,191 @@
-"""token_logprobs: values and gradients on every backend, hard logits, strided views, and what the forward allocates."""
+"""token_logprobs on every backend: each output and its gradient, alone and together, from one logit to 150 000."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from cases import device_of, kernel_backends
+from logit_cases import DIFFERENTIABLE, DTYPES, check, make, run
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
+from tokenrl.logprobs import OUTPUTS
 from tokenrl.parity import close
 
 KERNELS = kernel_backends()
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SUBSETS = [names for n in range(1, 5) for names in itertools.combinations(DIFFERENTIABLE, n)]
+EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
+CPU = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ backend is not built")
+# The interpreter multiplies -inf by 0 before it selects.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
 
 
-def make(rows: int, vocab: int, dtype, seed: int = 0, scale: float = 3.0):
-    g = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, vocab, generator=g, dtype=torch.float64) * scale).to(dtype)
-    ids = torch.randint(0, vocab, (rows,), generator=g)
-    return logits, ids, *(torch.randn(rows, generator=g, dtype=torch.float64) for _ in range(2))
-
-
-def run(logits, ids, upstream, backend, temperature):
-    """logp, entropy, and the gradient of both with the given upstream gradients."""
-    device = device_of(backend)
-    z = logits.to(device).requires_grad_()
-    logp, entropy = tokenrl.token_logprobs(z, ids.to(device), temperature=temperature, backend=backend)
-    grads = [g.to(device, logp.dtype).view(ids.shape) for g in upstream]
-    (grad,) = torch.autograd.grad([logp, entropy], z, grads)
-    return logp.detach().cpu(), entropy.detach().cpu(), grad.cpu()
-
-
-def check(logits, ids, upstream, backend, temperature=1.0):
-    """By the tolerance rule; the truth is fp64 on the same, already rounded logits."""
-    truth = run(logits.double(), ids, upstream, "reference", temperature)
-    base = run(logits, ids, upstream, "reference", temperature)
-    kernel = run(logits, ids, upstream, backend, temperature)
-    for name, *values in zip(("logp", "entropy", "gradient"), kernel, truth, base, strict=True):
-        close(*values, what=f"{backend} {name}")
-
-
-@pytest.mark.parametrize("backend", KERNELS)
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab,temperature", [(2, 1.0), (7, 0.7), (1003, 1.3), (5000, 1.0)])
-def test_values_and_gradients(vocab, temperature, dtype, backend):
-    logits, ids, *upstream = make(5, vocab, dtype)
-    check(logits, ids, upstream, backend, temperature)
+@pytest.mark.parametrize("vocab,temperature", [(1, 1.0), (2, 1.0), (7, 0.7), (1003, 1.3), (5000, 1.0)])
+def test_all_outputs_together(vocab, temperature, dtype, backend):
+    check(*make(4, vocab, dtype=dtype), backend, temperature=temperature)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_a_real_vocabulary(backend):
-    logits, ids, *upstream = make(3, 151936, torch.bfloat16)
-    check(logits, ids, upstream, backend)
+@EVERY_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_each_output_alone(name, dtype, backend):
+    check(*make(3, 301, dtype=dtype), backend, outputs=(name,))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("hard", ["masked", "one finite", "offset", "lowest first", "ignored"])
-def test_hard_rows(hard, backend):
-    logits, ids, *upstream = make(4, 1501, torch.float32, seed=1)
-    if hard == "masked":
-        logits[:, 5:900] = -torch.inf
-        ids[:] = 1000
-    elif hard == "one finite":
-        keep = logits.gather(1, ids[:, None])
-        logits = torch.full_like(logits, -torch.inf).scatter(1, ids[:, None], keep)
-    elif hard == "offset":
-        logits += 1e4
-    elif hard == "lowest first":
-        logits[:, :1200] = torch.finfo(torch.float32).min
-        ids[:] = 1300
-    else:
-        ids[1:3] = -100
-        logits[1] = torch.nan
-    check(logits, ids, upstream, backend)
+@EVERY_KERNEL
+@pytest.mark.parametrize("pulled", SUBSETS, ids="+".join)
+def test_every_combination_of_gradients(pulled, backend):
+    """Asked for alone, or together with outputs that have no upstream gradient."""
+    logits, ids = make(3, 65)
+    alone = check(logits, ids, backend, outputs=pulled)
+    together = check(logits, ids, backend, outputs=OUTPUTS, pulled=pulled)
+    close(alone["gradient"], together["gradient"].double(), together["gradient"])
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_an_id_of_minus_infinity_has_a_finite_gradient(backend):
-    logits, ids, *upstream = make(2, 33, torch.float64)
-    logits[:, 4], ids[:] = -torch.inf, 4
-    check(logits, ids, [upstream[0], torch.zeros(2)], backend)
+@EVERY_KERNEL
+@pytest.mark.parametrize("outputs", [("rank", "lse", "logp"), ("max_prob", "entropy"), OUTPUTS[::-1]], ids="+".join)
+def test_results_come_in_the_order_asked_for(outputs, backend):
+    logits, ids = (x.to(device_of(backend)) for x in make(3, 65))
+    stats = tokenrl.token_logprobs(logits, ids, outputs=outputs, backend=backend)
+    every = tokenrl.token_logprobs(logits, ids, outputs=OUTPUTS, backend=backend)
+    for name, value in zip(outputs, stats, strict=True):
+        assert value is getattr(stats, name) and torch.equal(value, getattr(every, name)), name
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+def test_an_output_that_was_not_asked_for_is_no_attribute():
+    stats = tokenrl.token_logprobs(*make(3, 65), outputs=("rank",))
+    with pytest.raises(AttributeError, match="no 'logp'; this call asked for outputs rank"):
+        _ = stats.logp
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_several_ids_per_row(shape, dtype, backend):
+    """Duplicates count each; an ignored id gives 0; a row of ignored ids gives zeros and is never read."""
+    logits, ids = make(*shape, 401, dtype=dtype, k=5)
+    flat, rows = ids.view(4, 5), logits.view(4, 401)
+    flat[0, 3] = flat[0, 1]
+    flat[1, [0, 4]] = -100
+    flat[2] = -100
+    rows[2] = torch.nan
+    found = check(logits, ids, backend)
+    assert all(found[name].view(4, -1)[2].count_nonzero() == 0 for name in OUTPUTS)
+    assert found["gradient"].view(4, -1)[2].count_nonzero() == 0
+    assert found["logp"].view(4, 5)[1, [0, 4]].count_nonzero() == 0
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("k", [1, 2, 40])
+def test_any_number_of_ids(k, backend):
+    """One id per row, [N] or [N, 1], is the same call; there may be more ids than logits."""
+    logits, ids = make(3, 29, k=k)
+    found = check(logits, ids, backend)
+    if k == 1:
+        flat = run(logits, ids[:, 0], backend)
+        assert all(torch.equal(flat[name], x.view(flat[name].shape)) for name, x in found.items())
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("pulled", [("logp",), DIFFERENTIABLE], ids="+".join)
+def test_rows_without_upstream_gradient(pulled, backend):
+    """Their gradient is 0, next to rows that have one."""
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.0])
+    grad = check(*make(4, 1201), backend, pulled=pulled, weight=weight)["gradient"]
+    assert grad[weight == 0].count_nonzero() == 0 and grad[weight != 0].any(1).all()
+
+
+@EVERY_KERNEL
 def test_strided_views_are_read_in_place(backend):
-    g = torch.Generator().manual_seed(2)
-    whole = torch.randn(3, 6, 101, generator=g)
-    ids = torch.randint(0, 101, (3, 5), generator=g)
-    upstream = [torch.randn(3, 5, generator=g, dtype=torch.float64) for _ in range(2)]
-    for view in (whole[:, :-1], whole.transpose(0, 1)[:3].transpose(0, 1)[:, :3], whole[..., 3:97]):
-        rows = ids[:, : view.shape[1]]
-        trimmed = torch.nn.functional.pad(rows, (0, view.shape[1] - rows.shape[1])) % view.shape[2]
-        check(view, trimmed, [torch.ones(trimmed.shape, dtype=torch.float64)] * 2, backend)
-    contiguous = run(whole[:, :-1].contiguous(), ids, upstream, backend, 1.0)
-    for a, b in zip(run(whole[:, :-1], ids, upstream, backend, 1.0), contiguous, strict=True):
-        close(a, b.double(), b)
+    """Views of [B, T, V] give the bits of their contiguous copies; what lies between their rows plays no part."""
+    whole, ids = make(3, 6, 101)
+    for at in (np.s_[:, :-1], np.s_[:, 1::2], np.s_[:, :, 3:97], np.s_[1:, 2:4, 5:6]):
+        view = whole[at]
+        rows = ids[at[:2]] % view.shape[2]
+        outside = torch.full_like(whole, torch.nan)
+        outside[at] = view
+        found = check(outside[at], rows, backend)
+        copied = run(view.contiguous(), rows, backend)
+        assert all(torch.equal(found[name], x) for name, x in copied.items())
+    turned = whole.transpose(0, 1)
+    check(turned, ids.transpose(0, 1), backend)
+    check(whole.transpose(1, 2), torch.zeros(3, 101, dtype=torch.int64), backend, outputs=("logp", "rank"))
 
 
-@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ backend is not built")
-def test_the_forward_allocates_its_outputs_only():
-    logits = torch.randn(64, 20000).requires_grad_()
-    ids = torch.zeros(64, dtype=torch.int64)
-    tokenrl.token_logprobs(logits, ids, backend="cpu")
+@EVERY_KERNEL
+@pytest.mark.parametrize("rows,vocab", [(1, 151936), (2, 70001), (3, 131072 + 3)])
+def test_few_rows_and_a_long_vocabulary(rows, vocab, backend):
+    """Rows that several threads or programs share."""
+    dtype = torch.bfloat16 if rows == 1 else torch.float32
+    rows = rows if backend == "cpu" else 1
+    check(*make(rows, vocab, dtype=dtype), backend)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("shape", [(1, 70001), (5, 300)])
+def test_the_same_call_gives_the_same_bits(shape, backend):
+    first, second = (run(*make(*shape), backend) for _ in range(2))
+    assert all(torch.equal(first[name], x) for name, x in second.items())
+
+
+@CPU
+@pytest.mark.parametrize("shape", [(1, 151936), (2, 70001), (300, 1003)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(shape, dtype):
+    logits, ids = make(*shape, dtype=dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(run(logits, ids, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("axis", [0, 1])
+def test_row_offsets_beyond_32_bits(axis, backend):
+    """Two rows 2^31 + 77 logits apart, along either stride: 4 GB that is mapped but hardly touched."""
+    if device_of(backend).type != "cpu":
+        pytest.skip("would copy 4 GB to the GPU")
+    apart, vocab = 2**31 + 77, 501
+    storage = torch.from_numpy(np.zeros(apart + vocab, dtype=np.int16)).view(torch.bfloat16)
+    rows, ids = make(2, vocab, dtype=torch.bfloat16)
+    storage[:vocab], storage[apart:] = rows
+    shape, strides = ((2, 1), (apart, vocab)) if axis == 0 else ((1, 2), (vocab, apart))
+    far, near = storage.as_strided((*shape, vocab), (*strides, 1)), rows.view(*shape, vocab)
+    far, near = (tokenrl.token_logprobs(x, ids.view(shape), outputs=OUTPUTS, backend=backend) for x in (far, near))
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+def allocated(call) -> int:
+    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        tokenrl.token_logprobs(logits, ids, backend="cpu")
-    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiled.key_averages())
-    assert allocated < 0.01 * logits.numel() * logits.element_size()
+        call()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profiled.key_averages())
+
+
+@CPU
+def test_what_is_allocated():
+    """The forward its outputs only, whatever is asked for; the backward the gradient; in place, nothing."""
+    leaf = torch.randn(64, 20000).requires_grad_()
+    logits, size = leaf * 1, leaf.numel() * leaf.element_size()
+    options = {"softcap": 30.0, "temperature": torch.ones(64), "keep_mask": torch.rand(20000) > 0.1}
+
+    def forward(inplace_backward=False):
+        return tokenrl.token_logprobs(
+            logits, torch.zeros(64, 2, dtype=torch.int64), outputs=OUTPUTS, backend="cpu", **options,
+            inplace_backward=inplace_backward,
+        )  # fmt: skip
+
+    def step(inplace_backward):
+        stats = forward(inplace_backward)
+        torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), logits)
+
+    assert allocated(forward) < 0.01 * size
+    assert 0.99 * size < allocated(lambda: step(False)) < 1.02 * size
+    assert allocated(lambda: step(True)) < 0.02 * size

@@ -1,8 +1,4 @@
-"""Which code runs a call: the op contract (schema, fake, autograd), the reasons why a backend cannot run, and the
-choice.
-
-Every kernel backend implements the same ops; tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1].
-"""
+"""Which code runs a call: the backends, the reasons why one cannot run, and the choice."""
 
 import importlib.util
 import os
@@ -11,26 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
+from .contract import register
 from .errors import unknown
-
-SCHEMAS = {
-    "objective": "(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
-    "Tensor span_weight, Tensor normalizer, Tensor? token_weight, str statistic, str flow, str gate, float[] params, "
-    "Tensor?[] param_tensors, float clamp, float cap) -> (Tensor loss, Tensor coef, Tensor metrics)",
-    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) -> Tensor",
-    "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) -> Tensor",
-    "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, Tensor?[] param_tensors) "
-    "-> (Tensor clipped, Tensor inside)",
-    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, str span, "
-    "str unit) -> (Tensor span_weight, Tensor count)",
-    "token_logprobs": "(Tensor logits, Tensor ids, float temperature) -> (Tensor logp, Tensor entropy, Tensor lse)",
-    "token_logprobs_backward": "(Tensor? grad_logp, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor lse, Tensor entropy, "
-    "float temperature) -> Tensor",
-}
 
 
 @dataclass(frozen=True)
@@ -133,99 +113,6 @@ BACKENDS = {
     "triton": Backend("triton", "tokenrl_triton", _why_not_triton, automatic=lambda device: device.type == "cuda"),
     "reference": Backend("reference", None, lambda device: None),
 }
-
-
-def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9)
-
-
-def _fake_weights(mask, cu_seqlens, *rest):
-    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
-        (), dtype=torch.int64
-    )
-
-
-def _fake_logprobs(logits, ids, temperature):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
-
-
-FAKES = {
-    "objective": _fake_objective,
-    "statistic": lambda logp, *rest: torch.empty_like(logp),
-    "statistic_backward": lambda grad, *rest: torch.empty_like(grad),
-    "position_adaptive_clip": lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
-    "aggregation_weights": _fake_weights,
-    "token_logprobs": _fake_logprobs,
-    "token_logprobs_backward": lambda gl, ge, logits, *rest: logits.new_empty(logits.shape),
-}
-
-
-def _no_gradients(inputs) -> tuple:
-    """What a backward returns for inputs without gradient: torch wants a list for each list of tensors (an empty list is one)."""
-    lists = (isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) for x in inputs)
-    return tuple([None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True))
-
-
-def _save_objective(ctx, inputs, output):
-    _, coef, metrics = output
-    ctx.rest = _no_gradients(inputs[1:])
-    ctx.mark_non_differentiable(coef, metrics)
-    ctx.save_for_backward(coef)
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
-    (coef,) = ctx.saved_tensors
-    grad = None if grad_loss is None else grad_loss * coef
-    return grad, *ctx.rest
-
-
-def _save_clip(ctx, inputs, output):
-    ctx.rest = _no_gradients(inputs[1:])
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-@once_differentiable
-def _clip_backward(ctx, grad, _):
-    (inside,) = ctx.saved_tensors
-    return torch.where(inside != 0, grad, 0), *ctx.rest
-
-
-def _save_logprobs(ctx, inputs, output):
-    logits, ids, ctx.temperature = inputs
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, ids, lse, entropy)
-    ctx.set_materialize_grads(False)
-
-
-def _logprobs_backward(namespace: str):
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy, grad_lse):
-        if grad_logp is None and grad_entropy is None:
-            return None, None, None
-        logits, ids, lse, entropy = ctx.saved_tensors
-        grads = [g if g is None else g.contiguous() for g in (grad_logp, grad_entropy)]
-        op = getattr(torch.ops, namespace).token_logprobs_backward
-        return op(*grads, logits, ids, lse, entropy, ctx.temperature), None, None
-
-    return backward
-
-
-def register(namespace: str) -> None:
-    """Gives the ops of a namespace their fakes and derivatives."""
-    for op, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{op}", fake)
-    derivatives = {
-        "objective": (_objective_backward, _save_objective),
-        "position_adaptive_clip": (_clip_backward, _save_clip),
-        "token_logprobs": (_logprobs_backward(namespace), _save_logprobs),
-    }
-    for op, (backward, save) in derivatives.items():
-        torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=save)
 
 
 if NATIVE_REASON is None:

@@ -1,20 +1,21 @@
-"""token_logprobs: log-prob and entropy of given ids from logits, in one pass over the vocabulary."""
+"""token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, contract, reference
 from .errors import unknown, wrong
 
-OUTPUTS = ("logp", "entropy")
+OUTPUTS = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
+PER_ID = ("logp", "is_top1", "rank")
 IGNORED = -100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TokenStats:
-    """What token_logprobs was asked for: attributes named like the outputs, each shaped like ids; iterates in the order asked for."""
+    """What token_logprobs was asked for: attributes named like the outputs; iterates in the order asked for."""
 
     def __init__(self, values: dict[str, Tensor]):
         self._values = values
@@ -36,55 +37,154 @@ def token_logprobs(
     logits: Tensor,
     ids: Tensor,
     *,
-    temperature: float = 1.0,
-    outputs: Sequence[str] = OUTPUTS,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    outputs: Sequence[str] = ("logp", "entropy"),
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
-    """Log-prob of each id and entropy of its distribution: z = logits / temperature, lse = log sum_v e^z_v.
+    """Statistics of softmax(z) per token, z = softcap tanh(logit_scale logits / softcap) / temperature.
 
-        logp = z_id - lse                d logp / d z_v = 1[v = id] - p_v
-        entropy = -sum_v p_v log p_v     d entropy / d z_v = -p_v (log p_v + entropy)
+        lse = log sum_v e^z_v                    d lse / d z_v = p_v
+        logp = z_id - lse                        d logp / d z_v = 1[v = id] - p_v
+        entropy = -sum_v p_v log p_v             d entropy / d z_v = -p_v (log p_v + entropy)
+        log_sum_sq_probs = log sum_v p_v^2       d log_sum_sq_probs / d z_v = 2 (p_v^2 e^-log_sum_sq_probs - p_v)
+        mean_logit = mean_v z_v                  no gradient, like the three below
+        max_prob = max_v p_v
+        is_top1 = id is the first maximum
+        rank = 1 + #{v: logits_v > logits_id}
 
     logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last stride
-    is 1. -inf logits have
-    p = 0. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here); -100 gives 0
-    and no gradient.
-    On a GPU an id outside gives nan. temperature: a positive number. outputs: any of "logp", "entropy".
-    Returns TokenStats of fp32 (fp64 for fp64 logits). The forward allocates its outputs only; the backward recomputes
-    p from lse.
+    is 1. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here), or K of them per
+    row, [N, K] or [B, T, K]; then logp, is_top1 and rank are [..., K]. An id of ignore_index gives 0 and no gradient; a
+    row that row_mask (bool, [N] or [B, T]) leaves out, or all of whose ids are ignored, gives zeros and is never read.
+    temperature: a positive number, or one per row, fp32 or fp64. softcap, logit_scale: positive numbers.
+    keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
+    mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
+    outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
+    autograd would notice.
+    Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
+    results only; the backward recomputes p from lse. On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
-    _check(logits, ids, temperature, outputs)
+    _check(logits, ids, outputs)
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None:
+            _check_positive(name, value)
     chosen = backends.choose(backend, logits.device)
-    as_rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    if as_rows.stride(-1) != 1 and as_rows.shape[-1] > 1:
-        as_rows = as_rows.contiguous()
-    rows = ids.to(torch.int64).reshape(as_rows.shape[:-1]).contiguous()
+    if inplace_backward:
+        _check_inplace(logits, chosen)
+    shape = (1,) * (3 - logits.dim()) + tuple(logits.shape)
+    transform = (*_temperature(temperature, logits, shape), float("inf") if softcap is None else float(softcap))
+    keep = (
+        None if keep_mask is None else _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
+    )
     run = reference.token_logprobs if chosen.namespace is None else chosen.ops.token_logprobs
-    logp, entropy, _ = run(as_rows, rows, float(temperature))
-    values = {"logp": logp.view(ids.shape), "entropy": entropy.view(ids.shape)}
-    return TokenStats({name: values[name] for name in outputs})
+    results = run(
+        _unit_stride(logits if logits.dim() == 3 else logits.unsqueeze(0)),
+        _ids(ids, row_mask, ignore_index, logits, shape),
+        *transform,
+        float(logit_scale),
+        None if keep is None else keep.expand(shape),
+        [name for name in outputs if name not in contract.ALWAYS],
+        inplace_backward,
+    )
+    values = dict(zip(OUTPUTS, results, strict=True))
+    rows = logits.shape[:-1]
+    return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
 
 
-def _check(logits: Tensor, ids: Tensor, temperature: float, outputs: Sequence[str]) -> None:
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor, shape: tuple) -> Tensor:
+    """int64 [B, T, K], -100 where ignored; checked against the vocabulary where that costs no sync."""
+    ids = ids.to(torch.int64)
+    if ignore_index != IGNORED:
+        ids = torch.where(ids == ignore_index, IGNORED, ids)
+    if row_mask is not None:
+        if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
+            given = f"{row_mask.dtype} {list(row_mask.shape)}"
+            raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
+        ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if ((ids != IGNORED) & ((ids < 0) | (ids >= shape[-1]))).any():
+            accepted = f"0 to {shape[-1] - 1}, or {ignore_index} to ignore a row"
+            raise wrong("ids", f"values from {ids.min()} to {ids.max()}", accepted)
+    return ids.reshape(
+        *shape[:-1], -1 if ids.numel() else ids.shape[-1] if ids.dim() == logits.dim() else 1
+    ).contiguous()
+
+
+def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> tuple[float, Tensor | None]:
+    """(number, None), or (1, one per row) in the precision of the results."""
+    if not isinstance(temperature, Tensor):
+        _check_positive("temperature", temperature)
+        return float(temperature), None
+    if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
+        accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
+        raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
+        raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return 1.0, temperature.detach().to(logits.device, dtype).reshape(shape[:-1]).contiguous()
+
+
+def _check(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
     if logits.dtype not in DTYPES:
         raise wrong("logits", f"dtype {logits.dtype}", ", ".join(map(str, DTYPES)))
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise wrong("logits", f"shape {list(logits.shape)}", "[N, V] or [B, T, V] with V >= 1")
-    if ids.shape != logits.shape[:-1]:
-        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per row of logits, {list(logits.shape[:-1])}")
+    rows = logits.shape[:-1]
+    if ids.shape != rows and (ids.dim() != logits.dim() or ids.shape[:-1] != rows or ids.shape[-1] == 0):
+        accepted = f"one id per row of logits, {list(rows)}, or K of them, {[*rows, 'K']}"
+        raise wrong("ids", f"shape {list(ids.shape)}", accepted)
     if ids.dtype not in (torch.int64, torch.int32):
         raise wrong("ids", f"dtype {ids.dtype}", "int64 or int32")
     if ids.device != logits.device:
         raise wrong("ids", f"device {ids.device}", f"the device of logits, {logits.device}")
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
-        raise wrong("temperature", temperature, "a positive finite number")
     for name in outputs:
         if name not in OUTPUTS:
             raise unknown("outputs", name, OUTPUTS)
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        if ((ids != IGNORED) & ((ids < 0) | (ids >= logits.shape[-1]))).any():
-            raise wrong(
-                "ids",
-                f"values from {ids.min()} to {ids.max()}",
-                f"0 to {logits.shape[-1] - 1}, or -100 to ignore a row",
-            )
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+        raise wrong(name, value, "a positive finite number")
+
+
+def _check_keep(keep_mask: Tensor, logits: Tensor) -> Tensor:
+    if keep_mask.dtype != torch.bool or keep_mask.shape not in (logits.shape, logits.shape[-1:]):
+        accepted = f"bool [{logits.shape[-1]}] or {list(logits.shape)}"
+        raise wrong("keep_mask", f"{keep_mask.dtype} {list(keep_mask.shape)}", accepted)
+    if keep_mask.device != logits.device:
+        raise wrong("keep_mask", f"device {keep_mask.device}", f"the device of logits, {logits.device}")
+    return keep_mask
+
+
+def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:
+    """Raises where a gradient in the logits' memory would be noticed."""
+    reason = None
+    if chosen.namespace is None:
+        reason = "the reference backend leaves its backward to autograd"
+    elif torch.compiler.is_compiling():
+        reason = "a traced graph may not write to what it saved"
+    elif logits.requires_grad and logits.is_leaf:
+        reason = "logits is a leaf, whose .grad would be its own memory: pass the output of an operation"
+    elif any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        reason = "logits is expanded: several of its elements share memory"
+    elif logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        reason = "the last stride of logits is not 1, so the kernel reads a copy"
+    elif logits.grad_fn is not None and _saves_its_output(logits):
+        reason = f"{logits.grad_fn.name()}, which made the logits, needs them for its own backward"
+    if reason:
+        raise wrong("inplace_backward", f"True, but {reason}", "False here")
+
+
+def _saves_its_output(x: Tensor) -> bool:
+    saved = getattr(x.grad_fn, "_saved_result", None)
+    return isinstance(saved, Tensor) and saved.data_ptr() == x.data_ptr()

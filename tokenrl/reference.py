@@ -1,6 +1,6 @@
 """The whole pipeline in differentiable torch: the authority that every kernel is tested against.
 
-The functions carry the names and arguments of the ops (tokenrl/backends.py). What crosses tokens happens on [spans,
+The functions carry the names and arguments of the ops (tokenrl/contract.py). What crosses tokens happens on [spans,
 length] matrices.
 """
 
@@ -148,13 +148,43 @@ def aggregation_weights(
     return torch.where(nonempty, weight, 0.0), counts[unit].sum()
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) of ids [B, T] under softmax(logits / temperature), logits [B, T, V]; zeros where ids is -100."""
-    used = ids != -100
-    z = torch.where(used[..., None], logits, 0).to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+def _transformed(logits, temperature, temperatures, softcap, logit_scale) -> Tensor:
+    """z in at least fp32; a logit of -inf stays one under the softcap: it was taken out of the vocabulary."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap != float("inf"):
+        x = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
+    return x / (temperature if temperatures is None else temperatures[..., None])
+
+
+def token_logprobs(
+    logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
+    keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's results, zero where an id, or every id of a row, is -100 (any number where an output is not asked for)."""
+    used, row_used = ids != -100, (ids != -100).any(-1)
+    logits = torch.where(row_used[..., None], logits, 0)
+    z = _transformed(logits, temperature, temperatures, softcap, logit_scale)
+    if keep_mask is not None:
+        keep_mask = keep_mask | ~row_used[..., None]
+        z = torch.where(keep_mask, z, -torch.inf)
     lse = z.logsumexp(-1)
-    logp_all = z - lse[..., None]
-    logp = logp_all.gather(-1, torch.where(used, ids, 0)[..., None]).squeeze(-1)
-    p = logp_all.exp()
-    entropy = -(p * torch.where(p > 0, logp_all, 0)).sum(-1)
-    return tuple(torch.where(used, value, 0) for value in (logp, entropy, lse))
+    log_p = z - lse[..., None]
+    p = log_p.exp()
+    logp = torch.where(used, log_p.gather(-1, torch.where(used, ids, 0)), 0)
+    entropy = -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+    log_sum_sq_probs = (2 * log_p).logsumexp(-1) if "log_sum_sq_probs" in outputs else lse.detach()
+    with torch.no_grad():
+        mean = z.mean(-1) if keep_mask is None else torch.where(keep_mask, z, 0).sum(-1) / keep_mask.sum(-1)
+        max_prob = (z.amax(-1) - lse).exp()
+        order = _order(logits.detach(), ids, keep_mask) if {"is_top1", "rank"} & {*outputs} else (ids, ids)
+    per_row = (torch.where(row_used, value, 0) for value in (entropy, lse, log_sum_sq_probs, mean, max_prob))
+    return logp, *per_row, *order
+
+
+def _order(logits: Tensor, ids: Tensor, keep_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(is_top1, rank): the id is the first maximum; 1 + how many logits are above the id's."""
+    used = ids != -100
+    x = logits if keep_mask is None else torch.where(keep_mask, logits, -torch.inf)
+    own = x.gather(-1, torch.where(used, ids, 0))
+    above = torch.stack([(x > own[..., k : k + 1]).sum(-1) for k in range(ids.shape[-1])], -1)
+    return used & (x.argmax(-1, keepdim=True) == ids), torch.where(used, 1 + above, 0)

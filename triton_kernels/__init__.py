@@ -1,26 +1,28 @@
-"""Triton backend: defines torch.ops.tokenrl_triton with the schemas of tokenrl/backends.py.
+"""Triton backend: defines torch.ops.tokenrl_triton with the schemas of tokenrl/contract.py.
 
 Registered for CUDA, and for CPU tensors where Triton interprets (TRITON_INTERPRET=1).
 """
 
 import torch
 
-from ..backends import SCHEMAS
+from ..contract import SCHEMAS
 from .aggregate import aggregation_weights
 from .clip import position_adaptive_clip
 from .objective import objective
 from .statistics import statistic, statistic_backward
-from .token_logprobs import token_logprobs, token_logprobs_backward
+from .token_logprobs import token_logprobs
+from .token_logprobs_backward import token_logprobs_backward, token_logprobs_backward_
 
 OPS = {
     op.__name__: op
     for op in (
         objective, statistic, statistic_backward, position_adaptive_clip, aggregation_weights, token_logprobs,
-        token_logprobs_backward,
+        token_logprobs_backward, token_logprobs_backward_,
     )
 }  # fmt: skip
 _library = torch.library.Library("tokenrl_triton", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
 for _name, _op in OPS.items():
-    _library.define(_name + SCHEMAS[_name])
     for _key in ("CUDA", "CPU"):
         _library.impl(_name, _op, _key)

@@ -27,9 +27,24 @@ def token_warps(block: int) -> int:
     return max(block // 64, 1)
 
 
-def vocab_block(vocab: int, dtype: torch.dtype) -> int:
-    """Logits per block: 16 per thread on a GPU (8 in fp64); the interpreter pays per operation, not per element."""
+def multiprocessors(device: torch.device) -> int:
+    """2 where there is no GPU: a single row is then split, as a few rows are on a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def vocab_parts(rows: int, vocab: int, device: torch.device) -> int:
+    """Programs per row: more than one where rows alone would leave multiprocessors idle."""
+    available = multiprocessors(device)
+    return 1 if rows >= available else min(triton.cdiv(2 * available, rows), triton.cdiv(vocab, 1024))
+
+
+def vocab_block(vocab: int, dtype: torch.dtype, parts: int = 1) -> int:
+    """Logits per block: 16 per thread on a GPU (8 in fp64); the interpreter pays per operation, not per element.
+
+    A part of a row is at least four blocks, or blocks would not spread evenly over the parts, until they are small."""
     most = 65536 if interpreting() else 2048 if dtype == torch.float64 else 4096
+    if parts > 1:
+        most = min(most, max(1 << (vocab // (4 * parts)).bit_length() >> 1, 1024))
     return min(max(triton.next_power_of_2(vocab), 128), most)
 
 

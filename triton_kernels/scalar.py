@@ -80,6 +80,25 @@ def k3_of(x):
 
 
 @triton.jit
+def tanh(x):
+    """Odd, and exact near 0: Cephes' tanhf polynomial in fp32, e^2x - 1 by Taylor's series in fp64."""
+    x = clip(x, -22.0, 22.0)
+    q = tl.exp(-2 * tl.abs(x))
+    far = (1 - q) / (1 + q)
+    far = tl.where(x < 0, -far, far)
+    if x.dtype == tl.float64:
+        near = _beyond_linear(2 * x) + 2 * x
+        return tl.where(tl.abs(x) < 0.17, near / (near + 2), far)
+    else:
+        s = x * x
+        p = s * -5.70498872745e-3 + 2.06390887954e-2
+        p = p * s - 5.37397155531e-2
+        p = p * s + 1.33314422036e-1
+        p = p * s - 3.33332819422e-1
+        return tl.where(tl.abs(x) < 0.625, p * s * x + x, far)
+
+
+@triton.jit
 def power(t, p):
     """t^p for a count t >= 1; the powers that methods use are exact and cheap."""
     root = tl.sqrt(t) if t.dtype == tl.float64 else tl.sqrt_rn(t)

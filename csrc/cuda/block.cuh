@@ -10,6 +10,9 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define TRL_SHARED(type, name, count) __shared__ type name[count]
+#define TRL_DYNAMIC_SHARED(type, name)                      \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes)
 #define TRL_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   kernel<<<static_cast<unsigned>(grid), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
@@ -119,6 +122,18 @@ inline void zero(void* memory, size_t bytes, [[maybe_unused]] void* stream) {
   cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
 #else
   std::memset(memory, 0, bytes);
+#endif
+}
+
+// Of the current device; the CPU plays a small one.
+inline int64_t num_multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+#else
+  return 4;
 #endif
 }
 

@@ -30,7 +30,9 @@ const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, vo
 
 // Logit, T: float, float; double, double; BFloat16, float; Half, float.
 template <class Logit, class T>
-const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* stream);
+size_t token_logprobs_scratch_bytes(const LogprobArgs<Logit, T>& args);
+template <class Logit, class T>
+const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* scratch, void* stream);
 template <class Logit, class T>
 const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* stream);
 

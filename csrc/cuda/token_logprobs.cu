@@ -1,158 +1,297 @@
-// Log-prob, entropy and log-sum-exp of each row of logits in one pass, and the gradient of the logits: one block per
-// row.
-#include "block.cuh"
-#include "launch.h"
+// The statistics of each row of logits in one read: a block per row, or several where there are fewer rows than
+// multiprocessors; what each found is then merged in order.
+#include "vocabulary.cuh"
 
 namespace tokenrl::cuda {
+namespace {
 
-// Logits that one thread loads or stores at once: 16 bytes.
-template <class Logit>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(Logit);
-  Logit of[size];
-};
+constexpr int64_t kLeastPart = 8192;  // logits per block at least
+constexpr int kIdsPerPass = 4;        // of those whose place in the order is asked for
 
-template <class Logit>
-__device__ __forceinline__ bool is_aligned(const Logit* at) {
-  return reinterpret_cast<uintptr_t>(at) % 16 == 0;
-}
-
-template <class Logit>
-__device__ __forceinline__ int64_t elements_to_alignment(const Logit* at, int64_t most) {
-  const int64_t bytes = (16 - reinterpret_cast<uintptr_t>(at) % 16) % 16;
-  return smaller(static_cast<int64_t>(bytes / sizeof(Logit)), most);
-}
-
-struct Row {
-  int64_t index;   // of ids and outputs
-  int64_t offset;  // of the first logit, in elements
-};
-
-template <class Logit, class T>
-__device__ __forceinline__ Row row_of(const LogprobArgs<Logit, T>& args) {
-  const int64_t index = blockIdx.x;
-  return {index, index / args.time * args.stride_batch + index % args.time * args.stride_time};
-}
-
+// Nothing but the softmax is asked for.
 template <class T>
-struct Merge {
-  __device__ __forceinline__ Softmax<T> operator()(const Softmax<T>& a, const Softmax<T>& b) const {
-    return merge(a, b);
+struct SoftmaxOnly : Plain {
+  struct Part {
+    Softmax<T> softmax = no_logits<T>();
+  };
+  __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
+    return {tokenrl::merge(a.softmax, b.softmax, factor)};
   }
 };
 
-// What this thread sees of the row: packs from the first aligned logit on, the rest one by one.
-template <class Logit, class T>
-__device__ __forceinline__ Softmax<T> thread_softmax(const Logit* logits, int64_t vocab, T temperature) {
-  constexpr int kPack = Pack<Logit>::size;
-  const int64_t head = elements_to_alignment(logits, vocab), packs = (vocab - head) / kPack;
-  Softmax<T> state = no_logits<T>();
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) take(state, widen(logits[i]) / temperature);
-  const auto* body = reinterpret_cast<const Pack<Logit>*>(logits + head);
-  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
-    const Pack<Logit> pack = body[i];
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) take(state, widen(pack.of[k]) / temperature);
+// All of it: the mean, and how many logits are above an id's, or equal to it and before it.
+template <class T>
+struct Everything : Transformed {
+  struct Part {
+    Softmax<T> softmax = no_logits<T>();
+    double total = 0;
+    int32_t kept = 0, unused = 0;
+    int32_t above[kIdsPerPass] = {}, equal_before[kIdsPerPass] = {};
+  };
+  __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
+    Part both = a;
+    both.softmax = tokenrl::merge(a.softmax, b.softmax, factor);
+    both.total += b.total;
+    both.kept += b.kept;
+    for (int k = 0; k < kIdsPerPass; ++k) {
+      both.above[k] += b.above[k];
+      both.equal_before[k] += b.equal_before[k];
+    }
+    return both;
   }
-  for (int64_t i = head + packs * kPack + threadIdx.x; i < vocab; i += kThreads)
-    take(state, widen(logits[i]) / temperature);
-  return state;
+};
+
+// n numbers y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it.
+template <class T, bool kSquares, int kCount>
+__device__ __forceinline__ void take(Softmax<T>& state, const T (&y)[kCount], T factor) {
+  T highest = state.max;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) highest = larger(highest, y[k]);
+  if (highest > state.max) state = rescaled(state, highest, factor);
+  const T max = state.max == -infinity<T>() ? T(0) : state.max, scale = factor * kLog2E<T>;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const T d = y[k] - max, e = power_of_two(d * scale);
+    state.sum += e;
+    state.weighted += e * larger(T(-1e30), d);  // finite, so that 0 * -inf is 0
+    if (kSquares) state.squares += e * e;
+  }
+}
+
+// The raw logits and places of the ids of one pass; the first `count` are asked for.
+template <class T>
+struct OwnIds {
+  T x[kIdsPerPass];
+  int64_t id[kIdsPerPass];
+  int count = 0;
+};
+
+template <class Logit, class T>
+__device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
+                                             int64_t first) {
+  OwnIds<T> own;
+  if (!args.is_top1 && !args.rank) return own;
+  own.count = static_cast<int>(smaller(static_cast<int64_t>(kIdsPerPass), args.num_ids - first));
+#pragma unroll
+  for (int k = 0; k < kIdsPerPass; ++k) {
+    own.id[k] = k < own.count ? args.ids[row.index * args.num_ids + first + k] : -1;
+    const bool known = own.id[k] >= 0 && own.id[k] < args.vocab;
+    own.x[k] = known ? row.raw(row.logits[own.id[k]], own.id[k]) : infinity<T>();
+  }
+  return own;
 }
 
 template <class Logit, class T>
-__global__ void __launch_bounds__(kThreads) logprobs_kernel(LogprobArgs<Logit, T> args) {
-  TRL_SHARED(Softmax<T>, memory, kWarps);
-  const Row row = row_of(args);
-  const int64_t id = args.ids[row.index];
-  if (id == kIgnoredId) {
-    if (threadIdx.x == 0) args.logp[row.index] = args.entropy[row.index] = args.lse[row.index] = 0;
+__device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs<Logit, T>&,
+                                                               const RowView<Logit, T, SoftmaxOnly<T>>& row, int64_t begin,
+                                                               int64_t end, int64_t) {
+  typename SoftmaxOnly<T>::Part part;
+  const T factor = row.transform.factor;
+  for_packs(
+      row.logits, begin, end,
+      [&](const Pack<Logit>& pack, int64_t) {
+        T y[Pack<Logit>::size];
+#pragma unroll
+        for (int k = 0; k < Pack<Logit>::size; ++k) y[k] = static_cast<T>(widen(pack.of[k]));
+        take<T, false>(part.softmax, y, factor);
+      },
+      [&](int64_t v) {
+        const T y[1] = {static_cast<T>(widen(row.logits[v]))};
+        take<T, false>(part.softmax, y, factor);
+      });
+  return part;
+}
+
+template <class Logit, class T>
+__device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<Logit, T>& args,
+                                                              const RowView<Logit, T, Everything<T>>& row, int64_t begin,
+                                                              int64_t end, int64_t first_id) {
+  typename Everything<T>::Part part;
+  const OwnIds<T> own = own_ids(args, row, first_id);
+  const T factor = row.transform.factor;
+  const auto one = [&](Logit logit, int64_t v) {
+    const T x = row.raw(logit, v), y[1] = {row.capped(x)};
+    take<T, true>(part.softmax, y, factor);
+    const bool kept = row.keeps(v);
+    part.total += kept ? static_cast<double>(y[0]) : 0.0;
+    part.kept += kept;
+    for (int k = 0; k < own.count; ++k) {
+      part.above[k] += x > own.x[k];
+      part.equal_before[k] += x == own.x[k] && v < own.id[k];
+    }
+  };
+  for_packs(
+      row.logits, begin, end,
+      [&](const Pack<Logit>& pack, int64_t first) {
+#pragma unroll
+        for (int k = 0; k < Pack<Logit>::size; ++k) one(pack.of[k], first + k);
+      },
+      [&](int64_t v) { one(row.logits[v], v); });
+  return part;
+}
+
+template <class Logit, class T>
+__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, SoftmaxOnly<T>>& row,
+                                          const typename SoftmaxOnly<T>::Part& part) {
+  args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
+  args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
+}
+
+template <class Logit, class T>
+__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
+                                          const typename Everything<T>::Part& part) {
+  args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
+  args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
+  if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax);
+  if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax);
+  if (args.mean_logit) args.mean_logit[row.index] = static_cast<T>(part.total / part.kept) * row.transform.factor;
+}
+
+template <class Logit, class T>
+__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>&, const RowView<Logit, T, SoftmaxOnly<T>>&,
+                                            const typename SoftmaxOnly<T>::Part&, int64_t) {}
+
+// Of an id outside the vocabulary nothing is known.
+template <class Logit, class T>
+__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
+                                            const typename Everything<T>::Part& part, int64_t first) {
+  if (!args.is_top1 && !args.rank) return;
+  for (int k = 0; k < kIdsPerPass && first + k < args.num_ids; ++k) {
+    const int64_t at = row.index * args.num_ids + first + k, id = args.ids[at];
+    const bool known = id >= 0 && id < args.vocab;
+    if (args.is_top1) args.is_top1[at] = known && part.above[k] == 0 && part.equal_before[k] == 0;
+    if (args.rank) args.rank[at] = known ? part.above[k] + 1 : 0;
+  }
+}
+
+template <class Logit, class T, class Mode>
+__device__ __forceinline__ void store_logps(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Mode>& row,
+                                            const Softmax<T>& state) {
+  for (int64_t k = threadIdx.x; k < args.num_ids; k += kThreads) {
+    const int64_t at = row.index * args.num_ids + k, id = args.ids[at];
+    T logp = id == kIgnoredId ? T(0) : infinity<T>() - infinity<T>();
+    if (id >= 0 && id < args.vocab) logp = logp_of(state, row.capped(row.raw(row.logits[id], id)), row.transform.factor);
+    args.logp[at] = logp;
+  }
+}
+
+template <class Logit, class T>
+__device__ __forceinline__ void store_zeros(const LogprobArgs<Logit, T>& args, int64_t row) {
+  if (threadIdx.x == 0) {
+    args.entropy[row] = args.lse[row] = 0;
+    if (args.log_sum_sq_probs) args.log_sum_sq_probs[row] = 0;
+    if (args.mean_logit) args.mean_logit[row] = 0;
+    if (args.max_prob) args.max_prob[row] = 0;
+  }
+  for (int64_t at = row * args.num_ids + threadIdx.x; at < (row + 1) * args.num_ids; at += kThreads) {
+    args.logp[at] = 0;
+    if (args.is_top1) args.is_top1[at] = false;
+    if (args.rank) args.rank[at] = 0;
+  }
+}
+
+// splits blocks per row; where there are several, `parts` receives what each found.
+template <class Logit, class T, class Mode>
+__global__ void __launch_bounds__(kThreads) logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
+  using Part = typename Mode::Part;
+  TRL_SHARED(Part, memory, kWarps);
+  const int64_t index = blockIdx.x / splits, split = blockIdx.x % splits;
+  if (is_ignored(args, index)) {
+    if (split == 0) store_zeros(args, index);
     return;
   }
-  const Logit* logits = args.logits + row.offset;
-  const Softmax<T> all = reduce(thread_softmax(logits, args.vocab, args.temperature), Merge<T>{}, memory);
+  const RowView<Logit, T, Mode> row(args, index);
+  const T factor = row.transform.factor;
+  const auto merge = [=](const Part& a, const Part& b) { return Mode::merge(a, b, factor); };
+  const int64_t length = (args.vocab + splits - 1) / splits, begin = smaller(split * length, args.vocab);
+  const int64_t end = smaller(begin + length, args.vocab);
+  const Part part = reduce(visit(args, row, begin, end, 0), merge, memory);
+  if (splits > 1) {
+    if (threadIdx.x == 0) parts[blockIdx.x] = part;
+    return;
+  }
+  store_logps(args, row, part.softmax);
+  if (threadIdx.x == 0) {
+    store_row(args, row, part);
+    store_order(args, row, part, 0);
+  }
+  if (!Mode::transforms || (!args.is_top1 && !args.rank)) return;
+  for (int64_t first = kIdsPerPass; first < args.num_ids; first += kIdsPerPass) {
+    __syncthreads();  // memory is free again
+    const Part more = reduce(visit(args, row, begin, end, first), merge, memory);
+    if (threadIdx.x == 0) store_order(args, row, more, first);
+  }
+}
+
+// Merges the parts of one row; every thread does, and each stores its share.
+template <class Logit, class T, class Mode>
+__global__ void __launch_bounds__(kThreads) merge_kernel(LogprobArgs<Logit, T> args, int splits, const typename Mode::Part* parts) {
+  const int64_t index = blockIdx.x;
+  if (is_ignored(args, index)) return;
+  const RowView<Logit, T, Mode> row(args, index);
+  typename Mode::Part part = parts[index * splits];
+  for (int split = 1; split < splits; ++split) part = Mode::merge(part, parts[index * splits + split], row.transform.factor);
+  store_logps(args, row, part.softmax);
   if (threadIdx.x != 0) return;
-  const T lse = log_sum(all);
-  const bool known = id >= 0 && id < args.vocab;
-  args.logp[row.index] = known ? widen(logits[id]) / args.temperature - lse : infinity<T>() - infinity<T>();
-  args.entropy[row.index] = entropy_of(all);
-  args.lse[row.index] = lse;
-}
-
-// The gradient of one row at one logit.
-template <class Logit, class T>
-struct RowGradient {
-  T temperature, lse, entropy, grad_logp, grad_entropy;
-  int64_t id;
-
-  __device__ __forceinline__ Logit operator()(Logit logit, int64_t i) const {
-    const T z = widen(logit) / temperature;
-    return narrow<Logit>(logit_gradient(z, lse, entropy, grad_logp, grad_entropy, i == id) / temperature);
-  }
-};
-
-template <class Logit, class T>
-__global__ void __launch_bounds__(kThreads) logprobs_backward_kernel(LogprobArgs<Logit, T> args) {
-  constexpr int kPack = Pack<Logit>::size;
-  const Row row = row_of(args);
-  const int64_t id = args.ids[row.index], vocab = args.vocab;
-  const Logit* logits = args.logits + row.offset;
-  Logit* out = args.grad_logits + row.index * vocab;
-  const bool ignored = id == kIgnoredId;
-  const RowGradient<Logit, T> gradient{args.temperature,
-                                       args.lse[row.index],
-                                       args.entropy[row.index],
-                                       args.grad_logp ? args.grad_logp[row.index] : T(0),
-                                       args.grad_entropy ? args.grad_entropy[row.index] : T(0),
-                                       id};
-  const auto at = [&](int64_t i) { return ignored ? Logit{} : gradient(logits[i], i); };
-  const int64_t head = elements_to_alignment(out, vocab), packs = (vocab - head) / kPack;
-  const bool load_packs = !ignored && is_aligned(logits + head);
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) out[i] = at(i);
-  for (int64_t p = threadIdx.x; p < packs; p += kThreads) {
-    const int64_t first = head + p * kPack;
-    Pack<Logit> pack;
-    if (load_packs) {
-      pack = *reinterpret_cast<const Pack<Logit>*>(logits + first);
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) pack.of[k] = gradient(pack.of[k], first + k);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) pack.of[k] = at(first + k);
-    }
-    *reinterpret_cast<Pack<Logit>*>(out + first) = pack;
-  }
-  for (int64_t i = head + packs * kPack + threadIdx.x; i < vocab; i += kThreads) out[i] = at(i);
+  store_row(args, row, part);
+  store_order(args, row, part, 0);
 }
 
 template <class Logit, class T>
-const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* stream) {
-  if (args.batch * args.time == 0) return nullptr;
-  TRL_LAUNCH((logprobs_kernel<Logit, T>), args.batch * args.time, kThreads, 0, stream, args);
+bool wants_everything(const LogprobArgs<Logit, T>& args) {
+  return args.transform.softcap < infinity<T>() || args.transform.keep || args.log_sum_sq_probs || args.mean_logit ||
+         args.max_prob || args.is_top1 || args.rank;
+}
+
+// Two blocks per multiprocessor, as long as each has enough to do.
+template <class Logit, class T>
+int64_t splits_of(const LogprobArgs<Logit, T>& args) {
+  if ((args.is_top1 || args.rank) && args.num_ids > kIdsPerPass) return 1;
+  const int64_t rows = args.batch * args.time, blocks = 2 * num_multiprocessors();
+  return clamp(blocks / larger(rows, int64_t{1}), int64_t{1}, larger(args.vocab / kLeastPart, int64_t{1}));
+}
+
+template <class Logit, class T, class Mode>
+const char* launch(const LogprobArgs<Logit, T>& args, void* scratch, void* stream) {
+  const int64_t rows = args.batch * args.time, splits = splits_of(args);
+  auto* parts = static_cast<typename Mode::Part*>(scratch);
+  TRL_LAUNCH((logprobs_kernel<Logit, T, Mode>), rows * splits, kThreads, 0, stream, args, static_cast<int>(splits), parts);
+  if (splits > 1) TRL_LAUNCH((merge_kernel<Logit, T, Mode>), rows, kThreads, 0, stream, args, static_cast<int>(splits), parts);
   return launch_error();
 }
-
-template <class Logit, class T>
-const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* stream) {
-  if (args.batch * args.time * args.vocab == 0) return nullptr;
-  TRL_LAUNCH((logprobs_backward_kernel<Logit, T>), args.batch * args.time, kThreads, 0, stream, args);
-  return launch_error();
-}
-
-template const char* token_logprobs(const LogprobArgs<float, float>&, void*);
-template const char* token_logprobs(const LogprobArgs<double, double>&, void*);
-template const char* token_logprobs(const LogprobArgs<BFloat16, float>&, void*);
-template const char* token_logprobs(const LogprobArgs<Half, float>&, void*);
-template const char* token_logprobs_backward(const LogprobArgs<float, float>&, void*);
-template const char* token_logprobs_backward(const LogprobArgs<double, double>&, void*);
-template const char* token_logprobs_backward(const LogprobArgs<BFloat16, float>&, void*);
-template const char* token_logprobs_backward(const LogprobArgs<Half, float>&, void*);
 
 template <class Logit, class T>
 bool list_logprobs(const std::string& type) {
-  return list_kernel("token_logprobs " + type, &logprobs_kernel<Logit, T>) &&
-         list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T>);
+  return list_kernel("token_logprobs " + type, &logprobs_kernel<Logit, T, SoftmaxOnly<T>>) &&
+         list_kernel("token_logprobs " + type + " everything", &logprobs_kernel<Logit, T, Everything<T>>) &&
+         list_kernel("token_logprobs " + type + " merge", &merge_kernel<Logit, T, SoftmaxOnly<T>>) &&
+         list_kernel("token_logprobs " + type + " everything, merge", &merge_kernel<Logit, T, Everything<T>>);
 }
-static const bool listed = list_logprobs<float, float>("float") && list_logprobs<double, double>("double") &&
-                           list_logprobs<BFloat16, float>("bfloat16") && list_logprobs<Half, float>("half");
+const bool listed = list_logprobs<float, float>("float") && list_logprobs<double, double>("double") &&
+                    list_logprobs<BFloat16, float>("bfloat16") && list_logprobs<Half, float>("half");
+
+}  // namespace
+
+template <class Logit, class T>
+size_t token_logprobs_scratch_bytes(const LogprobArgs<Logit, T>& args) {
+  const int64_t splits = splits_of(args);
+  const size_t part = wants_everything(args) ? sizeof(typename Everything<T>::Part) : sizeof(typename SoftmaxOnly<T>::Part);
+  return splits > 1 ? part * static_cast<size_t>(args.batch * args.time * splits) : 0;
+}
+
+template <class Logit, class T>
+const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* scratch, void* stream) {
+  if (args.batch * args.time == 0) return nullptr;
+  return wants_everything(args) ? launch<Logit, T, Everything<T>>(args, scratch, stream)
+                                : launch<Logit, T, SoftmaxOnly<T>>(args, scratch, stream);
+}
+
+#define TOKENRL_INSTANTIATE(Logit, T)                                           \
+  template size_t token_logprobs_scratch_bytes(const LogprobArgs<Logit, T>&); \
+  template const char* token_logprobs(const LogprobArgs<Logit, T>&, void*, void*);
+TOKENRL_INSTANTIATE(float, float)
+TOKENRL_INSTANTIATE(double, double)
+TOKENRL_INSTANTIATE(BFloat16, float)
+TOKENRL_INSTANTIATE(Half, float)
 
 }  // namespace tokenrl::cuda

@@ -24,11 +24,13 @@ struct Stats {
 template <class Logit, class T>
 LogprobArgs<Logit, T> arguments(const std::vector<Logit>& logits, const int64_t& id, double temperature, Stats<T>& stats) {
   LogprobArgs<Logit, T> args{};
-  args.batch = args.time = 1;
+  args.batch = args.time = args.num_ids = 1;
   args.vocab = args.stride_batch = args.stride_time = static_cast<int64_t>(logits.size());
   args.logits = logits.data();
   args.ids = &id;
-  args.temperature = static_cast<T>(temperature);
+  args.transform.temperature = static_cast<T>(temperature);
+  args.transform.softcap = infinity<T>();
+  args.transform.logit_scale = 1;
   args.logp = &stats.logp;
   args.entropy = &stats.entropy;
   args.lse = &stats.lse;

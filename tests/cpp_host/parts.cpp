@@ -1,5 +1,5 @@
-// The statistics, the position-adaptive clip, the aggregation weights and the log-probs under several schedules,
-// against loops in double.
+// The statistics, the position-adaptive clip and the aggregation weights under several schedules, against loops in
+// double.
 #include <map>
 #include <set>
 
@@ -138,78 +138,6 @@ void check_weights(const Groups& batch, Span span, Unit unit) {
   expect_close(out, truth, 1e-14, what);
 }
 
-template <class Logit, class T>
-std::vector<Logit> random_logits(int64_t n) {
-  std::mt19937 random(5);
-  std::normal_distribution<double> normal(0.0, 2.0);
-  std::vector<Logit> logits(n);
-  for (auto& x : logits) {
-    const double z = normal(random);
-    x = narrow<Logit>(static_cast<T>(z < -3.5 ? -INFINITY : z));
-  }
-  return logits;
-}
-
-// Two rows of three tokens, of which the last is ignored; `gap` logits between tokens leave rows at every alignment.
-template <class Logit, class T>
-void check_logprobs(int64_t vocab, int64_t gap) {
-  const int64_t rows = 6, stride = vocab + gap, stride_batch = 3 * stride + 1;
-  auto logits = random_logits<Logit, T>(stride_batch + 2 * stride + vocab);
-  const std::vector<int64_t> ids{0, vocab - 1, vocab / 2, vocab / 3, vocab + 4, kIgnoredId};
-  const std::vector<T> grad_logp{1, T(-0.5), 0, 2, 1, 3}, grad_entropy{0, 1, T(0.25), -1, 1, 3};
-  const std::string what =
-      "logprobs V=" + std::to_string(vocab) + " gap=" + std::to_string(gap) + " bytes=" + std::to_string(sizeof(Logit));
-  const T temperature = T(0.8);
-  LogprobArgs<Logit, T> args{2,  3,  vocab, stride_batch, stride, logits.data(), ids.data(), temperature, {},
-                             {}, {}, {},    {},           {}};
-  const auto out = under_all_schedules(what, [&] {
-    std::vector<T> result(3 * rows, static_cast<T>(std::nan("")));
-    args.logp = result.data();
-    args.entropy = args.logp + rows;
-    args.lse = args.entropy + rows;
-    cuda::token_logprobs(args, nullptr);
-    return result;
-  });
-  std::vector<T> saved = out;
-  args.entropy = saved.data() + rows;
-  args.lse = args.entropy + rows;
-  args.grad_logp = grad_logp.data();
-  args.grad_entropy = grad_entropy.data();
-  const auto grads = under_all_schedules(what + " backward", [&] {
-    std::vector<Logit> grad(rows * vocab, narrow<Logit>(static_cast<T>(std::nan(""))));
-    args.grad_logits = grad.data();
-    cuda::token_logprobs_backward(args, nullptr);
-    return grad;
-  });
-  std::vector<double> truth(3 * rows, 0.0), grad_truth(rows * vocab, 0.0), grad_kernel(rows * vocab);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t v = 0; v < vocab; ++v) grad_kernel[i * vocab + v] = widen(grads[i * vocab + v]);
-    if (ids[i] == kIgnoredId) continue;
-    const Logit* row = logits.data() + i / 3 * stride_batch + i % 3 * stride;
-    double sum = 0, entropy = 0;
-    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(row[v]) / static_cast<double>(temperature));
-    const double lse = std::log(sum);
-    const auto log_p = [&](int64_t v) { return widen(row[v]) / static_cast<double>(temperature) - lse; };
-    for (int64_t v = 0; v < vocab; ++v)
-      if (std::isfinite(log_p(v))) entropy -= std::exp(log_p(v)) * log_p(v);
-    truth[i] = ids[i] < vocab ? log_p(ids[i]) : std::nan("");
-    truth[rows + i] = sum > 0 ? entropy : std::nan("");  // as torch has it for a row of nothing but -inf
-    truth[2 * rows + i] = lse;
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double p = std::exp(log_p(v)), pull = p > 0 ? p * (log_p(v) + entropy) : 0.0;
-      grad_truth[i * vocab + v] = (grad_logp[i] * ((v == ids[i]) - p) - grad_entropy[i] * pull) / temperature;
-    }
-  }
-  expect_close(out, truth, tolerance_of<T>(), what);
-  expect_close(grad_kernel, grad_truth, sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
-}
-
-template <class Logit, class T>
-void check_all_logprobs() {
-  for (const auto& [vocab, gap] : {std::pair<int64_t, int64_t>{1, 0}, {7, 0}, {64, 0}, {333, 1}, {1000, 3}, {4099, 0}})
-    check_logprobs<Logit, T>(vocab, gap);
-}
-
 }  // namespace tokenrl
 
 int main() {
@@ -222,9 +150,5 @@ int main() {
   for (Span span : {Span::one, Span::inverse_length, Span::group, Span::balanced})
     for (Unit unit : {Unit::tokens, Unit::rows, Unit::groups})
       if (unit != Unit::groups || span == Span::group || span == Span::balanced) check_weights(groups, span, unit);
-  check_all_logprobs<float, float>();
-  check_all_logprobs<double, double>();
-  check_all_logprobs<BFloat16, float>();
-  check_all_logprobs<Half, float>();
   std::printf("all as expected\n");
 }

@@ -1,0 +1,93 @@
+// One vector register of floats of the instruction set that a file is compiled for, and its 16-bit loads. Only for sources
+// that are compiled once per instruction set: everything here is inlined.
+#pragma once
+
+#ifdef __x86_64__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC 12 says of its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "../vocabulary.h"
+
+namespace tokenrl::cpu::TOKENRL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+// What one step of a loop takes: two chains in turns, because one is longer than the processor looks ahead. More of them
+// would not leave registers for the sums.
+constexpr int kUnroll = 2;
+constexpr int64_t kStep = kLanes * kUnroll;
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+#define TRL_INLINE inline __attribute__((always_inline))
+
+TRL_INLINE Floats all(float x) { return x - Floats{}; }
+
+// b where a NaN is compared; and 16-bit words widened. The compilers of today find these instructions only by name.
+#if defined(__AVX512F__)
+TRL_INLINE Floats higher(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+TRL_INLINE Words load_bits(const void* x) { return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(x))); }
+#elif defined(__AVX2__)
+TRL_INLINE Floats higher(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+TRL_INLINE Words load_bits(const void* x) { return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(x))); }
+#else
+TRL_INLINE Floats higher(Floats a, Floats b) { return a > b ? a : b; }
+TRL_INLINE Words load_bits(const void* x) {
+  uint16_t __attribute__((vector_size(2 * kLanes))) bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return __builtin_convertvector(bits, Words);
+}
+#endif
+
+TRL_INLINE Floats load(const float* x) {
+  Floats lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
+}
+TRL_INLINE Floats load(const BFloat16* x) { return (Floats)(load_bits(x) << 16); }
+TRL_INLINE Floats load(const Half* x) {  // as widen(Half)
+  const Words bits = load_bits(x), magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  const Words special = (Words)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (Floats)((Words)((Floats)magnitude * 0x1p112f) | special | sign);
+}
+
+// The last n of a block's numbers, filled up with -inf to a whole step.
+template <class Stored>
+struct LastStep {
+  Stored numbers[kStep];
+
+  TRL_INLINE LastStep(const Stored* x, int64_t n) {
+    using T = decltype(widen(Stored{}));
+    for (int64_t k = 0; k < kStep; ++k) numbers[k] = k < n ? x[k] : narrow<Stored>(-infinity<T>());
+  }
+};
+
+// Each vector is stored on its own: as one piece of memory, the array would lie there during the loop before.
+TRL_INLINE void store(const Floats (&x)[kUnroll], float (&lanes)[kStep]) {
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnroll; ++u) std::memcpy(lanes + u * kLanes, &x[u], sizeof x[u]);
+}
+TRL_INLINE float sum_of(const Floats (&x)[kUnroll]) {
+  float lanes[kStep], sum = 0;
+  store(x, lanes);
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+TRL_INLINE float highest_of(const Floats (&x)[kUnroll]) {
+  float lanes[kStep], highest = -infinity<float>();
+  store(x, lanes);
+  for (const float lane : lanes) highest = larger(highest, lane);
+  return highest;
+}
+
+}  // namespace tokenrl::cpu::TOKENRL_ISA

@@ -1,0 +1,99 @@
+// One row of logits under a block: where it lies, 16 bytes at a time, and its transform.
+#pragma once
+
+#include "block.cuh"
+#include "launch.h"
+
+namespace tokenrl::cuda {
+
+// Logits that one thread loads or stores at once: 16 bytes.
+template <class Logit>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(Logit);
+  Logit of[size];
+};
+constexpr int kInFlight = 4;  // packs that a thread asks for before it uses the first
+
+template <class Logit>
+__device__ __forceinline__ bool is_aligned(const Logit* at) {
+  return reinterpret_cast<uintptr_t>(at) % 16 == 0;
+}
+
+template <class Logit>
+__device__ __forceinline__ int64_t elements_to_alignment(const Logit* at, int64_t most) {
+  const int64_t bytes = (16 - reinterpret_cast<uintptr_t>(at) % 16) % 16;
+  return smaller(static_cast<int64_t>(bytes / sizeof(Logit)), most);
+}
+
+// 2^t with the special function unit; 0 below the normal numbers.
+__device__ __forceinline__ float power_of_two(float t) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+  return y;
+#else
+  return ::exp2f(t);
+#endif
+}
+__device__ __forceinline__ double power_of_two(double t) { return ::exp2(t); }
+
+template <class T>
+constexpr T kLog2E = T(1.4426950408889634);
+
+// A row's logits are themselves times a factor.
+struct Plain {
+  static constexpr bool transforms = false;
+};
+// There may be a softcap and a keep mask.
+struct Transformed {
+  static constexpr bool transforms = true;
+};
+
+template <class Logit, class T, class Mode>
+struct RowView {
+  const Logit* logits;
+  const bool* keep;
+  int64_t index, grad_offset;
+  RowTransform<T> transform;
+
+  __device__ __forceinline__ RowView(const LogprobArgs<Logit, T>& args, int64_t row)
+      : keep(nullptr), index(row), transform(args.transform, row) {
+    const int64_t batch = row / args.time, time = row % args.time;
+    logits = args.logits + batch * args.stride_batch + time * args.stride_time;
+    grad_offset = batch * args.grad_stride_batch + time * args.grad_stride_time;
+    const Transform<T>& t = args.transform;
+    if (Mode::transforms && t.keep) keep = t.keep + batch * t.keep_stride_batch + time * t.keep_stride_time;
+  }
+  __device__ __forceinline__ bool keeps(int64_t v) const { return !Mode::transforms || !keep || keep[v]; }
+  // The raw logit, -inf where the mask takes it out.
+  __device__ __forceinline__ T raw(Logit logit, int64_t v) const {
+    return keeps(v) ? static_cast<T>(widen(logit)) : -infinity<T>();
+  }
+  __device__ __forceinline__ T capped(T x) const { return Mode::transforms && transform.capped ? transform.cap(x) : x; }
+  // d z / d x at y = capped(x).
+  __device__ __forceinline__ T slope(T y) const {
+    return Mode::transforms && transform.capped ? transform.factor * transform.slope(y) : transform.factor;
+  }
+};
+
+// visit(packs, first index of each, how many) for what this thread sees of logits [begin, end) in whole packs, several on
+// their way at once; single(v) for the logits before and after them.
+template <class Logit, class Visit, class Single>
+__device__ __forceinline__ void for_packs(const Logit* logits, int64_t begin, int64_t end, Visit visit, Single single) {
+  constexpr int kPack = Pack<Logit>::size;
+  const int64_t head = begin + elements_to_alignment(logits + begin, end - begin), packs = (end - head) / kPack;
+  for (int64_t v = begin + threadIdx.x; v < head; v += kThreads) single(v);
+  const auto* body = reinterpret_cast<const Pack<Logit>*>(logits + head);
+  int64_t p = threadIdx.x;
+  for (; p + (kInFlight - 1) * kThreads < packs; p += kInFlight * kThreads) {
+    Pack<Logit> pack[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) pack[k] = body[p + k * kThreads];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) visit(pack[k], head + (p + k * kThreads) * kPack);
+  }
+  for (; p < packs; p += kThreads) visit(body[p], head + p * kPack);
+  for (int64_t v = head + packs * kPack + threadIdx.x; v < end; v += kThreads) single(v);
+}
+
+}  // namespace tokenrl::cuda

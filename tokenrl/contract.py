@@ -1,0 +1,140 @@
+"""The op contract: the schema, the fake and the derivative of each op.
+
+Every kernel backend implements the same ops; tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1].
+Logits are [B, T, V] with ids [B, T, K]; where a token has one id, K is 1.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# z = softcap tanh(logit_scale x / softcap) / temperature. An infinite softcap is none; temperatures are one per token.
+TRANSFORM = "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
+UPSTREAM = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs"
+SAVED = "Tensor ids, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs"
+ALWAYS = ("logp", "entropy", "lse")  # of token_logprobs' results; the others are empty unless they are asked for
+
+SCHEMAS = {
+    "objective": "(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
+    "Tensor span_weight, Tensor normalizer, Tensor? token_weight, str statistic, str flow, str gate, float[] params, "
+    "Tensor?[] param_tensors, float clamp, float cap) -> (Tensor loss, Tensor coef, Tensor metrics)",
+    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) -> Tensor",
+    "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) -> Tensor",
+    "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, Tensor?[] param_tensors) "
+    "-> (Tensor clipped, Tensor inside)",
+    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, str span, "
+    "str unit) -> (Tensor span_weight, Tensor count)",
+    "token_logprobs": "(Tensor logits, Tensor ids, "
+    + TRANSFORM
+    + ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor log_sum_sq_probs, "
+    "Tensor mean_logit, Tensor max_prob, Tensor is_top1, Tensor rank)",
+    "token_logprobs_backward": f"({UPSTREAM}, Tensor logits, {SAVED}, {TRANSFORM}) -> Tensor",
+    "token_logprobs_backward_": f"({UPSTREAM}, Tensor(a!) logits, {SAVED}, {TRANSFORM}) -> ()",
+}
+
+
+def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9)
+
+
+def _fake_weights(mask, cu_seqlens, *rest):
+    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
+        (), dtype=torch.int64
+    )
+
+
+def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def made(name, shape, dtype=dtype):
+        return ids.new_empty(shape if name in outputs or name in ALWAYS else (0,), dtype=dtype)
+
+    rows = ids.shape[:-1]
+    per_row = [made(name, rows) for name in ("entropy", "lse", "log_sum_sq_probs", "mean_logit", "max_prob")]
+    return made("logp", ids.shape), *per_row, made("is_top1", ids.shape, torch.bool), made("rank", ids.shape, ids.dtype)
+
+
+FAKES = {
+    "objective": _fake_objective,
+    "statistic": lambda logp, *rest: torch.empty_like(logp),
+    "statistic_backward": lambda grad, *rest: torch.empty_like(grad),
+    "position_adaptive_clip": lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
+    "aggregation_weights": _fake_weights,
+    "token_logprobs": _fake_logprobs,
+    "token_logprobs_backward": lambda g1, g2, g3, g4, logits, *rest: logits.new_empty(logits.shape),
+    "token_logprobs_backward_": lambda *args: None,
+}
+
+
+def _no_gradients(inputs) -> tuple:
+    """What a backward returns for inputs without gradient: torch wants a list for each list of tensors (an empty list is one)."""
+    lists = (isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) for x in inputs)
+    return tuple([None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True))
+
+
+def _save_objective(ctx, inputs, output):
+    _, coef, metrics = output
+    ctx.rest = _no_gradients(inputs[1:])
+    ctx.mark_non_differentiable(coef, metrics)
+    ctx.save_for_backward(coef)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
+    (coef,) = ctx.saved_tensors
+    grad = None if grad_loss is None else grad_loss * coef
+    return grad, *ctx.rest
+
+
+def _save_clip(ctx, inputs, output):
+    ctx.rest = _no_gradients(inputs[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _clip_backward(ctx, grad, _):
+    (inside,) = ctx.saved_tensors
+    return torch.where(inside != 0, grad, 0), *ctx.rest
+
+
+def _save_logprobs(ctx, inputs, output):
+    logits, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask, _, ctx.inplace = inputs
+    ctx.rest = (None,) * (len(inputs) - 1)
+    _, entropy, lse, log_sum_sq_probs, *constants = output
+    ctx.mark_non_differentiable(*constants)
+    ctx.save_for_backward(logits, ids, lse, entropy, log_sum_sq_probs, temperatures, keep_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _logprobs_backward(namespace: str):
+    @once_differentiable
+    def backward(ctx, *upstream):
+        if all(g is None for g in upstream[:4]):
+            return None, *ctx.rest
+        logits, *saved, temperatures, keep_mask = ctx.saved_tensors
+        grads = [g if g is None else g.contiguous() for g in upstream[:4]]
+        transform = (ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask)
+        ops = getattr(torch.ops, namespace)
+        if not ctx.inplace:
+            return ops.token_logprobs_backward(*grads, logits, *saved, *transform), *ctx.rest
+        ops.token_logprobs_backward_(*grads, logits.detach(), *saved, *transform)
+        # Whoever else saved these logits, a second backward of this call included, must not take them for logits.
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), *ctx.rest
+
+    return backward
+
+
+def register(namespace: str) -> None:
+    """Gives the ops of a namespace their fakes and derivatives."""
+    for op, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{op}", fake)
+    derivatives = {
+        "objective": (_objective_backward, _save_objective),
+        "position_adaptive_clip": (_clip_backward, _save_clip),
+        "token_logprobs": (_logprobs_backward(namespace), _save_logprobs),
+    }
+    for op, (backward, save) in derivatives.items():
+        torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=save)

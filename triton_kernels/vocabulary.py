@@ -1,0 +1,109 @@
+"""What the kernels over rows of logits share: where a row and its parts lie, how they are read, what becomes of a logit.
+
+A row is walked in blocks of [BLOCK / VEC, VEC] logits, VEC of them 16 bytes, so that a sum over VEC stays in a thread.
+Blocks begin at multiples of VEC of the buffer, not at the row's own start: where 16 bytes do not divide a row, only
+its first and last block pay for narrow loads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scalar import tanh
+
+IGNORED = tl.constexpr(-100)
+STAGES = tl.constexpr(3)  # blocks on their way from memory while one is worked on
+
+
+@triton.jit
+def row_begin(row, time, stride_batch, stride_time):
+    return (row // time) * stride_batch + (row % time) * stride_time
+
+
+@triton.jit
+def lanes_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
+    return tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def part_of(begin, vocab, part, parts, BLOCK: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr):
+    """The stretch [low, high) of a row that begins at `begin`: whole blocks, except where the row begins and ends."""
+    low, high = begin, begin + vocab
+    if SPLIT:
+        first = begin // VEC * VEC
+        size = tl.cdiv(tl.cdiv(high - first, BLOCK), parts) * BLOCK
+        low = tl.maximum(begin, first + part * size)
+        high = tl.minimum(high, first + (part + 1) * size)
+    return low, high
+
+
+@triton.jit
+def blocks_of(low, high, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """(first, start, stop): whole blocks from start to stop; a head at first if first < low, a tail if stop < high."""
+    first = low // VEC * VEC
+    start = (first + tl.where(first < low, BLOCK, 0)) // VEC * VEC
+    stop = start + BLOCK * (tl.maximum(high - start, 0) // BLOCK)
+    return first, start, stop
+
+
+@triton.jit
+def load_block(logits, keep, at, keep_lag, inside, T: tl.constexpr):
+    """(logits, which of them count): those outside the row or its keep mask are -inf."""
+    x = tl.load(logits + at) if inside is None else tl.load(logits + at, mask=inside, other=-float("inf"))
+    x = x.to(T)
+    if keep is None:
+        return x, tl.full((), 1, tl.int1) if inside is None else inside
+    else:
+        at_keep = at + keep_lag
+        flags = tl.load(keep + at_keep) if inside is None else tl.load(keep + at_keep, mask=inside, other=0)
+        kept = flags != 0
+        return tl.where(kept, x, -float("inf")), kept
+
+
+@triton.jit
+def load_own(logits, keep, begin, keep_begin, ids, inside, T: tl.constexpr):
+    """(logits of the ids, whether they are kept): -inf where they are not, nan for ids that are not inside."""
+    x = tl.load(logits + begin + ids, mask=inside, other=float("nan")).to(T)
+    if keep is None:
+        return x, inside
+    else:
+        kept = tl.load(keep + keep_begin + ids, mask=inside, other=1) != 0
+        return tl.where(kept, x, -float("inf")), kept & inside
+
+
+@triton.jit
+def row_scale(scale, temperatures, row, T: tl.constexpr):
+    value = tl.full((), scale, T)
+    if temperatures is not None:
+        value = value / tl.load(temperatures + row)
+    return value
+
+
+@triton.jit
+def transformed(x, scale, inner, SOFTCAP: tl.constexpr):
+    """(z, tanh): z = scale tanh(inner x) under a softcap, and scale x without one (tanh is then 0)."""
+    if SOFTCAP:
+        bent = tanh(x * inner)
+        return tl.where(x == -float("inf"), -float("inf"), bent * scale), bent
+    else:
+        return x * scale, 0.0
+
+
+def factors(temperature: float, softcap: float, logit_scale: float) -> tuple[float, float, bool]:
+    """(scale, inner, SOFTCAP) of `transformed`."""
+    if softcap == float("inf"):
+        return logit_scale / temperature, 1.0, False
+    return softcap / temperature, logit_scale / softcap, True
+
+
+def keep_arguments(keep_mask: Tensor | None) -> tuple:
+    """(keep, its strides over batch and time)."""
+    if keep_mask is None:
+        return None, 0, 0
+    return keep_mask.view(torch.uint8), keep_mask.stride(0), keep_mask.stride(1)
+
+
+def vector(logits: Tensor) -> int:
+    """Logits in 16 bytes."""
+    return 16 // logits.element_size()
