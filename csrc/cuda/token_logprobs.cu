@@ -6,7 +6,7 @@ namespace tokenrl::cuda {
 namespace {
 
 constexpr int64_t kLeastPart = 8192;  // logits per block at least
-constexpr int kIdsPerPass = 4;        // of those whose place in the order is asked for
+constexpr int kIdsPerPass = 2;        // of those whose place in the order is asked for
 
 // Nothing but the softmax is asked for.
 template <class T>
@@ -33,6 +33,7 @@ struct Everything : Transformed {
     both.softmax = tokenrl::merge(a.softmax, b.softmax, factor);
     both.total += b.total;
     both.kept += b.kept;
+#pragma unroll
     for (int k = 0; k < kIdsPerPass; ++k) {
       both.above[k] += b.above[k];
       both.equal_before[k] += b.equal_before[k];
@@ -41,19 +42,20 @@ struct Everything : Transformed {
   }
 };
 
-// n numbers y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it.
+// Some y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it. A NaN is no maximum, but
+// goes into the sums.
 template <class T, bool kSquares, int kCount>
 __device__ __forceinline__ void take(Softmax<T>& state, const T (&y)[kCount], T factor) {
   T highest = state.max;
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) highest = larger(highest, y[k]);
+  for (int k = 0; k < kCount; ++k) highest = ::fmax(highest, y[k]);
   if (highest > state.max) state = rescaled(state, highest, factor);
   const T max = state.max == -infinity<T>() ? T(0) : state.max, scale = factor * kLog2E<T>;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     const T d = y[k] - max, e = power_of_two(d * scale);
     state.sum += e;
-    state.weighted += e * larger(T(-1e30), d);  // finite, so that 0 * -inf is 0
+    state.weighted += e * ::fmax(d, T(-1e30));  // finite, so that 0 * -inf is 0
     if (kSquares) state.squares += e * e;
   }
 }
@@ -115,7 +117,9 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
     const bool kept = row.keeps(v);
     part.total += kept ? static_cast<double>(y[0]) : 0.0;
     part.kept += kept;
-    for (int k = 0; k < own.count; ++k) {
+#pragma unroll
+    for (int k = 0; k < kIdsPerPass; ++k) {
+      if (k >= own.count) break;
       part.above[k] += x > own.x[k];
       part.equal_before[k] += x == own.x[k] && v < own.id[k];
     }
@@ -156,7 +160,9 @@ template <class Logit, class T>
 __device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
                                             const typename Everything<T>::Part& part, int64_t first) {
   if (!args.is_top1 && !args.rank) return;
-  for (int k = 0; k < kIdsPerPass && first + k < args.num_ids; ++k) {
+#pragma unroll
+  for (int k = 0; k < kIdsPerPass; ++k) {
+    if (first + k >= args.num_ids) break;
     const int64_t at = row.index * args.num_ids + first + k, id = args.ids[at];
     const bool known = id >= 0 && id < args.vocab;
     if (args.is_top1) args.is_top1[at] = known && part.above[k] == 0 && part.equal_before[k] == 0;
@@ -192,7 +198,7 @@ __device__ __forceinline__ void store_zeros(const LogprobArgs<Logit, T>& args, i
 
 // splits blocks per row; where there are several, `parts` receives what each found.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads) logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
   using Part = typename Mode::Part;
   TRL_SHARED(Part, memory, kWarps);
   const int64_t index = blockIdx.x / splits, split = blockIdx.x % splits;

@@ -82,7 +82,7 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
 }
 
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads) logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t index = blockIdx.x / splits, length = (args.vocab + splits - 1) / splits;
   const int64_t begin = smaller(blockIdx.x % splits * length, args.vocab), end = smaller(begin + length, args.vocab);

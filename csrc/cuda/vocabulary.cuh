@@ -12,7 +12,9 @@ struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(Logit);
   Logit of[size];
 };
-constexpr int kInFlight = 4;  // packs that a thread asks for before it uses the first
+// Packs that a thread asks for before it uses the first: with two blocks per multiprocessor 32 KiB are on their way, which
+// is more than the memory's latency times its bandwidth. The registers of so many blocks need not be saved.
+constexpr int kInFlight = 4, kBlocksAtOnce = 2;
 
 template <class Logit>
 __device__ __forceinline__ bool is_aligned(const Logit* at) {
