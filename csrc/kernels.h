@@ -82,7 +82,7 @@ struct LogprobArgs {
   const int64_t* ids;
   Transform<T> transform;
   // Forward: outputs. Backward: inputs, as far as they are gradients' or log_sum_sq_probs' business.
-  T *logp, *entropy, *lse;
+  T *logp, *entropy, *lse, *lse_rest;           // lse_rest: what lse lost when it was rounded
   T *log_sum_sq_probs, *mean_logit, *max_prob;  // each optional
   bool* is_top1;                                // [B, T, K], optional
   int64_t* rank;                                // [B, T, K], optional

@@ -191,10 +191,11 @@ ScalarType precision_of(const Tensor& logits) {
 
 // The results of token_logprobs; those that were not asked for are empty.
 struct LogprobResults {
-  Tensor logp, entropy, lse, log_sum_sq_probs, mean_logit, max_prob, is_top1, rank;
+  Tensor logp, entropy, lse, lse_rest, log_sum_sq_probs, mean_logit, max_prob, is_top1, rank;
 
   LogprobResults(const Tensor& ids, ScalarType dtype, const std::vector<std::string>& outputs)
       : logp(empty(ids, sizes(ids), dtype)), entropy(empty(ids, rows(ids), dtype)), lse(empty(ids, rows(ids), dtype)),
+        lse_rest(empty(ids, rows(ids), dtype)),
         log_sum_sq_probs(made(outputs, "log_sum_sq_probs", ids, rows(ids), dtype)),
         mean_logit(made(outputs, "mean_logit", ids, rows(ids), dtype)), max_prob(made(outputs, "max_prob", ids, rows(ids), dtype)),
         is_top1(made(outputs, "is_top1", ids, sizes(ids), ScalarType::Bool)),
@@ -214,7 +215,7 @@ T* output_or_null(const Tensor& x) {
   return x.numel() > 0 ? output<T>(x) : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs(
     const Tensor& logits, const Tensor& ids, double temperature, const Optional& temperatures, double softcap, double logit_scale,
     const Optional& keep_mask, const std::vector<std::string>& outputs, bool /* inplace_backward: for the derivative */) {
   const LogprobResults results(ids, precision_of(logits), outputs);
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     args.logp = output<T>(results.logp);
     args.entropy = output<T>(results.entropy);
     args.lse = output<T>(results.lse);
+    args.lse_rest = output<T>(results.lse_rest);
     args.log_sum_sq_probs = output_or_null<T>(results.log_sum_sq_probs);
     args.mean_logit = output_or_null<T>(results.mean_logit);
     args.max_prob = output_or_null<T>(results.max_prob);
@@ -232,13 +234,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     if (ids.numel() > 0) on_device_of(logits, [&](const auto& device) { device.token_logprobs(args); });
   });
   const LogprobResults& r = results;
-  return std::make_tuple(r.logp, r.entropy, r.lse, r.log_sum_sq_probs, r.mean_logit, r.max_prob, r.is_top1, r.rank);
+  return std::make_tuple(r.logp, r.entropy, r.lse, r.lse_rest, r.log_sum_sq_probs, r.mean_logit, r.max_prob, r.is_top1, r.rank);
 }
 
 // The upstream gradients and what the forward saved, as the ops' arguments order them.
 struct LogprobBackward {
   const Optional &logp, &entropy, &lse, &log_sum_sq_probs;
-  const Tensor &ids, &saved_lse, &saved_entropy, &saved_log_sum_sq_probs;
+  const Tensor &ids, &saved_lse, &saved_lse_rest, &saved_entropy, &saved_log_sum_sq_probs;
 };
 
 void run_logprobs_backward(const Tensor& logits, const Tensor& grad, const LogprobBackward& given, const TransformOptions& options) {
@@ -248,9 +250,11 @@ void run_logprobs_backward(const Tensor& logits, const Tensor& grad, const Logpr
     auto args = logprob_args<decltype(logit), T>(logits, given.ids, options);
     const int64_t rows = args.batch * args.time;
     check(given.saved_lse, "lse", dtype, rows, logits);
+    check(given.saved_lse_rest, "lse_rest", dtype, rows, logits);
     check(given.saved_entropy, "entropy", dtype, rows, logits);
     check(given.saved_log_sum_sq_probs, "log_sum_sq_probs", dtype, given.log_sum_sq_probs ? rows : given.saved_log_sum_sq_probs.numel(), logits);
     args.lse = output<T>(given.saved_lse);
+    args.lse_rest = output<T>(given.saved_lse_rest);
     args.entropy = output<T>(given.saved_entropy);
     args.log_sum_sq_probs = output_or_null<T>(given.saved_log_sum_sq_probs);
     args.grad_logp = checked<T>(given.logp, "grad_logp", dtype, rows * args.num_ids, logits);
@@ -265,13 +269,13 @@ void run_logprobs_backward(const Tensor& logits, const Tensor& grad, const Logpr
 
 Tensor token_logprobs_backward(
     const Optional& grad_logp, const Optional& grad_entropy, const Optional& grad_lse, const Optional& grad_log_sum_sq_probs,
-    const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor& entropy, const Tensor& log_sum_sq_probs,
+    const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor& lse_rest, const Tensor& entropy, const Tensor& log_sum_sq_probs,
     double temperature, const Optional& temperatures, double softcap, double logit_scale, const Optional& keep_mask) {
   Tensor grad = empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
   on_device_of(logits, [&](const auto& device) {
     device.announce_writes(grad.data_ptr(), static_cast<size_t>(grad.numel()) * static_cast<size_t>(grad.element_size()));
   });
-  run_logprobs_backward(logits, grad, {grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs, ids, lse, entropy, log_sum_sq_probs},
+  run_logprobs_backward(logits, grad, {grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs, ids, lse, lse_rest, entropy, log_sum_sq_probs},
                         {temperature, temperatures, softcap, logit_scale, keep_mask});
   return grad;
 }
@@ -279,9 +283,9 @@ Tensor token_logprobs_backward(
 // The gradient takes the place of the logits.
 void token_logprobs_backward_(
     const Optional& grad_logp, const Optional& grad_entropy, const Optional& grad_lse, const Optional& grad_log_sum_sq_probs,
-    const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor& entropy, const Tensor& log_sum_sq_probs,
+    const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor& lse_rest, const Tensor& entropy, const Tensor& log_sum_sq_probs,
     double temperature, const Optional& temperatures, double softcap, double logit_scale, const Optional& keep_mask) {
-  run_logprobs_backward(logits, logits, {grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs, ids, lse, entropy, log_sum_sq_probs},
+  run_logprobs_backward(logits, logits, {grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs, ids, lse, lse_rest, entropy, log_sum_sq_probs},
                         {temperature, temperatures, softcap, logit_scale, keep_mask});
 }
 
@@ -317,9 +321,9 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
       "str unit) -> (Tensor span_weight, Tensor count)");
 #define TRL_TRANSFORM "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
 #define TRL_UPSTREAM "(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs, "
-#define TRL_SAVED "Tensor ids, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
+#define TRL_SAVED "Tensor ids, Tensor lse, Tensor lse_rest, Tensor entropy, Tensor log_sum_sq_probs, "
   m.def("token_logprobs(Tensor logits, Tensor ids, " TRL_TRANSFORM
-        ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor log_sum_sq_probs, "
+        ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor log_sum_sq_probs, "
         "Tensor mean_logit, Tensor max_prob, Tensor is_top1, Tensor rank)");
   m.def("token_logprobs_backward" TRL_UPSTREAM "Tensor logits, " TRL_SAVED TRL_TRANSFORM ") -> Tensor");
   m.def("token_logprobs_backward_" TRL_UPSTREAM "Tensor(a!) logits, " TRL_SAVED TRL_TRANSFORM ") -> ()");

@@ -63,12 +63,6 @@ TRL_HD float exponential(float x) {
 }
 #endif
 
-// By e^2x, which saturates at both ends; exact to an ulp of 1.
-template <class T>
-TRL_HD T hyperbolic_tangent(T x) {
-  return 1 - 2 / (exponential(2 * x) + 1);
-}
-
 // e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere.
 TRL_HD float excess(float x) {
   float p = 2.75573192e-6f;
@@ -83,6 +77,13 @@ TRL_HD float excess(float x) {
   return x > -0.5f && x < 0.5f ? p * x * x : direct;
 }
 TRL_HD double excess(double x) { return ::expm1(x) - x; }
+
+// m / (m + 2) with m = e^2x - 1, exact near 0; beyond 20 it is 1.
+template <class T>
+TRL_HD T hyperbolic_tangent(T x) {
+  const T twice = clamp(2 * x, T(-40), T(40)), m = excess(twice) + twice;
+  return m / (m + 2);
+}
 
 // log x for normal x >= 1, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.
 TRL_HD double logarithm(double x) { return ::log(x); }

@@ -131,10 +131,16 @@ struct RowTransform {
   }
 };
 
-// What the row's statistics are made of, and the statistics.
+// The statistics of a row.
 template <class T>
 TRL_HD T lse_of(const Softmax<T>& a, T factor) {
   return factor * a.max + ::log(a.sum);
+}
+// What is missing from the rounded lse. Of large logits the rounding takes digits that log p = z - lse and its sum with
+// the entropy need.
+template <class T>
+TRL_HD T lse_rest_of(const Softmax<T>& a, T factor, T lse) {
+  return ::fma(factor, a.max, -lse) + ::log(a.sum);
 }
 // y - max first: exact, where z - lse would round twice at large offsets.
 template <class T>

@@ -48,20 +48,43 @@ def compile_only(arch: int, found: list) -> None:
     JITFunction.run = warm_up
 
 
-def resources(kernel) -> dict:
-    """Registers, stack bytes (more than 0: it spills) and shared memory of a compiled kernel."""
+def dump(kernel, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage | {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def wide_loads(kernel) -> int:
+def resources(kernel, arch: int) -> dict:
+    """Registers, stack bytes, accesses to them (a frame of which ptxas makes no use is no spill), shared memory, and
+    the share of a multiprocessor's 64 warps that fit into it."""
+    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump(kernel, "-res-usage"))}
+    usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", dump(kernel, "-sass"))) if usage["stack"] else 0
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    memory = (164 if arch == 80 else 228) * 1024
+    blocks = min(64 // warps, 65536 // (-(-usage["reg"] // 8) * 8 * 32 * warps), memory // (shared + 1024), 32)
+    return usage | {"shared": shared, "warps": warps, "occupancy": blocks * warps / 64}
+
+
+WIDE = r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)|cp\.async\.cg\.shared\.global .*, 0x10"
+
+
+def wide_loads(ptx: str) -> int:
     """Loads of at least 16 bytes from global memory in the PTX, to registers or (cp.async) to shared memory."""
-    wide = r"ld\.global[.\w:]*\.v(?:4\.b32|8\.b32|2\.b64|4\.b64)|cp\.async\.cg\.shared\.global .*, 0x10"
-    return len(re.findall(wide, kernel.asm["ptx"]))
+    return len(re.findall(WIDE, ptx))
+
+
+def steady_loop(ptx: str) -> dict:
+    """Exponentials and 16-byte loads of one thread in a round of the loop that has such loads."""
+    lines, labels, found = ptx.splitlines(), {}, {"loop_exponentials": 0, "loop_loads": 0}
+    for j, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = j
+        if (back := re.search(r"bra\S*\s+(\$L__BB\w+);", line)) and back[1] in labels:
+            body = "\n".join(lines[labels[back[1]] : j])
+            if wide_loads(body):
+                found = {"loop_exponentials": body.count("ex2.approx"), "loop_loads": wide_loads(body)}
+    return found
 
 
 def objectives():
@@ -148,7 +171,7 @@ def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
 
-    launch.vocab_block, launch.vocab_warps = lambda vocab, dtype, parts: 32768, lambda block: 4
+    launch.vocab_block, launch.vocab_warps = lambda *args, **options: 32768, lambda *args, **options: 4
     yield from list(logprobs())[:1]
 
 
@@ -166,9 +189,9 @@ def main(arch: int, which: str) -> None:
                 "kernel": name,
                 "case": label,
                 "seconds": round(seconds, 2),
-                "wide_loads": wide_loads(kernel),
+                "wide_loads": wide_loads(kernel.asm["ptx"]),
             }
-            print(json.dumps(row | resources(kernel)), flush=True)
+            print(json.dumps(row | steady_loop(kernel.asm["ptx"]) | resources(kernel, arch)), flush=True)
         found.clear()
 
 

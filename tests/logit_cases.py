@@ -1,5 +1,6 @@
 """Random logits, and token_logprobs on a backend against the reference: every value, and every gradient."""
 
+import numpy as np
 import torch
 from cases import device_of
 
@@ -48,26 +49,17 @@ def run(logits, ids, backend, outputs=OUTPUTS, pulled=DIFFERENTIABLE, weight=Non
     return {name: x.detach().cpu() for name, x in found.items()}
 
 
-def other_order(logits, ids, **options):
-    """The reference with the vocabulary turned round: how far fp64 is from itself, since nothing here is finer."""
-    if (keep := options.get("keep_mask")) is not None:
-        options["keep_mask"] = keep.flip(-1)
-    ignored = ids == options.get("ignore_index", -100)
-    found = run(logits.flip(-1), torch.where(ignored, ids, logits.shape[-1] - 1 - ids), "reference", **options)
-    return {name: x.flip(-1) if name == "gradient" else x for name, x in found.items()}
-
-
 def check(logits, ids, backend, **options):
     """By the tolerance rule; the truth is the reference in fp64 on the same, already rounded logits.
 
-    Returns the kernel's results.
+    For fp64 logits nothing in torch is finer: there the truth comes from numpy's longest double. Returns the kernel's
+    results.
     """
-    truth = run(logits.double(), ids, "reference", **options)
-    base = (
-        run(logits, ids, "reference", **options)
-        if logits.dtype != torch.float64
-        else other_order(logits, ids, **options)
-    )
+    base = run(logits, ids, "reference", **options)
+    if logits.dtype == torch.float64:
+        truth = longest(base, logits, ids, **options)
+    else:
+        truth = run(logits.double(), ids, "reference", **options)
     kernel = run(logits, ids, backend, **options)
     for name, x in kernel.items():
         if name in EXACT:
@@ -76,3 +68,58 @@ def check(logits, ids, backend, **options):
             assert x.dtype == base[name].dtype
             close(x, truth[name], base[name], what=f"{backend} {name}")
     return kernel
+
+
+def longest(base, logits, ids, pulled=DIFFERENTIABLE, weight=None, row_mask=None, ignore_index=-100, **options):
+    """The results in `base`, term by term as the docstring of token_logprobs gives them, in np.longdouble."""
+    ids = ids.reshape(logits.shape[:-1].numel(), -1).numpy()
+    used = (ids != ignore_index) & (True if row_mask is None else row_mask.reshape(-1, 1).numpy())
+    z, keep, slope = long_logits(logits, used.any(1, keepdims=True), **options)
+    found, slopes = long_statistics(z, keep, np.where(used, ids, 0), used)
+    grad = np.zeros_like(z)
+    for name in set(pulled) & set(base) & set(DIFFERENTIABLE):
+        g = weighted(upstream(name, base[name]), weight).reshape(len(z), -1, 1).numpy()
+        grad += (g * slopes[name]).sum(1)
+    found["gradient"] = np.where(keep, grad * slope, 0)
+    rows = used.any(1, keepdims=True)
+    exact = {name: np.where(rows, value, 0).astype(np.float64) for name, value in found.items() if name in base}
+    exact = {name: torch.from_numpy(value).view(base[name].shape) for name, value in exact.items()}
+    return exact | {name: base[name] for name in EXACT if name in base}
+
+
+def long_logits(logits, rows, outputs=None, temperature=1.0, softcap=None, logit_scale=1.0, keep_mask=None):
+    """(z with -inf where it is not kept, what is kept, dz/dlogits); rows that are not used get logits of 0."""
+    x = np.where(rows, logits.reshape(-1, logits.shape[-1]).numpy().astype(np.longdouble), 0)
+    keep = True if keep_mask is None else keep_mask.expand(logits.shape).reshape(x.shape).numpy()
+    keep = np.broadcast_to(~rows | keep, x.shape)
+    temperature = np.asarray(temperature, dtype=np.longdouble).reshape(-1, 1)
+    z, slope = x * logit_scale, logit_scale / temperature
+    if softcap is not None:
+        bent = np.tanh(z / softcap)
+        z, slope = np.where(x == -np.inf, x, softcap * bent), (1 - bent * bent) * slope
+    return np.where(keep, z / temperature, -np.inf), keep, slope
+
+
+def long_statistics(z, keep, ids, used):
+    """(outputs, d output / d z [rows, ids or 1, V])."""
+    largest = z.max(1, keepdims=True)
+    log_mass = np.log(np.exp(z - largest).sum(1, keepdims=True))
+    log_p = z - largest - log_mass
+    p = np.exp(log_p)
+    finite = np.where(p > 0, log_p, 0)
+    entropy, squares = -(p * finite).sum(1, keepdims=True), (p * p).sum(1, keepdims=True)
+    found = {
+        "logp": np.where(used, np.take_along_axis(log_p, ids, 1), 0),
+        "entropy": entropy,
+        "lse": largest + log_mass,
+        "log_sum_sq_probs": np.log(squares),
+        "mean_logit": np.where(keep, z, 0).sum(1, keepdims=True) / keep.sum(1, keepdims=True),
+        "max_prob": p.max(1, keepdims=True),
+    }
+    slopes = {
+        "logp": used[:, :, None] * ((ids[:, :, None] == np.arange(z.shape[1])) - p[:, None]),
+        "entropy": -(p * (finite + entropy))[:, None],
+        "lse": p[:, None],
+        "log_sum_sq_probs": 2 * (p * p / squares - p)[:, None],
+    }
+    return found, slopes

@@ -27,9 +27,9 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
     ids = torch.randint(0, 11, (3, 6), generator=g).to(device)
     ids = torch.stack([ids, ids.flip(0)], -1)
     keep = (torch.rand(11, generator=g) > 0.2).to(device).expand(3, 6, 11)
-    stats = [torch.rand(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(7)]
-    transform = (1.0, stats[6] + 0.5, 5.0, 0.9, keep)
-    backward = (torch.stack(stats[:2], -1), *stats[:3], logits, ids, *stats[3:6], *transform)
+    stats = [torch.rand(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(8)]
+    transform = (1.0, stats[7] + 0.5, 5.0, 0.9, keep)
+    backward = (torch.stack(stats[:2], -1), *stats[:3], logits, ids, *stats[3:7], *transform)
     bounds = torch.rand(18, generator=g).to(device, dtype)
     objective = (logp, old, logp[:3].clone(), mask, cu, None, weight, one, None)
     return {

@@ -1,4 +1,4 @@
-"""token_logprobs against log-probs and entropies recorded at high precision and from TRL (tests/golden), in fp64."""
+"""token_logprobs against what was recorded at high precision and from TRL (tests/golden), in fp64."""
 
 import pytest
 import torch
@@ -6,44 +6,49 @@ from cases import backends_to_test, device_of
 from golden_data import INDEX, arrays, near
 
 import tokenrl
+from tokenrl.logprobs import OUTPUTS
 
 BACKENDS = backends_to_test()
+RECORDED = {"logp": "logp", "entropy": "entropy", "lse": "lse", "log_sum_sq_probs": "log_sum_sq"}
 # The interpreter multiplies -inf by 0 before it selects.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
 
 
-def transformed(logits, config):
-    """What a model does to its logits before the softmax, apart from the temperature."""
-    z = logits * config["logit_scale"]
-    return z if config["softcap"] is None else config["softcap"] * torch.tanh(z / config["softcap"])
+def run(x, config, backend, outputs=OUTPUTS, **more):
+    """(logits with a graph, TokenStats) on the backend's device."""
+    device = device_of(backend)
+    logits = x["logits"].to(device).requires_grad_()
+    transform = {name: config[name] for name in ("temperature", "softcap", "logit_scale") if name in config}
+    given = {name: value.to(device) for name, value in more.items()}
+    ids = x["target"].to(device)
+    return logits, tokenrl.token_logprobs(logits, ids, outputs=outputs, backend=backend, **transform, **given)
 
 
-def run(x, ids, config, backend, outputs=("logp", "entropy")):
-    """(raw logits with a graph, TokenStats) on the backend's device."""
-    logits = x["logits"].to(device_of(backend)).requires_grad_()
-    z = transformed(logits, {"logit_scale": 1.0, "softcap": None} | config)
-    temperature = config["temperature"]
-    return logits, tokenrl.token_logprobs(
-        z, ids.to(z.device), temperature=temperature, outputs=outputs, backend=backend
-    )
+def values(x, stats):
+    """Every output is the recorded one; the largest logit is recorded where max_prob is returned."""
+    for name, recorded in RECORDED.items():
+        near(getattr(stats, name), x[recorded], name)
+    near(stats.mean_logit, x["mean_logit"], "mean_logit")
+    near(stats.max_prob, (x["max_logit"] - x["lse"]).exp(), "max_prob")
+    assert torch.equal(stats.rank.cpu(), x["rank"]) and torch.equal(stats.is_top1.cpu(), x["is_top1"])
 
 
 def grads(stats, logits):
-    """The gradient of each row's output with respect to that row's logits: the rows do not mix."""
-    return {
-        name: torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)[0]
-        for name in ("logp", "entropy")
-    }
+    """(recorded name, the gradient of each row's output with respect to that row's logits): the rows do not mix."""
+    for name, recorded in RECORDED.items():
+        yield recorded, torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)[0].cpu()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", INDEX["primitives_small"]["cases"])
 def test_small(case, backend):
+    """97 and 1000 columns; gradients are recorded for the first rows."""
     x = arrays("primitives_small", case)
-    logits, stats = run(x, x["target"], INDEX["primitives_small"]["cases"][case]["config"], backend)
-    for name, grad in grads(stats, logits).items():
-        near(getattr(stats, name), x[name], name)
-        near(grad, x[f"grad_{name}"], f"gradient of {name}")
+    logits, stats = run(x, INDEX["primitives_small"]["cases"][case]["config"], backend)
+    values(x, stats)
+    for name, grad in grads(stats, logits):
+        expected = x[f"grad_{name}"]
+        near(grad[: len(expected)], expected, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,11 +56,10 @@ def test_small(case, backend):
 def test_medium(case, backend):
     """20 011 columns: the gradient at some of them, its sum against cos(v), and its length."""
     x = arrays("primitives_medium", case)
-    logits, stats = run(x, x["target"], INDEX["primitives_medium"]["cases"][case]["config"], backend)
+    logits, stats = run(x, INDEX["primitives_medium"]["cases"][case]["config"], backend)
+    values(x, stats)
     probe = torch.arange(logits.shape[1], dtype=torch.float64).cos()
-    for name, grad in grads(stats, logits).items():
-        near(getattr(stats, name), x[name], name)
-        grad = grad.cpu()
+    for name, grad in grads(stats, logits):
         near(grad.gather(1, x["cols"]), x[f"grad_{name}_cols"], f"gradient of {name}")
         near(grad @ probe, x[f"grad_{name}_dot_probe"], f"gradient of {name}, against the probe")
         near(grad.norm(dim=1), x[f"grad_{name}_l2"], f"length of the gradient of {name}")
@@ -66,14 +70,10 @@ def test_medium(case, backend):
 def test_trl_selective(case, backend):
     entry = INDEX["trl_selective"]["cases"][case]
     x = arrays("primitives_small", entry["config"]["input"].split(":")[1]) | arrays("trl_selective", case)
-    ids = x["target"]
-    if "row_mask" in x:
-        ids = torch.where(
-            x["row_mask"].bool(), ids, tokenrl.logprobs.IGNORED
-        )  # TRL's rows without a mask are our ignored ids
+    more = {"row_mask": x["row_mask"].bool()} if "row_mask" in x else {}
     # The released entropy is nan for rows with -inf logits; only the log-prob is recorded there.
     outputs = ("logp", "entropy") if "grad_logits" in x else ("logp",)
-    logits, stats = run(x, ids, entry["config"], backend, outputs)
+    logits, stats = run(x, entry["config"], backend, outputs, **more)
     loss = sum((x[f"up_{name}"].to(logits.device) * getattr(stats, name)).sum() for name in outputs)
     for name in outputs:
         near(getattr(stats, name), x[name], name)

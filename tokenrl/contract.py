@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# lse_rest is what lse lost when it was rounded: with large logits the backward needs it.
 # z = softcap tanh(logit_scale x / softcap) / temperature. An infinite softcap is none; temperatures are one per token.
 TRANSFORM = "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
 UPSTREAM = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs"
-SAVED = "Tensor ids, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs"
-ALWAYS = ("logp", "entropy", "lse")  # of token_logprobs' results; the others are empty unless they are asked for
+SAVED = "Tensor ids, Tensor lse, Tensor lse_rest, Tensor entropy, Tensor log_sum_sq_probs"
+ALWAYS = ("logp", "entropy", "lse", "lse_rest")  # of token_logprobs' results; the others are empty unless they are asked for
 
 SCHEMAS = {
     "objective": "(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
@@ -26,7 +27,7 @@ SCHEMAS = {
     "str unit) -> (Tensor span_weight, Tensor count)",
     "token_logprobs": "(Tensor logits, Tensor ids, "
     + TRANSFORM
-    + ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor log_sum_sq_probs, "
+    + ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor log_sum_sq_probs, "
     "Tensor mean_logit, Tensor max_prob, Tensor is_top1, Tensor rank)",
     "token_logprobs_backward": f"({UPSTREAM}, Tensor logits, {SAVED}, {TRANSFORM}) -> Tensor",
     "token_logprobs_backward_": f"({UPSTREAM}, Tensor(a!) logits, {SAVED}, {TRANSFORM}) -> ()",
@@ -50,7 +51,7 @@ def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale,
         return ids.new_empty(shape if name in outputs or name in ALWAYS else (0,), dtype=dtype)
 
     rows = ids.shape[:-1]
-    per_row = [made(name, rows) for name in ("entropy", "lse", "log_sum_sq_probs", "mean_logit", "max_prob")]
+    per_row = [made(name, rows) for name in ("entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob")]
     return made("logp", ids.shape), *per_row, made("is_top1", ids.shape, torch.bool), made("rank", ids.shape, ids.dtype)
 
 
@@ -102,19 +103,21 @@ def _clip_backward(ctx, grad, _):
 def _save_logprobs(ctx, inputs, output):
     logits, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask, _, ctx.inplace = inputs
     ctx.rest = (None,) * (len(inputs) - 1)
-    _, entropy, lse, log_sum_sq_probs, *constants = output
-    ctx.mark_non_differentiable(*constants)
-    ctx.save_for_backward(logits, ids, lse, entropy, log_sum_sq_probs, temperatures, keep_mask)
+    _, entropy, lse, lse_rest, log_sum_sq_probs, *constants = output
+    ctx.mark_non_differentiable(lse_rest, *constants)
+    ctx.save_for_backward(logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, keep_mask)
     ctx.set_materialize_grads(False)
 
 
 def _logprobs_backward(namespace: str):
     @once_differentiable
     def backward(ctx, *upstream):
-        if all(g is None for g in upstream[:4]):
+        grad_logp, grad_entropy, grad_lse, _, grad_log_sum_sq_probs, *_ = upstream
+        wanted = (grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs)
+        if all(g is None for g in wanted):
             return None, *ctx.rest
         logits, *saved, temperatures, keep_mask = ctx.saved_tensors
-        grads = [g if g is None else g.contiguous() for g in upstream[:4]]
+        grads = [g if g is None else g.contiguous() for g in wanted]
         transform = (ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask)
         ops = getattr(torch.ops, namespace)
         if not ctx.inplace:

@@ -92,7 +92,7 @@ def token_logprobs(
         [name for name in outputs if name not in contract.ALWAYS],
         inplace_backward,
     )
-    values = dict(zip(OUTPUTS, results, strict=True))
+    values = dict(zip((*OUTPUTS[:3], "lse_rest", *OUTPUTS[3:]), results, strict=True))
     rows = logits.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
 
@@ -173,8 +173,8 @@ def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:
         reason = "the reference backend leaves its backward to autograd"
     elif torch.compiler.is_compiling():
         reason = "a traced graph may not write to what it saved"
-    elif logits.requires_grad and logits.is_leaf:
-        reason = "logits is a leaf, whose .grad would be its own memory: pass the output of an operation"
+    elif logits.requires_grad and (logits if logits._base is None else logits._base).is_leaf:
+        reason = "logits is a leaf or a view of one, whose values would be lost: pass the output of an operation"
     elif any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         reason = "logits is expanded: several of its elements share memory"
     elif logits.stride(-1) != 1 and logits.shape[-1] > 1:

@@ -177,8 +177,8 @@ def token_logprobs(
         mean = z.mean(-1) if keep_mask is None else torch.where(keep_mask, z, 0).sum(-1) / keep_mask.sum(-1)
         max_prob = (z.amax(-1) - lse).exp()
         order = _order(logits.detach(), ids, keep_mask) if {"is_top1", "rank"} & {*outputs} else (ids, ids)
-    per_row = (torch.where(row_used, value, 0) for value in (entropy, lse, log_sum_sq_probs, mean, max_prob))
-    return logp, *per_row, *order
+    stats = (entropy, lse, torch.zeros_like(lse.detach()), log_sum_sq_probs, mean, max_prob)
+    return logp, *(torch.where(row_used, value, 0) for value in stats), *order
 
 
 def _order(logits: Tensor, ids: Tensor, keep_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
 // Tokens whose sums are taken in T; blocks are added up in double.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 1024;
 
 // One entry per token of a sequence; masked cells hold harmless numbers and weight 0.
 template <class T>

@@ -134,14 +134,21 @@ inline T nan_or_zero(const Stored* y, int64_t n) {
 
 // The sums of a block relative to `max`, and its own maximum.
 inline Softmax<double> sum_block(const double* y, int64_t n, double max, const Exponential<double>& e_to) {
-  Softmax<double> block = no_logits<double>();
+  constexpr int kChains = 8;
+  Softmax<double> chains[kChains];
+  for (Softmax<double>& chain : chains) chain = no_logits<double>();
   for (int64_t v = 0; v < n; ++v) {
     const double d = e_to.bounded(y[v] - max), e = e_to(d);
-    block.max = larger(block.max, y[v]);
-    block.sum += e;
-    block.weighted += e * d;
-    block.squares += e * e;
+    Softmax<double>& chain = chains[v % kChains];
+    chain.max = larger(chain.max, y[v]);
+    chain.sum += e;
+    chain.weighted += e * d;
+    chain.squares += e * e;
   }
+  Softmax<double> block = chains[0];
+  for (int k = 1; k < kChains; ++k)
+    block = {larger(block.max, chains[k].max), block.sum + chains[k].sum, block.weighted + chains[k].weighted,
+             block.squares + chains[k].squares};
   return block;
 }
 
@@ -281,7 +288,7 @@ inline void store_ids(const Row<Logit, T>& row, const Softmax<T>& state) {
 
 template <class Logit, class T>
 inline void store_zeros(const LogprobArgs<Logit, T>& args, int64_t row) {
-  for (T* out : {args.entropy, args.lse, args.log_sum_sq_probs, args.mean_logit, args.max_prob})
+  for (T* out : {args.entropy, args.lse, args.lse_rest, args.log_sum_sq_probs, args.mean_logit, args.max_prob})
     if (out) out[row] = 0;
   for (int64_t k = row * args.num_ids; k < (row + 1) * args.num_ids; ++k) {
     args.logp[k] = 0;
@@ -295,6 +302,7 @@ inline void store_row(const Row<Logit, T>& row, const Softmax<T>& state) {
   const LogprobArgs<Logit, T>& args = row.args;
   const T factor = row.transform.factor;
   args.lse[row.index] = lse_of(state, factor);
+  args.lse_rest[row.index] = lse_rest_of(state, factor, args.lse[row.index]);
   args.entropy[row.index] = entropy_of(state, factor);
   if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(state);
   if (args.max_prob) args.max_prob[row.index] = max_prob_of(state);
@@ -341,23 +349,28 @@ inline void forward_parts(const LogprobArgs<Logit, T>& args, int64_t parts, cons
   std::free(states);
 }
 
+template <class T>
+struct Lse {
+  T rounded, rest;
+};
+
 // The gradient of a block in full precision, without the ids' own shares and the way back through the softcap; exactly 0
 // where p is.
-inline void gradient_block(const double* y, int64_t n, double factor, double lse, const RowGradient<double>& g, double* grad) {
+inline void gradient_block(const double* y, int64_t n, double factor, const Lse<double>& lse, const RowGradient<double>& g, double* grad) {
   const Exponential<double> e_to(1);
   for (int64_t v = 0; v < n; ++v) {
-    const double log_p = y[v] * factor - lse, bounded = e_to.bounded(log_p);
+    const double log_p = (y[v] * factor - lse.rounded) - lse.rest, bounded = e_to.bounded(log_p);
     grad[v] = log_p < bounded ? 0 : g.at(bounded, e_to(bounded)) * factor;
   }
 }
 
 template <class Stored>
-TRL_INLINE void gradient_step(const Stored* y, float factor, float lse, const RowGradient<float>& g, float* grad) {
+TRL_INLINE void gradient_step(const Stored* y, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
   const Exponential<float> e_to(1);
   Floats log_p[kUnroll], bounded[kUnroll], p[kUnroll];
 #pragma GCC unroll 4
   for (int u = 0; u < kUnroll; ++u) {
-    log_p[u] = load(y + u * kLanes) * factor - lse;
+    log_p[u] = (load(y + u * kLanes) * factor - lse.rounded) - lse.rest;
     bounded[u] = e_to.bounded(log_p[u]);
   }
   e_to(bounded, p);
@@ -371,7 +384,7 @@ TRL_INLINE void gradient_step(const Stored* y, float factor, float lse, const Ro
 
 // grad has room for whole steps.
 template <class Stored>
-inline void gradient_block(const Stored* y, int64_t n, float factor, float lse, const RowGradient<float>& g, float* grad) {
+inline void gradient_block(const Stored* y, int64_t n, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
   const LastStep<Stored> last(y + n / kStep * kStep, n % kStep);
   for (int64_t v = 0; v < n; v += kStep)
     gradient_step(v + kStep <= n ? y + v : last.numbers, factor, lse, g, grad + v);
@@ -399,10 +412,11 @@ inline void backward_part(const LogprobArgs<Logit, T>& args, int64_t index, int6
     return;
   }
   const RowGradient<T> weights(args, index);
+  const Lse<T> lse{args.lse[index], args.lse_rest[index]};
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = smaller(kBlock, end - first);
     T grad[kBlock];
-    row.with_block(first, n, [&](const auto* y) { gradient_block(y, n, row.transform.factor, args.lse[index], weights, grad); });
+    row.with_block(first, n, [&](const auto* y) { gradient_block(y, n, row.transform.factor, lse, weights, grad); });
     finish_gradient(row, first, n, grad);
 #pragma omp simd
     for (int64_t v = 0; v < n; ++v) out[first + v] = narrow<Logit>(grad[v]);

@@ -139,6 +139,7 @@ __device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, con
                                           const typename SoftmaxOnly<T>::Part& part) {
   args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
   args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
+  args.lse_rest[row.index] = lse_rest_of(part.softmax, row.transform.factor, args.lse[row.index]);
 }
 
 template <class Logit, class T>
@@ -146,6 +147,7 @@ __device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, con
                                           const typename Everything<T>::Part& part) {
   args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
   args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
+  args.lse_rest[row.index] = lse_rest_of(part.softmax, row.transform.factor, args.lse[row.index]);
   if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax);
   if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax);
   if (args.mean_logit) args.mean_logit[row.index] = static_cast<T>(part.total / part.kept) * row.transform.factor;
@@ -184,7 +186,7 @@ __device__ __forceinline__ void store_logps(const LogprobArgs<Logit, T>& args, c
 template <class Logit, class T>
 __device__ __forceinline__ void store_zeros(const LogprobArgs<Logit, T>& args, int64_t row) {
   if (threadIdx.x == 0) {
-    args.entropy[row] = args.lse[row] = 0;
+    args.entropy[row] = args.lse[row] = args.lse_rest[row] = 0;
     if (args.log_sum_sq_probs) args.log_sum_sq_probs[row] = 0;
     if (args.mean_logit) args.mean_logit[row] = 0;
     if (args.max_prob) args.max_prob[row] = 0;

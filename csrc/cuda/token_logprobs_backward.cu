@@ -11,10 +11,11 @@ template <class Logit, class T, class Mode>
 struct GradientOf {
   const RowView<Logit, T, Mode>& row;
   RowGradient<T> weights;
-  T lse;
+  T lse, lse_rest;
 
   __device__ __forceinline__ T operator()(Logit logit, int64_t v) const {
-    const T y = row.capped(row.raw(logit, v)), log_p = row.transform.factor * y - lse, p = power_of_two(log_p * kLog2E<T>);
+    const T y = row.capped(row.raw(logit, v)), log_p = (row.transform.factor * y - lse) - lse_rest;
+    const T p = power_of_two(log_p * kLog2E<T>);
     return p == 0 ? T(0) : weights.at(log_p, p) * row.slope(y);
   }
   __device__ __forceinline__ T own(Logit logit, int64_t v, T grad_logp) const {
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_backward_ker
   const RowView<Logit, T, Mode> row(args, index);
   Logit* out = args.grad_logits + row.grad_offset;
   if (RowGradient<T>::is_zero(args, index)) return write_zeros(out, begin, end);
-  const GradientOf<Logit, T, Mode> gradient{row, RowGradient<T>(args, index), args.lse[index]};
+  const GradientOf<Logit, T, Mode> gradient{row, RowGradient<T>(args, index), args.lse[index], args.lse_rest[index]};
   const typename Mode::template Shares<Logit> shares(args, gradient, begin, end);
   const auto at = [&](Logit logit, int64_t v) { return narrow<Logit>(gradient(logit, v) + shares.at(v)); };
   const auto single = [&](int64_t v) { out[v] = at(row.logits[v], v); };

@@ -18,7 +18,7 @@ const cpu::Threads kInline{[](int64_t n, int64_t, void (*body)(void*, int64_t, i
 
 template <class T>
 struct Stats {
-  T logp = NAN, entropy = NAN, lse = NAN;
+  T logp = NAN, entropy = NAN, lse = NAN, lse_rest = NAN;
 };
 
 template <class Logit, class T>
@@ -34,6 +34,7 @@ LogprobArgs<Logit, T> arguments(const std::vector<Logit>& logits, const int64_t&
   args.logp = &stats.logp;
   args.entropy = &stats.entropy;
   args.lse = &stats.lse;
+  args.lse_rest = &stats.lse_rest;
   return args;
 }
 

@@ -35,16 +35,18 @@ void check_logprobs(int64_t vocab, int64_t gap) {
   args.grad_stride_batch = 3 * vocab, args.grad_stride_time = vocab;
   std::vector<char> scratch(cuda::token_logprobs_scratch_bytes(args), '\xff');
   const auto out = under_all_schedules(what, [&] {
-    std::vector<T> result(3 * rows, static_cast<T>(std::nan("")));
+    std::vector<T> result(4 * rows, static_cast<T>(std::nan("")));
     args.logp = result.data();
     args.entropy = args.logp + rows;
     args.lse = args.entropy + rows;
+    args.lse_rest = args.lse + rows;
     cuda::token_logprobs(args, scratch.data(), nullptr);
     return result;
   });
   std::vector<T> saved = out;
   args.entropy = saved.data() + rows;
   args.lse = args.entropy + rows;
+  args.lse_rest = args.lse + rows;
   args.grad_logp = grad_logp.data();
   args.grad_entropy = grad_entropy.data();
   const auto grads = under_all_schedules(what + " backward", [&] {
@@ -72,7 +74,7 @@ void check_logprobs(int64_t vocab, int64_t gap) {
       grad_truth[i * vocab + v] = (grad_logp[i] * ((v == ids[i]) - p) - grad_entropy[i] * pull) / temperature;
     }
   }
-  expect_close(out, truth, tolerance_of<T>(), what);
+  expect_close({out.begin(), out.begin() + 3 * rows}, truth, tolerance_of<T>(), what);
   expect_close(grad_kernel, grad_truth, sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
 }
 
@@ -125,6 +127,8 @@ std::vector<T> run_everything(const Everything<Logit, T>& given) {
   std::vector<int64_t> rank(rows * count);
   LogprobArgs<Logit, T> args = given.args(given.logits.data());
   args.entropy = out.data(), args.lse = args.entropy + rows, args.log_sum_sq_probs = args.lse + rows;
+  std::vector<T> rest(rows, static_cast<T>(std::nan("")));
+  args.lse_rest = rest.data();
   args.mean_logit = args.log_sum_sq_probs + rows, args.max_prob = args.mean_logit + rows, args.logp = args.max_prob + rows;
   args.is_top1 = top.get(), args.rank = rank.data();
   std::vector<char> scratch(cuda::token_logprobs_scratch_bytes(args), '\xff');
@@ -199,12 +203,13 @@ void check_everything(int64_t rows, int64_t vocab, int64_t count) {
   const int64_t exact = (5 + count) * rows, end = (5 + 3 * count) * rows;
   expect_close(part(out, 0, exact), part(truth, 0, exact), tolerance_of<T>(), what);
   expect_close(part(out, exact, end), part(truth, exact, end), 0, what + " order");
-  std::vector<T> saved(truth.begin(), truth.begin() + 3 * rows), up[4];
+  std::vector<T> saved(truth.begin(), truth.begin() + 3 * rows), zeros(rows, T(0)), up[4];
   for (int k = 0; k < 4; ++k) up[k].assign(k == 0 ? rows * count : rows, given.up[k]);
   const auto grads = under_all_schedules(what + " backward", [&] {
     std::vector<Logit> memory = given.logits;
     LogprobArgs<Logit, T> args = given.args(memory.data());
     args.entropy = saved.data(), args.lse = args.entropy + rows, args.log_sum_sq_probs = args.lse + rows;
+    args.lse_rest = zeros.data();
     args.grad_logp = up[0].data(), args.grad_entropy = up[1].data(), args.grad_lse = up[2].data();
     args.grad_log_sum_sq_probs = up[3].data();
     args.grad_logits = memory.data();
