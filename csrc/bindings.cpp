@@ -51,6 +51,14 @@ std::vector<py::dict> kernel_attributes() {
   return kernels;
 }
 
+// measure(size, threads) without the interpreter's lock, once both are known to be positive.
+template <double (*measure)(int64_t, int)>
+double measured(int64_t size, int threads) {
+  if (size < 1 || threads < 1) throw py::value_error("size, threads: accepted: positive integers");
+  py::gil_scoped_release unlocked;
+  return measure(size, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_bindings, m) {
@@ -62,4 +70,10 @@ PYBIND11_MODULE(_bindings, m) {
   m.def("kernel_attributes", &kernel_attributes,
         "Registers, shared and local memory and occupancy of each CUDA kernel on the current device; RuntimeError with the reason "
         "where there is none.");
+  m.def("measure_read", &measured<tokenrl_measure_read>, py::arg("bytes"), py::arg("threads"),
+        "Bytes per second that the CPU reads from a buffer of so many bytes.");
+  m.def("measure_copy", &measured<tokenrl_measure_copy>, py::arg("bytes"), py::arg("threads"),
+        "Bytes per second, read plus written, of copying a buffer of so many bytes.");
+  m.def("measure_exponentials", &measured<tokenrl_measure_exponentials>, py::arg("count"), py::arg("threads"),
+        "Exponentials per second of the kernels' own e^x, on values that stay in the first-level cache.");
 }

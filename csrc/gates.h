@@ -15,51 +15,73 @@ struct Gated {
   T low = 0, high = 0, dual = 0;
 };
 
-// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates.py.
+// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates.py. t_power: the position
+// t to the power that the gate asks for.
 template <class T>
 struct GateInput {
-  T s, logp, advantage, t;
+  T s, logp, advantage, t_power;
   const T* p;
 };
 
-// max(-A r, -A clip(r)) with the dual ceiling for A < 0, where r = e^s and low/high/above tell on which side of the bounds s lies.
+// For gates that do not look at the position; the others say which parameter is its power.
+struct AnyPosition {
+  static constexpr int power_param = -1;
+};
+template <class Gate, class T>
+TRL_HD T position_power(T t, const T* p) {
+  if constexpr (Gate::power_param < 0) return T(1);
+  else return power(t, p[Gate::power_param]);
+}
+
+// y of x with the larger loss -A y of x and clip(x), and at most -A dual where A < 0; low, high, dual: 1 where that bound is
+// active.
 template <class T>
-TRL_HD Gated<T> surrogate(T advantage, T ratio, T clipped, T ceiling, bool low, bool high, bool above) {
-  Gated<T> out;
+struct Bounded {
+  T y, low, high, dual;
+};
+template <class T>
+TRL_HD Bounded<T> bounded(T advantage, T x, T low, T high, T dual) {
   // & and selections, no branches: loops over tokens vectorise.
   const bool positive = advantage > 0, negative = advantage < 0;
-  const T bounded = larger(-advantage * ratio, -advantage * clipped);
-  out.value = negative ? smaller(bounded, -advantage * ceiling) : bounded;
-  out.d_s = (negative & (low | above)) | (positive & high) ? T(0) : -advantage * ratio;
-  out.low = negative & low ? T(1) : T(0);
-  out.high = positive & high ? T(1) : T(0);
-  out.dual = negative & above ? T(1) : T(0);
+  const T clipped = clamp(x, low, high), above = smaller(larger(x, clipped), dual);
+  return {positive ? smaller(x, clipped) : above, negative & (x < low) ? T(1) : T(0), positive & (x > high) ? T(1) : T(0),
+          negative & (x > dual) ? T(1) : T(0)};
+}
+
+// -A ratio, where the ratio's own bounds or those of its logarithm have been applied.
+template <class T>
+TRL_HD Gated<T> surrogate(T advantage, T ratio, const Bounded<T>& kept) {
+  Gated<T> out;
+  out.value = -advantage * ratio;
+  out.d_s = kept.low + kept.high + kept.dual > 0 ? T(0) : out.value;
+  out.low = kept.low;
+  out.high = kept.high;
+  out.dual = kept.dual;
   return out;
 }
 
-struct PpoClip {
+struct PpoClip : AnyPosition {
   static constexpr const char* name = "ppo_clip";
   static constexpr int num_params = 3;  // eps_low, eps_high, dual
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    const T low = T(1) - in.p[0], high = T(1) + in.p[1], dual = in.p[2], ratio = exponential(in.s);
-    return surrogate(in.advantage, ratio, clamp(ratio, low, high), dual, ratio < low, ratio > high, ratio > dual);
+    const Bounded<T> kept = bounded(in.advantage, exponential(in.s), T(1) - in.p[0], T(1) + in.p[1], in.p[2]);
+    return surrogate(in.advantage, kept.y, kept);
   }
 };
 
 struct LogBand {
   static constexpr const char* name = "log_band";
-  static constexpr int num_params = 4;  // eps_low, eps_high, eps_dual, power
+  static constexpr int num_params = 4, power_param = 3;  // eps_low, eps_high, eps_dual, power
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    const T width = power(in.t, in.p[3]);
-    const T low = -in.p[0] * width, high = in.p[1] * width, dual = in.p[2] * width;
-    return surrogate(in.advantage, exponential(in.s), exponential(clamp(in.s, low, high)), exponential(dual), in.s < low,
-                     in.s > high, in.s > dual);
+    const T width = in.t_power;
+    const Bounded<T> kept = bounded(in.advantage, in.s, -in.p[0] * width, in.p[1] * width, in.p[2] * width);
+    return surrogate(in.advantage, exponential(kept.y), kept);
   }
 };
 
-struct Cispo {
+struct Cispo : AnyPosition {
   static constexpr const char* name = "cispo";
   static constexpr int num_params = 2;  // low, high: the bounds themselves, in ratio space
   template <class T>
@@ -74,7 +96,7 @@ struct Cispo {
   }
 };
 
-struct Sapo {
+struct Sapo : AnyPosition {
   static constexpr const char* name = "sapo";
   static constexpr int num_params = 2;  // tau_pos, tau_neg
   template <class T>
@@ -89,7 +111,7 @@ struct Sapo {
   }
 };
 
-struct KlK1 {
+struct KlK1 : AnyPosition {
   static constexpr const char* name = "kl_k1";
   static constexpr int num_params = 0;
   template <class T>
@@ -101,7 +123,7 @@ struct KlK1 {
   }
 };
 
-struct KlK2 {
+struct KlK2 : AnyPosition {
   static constexpr const char* name = "kl_k2";
   static constexpr int num_params = 0;
   template <class T>
@@ -113,7 +135,7 @@ struct KlK2 {
   }
 };
 
-struct KlK3 {
+struct KlK3 : AnyPosition {
   static constexpr const char* name = "kl_k3";
   static constexpr int num_params = 1;  // ceiling
   template <class T>
@@ -126,7 +148,7 @@ struct KlK3 {
   }
 };
 
-struct KlK1Unbiased {
+struct KlK1Unbiased : AnyPosition {
   static constexpr const char* name = "kl_k1_unbiased";
   static constexpr int num_params = 0;
   template <class T>
@@ -137,7 +159,7 @@ struct KlK1Unbiased {
   }
 };
 
-struct KlK3Unbiased {
+struct KlK3Unbiased : AnyPosition {
   static constexpr const char* name = "kl_k3_unbiased";
   static constexpr int num_params = 1;  // ceiling
   template <class T>
@@ -148,7 +170,7 @@ struct KlK3Unbiased {
   }
 };
 
-struct Identity {
+struct Identity : AnyPosition {
   static constexpr const char* name = "identity";
   static constexpr int num_params = 0;
   template <class T>

@@ -1,6 +1,8 @@
 // What the op library tells of itself to tokenrl._bindings.
 #pragma once
 
+#include <cstdint>
+
 #define TOKENRL_EXPORT extern "C" __attribute__((visibility("default")))
 
 // One CUDA kernel on the current device.
@@ -12,3 +14,8 @@ struct TokenrlKernel {
 TOKENRL_EXPORT const char* tokenrl_instruction_set();
 // Calls visit(context, kernel) for each kernel; null, or the error's text.
 TOKENRL_EXPORT const char* tokenrl_kernel_attributes(void (*visit)(void*, const TokenrlKernel&), void* context);
+
+// What this machine does at best with so many threads: bytes read, bytes copied (read plus written), exponentials, each per second.
+TOKENRL_EXPORT double tokenrl_measure_read(int64_t bytes, int threads);
+TOKENRL_EXPORT double tokenrl_measure_copy(int64_t bytes, int threads);
+TOKENRL_EXPORT double tokenrl_measure_exponentials(int64_t count, int threads);

@@ -27,6 +27,11 @@ struct Totals {
     totals.metrics[kRatioMax] = -infinity<double>();
     return totals;
   }
+  // The entries that are sums.
+  TRL_HD void add_sums(const Totals& other) {
+    loss += other.loss;
+    for (int k : {kLow, kHigh, kDual}) metrics[k] += other.metrics[k];
+  }
   TRL_HD void add(const Totals& other) {
     loss += other.loss;
     for (int k = 0; k < kNumMetrics; ++k)

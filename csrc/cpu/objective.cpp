@@ -1,86 +1,165 @@
 // The objective of each sequence: a sequential walk for the statistic, then a vector loop over its tokens for the gate.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
 #include <cstdlib>
+#include <initializer_list>
 
 #include "kernels.h"
-#include "walk.h"
+#include "scan.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
 // Tokens whose sums are taken in T; blocks are added up in double.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 
-// One entry per token of a sequence; masked cells hold harmless numbers and weight 0.
+// One entry per token of a sequence; masked cells hold harmless numbers and weight 0. Every array has room for whole
+// vectors.
 template <class T>
 struct Lanes {
-  T *x, *s, *t, *logp, *advantage, *weight, *valid, *passes, *shared, *direct;
-  static constexpr int kArrays = 10;
+  T *x, *s, *t, *t_power, *logp, *advantage, *weight, *valid, *passes, *shared, *direct;
+  static constexpr int kArrays = 11;
 
-  explicit Lanes(T* memory, int64_t n)
-      : x(memory), s(x + n), t(s + n), logp(t + n), advantage(logp + n), weight(advantage + n), valid(weight + n),
-        passes(valid + n), shared(passes + n), direct(shared + n) {}
+  static int64_t room(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  explicit Lanes(T* memory, int64_t n) {
+    for (T** array : {&x, &s, &t, &t_power, &logp, &advantage, &weight, &valid, &passes, &shared, &direct})
+      *array = memory, memory += room(n);
+    for (int64_t k = n; k < room(n); ++k) x[k] = valid[k] = 0;
+  }
 };
 
 template <class T>
 inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lanes<T>& lanes) {
+  const int64_t n = q.end - q.begin;
+  const bool* mask = args.spans.mask ? args.spans.mask + q.begin : nullptr;
+  const T *logps = args.logp + q.begin, *old_logps = args.old_logp + q.begin, clamp_to = args.clamp;
+  T *x = lanes.x, *logp = lanes.logp, *valid = lanes.valid, *passes = lanes.passes, *weight = lanes.weight;
+  if (mask)
+    for (int64_t k = 0; k < n; ++k) valid[k] = mask[k] ? T(1) : T(0);
+  else
+    for (int64_t k = 0; k < n; ++k) valid[k] = 1;
   const double normalizer = args.normalizer[0];
   const T sequence_weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
-  const bool* mask = args.spans.mask;
-  for (int64_t k = 0; k < q.end - q.begin; ++k) {
-    const int64_t token = q.begin + k;
-    const bool valid = !mask || mask[token];
-    const T logp = valid ? args.logp[token] : T(0), d = logp - (valid ? args.old_logp[token] : T(0));
-    lanes.x[k] = clamp(d, -args.clamp, args.clamp);
-    lanes.passes[k] = d >= -args.clamp && d <= args.clamp;
-    lanes.logp[k] = logp;
-    lanes.valid[k] = valid;
-    lanes.weight[k] = valid ? sequence_weight : T(0);
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const bool counts = valid[k] != 0;
+    const T own = counts ? logps[k] : T(0), d = own - (counts ? old_logps[k] : T(0));
+    logp[k] = own;
+    x[k] = clamp(d, -clamp_to, clamp_to);
+    passes[k] = (d >= -clamp_to) & (d <= clamp_to) ? T(1) : T(0);
+    weight[k] = counts ? sequence_weight : T(0);
   }
-  for (int64_t k = 0; k < q.end - q.begin; ++k) {
-    const int64_t token = q.begin + k;
-    const T advantage = args.advantages ? args.advantages[args.advantages_per_token ? token : i] : T(0);
-    lanes.advantage[k] = lanes.valid[k] != 0 ? advantage : T(0);
-    if (args.token_weight) lanes.weight[k] = lanes.valid[k] != 0 ? lanes.weight[k] * args.token_weight[token] : T(0);
+  if (args.token_weight)
+    for (int64_t k = 0; k < n; ++k) weight[k] = valid[k] != 0 ? weight[k] * args.token_weight[q.begin + k] : T(0);
+  if (args.advantages && args.advantages_per_token)
+    for (int64_t k = 0; k < n; ++k) lanes.advantage[k] = valid[k] != 0 ? args.advantages[q.begin + k] : T(0);
+  else
+    for (int64_t k = 0; k < n; ++k) lanes.advantage[k] = args.advantages && valid[k] != 0 ? args.advantages[i] : T(0);
+}
+
+inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<double>& lanes) {
+  statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
+}
+inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<float>& lanes) {
+  if (spans.starts) statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
+  else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t);
+}
+
+// A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything.
+template <class T, class Gate, bool kPerToken>
+struct Params {
+  const ObjectiveArgs<T>& args;
+  T p[kMaxParams] = {};
+
+  explicit Params(const ObjectiveArgs<T>& given) : args(given) {
+    for (int j = 0; j < Gate::num_params; ++j) p[j] = args.params[j].value;
+  }
+  TRL_INLINE void look_up([[maybe_unused]] int64_t token, [[maybe_unused]] bool valid) {
+    if constexpr (kPerToken)
+      for (int j = 0; j < Gate::num_params; ++j)
+        if (args.params[j].tensor) p[j] = valid ? args.params[j].tensor[token] : T(1);
+  }
+};
+
+// A loop of its own: what the gate waits for would else be the longest part of its way.
+template <class T, class Gate, bool kPerToken>
+inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes) {
+  if constexpr (Gate::power_param >= 0) {
+    const T* t = lanes.t;
+    T* out = lanes.t_power;
+    Params<T, Gate, kPerToken> params(args);
+    if (!kPerToken && params.p[Gate::power_param] == T(0.5)) {
+#pragma omp simd
+      for (int64_t k = first; k < last; ++k) out[k] = std::sqrt(larger(t[k], T(1)));
+      return;
+    }
+#pragma omp simd
+    for (int64_t k = first; k < last; ++k) {
+      params.look_up(token + k, lanes.valid[k] != 0);
+      out[k] = position_power<Gate>(larger(t[k], T(1)), params.p);
+    }
   }
 }
 
-// Value and partials of tokens first to last, and their metrics. kPerToken: some parameter is a tensor.
+// Value and partials of tokens first to last. kPerToken: some parameter is a tensor.
 template <class T, class Gate, bool kPerToken>
 inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes,
                       Totals& totals) {
-  const T *x = lanes.x, *statistic = lanes.s, *t = lanes.t, *logp = lanes.logp, *advantage = lanes.advantage;
+  const T *statistic = lanes.s, *t_power = lanes.t_power, *logp = lanes.logp, *advantage = lanes.advantage;
   const T *weights = lanes.weight, *valids = lanes.valid;
-  T *shared = lanes.shared, *direct = lanes.direct, p[kMaxParams] = {};
-  for (int j = 0; j < Gate::num_params; ++j) p[j] = args.params[j].value;
+  T *shared = lanes.shared, *direct = lanes.direct;
+  Params<T, Gate, kPerToken> params(args);
   const T cap = args.cap;
-  T loss = 0, tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>();
-  T low = 0, high = 0, dual = 0, kl = 0, squares = 0;
-#pragma omp simd reduction(+ : loss, tokens, sum, low, high, dual, kl, squares) reduction(min : lowest) reduction(max : highest)
+  T loss = 0, low = 0, high = 0, dual = 0;
+#pragma omp simd reduction(+ : loss, low, high, dual)
   for (int64_t k = first; k < last; ++k) {
-    if constexpr (kPerToken) {
-      for (int j = 0; j < Gate::num_params; ++j)
-        if (args.params[j].tensor) p[j] = valids[k] != 0 ? args.params[j].tensor[token + k] : T(1);
-    }
+    params.look_up(token + k, valids[k] != 0);
     const T valid = valids[k], weight = weights[k], uncapped = statistic[k], s = smaller(uncapped, cap);
-    const Gated<T> g = Gate::eval(GateInput<T>{s, logp[k], advantage[k], larger(t[k], T(1)), p});
-    const T ratio = exponential(s);
+    const T power = Gate::power_param < 0 ? T(1) : t_power[k];
+    const Gated<T> g = Gate::eval(GateInput<T>{s, logp[k], advantage[k], power, params.p});
     const bool pays = weight != 0, counts = valid != 0;
     shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
     direct[k] = pays ? weight * g.d_logp : T(0);
     loss += pays ? weight * g.value : T(0);
-    tokens += valid;
-    sum += counts ? ratio : T(0);
-    squares += counts ? ratio * ratio : T(0);
-    const T least = counts ? ratio : infinity<T>(), most = counts ? ratio : -infinity<T>();
-    lowest = least < lowest ? least : lowest;
-    highest = most > highest ? most : highest;
     low += counts ? g.low : T(0);
     high += counts ? g.high : T(0);
     dual += counts ? g.dual : T(0);
+  }
+  Totals block{};
+  block.loss = static_cast<double>(loss);
+  block.metrics[kLow] = static_cast<double>(low);
+  block.metrics[kHigh] = static_cast<double>(high);
+  block.metrics[kDual] = static_cast<double>(dual);
+  totals.add_sums(block);
+}
+
+template <class T>
+inline void metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lanes, Totals& totals) {
+  const T *x = lanes.x, *statistic = lanes.s, *valids = lanes.valid;
+  T tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>(), kl = 0, squares = 0;
+#pragma omp simd reduction(+ : tokens, sum, kl, squares) reduction(min : lowest) reduction(max : highest)
+  for (int64_t k = first; k < last; ++k) {
+    const bool counts = valids[k] != 0;
+    const T ratio = exponential(smaller(statistic[k], cap)), one = counts ? ratio : T(0);
+    tokens += valids[k];
+    sum += one;
+    squares += one * one;
+    const T least = counts ? ratio : infinity<T>(), most = counts ? ratio : -infinity<T>();
+    lowest = least < lowest ? least : lowest;
+    highest = highest < most ? most : highest;
     kl += counts ? excess(x[k]) : T(0);
   }
-  totals.add({loss, {tokens, sum, lowest, highest, low, high, dual, kl, squares}});
+  totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+}
+
+template <class T, class Gate, bool kPerToken>
+inline void run_gate_loops(const ObjectiveArgs<T>& args, Sequence q, const Lanes<T>& lanes, Totals& totals) {
+  const int64_t n = q.end - q.begin;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = smaller(first + kBlock, n);
+    position_powers<T, Gate, kPerToken>(args, q.begin, first, last, lanes);
+    gate_loop<T, Gate, kPerToken>(args, q.begin, first, last, lanes, totals);
+    metrics_loop(args.cap, first, last, lanes, totals);
+  }
 }
 
 template <class T, class Gate>
@@ -89,21 +168,19 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
   const int64_t n = larger(q.end - q.begin, int64_t{0});
   const Lanes<T> lanes(memory, n);
   load(args, q, i, lanes);
-  statistic_of(args.spans, q, statistic, lanes.x, lanes.s, lanes.t);
+  statistic_lanes(args.spans, q, statistic, lanes);
   bool per_token = false;
   for (int j = 0; j < Gate::num_params; ++j) per_token = per_token || args.params[j].tensor;
   totals = Totals::nothing();
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t last = smaller(first + kBlock, n);
-    if (per_token) gate_loop<T, Gate, true>(args, q.begin, first, last, lanes, totals);
-    else gate_loop<T, Gate, false>(args, q.begin, first, last, lanes, totals);
-  }
+  if (per_token) run_gate_loops<T, Gate, true>(args, q, lanes, totals);
+  else run_gate_loops<T, Gate, false>(args, q, lanes, totals);
   if (through && statistic != Statistic::token) adjoint_of(args.spans, q, statistic, lanes.t, lanes.shared);
   T* coef = args.coef + q.begin;
-  for (int64_t k = 0; k < n; ++k) {
-    const T shared = through && lanes.passes[k] == 0 ? T(0) : lanes.shared[k];
-    coef[k] = lanes.valid[k] != 0 ? shared + lanes.direct[k] : T(0);
-  }
+  const T *shared = lanes.shared, *direct = lanes.direct, *valid = lanes.valid, *passes = lanes.passes;
+  if (through)
+    for (int64_t k = 0; k < n; ++k) coef[k] = valid[k] != 0 ? (passes[k] == 0 ? T(0) : shared[k]) + direct[k] : T(0);
+  else
+    for (int64_t k = 0; k < n; ++k) coef[k] = valid[k] != 0 ? shared[k] + direct[k] : T(0);
 }
 
 template <class T, class Gate>
@@ -115,7 +192,7 @@ void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, T
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }
-    T* memory = static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(longest) * Lanes<T>::kArrays));
+    T* memory = static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(Lanes<T>::room(longest)) * Lanes<T>::kArrays));
     if (!memory) std::abort();
     for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory, totals[i]);
     std::free(memory);

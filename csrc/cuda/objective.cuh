@@ -54,7 +54,7 @@ struct SequenceObjective {
     for (int k = 0; k < Gate::num_params; ++k)
       params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
     const T own = args.advantages_per_token ? args.advantages[token] : advantage;
-    return Gate::eval(GateInput<T>{s, args.logp[token], own, T(t), params});
+    return Gate::eval(GateInput<T>{s, args.logp[token], own, position_power<Gate>(T(t), params), params});
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {

@@ -10,7 +10,7 @@ constexpr double kStep = 1e-6;
 
 template <class Gate>
 double value(double s, double logp, double advantage, double t, const double* p) {
-  return Gate::template eval<double>({s, logp, advantage, t, p}).value;
+  return Gate::template eval<double>({s, logp, advantage, position_power<Gate>(t, p), p}).value;
 }
 
 // The unbiased KL forms carry the gradient of k2 = s^2 / 2, and cispo holds its weight fixed: their truth is not the value's slope in s.
@@ -27,7 +27,7 @@ void check_gate(const double* p) {
     for (double advantage : {-1.7, 0.0, 0.8})
       for (double t : {1.0, 3.0, 20.0}) {
         const double logp = -2.5;
-        const Gated<double> g = Gate::template eval<double>({s, logp, advantage, t, p});
+        const Gated<double> g = Gate::template eval<double>({s, logp, advantage, position_power<Gate>(t, p), p});
         const double in_logp =
             (value<Gate>(s, logp + kStep, advantage, t, p) - value<Gate>(s, logp - kStep, advantage, t, p)) / (2 * kStep);
         const std::string where = std::string(Gate::name) + " s=" + std::to_string(s) + " A=" + std::to_string(advantage);
@@ -36,7 +36,8 @@ void check_gate(const double* p) {
         // The same in float, as far as float can tell.
         float narrow[kMaxParams];
         for (int k = 0; k < Gate::num_params; ++k) narrow[k] = static_cast<float>(p[k]);
-        const auto f = Gate::template eval<float>({float(s), float(logp), float(advantage), float(t), narrow});
+        const auto f = Gate::template eval<float>(
+            {float(s), float(logp), float(advantage), position_power<Gate>(float(t), narrow), narrow});
         near(where + " float value", f.value, g.value, 2e-6);
         near(where + " float d_s", f.d_s, g.d_s, 2e-6);
       }

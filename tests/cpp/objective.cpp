@@ -132,7 +132,7 @@ Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
   double p[kMaxParams];
   for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
   const double t = static_cast<double>(k + 1);
-  return Gate::eval(GateInput<double>{s, batch.logp[token], batch.advantages[span.sequence], t, p});
+  return Gate::eval(GateInput<double>{s, batch.logp[token], batch.advantages[span.sequence], position_power<Gate>(t, p), p});
 }
 
 // d/dx_j of s_k.

@@ -40,7 +40,7 @@ Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t to
   for (int k = 0; k < kMaxParams; ++k)
     params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
   const double advantage = args.advantages[args.advantages_per_token ? token : sequence];
-  return Gate::eval(GateInput<double>{s, args.logp[token], advantage, t, params});
+  return Gate::eval(GateInput<double>{s, args.logp[token], advantage, position_power<Gate>(t, params), params});
 }
 
 template <class Gate, class T>

@@ -1,0 +1,173 @@
+// What this machine can do at best: bytes read, bytes copied and exponentials per second. The limits that benchmarks refer to.
+// Compiled once per instruction set (TOKENRL_ISA) for the loops, and once without it for the threads around them.
+#include <cstdint>
+
+#include "../scalar.h"
+
+namespace tokenrl::cpu {
+
+constexpr int64_t kValues = 2048;  // exponentials per round, from the first-level cache
+
+#define TOKENRL_LIMIT_LOOPS                                  \
+  uint64_t sum_words(const uint64_t* words, int64_t n); \
+  float sum_exponentials(const float* values, int64_t rounds);
+
+#ifdef TOKENRL_ISA
+
+namespace TOKENRL_ISA {
+TOKENRL_LIMIT_LOOPS
+
+// Four streams, as several rows are read at once; integer sums, whose latency never holds up a load.
+uint64_t sum_words(const uint64_t* words, int64_t n) {
+  const int64_t quarter = n / 4;
+  const uint64_t *a = words, *b = a + quarter, *c = b + quarter, *d = c + quarter;
+  uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < quarter; ++i) sum += (a[i] + b[i]) + (c[i] + d[i]);
+  for (int64_t i = 4 * quarter; i < n; ++i) sum += words[i];
+  return sum;
+}
+
+// The offset differs per round, so that no round can be left out.
+float sum_exponentials(const float* values, int64_t rounds) {
+  float total = 0;
+  for (int64_t round = 0; round < rounds; ++round) {
+    const float offset = 1e-6f * static_cast<float>(round & 1023);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kValues; ++i) sum += exponential(values[i] - offset);
+    total += sum;
+  }
+  return total;
+}
+
+}  // namespace TOKENRL_ISA
+}  // namespace tokenrl::cpu
+
+#else
+
+namespace portable {
+TOKENRL_LIMIT_LOOPS
+}
+#ifdef __x86_64__
+namespace avx2 {
+TOKENRL_LIMIT_LOOPS
+}
+namespace avx512 {
+TOKENRL_LIMIT_LOOPS
+}
+#endif
+
+}  // namespace tokenrl::cpu
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "../introspection.h"
+#include "kernels.h"
+
+namespace tokenrl::cpu {
+namespace {
+
+constexpr int kPasses = 7;  // the fastest counts
+
+struct Loops {
+  decltype(&portable::sum_words) sum_words;
+  decltype(&portable::sum_exponentials) sum_exponentials;
+};
+
+Loops loops() {
+#ifdef __x86_64__
+  if (instruction_set() == Isa::avx512) return {avx512::sum_words, avx512::sum_exponentials};
+  if (instruction_set() == Isa::avx2) return {avx2::sum_words, avx2::sum_exponentials};
+#endif
+  return {portable::sum_words, portable::sum_exponentials};
+}
+
+// Keeps results alive that nobody reads.
+std::atomic<uint64_t> sink{0};
+
+// Seconds that `threads` threads take for body(thread), from the moment when all are ready until the last is done.
+template <class F>
+double seconds(int threads, F&& body) {
+  std::atomic<int> ready{0};
+  std::atomic<bool> go{false};
+  std::vector<std::thread> running;
+  for (int thread = 0; thread < threads; ++thread)
+    running.emplace_back([&, thread] {
+      ++ready;
+      while (!go) std::this_thread::yield();
+      body(thread);
+    });
+  while (ready < threads) std::this_thread::yield();
+  const auto start = std::chrono::steady_clock::now();
+  go = true;
+  for (std::thread& one : running) one.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+template <class F>
+double fastest(int threads, F&& body) {
+  double best = infinity<double>();
+  for (int pass = 0; pass < kPasses; ++pass) best = std::min(best, seconds(threads, body));
+  return best;
+}
+
+// A buffer of n words of which each thread owns, and has first touched, an equal part.
+struct Shares {
+  int threads;
+  int64_t each;
+  std::unique_ptr<uint64_t[]> words;
+
+  Shares(int64_t bytes, int count) : threads(count), each(std::max<int64_t>(bytes / 8 / count, 8)), words(new uint64_t[each * count]) {
+    seconds(threads, [&](int thread) { std::fill(of(thread), of(thread) + each, uint64_t{1}); });
+  }
+  uint64_t* of(int thread) const { return words.get() + thread * each; }
+  double bytes() const { return 8.0 * static_cast<double>(each) * threads; }
+  // Rounds that make a pass long enough for the clock, however small the buffer is.
+  int64_t rounds() const { return std::max<int64_t>(1, (int64_t{1} << 28) / (8 * each * threads)); }
+};
+
+}  // namespace
+}  // namespace tokenrl::cpu
+
+using namespace tokenrl::cpu;
+
+double tokenrl_measure_read(int64_t bytes, int threads) {
+  const Shares shares(bytes, threads);
+  const auto sum = loops().sum_words;
+  const int64_t rounds = shares.rounds();
+  const double best = fastest(threads, [&](int thread) {
+    for (int64_t round = 0; round < rounds; ++round) sink += sum(shares.of(thread), shares.each);
+  });
+  return shares.bytes() * static_cast<double>(rounds) / best;
+}
+
+double tokenrl_measure_copy(int64_t bytes, int threads) {
+  const Shares from(bytes, threads), to(bytes, threads);
+  const int64_t rounds = from.rounds();
+  const double best = fastest(threads, [&](int thread) {
+    for (int64_t round = 0; round < rounds; ++round) {
+      std::memcpy(to.of(thread), from.of(thread), 8 * static_cast<size_t>(from.each));
+      sink += to.of(thread)[round % from.each];
+    }
+  });
+  return 2 * from.bytes() * static_cast<double>(rounds) / best;
+}
+
+double tokenrl_measure_exponentials(int64_t count, int threads) {
+  const auto sum = loops().sum_exponentials;
+  const int64_t rounds = std::max<int64_t>(1, count / kValues / threads);
+  const double best = fastest(threads, [&](int) {
+    float values[kValues];
+    for (int64_t i = 0; i < kValues; ++i) values[i] = -20.0f * static_cast<float>(i) / kValues;
+    sink += static_cast<uint64_t>(sum(values, rounds));
+  });
+  return static_cast<double>(rounds * kValues) * threads / best;
+}
+
+#endif

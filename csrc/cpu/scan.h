@@ -1,0 +1,85 @@
+// The statistics along one sequence, a vector register at a time. Only for sources that are compiled once per instruction
+// set; walk.h has the same for any precision and for segments.
+#pragma once
+
+#include "lanes.h"
+#include "walk.h"
+
+namespace tokenrl::cpu::TOKENRL_ISA {
+
+// Lanes moved up by `distance`; `fill` enters below.
+template <int distance>
+TRL_INLINE Floats moved_up(Floats x, Floats fill) {
+  Words from;
+  for (int i = 0; i < kLanes; ++i) from[i] = static_cast<uint32_t>(i < distance ? kLanes + i : i - distance);
+  return __builtin_shuffle(x, fill, from);
+}
+
+// combine(everything up to and including this lane), in log2(kLanes) steps.
+template <class Combine>
+TRL_INLINE Floats prefix_of(Floats x, Floats neutral, Combine combine) {
+  x = combine(x, moved_up<1>(x, neutral));
+  x = combine(x, moved_up<2>(x, neutral));
+  if constexpr (kLanes > 4) x = combine(x, moved_up<4>(x, neutral));
+  if constexpr (kLanes > 8) x = combine(x, moved_up<8>(x, neutral));
+  return x;
+}
+
+// A running sum in double, added to vectors of floats without its lower half being lost.
+struct RunningSum {
+  double sum = 0;
+
+  TRL_INLINE Floats through(Floats x) {
+    const float high = static_cast<float>(sum), low = static_cast<float>(sum - static_cast<double>(high));
+    const Floats within = prefix_of(x, Floats{}, [](Floats a, Floats b) { return a + b; });
+    sum += static_cast<double>(within[kLanes - 1]);
+    return high + (low + within);
+  }
+};
+
+// Before every token the smallest x of the valid tokens so far, 0 before the first.
+struct RunningMinimum {
+  float lowest = infinity<float>();
+
+  TRL_INLINE Floats before(Floats x, Floats valid) {
+    const Floats neutral = all(infinity<float>());
+    const Floats within = prefix_of(valid != 0 ? x : neutral, neutral, [](Floats a, Floats b) { return b < a ? b : a; });
+    const Floats earlier = moved_up<1>(within, neutral), so_far = earlier < lowest ? earlier : all(lowest);
+    lowest = smaller(lowest, within[kLanes - 1]);
+    return so_far == infinity<float>() ? Floats{} : so_far;
+  }
+};
+
+TRL_INLINE void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// s and t of whole vectors of tokens, n rounded up: x and valid are 0 beyond the last.
+template <Statistic kStatistic>
+inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, float* t) {
+  RunningSum count, sum;
+  RunningMinimum minimum;
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const Floats own = load(x + k), is_valid = load(valid + k), position = count.through(is_valid);
+    put(t + k, position);
+    if constexpr (kStatistic == Statistic::token) put(s + k, own);
+    else if constexpr (kStatistic == Statistic::prefix_min) put(s + k, minimum.before(own, is_valid) + own);
+    else if constexpr (kStatistic == Statistic::prefix_mean) put(s + k, sum.through(own) / higher(position, all(1)));
+    else put(s + k, sum.through(own));
+  }
+}
+
+// A sequence without segments: the arrays have room for whole vectors.
+inline void scan_lanes(Statistic statistic, const float* x, const float* valid, int64_t n, float* s, float* t) {
+  switch (statistic) {
+    case Statistic::token: return scan_lanes<Statistic::token>(x, valid, n, s, t);
+    case Statistic::prefix_sum: return scan_lanes<Statistic::prefix_sum>(x, valid, n, s, t);
+    case Statistic::prefix_mean: return scan_lanes<Statistic::prefix_mean>(x, valid, n, s, t);
+    case Statistic::prefix_min: return scan_lanes<Statistic::prefix_min>(x, valid, n, s, t);
+    case Statistic::span_sum:
+    case Statistic::span_mean: break;
+  }
+  scan_lanes<Statistic::span_sum>(x, valid, n, s, t);
+  const float total = n == 0 ? 0 : statistic == Statistic::span_mean ? s[n - 1] / larger(t[n - 1], 1.0f) : s[n - 1];
+  for (int64_t k = 0; k < n; ++k) s[k] = total;
+}
+
+}  // namespace tokenrl::cpu::TOKENRL_ISA
