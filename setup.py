@@ -112,10 +112,11 @@ class Ninja:
 def op_library(ninja: Ninja, folder: Path, target: Path, torch: Path, toolkit: dict[str, str] | None) -> None:
     objects = []
     for isa, flags in ISAS.items():
-        for name in ("objective", "token_logprobs"):
+        for name in ("objective", "token_logprobs", "limits"):
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
             objects.append(ninja.build("cxx", folder / f"{name}.{isa}.o", [source], f"-DTOKENRL_ISA={isa} {flags}"))
-    objects.append(ninja.build("cxx", folder / "parts.o", [ROOT / "csrc" / "cpu" / "parts.cpp"]))
+    for name in ("parts", "limits"):
+        objects.append(ninja.build("cxx", folder / f"{name}.o", [ROOT / "csrc" / "cpu" / f"{name}.cpp"]))
     include = " ".join(
         f"-isystem {shell_path(torch / folder)}" for folder in ("include", "include/torch/csrc/api/include")
     )

@@ -1,137 +1,151 @@
-"""python -m bench: correctness first, then one line per case and backend, beside eager PyTorch in the same process."""
+"""python -m bench: correctness first, then one line per case and backend, beside its competitors."""
 
-import argparse
-import json
+import os
 import platform
-import statistics
-import time
+import re
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from typer import Option
 
 from tokenrl import backends
 
-from .cases import Case, cases
+from . import report
+from .cases import DTYPES, OPS, chosen_specs, default_specs, make
+from .competitors import versions
+from .measure import limits
+from .run import Findings, default_backends, run_case
+
+ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 
-def sync(device: str) -> None:
+def bad(option: str, given: object, accepted: str) -> typer.BadParameter:
+    return typer.BadParameter(f"got {given!r}, accepted: {accepted}.", param_hint=option)
+
+
+def each_of(option: str, given: list[str], accepted: list[str]) -> list[str]:
+    for one in given:
+        if one not in accepted:
+            raise bad(option, one, ", ".join(accepted))
+    return list(dict.fromkeys(given))
+
+
+def parsed_shapes(given: list[str]) -> list[tuple[int, int]]:
+    found = [SHAPE.fullmatch(one) for one in given]
+    for text, match in zip(given, found, strict=True):
+        if match is None:
+            raise bad("--shape", text, "ROWSxCOLUMNS, two positive integers such as 2048x151936")
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def parsed_device(given: str | None) -> str:
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise bad("--device", device, "cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise bad("--device", device, "cpu (torch sees no GPU here)")
+    return device
+
+
+def parsed_backends(given: list[str], device: str) -> list[str]:
+    """Those named, if they can run here; without names all that can."""
+    for name in each_of("--backend", given, list(backends.BACKENDS)):
+        if reason := backends.BACKENDS[name].why_not(torch.device(device)):
+            able = [n for n, b in backends.BACKENDS.items() if b.why_not(torch.device(device)) is None]
+            raise bad("--backend", name, f"{', '.join(able)}; on {device} {name} cannot run: {reason}")
+    return list(dict.fromkeys(given)) or default_backends(torch.device(device))
+
+
+def parsed_specs(device: str, small: bool, ops: list[str], shapes: list[str], dtypes: list[str]):
+    """The cases to run; an error where the options leave none."""
+    ops, sizes = each_of("--op", ops, list(OPS)), parsed_shapes(shapes)
+    names = each_of("--dtype", [ALIASES.get(d, d) for d in dtypes], [*DTYPES, *ALIASES])
+    specs = chosen_specs(device, small, ops, sizes, names)
+    if not specs:
+        there = dict.fromkeys(f"{op} {dtype}" for op, _, dtype in default_specs(device, small))
+        accepted = f"{', '.join(there)}; with --shape token_logprobs in any dtype, policy_loss in float32"
+        raise bad("--op, --dtype", " ".join(ops + names), accepted)
+    return specs
+
+
+def machine_name(device: str) -> str:
     if device == "cuda":
-        torch.cuda.synchronize()
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.machine()
 
 
-def step(call, backward: bool):
-    value, x = call()
-    if not backward:
-        return value
-    return torch.autograd.grad(value, x)[0]
-
-
-def paired_medians(calls: dict, device: str, backward: bool, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns so that the machine's noise falls on all of them."""
-    times = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            sync(device)
-            start = time.perf_counter()
-            step(call, backward)
-            sync(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, read plus write: the limit that per cent refers to."""
-    x = torch.empty((1 << 30) if device == "cuda" else (1 << 28), dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    times = []
-    for _ in range(6):
-        sync(device)
-        start = time.perf_counter()
-        y.copy_(x)
-        sync(device)
-        times.append(time.perf_counter() - start)
-    return 2 * x.numel() / min(times[1:])
-
-
-def wrong(case: Case, backend: str) -> str | None:
-    """Why a backend's value or gradient is not the eager spelling's, or None; no speed is printed for a wrong result."""
-    for backward in (False, True):
-        found, expected = (step(call, backward).double() for call in (lambda: case.run(backend), case.eager))
-        error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
-        if not error < 5e-3:
-            return f"{'gradient' if backward else 'value'} differs from eager by {error:.1e}"
-    return None
-
-
-def measure(case: Case, names: list[str], device: str, repeats: int, limit: float) -> list[dict]:
-    calls = {"eager": case.eager} | {name: (lambda name=name: case.run(name)) for name in names}
-    forward = paired_medians(calls, device, False, repeats)
-    both = paired_medians(calls, device, True, repeats)
-    lines = []
-    for name in calls:
-        rate = case.forward_bytes / forward[name]
-        lines.append({
-            "op": case.op, "shape": case.shape, "backend": name, "forward ms": forward[name] * 1e3,
-            "forward+backward ms": both[name] * 1e3, "forward GB/s": rate / 1e9, "% of copy": 100 * rate / limit,
-            "forward vs eager": forward["eager"] / forward[name], "both vs eager": both["eager"] / both[name],
-        })  # fmt: skip
-    return lines
-
-
-def machine_line(device: str, limit: float) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+def machine_line(device: str, load: float) -> str:
+    """What ran this, what it does at best, and how busy others kept it before the start."""
+    found = limits(device)
+    return (
+        f"{machine_name(device)}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {versions()}; read {found.read / 1e9:.1f} GB/s, copy {found.copy / 1e9:.1f} GB/s, "
+        f"{found.exponentials / 1e9:.2f} G exponentials/s ({found.source}); load before the start {load:.1f}"
     )
-    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}; copy {limit / 1e9:.1f} GB/s"
 
 
-def table(lines: list[dict]) -> str:
-    head = list(lines[0])
-    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+def write(result: dict, out: Path | None, json: Path | None, png: Path | None) -> None:
+    if out:
+        report.write_folder(result, out)
+    if json:
+        report.write_json(result, json)
+    if png:
+        from .figure import draw
+
+        draw(result, png)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--check-only", action="store_true", help="small sizes, correctness only")
-    parser.add_argument("--out", type=Path, help="folder that receives the table and its JSON")
-    options = parser.parse_args()
-    device = options.device
-    names = [
-        n for n, b in backends.BACKENDS.items()
-        if n != "reference" and b.automatic(torch.device(device)) and b.why_not(torch.device(device)) is None
-    ]  # fmt: skip
-    limit = 1.0 if options.check_only else copy_bandwidth(device)
-    lines, failures = [], []
-    for case in cases(device, options.check_only):
-        right = []
-        for name in names:
-            reason = wrong(case, name)
-            if reason:
-                failures.append(f"{case.op} {case.shape} {name}: {reason}")
-            else:
-                right.append(name)
-        if not options.check_only:
-            lines += measure(case, right, device, options.repeats, limit)
-    print(f"backends on {device}: {', '.join(names) or 'none'}")
-    if lines:
-        text = f"{machine_line(device, limit)}\n\n{table(lines)}\n"
-        print(text)
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"{device}.md").write_text(text)
-            (options.out / f"{device}.json").write_text(
-                json.dumps({"machine": machine_line(device, limit), "lines": lines}, indent=1)
-            )
-    if failures:
-        raise SystemExit("\n".join(["wrong results:", *failures]))
-    print("every result agrees with eager PyTorch")
+def finish(findings: Findings) -> None:
+    """Ends with 1 where a backend was wrong."""
+    if findings.failures:
+        print("\n".join(["wrong results, of which no speed is printed:", *findings.failures]))
+        raise typer.Exit(1)
+    print(f"{len(findings.passed)} checks: every value and gradient is within the tolerance rule of tokenrl.parity")
 
+
+def main(
+    op: Annotated[list[str], Option(help=f"{', '.join(OPS)}; repeatable.")] = [],  # noqa: B006
+    shape: Annotated[list[str], Option(help="ROWSxCOLUMNS, such as 2048x151936; repeatable.")] = [],  # noqa: B006
+    dtype: Annotated[list[str], Option(help=f"Of logits: {', '.join(DTYPES)}; repeatable.")] = [],  # noqa: B006
+    backend: Annotated[list[str], Option(help=f"{', '.join(backends.BACKENDS)}; repeatable.")] = [],  # noqa: B006
+    device: Annotated[str | None, Option(help="cpu or cuda; cuda where there is one.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="Of torch on the CPU.")] = None,
+    repeats: Annotated[int, Option(min=1, help="Samples of each call; at least 3, fewer than this of a slow one.")] = 7,
+    no_compile: Annotated[bool, Option("--no-compile", help="Leave torch.compile out.")] = False,
+    check_only: Annotated[bool, Option("--check-only", help="Small sizes, correctness only.")] = False,
+    json: Annotated[Path | None, Option(help="File for the results as JSON.")] = None,
+    png: Annotated[Path | None, Option(help="File for the figure.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for {device}.md, {device}.json and {device}.png.")] = None,
+) -> None:
+    """Checks each backend against the fp64 reference, then times it beside eager PyTorch, torch.compile, TRL, Liger."""
+    place = parsed_device(device)
+    load = os.getloadavg()[0]
+    specs, names = parsed_specs(place, check_only, op, shape, dtype), parsed_backends(backend, place)
+    if threads:
+        torch.set_num_threads(threads)
+    findings = Findings()
+    print(f"backends on {place}: {', '.join(names) or 'none'}", flush=True)
+    for spec in specs:
+        case = make(spec, place)
+        run_case(case, names, place, findings, repeats=repeats, compile=not no_compile, check_only=check_only)
+        del case
+    if not check_only:
+        result = {
+            "device": place, "machine": machine_line(place, load), "lines": findings.lines, "missing": findings.missing,
+            "failures": findings.failures,
+        }  # fmt: skip
+        report.show(result)
+        write(result, out, json, png)
+    finish(findings)
+
+
+app = typer.Typer(add_completion=False)
+app.command()(main)
 
 if __name__ == "__main__":
-    main()
+    app(prog_name="python -m bench")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build, tests on the device, sanitizer, benchmarks: about 10 minutes, no network, with the Python that is on the PATH.
+# Build, tests on the device, sanitizer, benchmarks: about 12 minutes, no network, with the Python that is on the PATH.
 # OUT (default: bench/results) receives the tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,5 +27,5 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not installed: skipped" | tee "$out/sanitizer.txt"
 fi
-timeout 180 "$python" -m bench --device cuda --out "$out" || failed=1
+timeout 300 "$python" -m bench --device cuda --out "$out" || failed=1
 exit $failed

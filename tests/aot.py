@@ -58,7 +58,8 @@ def dump(kernel, option: str) -> str:
 def resources(kernel, arch: int) -> dict:
     """Registers, stack bytes, accesses to them (a frame of which ptxas makes no use is no spill), shared memory, and
     the share of a multiprocessor's 64 warps that fit into it."""
-    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump(kernel, "-res-usage"))}
+    text = dump(kernel, "-res-usage")
+    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", dump(kernel, "-sass"))) if usage["stack"] else 0
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     memory = (164 if arch == 80 else 228) * 1024
@@ -149,7 +150,7 @@ def row_cases(label: str, logits, per_row: int, everything: bool):
         keep = torch.ones(logits.shape[-1], dtype=torch.bool).expand(logits.shape)
         transform = (1.0, stats, 30.0, 0.5, keep)
         grads, squares, outputs = (grad, stats, stats, stats), stats, list(OUTPUTS)
-    saved = (ids, stats, stats, squares)
+    saved = (ids, stats, stats, stats, squares)
     yield label, "token_logprobs", (logits, ids, *transform, outputs, False)
     yield label, "token_logprobs_backward", (*grads, logits, *saved, *transform)
     yield f"{label} in place", "token_logprobs_backward_", (*grads, logits, *saved, *transform)

@@ -38,15 +38,21 @@ def vocab_parts(rows: int, vocab: int, device: torch.device) -> int:
     return 1 if rows >= available else min(triton.cdiv(2 * available, rows), triton.cdiv(vocab, 1024))
 
 
-def vocab_block(vocab: int, dtype: torch.dtype, parts: int = 1) -> int:
-    """Logits per block: 16 per thread on a GPU (8 in fp64); the interpreter pays per operation, not per element.
+def vocab_block(vocab: int, dtype: torch.dtype, parts: int = 1, heavy: bool = False) -> int:
+    """Logits per block: 16 per thread on a GPU (8 in fp64), half of that where much is computed of each (heavy); the
+    interpreter pays per operation, not per element.
 
     A part of a row is at least four blocks, or blocks would not spread evenly over the parts, until they are small."""
-    most = 65536 if interpreting() else 2048 if dtype == torch.float64 else 4096
+    most = 65536 if interpreting() else 1024 if heavy else 2048 if dtype == torch.float64 else 4096
     if parts > 1:
         most = min(most, max(1 << (vocab // (4 * parts)).bit_length() >> 1, 1024))
     return min(max(triton.next_power_of_2(vocab), 128), most)
 
 
-def vocab_warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)
+def vocab_warps(block: int, heavy: bool = False) -> int:
+    return min(max(block // (256 if heavy else 512), 1), 8)
+
+
+def several_ids(per_row: int) -> dict:
+    """Options of a kernel that counts for several ids at once: ptxas would rather spill than use so many registers."""
+    return {"maxnreg": 160} if per_row > 1 and not interpreting() else {}

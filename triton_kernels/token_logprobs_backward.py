@@ -31,10 +31,10 @@ from .vocabulary import (
 
 
 @triton.jit
-def _softmax_part(x, scale, inner, lse, a, b, c, SOFTCAP: tl.constexpr):
+def _softmax_part(x, scale, inner, lse, rest, a, b, c, SOFTCAP: tl.constexpr):
     """(dx without the terms of the ids, dz / dx)."""
     z, bent = transformed(x, scale, inner, SOFTCAP)
-    log_p = z - lse
+    log_p = (z - lse) - rest
     p = tl.exp(log_p)
     g = a
     if b is not None:
@@ -46,15 +46,15 @@ def _softmax_part(x, scale, inner, lse, a, b, c, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _block(logits, keep, grad, to, lag, keep_lag, inside, scale, inner, lse, a, b, c, SOFTCAP: tl.constexpr):
+def _block(logits, keep, grad, to, lag, keep_lag, inside, scale, inner, lse, rest, a, b, c, SOFTCAP: tl.constexpr):
     x, _ = load_block(logits, keep, to + lag, keep_lag, inside, lse.dtype)
-    value, _ = _softmax_part(x, scale, inner, lse, a, b, c, SOFTCAP)
+    value, _ = _softmax_part(x, scale, inner, lse, rest, a, b, c, SOFTCAP)
     tl.store(grad + to, value.to(grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _walk(
-    logits, keep, grad, low, high, lag, keep_lag, scale, inner, lse, a, b, c, SOFTCAP: tl.constexpr,
+    logits, keep, grad, low, high, lag, keep_lag, scale, inner, lse, rest, a, b, c, SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     lanes = lanes_of(BLOCK, VEC)
@@ -62,12 +62,12 @@ def _walk(
     if first < low:
         to = first + lanes
         inside = (to >= low) & (to < high)
-        _block(logits, keep, grad, to, lag, keep_lag, inside, scale, inner, lse, a, b, c, SOFTCAP)
+        _block(logits, keep, grad, to, lag, keep_lag, inside, scale, inner, lse, rest, a, b, c, SOFTCAP)
     for block in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        _block(logits, keep, grad, block + lanes, lag, keep_lag, None, scale, inner, lse, a, b, c, SOFTCAP)
+        _block(logits, keep, grad, block + lanes, lag, keep_lag, None, scale, inner, lse, rest, a, b, c, SOFTCAP)
     if stop < high:
         to = stop + lanes
-        _block(logits, keep, grad, to, lag, keep_lag, to < high, scale, inner, lse, a, b, c, SOFTCAP)
+        _block(logits, keep, grad, to, lag, keep_lag, to < high, scale, inner, lse, rest, a, b, c, SOFTCAP)
 
 
 @triton.jit
@@ -96,8 +96,8 @@ def _own_gradient(grad_logp, ids, row, id, g_logp, K, KP: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    grad_logp, grad_entropy, grad_lse, grad_squares, logits, ids, lse_in, entropy_in, squares_in, temperatures, keep,
-    grad, time, vocab, K, parts, stride_batch, stride_time, grad_batch, grad_time, keep_batch, keep_time,
+    grad_logp, grad_entropy, grad_lse, grad_squares, logits, ids, lse_in, rest_in, entropy_in, squares_in, temperatures,
+    keep, grad, time, vocab, K, parts, stride_batch, stride_time, grad_batch, grad_time, keep_batch, keep_time,
     scale: tl.float64, inner: tl.float64, KP: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def backward_kernel(
         column = low - begin
         mine = used & (id >= column) & (id < high - begin)
         own, kept = load_own(logits, keep, begin + lag, keep_begin, id, mine, T)
-        lse = tl.load(lse_in + row)
+        lse, rest = tl.load(lse_in + row), tl.load(rest_in + row)
         a = g_lse - tl.sum(g_logp, 0)
         b, c = None, None
         if grad_entropy is not None:
@@ -141,11 +141,11 @@ def backward_kernel(
             a -= 2 * g_squares
             c = 2 * g_squares * tl.exp(-tl.load(squares_in + row))
         _walk(
-            logits, keep, grad, low, high, lag, keep_begin - begin - lag, factor, bend, lse, a, b, c, SOFTCAP, BLOCK,
-            VEC,
+            logits, keep, grad, low, high, lag, keep_begin - begin - lag, factor, bend, lse, rest, a, b, c, SOFTCAP,
+            BLOCK, VEC,
         )  # fmt: skip
         if grad_logp is not None:
-            value, slope = _softmax_part(own, factor, bend, lse, a, b, c, SOFTCAP)
+            value, slope = _softmax_part(own, factor, bend, lse, rest, a, b, c, SOFTCAP)
             g_own = _own_gradient(grad_logp, ids, row, id, g_logp, K, KP)
             alive = kept & (own != -float("inf")) if SOFTCAP else kept
             value += tl.where(alive, g_own, 0.0) * slope
@@ -153,8 +153,11 @@ def backward_kernel(
             tl.store(grad + begin + id, value.to(grad.dtype.element_ty), mask=mine)
 
 
-def _backward(grads, logits, grad, ids, lse, entropy, log_sum_sq_probs, temperature, temperatures, softcap, logit_scale,
-              keep_mask) -> None:  # fmt: skip
+def _backward(
+    grads: tuple, logits: Tensor, grad: Tensor, ids: Tensor, lse: Tensor, lse_rest: Tensor, entropy: Tensor,
+    log_sum_sq_probs: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
+    keep_mask: Tensor | None,
+) -> None:  # fmt: skip
     """Writes the gradient into `grad`, which may be logits."""
     _, time, vocab = logits.shape
     rows, per_row = ids.shape[0] * time, ids.shape[-1]
@@ -162,14 +165,14 @@ def _backward(grads, logits, grad, ids, lse, entropy, log_sum_sq_probs, temperat
         return
     scale, inner, capped = factors(temperature, softcap, logit_scale)
     parts = launch.vocab_parts(rows, vocab, logits.device)
-    block = launch.vocab_block(vocab, logits.dtype, parts)
+    block = launch.vocab_block(vocab, logits.dtype, parts, heavy=capped)
     kept, *keep_strides = keep_arguments(keep_mask)
     with launch.on_device_of(logits):
         backward_kernel[(rows * parts,)](
-            *grads, logits, ids, lse, entropy, log_sum_sq_probs, temperatures, kept, grad, time, vocab, per_row, parts,
-            *logits.stride()[:2], *grad.stride()[:2], *keep_strides, scale, inner,
+            *grads, logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, kept, grad, time, vocab,
+            per_row, parts, *logits.stride()[:2], *grad.stride()[:2], *keep_strides, scale, inner,
             KP=triton.next_power_of_2(per_row), SOFTCAP=capped, SAME=logits.stride()[:2] == grad.stride()[:2],
-            SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block),
+            SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, heavy=capped),
         )  # fmt: skip
 
 

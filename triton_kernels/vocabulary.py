@@ -1,4 +1,4 @@
-"""What the kernels over rows of logits share: where a row and its parts lie, how they are read, what becomes of a logit.
+"""What the kernels over rows of logits share: where rows and their parts lie, how they are read, and z of a logit.
 
 A row is walked in blocks of [BLOCK / VEC, VEC] logits, VEC of them 16 bytes, so that a sum over VEC stays in a thread.
 Blocks begin at multiples of VEC of the buffer, not at the row's own start: where 16 bytes do not divide a row, only

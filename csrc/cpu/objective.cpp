@@ -33,10 +33,12 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   const bool* mask = args.spans.mask ? args.spans.mask + q.begin : nullptr;
   const T *logps = args.logp + q.begin, *old_logps = args.old_logp + q.begin, clamp_to = args.clamp;
   T *x = lanes.x, *logp = lanes.logp, *valid = lanes.valid, *passes = lanes.passes, *weight = lanes.weight;
-  if (mask)
-    for (int64_t k = 0; k < n; ++k) valid[k] = mask[k] ? T(1) : T(0);
-  else
+  if (mask) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) valid[k] = static_cast<T>(mask[k]);
+  } else {
     for (int64_t k = 0; k < n; ++k) valid[k] = 1;
+  }
   const double normalizer = args.normalizer[0];
   const T sequence_weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
 #pragma omp simd
@@ -48,12 +50,20 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
     passes[k] = (d >= -clamp_to) & (d <= clamp_to) ? T(1) : T(0);
     weight[k] = counts ? sequence_weight : T(0);
   }
-  if (args.token_weight)
-    for (int64_t k = 0; k < n; ++k) weight[k] = valid[k] != 0 ? weight[k] * args.token_weight[q.begin + k] : T(0);
-  if (args.advantages && args.advantages_per_token)
-    for (int64_t k = 0; k < n; ++k) lanes.advantage[k] = valid[k] != 0 ? args.advantages[q.begin + k] : T(0);
-  else
-    for (int64_t k = 0; k < n; ++k) lanes.advantage[k] = args.advantages && valid[k] != 0 ? args.advantages[i] : T(0);
+  if (const T* token_weight = args.token_weight) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) weight[k] = valid[k] != 0 ? weight[k] * token_weight[q.begin + k] : T(0);
+  }
+  T* advantage = lanes.advantage;
+  if (args.advantages && args.advantages_per_token) {
+    const T* advantages = args.advantages + q.begin;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) advantage[k] = valid[k] != 0 ? advantages[k] : T(0);
+  } else {
+    const T of_sequence = args.advantages ? args.advantages[i] : T(0);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) advantage[k] = valid[k] != 0 ? of_sequence : T(0);
+  }
 }
 
 inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<double>& lanes) {
@@ -177,10 +187,10 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
   if (through && statistic != Statistic::token) adjoint_of(args.spans, q, statistic, lanes.t, lanes.shared);
   T* coef = args.coef + q.begin;
   const T *shared = lanes.shared, *direct = lanes.direct, *valid = lanes.valid, *passes = lanes.passes;
-  if (through)
-    for (int64_t k = 0; k < n; ++k) coef[k] = valid[k] != 0 ? (passes[k] == 0 ? T(0) : shared[k]) + direct[k] : T(0);
-  else
-    for (int64_t k = 0; k < n; ++k) coef[k] = valid[k] != 0 ? shared[k] + direct[k] : T(0);
+  const T clamped = through ? T(0) : T(1);  // the true derivative stops where the log ratio was clamped
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k)
+    coef[k] = valid[k] != 0 ? (passes[k] + clamped != 0 ? shared[k] : T(0)) + direct[k] : T(0);
 }
 
 template <class T, class Gate>
