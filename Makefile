@@ -9,7 +9,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
 
-test: $(VENV)/.built
+test: $(VENV)/.built $(VENV)/.rivals
 	$(VENV)/bin/python -m pytest -q -rs tests
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
@@ -22,6 +22,11 @@ $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PIP) install -q -r requirements.txt
 	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q "triton==3.6.0"
+	touch $@
+
+# What the drop-ins of tokenrl.compat are compared with.
+$(VENV)/.rivals: $(VENV)/.installed
+	$(PIP) install -q -r requirements.txt "trl==1.16.0"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

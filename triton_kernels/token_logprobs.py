@@ -188,8 +188,8 @@ def token_logprobs(
     how = {"KP": triton.next_power_of_2(per_row), "WANT": want, "SOFTCAP": capped}
     with launch.on_device_of(logits):
         forward_kernel[(rows * parts,)](
-            *common, **how, SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, heavy),
-            **launch.several_ids(per_row if top1 or rank else 1),
+            *common, **how, SPLIT=parts > 1, BLOCK=block, VEC=vector(logits),
+            num_warps=launch.vocab_warps(block, heavy), **launch.several_ids(per_row if top1 or rank else 1),
         )  # fmt: skip
         if parts > 1:
             merge_kernel[(rows,)](*common, **how, PARTS=triton.next_power_of_2(parts), num_warps=1)
