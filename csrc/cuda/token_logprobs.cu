@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_kernel(Logpr
 
 // Merges the parts of one row; every thread does, and each stores its share.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads) merge_kernel(LogprobArgs<Logit, T> args, int splits, const typename Mode::Part* parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) merge_kernel(LogprobArgs<Logit, T> args, int splits, const typename Mode::Part* parts) {
   const int64_t index = blockIdx.x;
   if (is_ignored(args, index)) return;
   const RowView<Logit, T, Mode> row(args, index);
