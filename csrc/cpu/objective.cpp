@@ -12,7 +12,7 @@ namespace {
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
 
-// One entry per token of a sequence; masked cells hold harmless numbers and weight 0. Every array has room for whole
+// One entry per token of a piece of a sequence; masked cells hold harmless numbers and weight 0. Every array has room for whole
 // vectors.
 template <class T>
 struct Lanes {
@@ -34,8 +34,9 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   const T *logps = args.logp + q.begin, *old_logps = args.old_logp + q.begin, clamp_to = args.clamp;
   T *x = lanes.x, *logp = lanes.logp, *valid = lanes.valid, *passes = lanes.passes, *weight = lanes.weight;
   if (mask) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // loops over bool do not vectorise
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) valid[k] = static_cast<T>(mask[k]);
+    for (int64_t k = 0; k < n; ++k) valid[k] = static_cast<T>(bytes[k]);
   } else {
     for (int64_t k = 0; k < n; ++k) valid[k] = 1;
   }
@@ -66,12 +67,19 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   }
 }
 
-inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<double>& lanes) {
+// Whether a token's coefficient depends on nothing behind it, so that a sequence can be worked off in pieces that stay in
+// the first-level cache.
+template <class T>
+inline bool streams(const Spans& spans, Statistic statistic, bool through) {
+  return sizeof(T) == sizeof(float) && !spans.starts && !over_span(statistic) && (!through || statistic == Statistic::token);
+}
+
+inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<double>& lanes, Carry&) {
   statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
 }
-inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<float>& lanes) {
+inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<float>& lanes, Carry& carry) {
   if (spans.starts) statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
-  else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t);
+  else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t, carry);
 }
 
 // A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything.
@@ -172,16 +180,16 @@ inline void run_gate_loops(const ObjectiveArgs<T>& args, Sequence q, const Lanes
   }
 }
 
+// q: tokens of sequence i, all of them unless they stream.
 template <class T, class Gate>
-void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory, Totals& totals) {
-  const Sequence q = sequence_of(args.spans, i);
-  const int64_t n = larger(q.end - q.begin, int64_t{0});
+void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Sequence q, int64_t i, T* memory, Carry& carry,
+               Totals& totals) {
+  const int64_t n = q.end - q.begin;
   const Lanes<T> lanes(memory, n);
   load(args, q, i, lanes);
-  statistic_lanes(args.spans, q, statistic, lanes);
+  statistic_lanes(args.spans, q, statistic, lanes, carry);
   bool per_token = false;
   for (int j = 0; j < Gate::num_params; ++j) per_token = per_token || args.params[j].tensor;
-  totals = Totals::nothing();
   if (per_token) run_gate_loops<T, Gate, true>(args, q, lanes, totals);
   else run_gate_loops<T, Gate, false>(args, q, lanes, totals);
   if (through && statistic != Statistic::token) adjoint_of(args.spans, q, statistic, lanes.t, lanes.shared);
@@ -194,11 +202,21 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
 }
 
 template <class T, class Gate>
+void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory, Totals& totals) {
+  const Sequence q = sequence_of(args.spans, i);
+  const int64_t length = streams<T>(args.spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
+  Carry carry;
+  totals = Totals::nothing();
+  for (int64_t begin = q.begin; begin < q.end; begin += length)
+    run_piece<T, Gate>(args, statistic, through, {begin, smaller(begin + length, q.end)}, i, memory, carry, totals);
+}
+
+template <class T, class Gate>
 void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Totals* totals, const Threads& threads) {
   const int64_t grain = larger(int64_t{1}, 4096 * args.spans.num_sequences / larger(args.spans.num_tokens, int64_t{1}));
   parallel(threads, args.spans.num_sequences, grain, [&](int64_t begin, int64_t end) {
-    int64_t longest = 1;
-    for (int64_t i = begin; i < end; ++i) {
+    int64_t longest = kBlock;
+    for (int64_t i = begin; i < end && !streams<T>(args.spans, statistic, through); ++i) {
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }

@@ -50,13 +50,19 @@ struct RunningMinimum {
   }
 };
 
+// What a sequence has seen so far, from one piece of it to the next.
+struct Carry {
+  RunningSum count, sum;
+  RunningMinimum minimum;
+};
+
 TRL_INLINE void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 // s and t of whole vectors of tokens, n rounded up: x and valid are 0 beyond the last.
 template <Statistic kStatistic>
-inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, float* t) {
-  RunningSum count, sum;
-  RunningMinimum minimum;
+inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, float* t, Carry& carry) {
+  RunningSum count = carry.count, sum = carry.sum;
+  RunningMinimum minimum = carry.minimum;
   for (int64_t k = 0; k < n; k += kLanes) {
     const Floats own = load(x + k), is_valid = load(valid + k), position = count.through(is_valid);
     put(t + k, position);
@@ -65,19 +71,20 @@ inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, 
     else if constexpr (kStatistic == Statistic::prefix_mean) put(s + k, sum.through(own) / higher(position, all(1)));
     else put(s + k, sum.through(own));
   }
+  carry = {count, sum, minimum};
 }
 
-// A sequence without segments: the arrays have room for whole vectors.
-inline void scan_lanes(Statistic statistic, const float* x, const float* valid, int64_t n, float* s, float* t) {
+// A piece of a sequence without segments, for span statistics all of it. The arrays have room for whole vectors.
+inline void scan_lanes(Statistic statistic, const float* x, const float* valid, int64_t n, float* s, float* t, Carry& carry) {
   switch (statistic) {
-    case Statistic::token: return scan_lanes<Statistic::token>(x, valid, n, s, t);
-    case Statistic::prefix_sum: return scan_lanes<Statistic::prefix_sum>(x, valid, n, s, t);
-    case Statistic::prefix_mean: return scan_lanes<Statistic::prefix_mean>(x, valid, n, s, t);
-    case Statistic::prefix_min: return scan_lanes<Statistic::prefix_min>(x, valid, n, s, t);
+    case Statistic::token: return scan_lanes<Statistic::token>(x, valid, n, s, t, carry);
+    case Statistic::prefix_sum: return scan_lanes<Statistic::prefix_sum>(x, valid, n, s, t, carry);
+    case Statistic::prefix_mean: return scan_lanes<Statistic::prefix_mean>(x, valid, n, s, t, carry);
+    case Statistic::prefix_min: return scan_lanes<Statistic::prefix_min>(x, valid, n, s, t, carry);
     case Statistic::span_sum:
     case Statistic::span_mean: break;
   }
-  scan_lanes<Statistic::span_sum>(x, valid, n, s, t);
+  scan_lanes<Statistic::span_sum>(x, valid, n, s, t, carry);
   const float total = n == 0 ? 0 : statistic == Statistic::span_mean ? s[n - 1] / larger(t[n - 1], 1.0f) : s[n - 1];
   for (int64_t k = 0; k < n; ++k) s[k] = total;
 }
