@@ -112,7 +112,7 @@ class Ninja:
 def op_library(ninja: Ninja, folder: Path, target: Path, torch: Path, toolkit: dict[str, str] | None) -> None:
     objects = []
     for isa, flags in ISAS.items():
-        for name in ("objective", "token_logprobs", "limits"):
+        for name in ("objective", "token_logprobs", "token_logprobs_backward", "limits"):
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
             objects.append(ninja.build("cxx", folder / f"{name}.{isa}.o", [source], f"-DTOKENRL_ISA={isa} {flags}"))
     for name in ("parts", "limits"):

@@ -39,12 +39,11 @@ TRL_HD double exponential(double x) { return ::exp(x); }
 TRL_HD float exponential(float x) { return ::expf(x); }
 #else
 // e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a degree-6
-// polynomial for e^r (below 1.5 ulp together), and 2^n put together from two halves so that neither over- nor underflows early.
+// polynomial for e^r (below 1.5 ulp together), and n added to its exponent's bits. What is below the normal numbers is 0.
 TRL_HD float exponential(float x) {
-  const float bounded = larger(-104.0f, smaller(89.0f, x));  // finite even where x is not a number
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer on every instruction set.
-  const float n = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-  float r = bounded - n * 0.693359375f;
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, which the sum's lowest bits then are.
+  const float rounded = x * 1.44269504088896341f + 12582912.0f, n = rounded - 12582912.0f;
+  float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -53,13 +52,14 @@ TRL_HD float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = static_cast<int32_t>(n), half = exponent >> 1;
-  const int32_t bits_a = (half + 127) << 23, bits_b = (exponent - half + 127) << 23;
-  float a, b;
-  std::memcpy(&a, &bits_a, sizeof a);
-  std::memcpy(&b, &bits_b, sizeof b);
-  const float y = p * a * b;
-  return x != x ? x : y;
+  uint32_t bits, power;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&power, &rounded, sizeof power);
+  bits += power << 23;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  y = x < -87.3f ? 0.0f : y;
+  return x > 88.7f ? infinity<float>() : y;
 }
 #endif
 

@@ -4,6 +4,7 @@ from ._versions import check_versions
 
 check_versions()
 
+from . import compat, parity  # noqa: E402
 from .aggregate import aggregation_weights  # noqa: E402
 from .logprobs import TokenStats, token_logprobs  # noqa: E402
 from .metrics import Metrics  # noqa: E402
@@ -17,8 +18,10 @@ __all__ = [
     "Objective",
     "TokenStats",
     "aggregation_weights",
+    "compat",
     "group_aggregate",
     "objective",
+    "parity",
     "policy_loss",
     "position_adaptive_clip",
     "prefix_ratio",

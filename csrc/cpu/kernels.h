@@ -1,6 +1,8 @@
 // The CPU kernels. The objective and the log-probs are compiled once per instruction set, each in a namespace of its own.
 #pragma once
 
+#include <initializer_list>
+
 #include "../kernels.h"
 #include "../statistics.h"
 #include "../vocabulary.h"

@@ -90,4 +90,54 @@ TRL_INLINE float highest_of(const Floats (&x)[kUnroll]) {
   return highest;
 }
 
+// e^(factor d) for d <= 0.
+template <class T>
+struct Exponential;
+
+template <>
+struct Exponential<double> {
+  double factor;
+
+  explicit Exponential(double given) : factor(given) {}
+  TRL_INLINE double operator()(double d) const { return exponential(factor * d); }
+  TRL_INLINE double bounded(double d) const { return d < -1e300 ? -1e300 : d; }
+};
+
+// 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n goes
+// straight into the exponent's bits. Below 2^-126, where they end, d is held: -inf then weighs 1e-38.
+template <>
+struct Exponential<float> {
+  float high, low, least;
+
+  explicit Exponential(double factor)
+      : high(static_cast<float>(factor * 1.4426950408889634)),
+        low(static_cast<float>(factor * 1.4426950408889634 - static_cast<double>(high))),
+        least(static_cast<float>(-126 / (factor * 1.4426950408889634))) {}
+  // For each vector of d: every step for all of them before the next.
+  TRL_INLINE void operator()(const Floats (&d)[kUnroll], Floats (&e)[kUnroll]) const {
+    Floats shifted[kUnroll], r[kUnroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      // Adding and taking away 1.5 * 2^23 rounds; the sum's lowest bits are the integer.
+      shifted[u] = d[u] * high + 12582912.0f;
+      r[u] = (d[u] * high - (shifted[u] - 12582912.0f)) + d[u] * low;
+      e[u] = r[u] * 0.001326472731f + 0.009671512991f;
+    }
+    horner(e, r, 0.05550733581f);
+    horner(e, r, 0.2402224243f);
+    horner(e, r, 0.6931470037f);
+    horner(e, r, 1.0f);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u)
+      e[u] = (Floats)((Words)e[u] + ((Words)shifted[u] << 23));
+  }
+  TRL_INLINE Floats bounded(Floats d) const { return higher(all(least), d); }
+
+ private:
+  TRL_INLINE static void horner(Floats (&e)[kUnroll], const Floats (&r)[kUnroll], float coefficient) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) e[u] = e[u] * r[u] + coefficient;
+  }
+};
+
 }  // namespace tokenrl::cpu::TOKENRL_ISA

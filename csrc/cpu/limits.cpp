@@ -2,7 +2,9 @@
 // Compiled once per instruction set (TOKENRL_ISA) for the loops, and once without it for the threads around them.
 #include <cstdint>
 
-#include "../scalar.h"
+#ifdef TOKENRL_ISA
+#include "lanes.h"
+#endif
 
 namespace tokenrl::cpu {
 
@@ -28,17 +30,20 @@ uint64_t sum_words(const uint64_t* words, int64_t n) {
   return sum;
 }
 
-// The offset differs per round, so that no round can be left out.
+// Exponentials as token_logprobs takes them. The offset differs per round, so that no round can be left out.
 float sum_exponentials(const float* values, int64_t rounds) {
-  float total = 0;
+  const Exponential<float> e_to(1);
+  Floats sum[kUnroll] = {};
   for (int64_t round = 0; round < rounds; ++round) {
     const float offset = 1e-6f * static_cast<float>(round & 1023);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < kValues; ++i) sum += exponential(values[i] - offset);
-    total += sum;
+    for (int64_t i = 0; i < kValues; i += kStep) {
+      Floats d[kUnroll], e[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) d[u] = load(values + i + u * kLanes) - offset;
+      e_to(d, e);
+      for (int u = 0; u < kUnroll; ++u) sum[u] += e[u];
+    }
   }
-  return total;
+  return sum_of(sum);
 }
 
 }  // namespace TOKENRL_ISA

@@ -1,117 +1,15 @@
-// The statistics of each row of logits in one pass, and the gradient of the logits.
+// The statistics of each row of logits in one pass.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
 #include <cstdlib>
 #include <initializer_list>
 
-#include "kernels.h"
-#include "lanes.h"
+#include "logit_row.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
-// Logits whose sums are taken in one vector loop: one long fp32 sum would lose digits of the entropy.
-constexpr int64_t kBlock = 2048;
-// Logits of a row that one thread takes at least. A row's state is that of its parts, merged: its bits do not depend on
-// how many threads there are.
-constexpr int64_t kPart = 32768;
 // With fewer rows than these, threads share the parts of a row.
 constexpr int64_t kFewRows = 256;
-
-// e^(factor d) for d <= 0.
-template <class T>
-struct Exponential;
-
-template <>
-struct Exponential<double> {
-  double factor;
-
-  explicit Exponential(double given) : factor(given) {}
-  TRL_INLINE double operator()(double d) const { return exponential(factor * d); }
-  TRL_INLINE double bounded(double d) const { return d < -1e300 ? -1e300 : d; }
-};
-
-// 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n goes
-// straight into the exponent's bits. Below 2^-126, where they end, d is held: -inf then weighs 1e-38.
-template <>
-struct Exponential<float> {
-  float high, low, least;
-
-  explicit Exponential(double factor)
-      : high(static_cast<float>(factor * 1.4426950408889634)),
-        low(static_cast<float>(factor * 1.4426950408889634 - static_cast<double>(high))),
-        least(static_cast<float>(-126 / (factor * 1.4426950408889634))) {}
-  // For each vector of d: every step for all of them before the next.
-  TRL_INLINE void operator()(const Floats (&d)[kUnroll], Floats (&e)[kUnroll]) const {
-    Floats shifted[kUnroll], r[kUnroll];
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      // Adding and taking away 1.5 * 2^23 rounds; the sum's lowest bits are the integer.
-      shifted[u] = d[u] * high + 12582912.0f;
-      r[u] = (d[u] * high - (shifted[u] - 12582912.0f)) + d[u] * low;
-      e[u] = r[u] * 0.001326472731f + 0.009671512991f;
-    }
-    horner(e, r, 0.05550733581f);
-    horner(e, r, 0.2402224243f);
-    horner(e, r, 0.6931470037f);
-    horner(e, r, 1.0f);
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u)
-      e[u] = (Floats)((Words)e[u] + ((Words)shifted[u] << 23));
-  }
-  TRL_INLINE Floats bounded(Floats d) const { return higher(all(least), d); }
-
- private:
-  TRL_INLINE static void horner(Floats (&e)[kUnroll], const Floats (&r)[kUnroll], float coefficient) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) e[u] = e[u] * r[u] + coefficient;
-  }
-};
-
-// Where a block's y come from: the logits themselves, or a buffer of them after softcap and keep mask.
-template <class Logit, class T>
-struct Row {
-  const LogprobArgs<Logit, T>& args;
-  int64_t index, batch, time;
-  RowTransform<T> transform;
-
-  inline Row(const LogprobArgs<Logit, T>& given, int64_t row)
-      : args(given), index(row), batch(row / given.time), time(row % given.time), transform(given.transform, row) {}
-  inline const Logit* logits() const { return args.logits + batch * args.stride_batch + time * args.stride_time; }
-  inline Logit* grad() const { return args.grad_logits + batch * args.grad_stride_batch + time * args.grad_stride_time; }
-  inline const bool* keep() const {
-    const Transform<T>& t = args.transform;
-    return t.keep ? t.keep + batch * t.keep_stride_batch + time * t.keep_stride_time : nullptr;
-  }
-  inline bool plain() const { return !transform.capped && !args.transform.keep; }
-  inline T at(int64_t v) const {
-    const T x = static_cast<T>(widen(logits()[v]));
-    return keep() && !keep()[v] ? -infinity<T>() : transform.capped ? transform.cap(x) : x;
-  }
-  // y of logits first to first + n.
-  inline void fill(int64_t first, int64_t n, T* y) const {
-    const Logit* x = logits() + first;
-    if (transform.capped) {
-      const RowTransform<T> local = transform;
-#pragma omp simd
-      for (int64_t v = 0; v < n; ++v) y[v] = local.cap(static_cast<T>(widen(x[v])));
-    } else {
-#pragma omp simd
-      for (int64_t v = 0; v < n; ++v) y[v] = static_cast<T>(widen(x[v]));
-    }
-    if (!args.transform.keep) return;
-    const bool* kept = keep() + first;
-#pragma omp simd
-    for (int64_t v = 0; v < n; ++v) y[v] = kept[v] ? y[v] : -infinity<T>();
-  }
-  // f(y, n) with the y of a block, in whatever type they are stored.
-  template <class F>
-  inline auto with_block(int64_t first, int64_t n, F&& f) const {
-    if (plain()) return f(logits() + first);
-    T y[kBlock];
-    fill(first, n, y);
-    return f(static_cast<const T*>(y));
-  }
-};
 
 template <class T, class Stored>
 inline T largest(const Stored* y, int64_t n) {
@@ -132,7 +30,8 @@ inline T nan_or_zero(const Stored* y, int64_t n) {
   return 0;
 }
 
-// The sums of a block relative to `max`, and its own maximum.
+// The sums of a block relative to `max`, and its own maximum. The squares only where they are asked for.
+template <bool kSquares>
 inline Softmax<double> sum_block(const double* y, int64_t n, double max, const Exponential<double>& e_to) {
   constexpr int kChains = 8;
   Softmax<double> chains[kChains];
@@ -143,7 +42,7 @@ inline Softmax<double> sum_block(const double* y, int64_t n, double max, const E
     chain.max = larger(chain.max, y[v]);
     chain.sum += e;
     chain.weighted += e * d;
-    chain.squares += e * e;
+    if (kSquares) chain.squares += e * e;
   }
   Softmax<double> block = chains[0];
   for (int k = 1; k < kChains; ++k)
@@ -153,7 +52,7 @@ inline Softmax<double> sum_block(const double* y, int64_t n, double max, const E
 }
 
 // What fills up the last step weighs nothing.
-template <class Stored>
+template <bool kSquares, class Stored>
 inline Softmax<float> sum_block(const Stored* y, int64_t n, float max, const Exponential<float>& given) {
   const Exponential<float> e_to = given;
   const LastStep<Stored> last(y + n / kStep * kStep, n % kStep);
@@ -174,7 +73,7 @@ inline Softmax<float> sum_block(const Stored* y, int64_t n, float max, const Exp
     for (int u = 0; u < kUnroll; ++u) {
       sum[u] += e[u];
       weighted[u] += e[u] * d[u];
-      squares[u] += e[u] * e[u];
+      if (kSquares) squares[u] += e[u] * e[u];
     }
   }
   return {highest_of(highest), sum_of(sum), sum_of(weighted), sum_of(squares)};
@@ -185,7 +84,7 @@ constexpr double kHeadroom = 8;
 
 // Adds a block to a state whose maximum is that of the first block, until one rises above it by the headroom: so nearly
 // every logit is visited once. The largest of all goes to `highest`.
-template <class T, class Stored>
+template <bool kSquares, class T, class Stored>
 inline void take_block(Softmax<T>& state, T& highest, const Stored* y, int64_t n, T factor, const Exponential<T>& e_to) {
   if (state.max == -infinity<T>()) {
     state.max = largest<T>(y, n);
@@ -194,10 +93,10 @@ inline void take_block(Softmax<T>& state, T& highest, const Stored* y, int64_t n
       return;
     }
   }
-  Softmax<T> block = sum_block(y, n, state.max, e_to);
+  Softmax<T> block = sum_block<kSquares>(y, n, state.max, e_to);
   if ((block.max - state.max) * factor > kHeadroom) {
     state = rescaled(state, block.max, factor);
-    block = sum_block(y, n, state.max, e_to);
+    block = sum_block<kSquares>(y, n, state.max, e_to);
   }
   highest = larger(highest, block.max);
   state.sum += block.sum;
@@ -214,7 +113,10 @@ inline Softmax<T> part_softmax(const Row<Logit, T>& row, int64_t part) {
   const int64_t end = smaller((part + 1) * kPart, row.args.vocab);
   for (int64_t first = part * kPart; first < end; first += kBlock) {
     const int64_t n = smaller(kBlock, end - first);
-    row.with_block(first, n, [&](const auto* y) { take_block(state, highest, y, n, factor, e_to); });
+    row.with_block(first, n, [&](const auto* y) {
+      if (row.args.log_sum_sq_probs) take_block<true>(state, highest, y, n, factor, e_to);
+      else take_block<false>(state, highest, y, n, factor, e_to);
+    });
   }
   if (highest > state.max) state = rescaled(state, highest, factor);
   // The 2^-126 of logits that are -inf are not to be seen in a row without entropy; the sum is at least 1.
@@ -349,85 +251,6 @@ inline void forward_parts(const LogprobArgs<Logit, T>& args, int64_t parts, cons
   std::free(states);
 }
 
-template <class T>
-struct Lse {
-  T rounded, rest;
-};
-
-// The gradient of a block in full precision, without the ids' own shares and the way back through the softcap; exactly 0
-// where p is.
-inline void gradient_block(const double* y, int64_t n, double factor, const Lse<double>& lse, const RowGradient<double>& g, double* grad) {
-  const Exponential<double> e_to(1);
-  for (int64_t v = 0; v < n; ++v) {
-    const double log_p = (y[v] * factor - lse.rounded) - lse.rest, bounded = e_to.bounded(log_p);
-    grad[v] = log_p < bounded ? 0 : g.at(bounded, e_to(bounded)) * factor;
-  }
-}
-
-template <class Stored>
-TRL_INLINE void gradient_step(const Stored* y, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
-  const Exponential<float> e_to(1);
-  Floats log_p[kUnroll], bounded[kUnroll], p[kUnroll];
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnroll; ++u) {
-    log_p[u] = (load(y + u * kLanes) * factor - lse.rounded) - lse.rest;
-    bounded[u] = e_to.bounded(log_p[u]);
-  }
-  e_to(bounded, p);
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnroll; ++u) {
-    const Floats value = g.at(bounded[u], p[u]) * factor;
-    const Floats kept = log_p[u] < bounded[u] ? Floats{} : value;
-    std::memcpy(grad + u * kLanes, &kept, sizeof kept);
-  }
-}
-
-// grad has room for whole steps.
-template <class Stored>
-inline void gradient_block(const Stored* y, int64_t n, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
-  const LastStep<Stored> last(y + n / kStep * kStep, n % kStep);
-  for (int64_t v = 0; v < n; v += kStep)
-    gradient_step(v + kStep <= n ? y + v : last.numbers, factor, lse, g, grad + v);
-}
-
-template <class Logit, class T>
-inline void finish_gradient(const Row<Logit, T>& row, int64_t first, int64_t n, T* grad) {
-  const LogprobArgs<Logit, T>& args = row.args;
-  for (int64_t k = 0; k < args.num_ids; ++k) {
-    const int64_t at = args.ids[row.index * args.num_ids + k] - first;
-    if (at >= 0 && at < n && !(row.keep() && !row.keep()[first + at]))
-      grad[at] += row.transform.factor * RowGradient<T>::own_gradient(args, row.index, k);
-  }
-  if (!row.transform.capped) return;
-  for (int64_t v = 0; v < n; ++v) grad[v] *= row.transform.slope(row.at(first + v));
-}
-
-template <class Logit, class T>
-inline void backward_part(const LogprobArgs<Logit, T>& args, int64_t index, int64_t part) {
-  const Row<Logit, T> row(args, index);
-  Logit* out = row.grad();
-  const int64_t begin = part * kPart, end = smaller(begin + kPart, args.vocab);
-  if (RowGradient<T>::is_zero(args, index)) {
-    std::memset(static_cast<void*>(out + begin), 0, sizeof(Logit) * static_cast<size_t>(end - begin));
-    return;
-  }
-  const RowGradient<T> weights(args, index);
-  const Lse<T> lse{args.lse[index], args.lse_rest[index]};
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t n = smaller(kBlock, end - first);
-    T grad[kBlock];
-    row.with_block(first, n, [&](const auto* y) { gradient_block(y, n, row.transform.factor, lse, weights, grad); });
-    finish_gradient(row, first, n, grad);
-#pragma omp simd
-    for (int64_t v = 0; v < n; ++v) out[first + v] = narrow<Logit>(grad[v]);
-  }
-}
-
-template <class Logit, class T>
-inline int64_t parts_of(const LogprobArgs<Logit, T>& args) {
-  return (args.vocab + kPart - 1) / kPart;
-}
-
 }  // namespace
 
 template <class Logit, class T>
@@ -439,20 +262,9 @@ void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads) {
   });
 }
 
-template <class Logit, class T>
-void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads) {
-  const int64_t parts = parts_of(args), grain = larger(int64_t{1}, kPart / args.vocab);
-  parallel(threads, args.batch * args.time * parts, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) backward_part(args, i / parts, i % parts);
-  });
-}
-
-#define TOKENRL_INSTANTIATE(Logit, T)                                         \
-  template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&); \
-  template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&);
-TOKENRL_INSTANTIATE(float, float)
-TOKENRL_INSTANTIATE(double, double)
-TOKENRL_INSTANTIATE(BFloat16, float)
-TOKENRL_INSTANTIATE(Half, float)
+template void token_logprobs(const LogprobArgs<float, float>&, const Threads&);
+template void token_logprobs(const LogprobArgs<double, double>&, const Threads&);
+template void token_logprobs(const LogprobArgs<BFloat16, float>&, const Threads&);
+template void token_logprobs(const LogprobArgs<Half, float>&, const Threads&);
 
 }  // namespace tokenrl::cpu::TOKENRL_ISA

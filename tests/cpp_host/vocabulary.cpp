@@ -74,7 +74,7 @@ void check_logprobs(int64_t vocab, int64_t gap) {
       grad_truth[i * vocab + v] = (grad_logp[i] * ((v == ids[i]) - p) - grad_entropy[i] * pull) / temperature;
     }
   }
-  expect_close({out.begin(), out.begin() + 3 * rows}, truth, tolerance_of<T>(), what);
+  expect_close(std::vector<T>(out.begin(), out.begin() + 3 * rows), truth, tolerance_of<T>(), what);
   expect_close(grad_kernel, grad_truth, sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
 }
 
