@@ -37,7 +37,7 @@ def package_folder(name: str) -> Path | None:
 
 
 def find_toolkit() -> dict[str, str] | None:
-    """nvcc and its library folder, from CUDA_HOME or the PATH; None where there is none. nvcc itself knows where its toolkit lies."""
+    """nvcc and its library folder, from CUDA_HOME or the PATH; None where there is none. nvcc knows its toolkit."""
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if not nvcc or not Path(nvcc).exists():
@@ -96,12 +96,14 @@ class Ninja:
     def __init__(self, compiler: str, toolkit: dict[str, str] | None):
         common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
         # compiler: a command, maybe with arguments (CXX="ccache g++").
-        self.text = f"rule cxx\n command = {compiler} {common} $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
+        dependencies = " depfile = $out.d\n deps = gcc\n"
+        self.text = f"rule cxx\n command = {compiler} {common} $flags -MMD -MF $out.d -c $in -o $out\n{dependencies}"
         self.text += f"rule link\n command = {compiler} -shared -o $out $in $flags\n"
         if toolkit:
-            cuda = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(architectures())}"
-            self.text += f"rule nvcc\n command = {shell_path(toolkit['nvcc'])} {cuda} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)\n"
-            self.text += " depfile = $out.d\n deps = gcc\n"
+            cuda = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+            nvcc = f"{shell_path(toolkit['nvcc'])} {cuda} {gencode(architectures())}"
+            command = f"{nvcc} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"
+            self.text += f"rule nvcc\n command = {command}\n{dependencies}"
 
     def build(self, rule: str, out: Path, inputs: list[Path], flags: str = "", after: Path | None = None) -> Path:
         order = f" | {ninja_path(after)}" if after else ""
@@ -142,7 +144,9 @@ def bindings(ninja: Ninja, folder: Path, target: Path, ops: Path, toolkit: dict[
     built = f"-DTOKENRL_CUDA_VERSION='\"{toolkit['version'] if toolkit else ''}\"'"
     built += f" -DTOKENRL_CUDA_ARCHITECTURES='\"{' '.join(architectures()) if toolkit else ''}\"'"
     built += f" -DTOKENRL_ISAS='\"{' '.join(ISAS)}\"'"
-    flags = f"-isystem {shell_path(python)} -isystem {shell_path(pybind / 'include')} {built} {'-DTOKENRL_WITH_CUDA' if toolkit else ''}"
+    flags = f"-isystem {shell_path(python)} -isystem {shell_path(pybind / 'include')} {built}"
+    if toolkit:
+        flags += " -DTOKENRL_WITH_CUDA"
     made = ninja.build("cxx", folder / "bindings.o", [ROOT / "csrc" / "bindings.cpp"], flags)
     ninja.build("link", target, [made], f"{shell_path(ops)} -Wl,-rpath,'$$ORIGIN'", after=ops)
     return None

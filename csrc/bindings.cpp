@@ -63,12 +63,18 @@ double measured(int64_t size, int threads) {
 
 PYBIND11_MODULE(_bindings, m) {
   m.doc() = "Build information, the gate table and the attributes of the CUDA kernels.";
-  m.def("build_info", &build_info, "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
-  m.def("gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); }, "(name, number of parameters) of each gate.");
-  m.def("statistics", [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },
-        "The names of the statistics.");
+  m.def("build_info", &build_info,
+        "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
+  m.def(
+      "gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); },
+      "(name, number of parameters) of each gate.");
+  m.def(
+      "statistics",
+      [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },
+      "The names of the statistics.");
   m.def("kernel_attributes", &kernel_attributes,
-        "Registers, shared and local memory and occupancy of each CUDA kernel on the current device; RuntimeError with the reason "
+        "Registers, shared and local memory and occupancy of each CUDA kernel on the current device; RuntimeError with "
+        "the reason "
         "where there is none.");
   m.def("measure_read", &measured<tokenrl_measure_read>, py::arg("bytes"), py::arg("threads"),
         "Bytes per second that the CPU reads from a buffer of so many bytes.");

@@ -50,7 +50,8 @@ const char* dtype_name(ScalarType dtype) {
 }
 
 void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": got ", dtype_name(x.scalar_type()), ", expected ", dtype_name(dtype), ".");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": got ", dtype_name(x.scalar_type()), ", expected ",
+                  dtype_name(dtype), ".");
   STD_TORCH_CHECK(x.numel() == numel, name, ": got ", x.numel(), " elements, expected ", numel, ".");
   STD_TORCH_CHECK(x.is_contiguous(), name, ": got a strided tensor, expected a contiguous one.");
   STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), name,
@@ -72,7 +73,9 @@ const T* checked(const Optional& x, const char* name, ScalarType dtype, int64_t 
   return pointer<T>(*x);
 }
 
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) { return torch::stable::new_empty(like, sizes, dtype); }
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
 
 Spans spans_of(const Optional& mask, const Tensor& cu_seqlens, const Optional& starts, int64_t num_tokens) {
   STD_TORCH_CHECK(cu_seqlens.numel() >= 1, "cu_seqlens: got no element, expected [S + 1].");
@@ -91,12 +94,13 @@ auto by_precision(const Tensor& x, const char* name, F&& f) {
 }
 
 template <class T, size_t kCount>
-void fill_params(Param<T> (&params)[kCount], size_t expected, const std::vector<double>& numbers, const std::vector<Optional>& tensors,
-                 int64_t num_tokens, const Tensor& like) {
-  STD_TORCH_CHECK(numbers.size() == expected && tensors.size() == expected, "params: got ", numbers.size(), " numbers and ",
-                  tensors.size(), " tensors, expected ", expected, " of each.");
+void fill_params(Param<T> (&params)[kCount], size_t expected, const std::vector<double>& numbers,
+                 const std::vector<Optional>& tensors, int64_t num_tokens, const Tensor& like) {
+  STD_TORCH_CHECK(numbers.size() == expected && tensors.size() == expected, "params: got ", numbers.size(),
+                  " numbers and ", tensors.size(), " tensors, expected ", expected, " of each.");
   for (size_t k = 0; k < expected; ++k)
-    params[k] = {checked<T>(tensors[k], "param_tensors", like.scalar_type(), num_tokens, like), static_cast<T>(numbers[k])};
+    params[k] = {checked<T>(tensors[k], "param_tensors", like.scalar_type(), num_tokens, like),
+                 static_cast<T>(numbers[k])};
 }
 
 template <class... Gate>

@@ -20,9 +20,10 @@ namespace tokenrl {
 namespace {
 
 // Torch's own thread pool.
-[[maybe_unused]] const cpu::Threads kTorchThreads{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}};
+[[maybe_unused]] const cpu::Threads kTorchThreads{
+    [](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+      torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+    }};
 
 struct CpuDevice {
   // Memory just allocated that will be written from end to end: in huge pages, where the system gives them to those who
@@ -67,7 +68,8 @@ struct CudaDevice {
   static void announce_writes(void*, size_t) {}
 
   torch::stable::Tensor scratch(size_t bytes) const {
-    return torch::stable::new_empty(like, std::vector<int64_t>{static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte);
+    return torch::stable::new_empty(like, std::vector<int64_t>{static_cast<int64_t>(bytes)},
+                                    torch::headeronly::ScalarType::Byte);
   }
   void* stream() const {
 #ifdef TOKENRL_WITH_CUDA
@@ -77,7 +79,8 @@ struct CudaDevice {
       void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
       return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    STD_TORCH_CHECK(current_stream, "tokenrl: this torch has no libtorch_cuda.so, so there is no CUDA stream to launch on.");
+    STD_TORCH_CHECK(current_stream,
+                    "tokenrl: this torch has no libtorch_cuda.so, so there is no CUDA stream to launch on.");
     void* stream = nullptr;
     STD_TORCH_CHECK(current_stream(like.get_device_index(), &stream) == 0, "tokenrl: torch gave no CUDA stream.");
     return stream;

@@ -8,15 +8,16 @@
 
 namespace tokenrl {
 
-// d_s, d_logp: partials with respect to the statistic and to the own log-prob. low, high, dual: 1 where that bound is active.
+// d_s, d_logp: partials with respect to the statistic and to the own log-prob. low, high, dual: 1 where that bound is
+// active.
 template <class T>
 struct Gated {
   T value = 0, d_s = 0, d_logp = 0;
   T low = 0, high = 0, dual = 0;
 };
 
-// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates.py. t_power: the position
-// t to the power that the gate asks for.
+// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates.py. t_power: the
+// position t to the power that the gate asks for.
 template <class T>
 struct GateInput {
   T s, logp, advantage, t_power;
@@ -33,8 +34,8 @@ TRL_HD T position_power(T t, const T* p) {
   else return power(t, p[Gate::power_param]);
 }
 
-// y of x with the larger loss -A y of x and clip(x), and at most -A dual where A < 0; low, high, dual: 1 where that bound is
-// active.
+// y of x with the larger loss -A y of x and clip(x), and at most -A dual where A < 0; low, high, dual: 1 where that
+// bound is active.
 template <class T>
 struct Bounded {
   T y, low, high, dual;
@@ -44,8 +45,8 @@ TRL_HD Bounded<T> bounded(T advantage, T x, T low, T high, T dual) {
   // & and selections, no branches: loops over tokens vectorise.
   const bool positive = advantage > 0, negative = advantage < 0;
   const T clipped = clamp(x, low, high), above = smaller(larger(x, clipped), dual);
-  return {positive ? smaller(x, clipped) : above, negative & (x < low) ? T(1) : T(0), positive & (x > high) ? T(1) : T(0),
-          negative & (x > dual) ? T(1) : T(0)};
+  return {positive ? smaller(x, clipped) : above, negative & (x < low) ? T(1) : T(0),
+          positive & (x > high) ? T(1) : T(0), negative & (x > dual) ? T(1) : T(0)};
 }
 
 // -A ratio, where the ratio's own bounds or those of its logarithm have been applied.

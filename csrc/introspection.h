@@ -15,7 +15,8 @@ TOKENRL_EXPORT const char* tokenrl_instruction_set();
 // Calls visit(context, kernel) for each kernel; null, or the error's text.
 TOKENRL_EXPORT const char* tokenrl_kernel_attributes(void (*visit)(void*, const TokenrlKernel&), void* context);
 
-// What this machine does at best with so many threads: bytes read, bytes copied (read plus written), exponentials, each per second.
+// What this machine does at best with so many threads: bytes read, bytes copied (read plus written), exponentials, each
+// per second.
 TOKENRL_EXPORT double tokenrl_measure_read(int64_t bytes, int threads);
 TOKENRL_EXPORT double tokenrl_measure_copy(int64_t bytes, int threads);
 TOKENRL_EXPORT double tokenrl_measure_exponentials(int64_t count, int threads);

@@ -1,5 +1,6 @@
 // What ops.cpp hands to a kernel, on the CPU and on the GPU alike: raw pointers and plain numbers, no torch.
-// T is float or double. Pointers marked optional may be null. N tokens, S sequences; every boundary is clamped to [0, N].
+// T is float or double. Pointers marked optional may be null. N tokens, S sequences; every boundary is clamped to [0,
+// N].
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace tokenrl {
 
-// One entry of the metrics tensor each, in this order (tokenrl/metrics.py). ratio is e^s; kl is the k3 of the token's own ratio.
+// One entry of the metrics tensor each, in this order (tokenrl/metrics.py). ratio is e^s; kl is the k3 of the token's
+// own ratio.
 enum Metric { kTokens, kRatioSum, kRatioMin, kRatioMax, kLow, kHigh, kDual, kKlSum, kRatioSquares, kNumMetrics };
 
 // Where tokens and their sequences and segments lie.
@@ -29,15 +31,15 @@ struct Param {
 template <class T>
 struct ObjectiveArgs {
   Spans spans;
-  const T *logp, *old_logp;   // [N]
-  const T* advantages;        // [S] or [N], optional (gates that use none)
+  const T *logp, *old_logp;  // [N]
+  const T* advantages;       // [S] or [N], optional (gates that use none)
   bool advantages_per_token;
   const double* span_weight;  // [S]
   const double* normalizer;   // [1]; a weight is span_weight / normalizer, 0 where the normalizer is not positive
   const T* token_weight;      // [N], optional
   Param<T> params[kMaxParams];
-  T clamp, cap;               // log ratios are clamped to +-clamp; the statistic to at most cap
-  T *loss, *coef, *metrics;   // [1], [N], [kNumMetrics]
+  T clamp, cap;              // log ratios are clamped to +-clamp; the statistic to at most cap
+  T *loss, *coef, *metrics;  // [1], [N], [kNumMetrics]
 };
 
 template <class T>
@@ -51,17 +53,17 @@ template <class T>
 struct BandArgs {
   Spans spans;
   const T* log_ratio;
-  Param<T> params[3];  // eps_low, eps_high, power
+  Param<T> params[3];   // eps_low, eps_high, power
   T *clipped, *inside;  // [N]; 0 in masked cells
 };
 
 struct WeightArgs {
   Spans spans;
-  const void* advantages;     // optional; float or double
+  const void* advantages;  // optional; float or double
   bool advantages_double, advantages_per_token;
-  const int64_t* group_ids;   // [S], optional
-  double* span_weight;        // [S]
-  int64_t* count;             // [1], zeroed by the caller
+  const int64_t* group_ids;  // [S], optional
+  double* span_weight;       // [S]
+  int64_t* count;            // [1], zeroed by the caller
 };
 
 // z = softcap tanh(logit_scale x / softcap) / temperature of a logit x; without a softcap it is infinite.
@@ -73,8 +75,8 @@ struct Transform {
   int64_t keep_stride_batch, keep_stride_time;
 };
 
-// Logits are [B, T, V] with strides in elements, the last one 1; every other tensor is contiguous [B, T], with K ids per
-// row [B, T, K].
+// Logits are [B, T, V] with strides in elements, the last one 1; every other tensor is contiguous [B, T], with K ids
+// per row [B, T, K].
 template <class Logit, class T>
 struct LogprobArgs {
   int64_t batch, time, vocab, num_ids, stride_batch, stride_time;

@@ -9,7 +9,8 @@
 #ifdef __CUDACC__
 #define TRL_HD __host__ __device__ inline
 #else
-#define TRL_HD inline __attribute__((always_inline))  // no copy of one instruction set is ever linked into another's code
+#define TRL_HD \
+  inline __attribute__((always_inline))  // no copy of one instruction set is ever linked into another's code
 #endif
 
 namespace tokenrl {
@@ -38,8 +39,9 @@ TRL_HD double exponential(double x) { return ::exp(x); }
 #ifdef __CUDA_ARCH__
 TRL_HD float exponential(float x) { return ::expf(x); }
 #else
-// e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a degree-6
-// polynomial for e^r (below 1.5 ulp together), and n added to its exponent's bits. What is below the normal numbers is 0.
+// e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a
+// degree-6 polynomial for e^r (below 1.5 ulp together), and n added to its exponent's bits. What is below the normal
+// numbers is 0.
 TRL_HD float exponential(float x) {
   // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, which the sum's lowest bits then are.
   const float rounded = x * 1.44269504088896341f + 12582912.0f, n = rounded - 12582912.0f;
@@ -111,7 +113,8 @@ TRL_HD float logarithm(float x) {
 }
 #endif
 
-// 1 where a == b, else 0, by arithmetic: a comparison of what a loop does not change becomes a branch, and the loop does not vectorise.
+// 1 where a == b, else 0, by arithmetic: a comparison of what a loop does not change becomes a branch, and the loop
+// does not vectorise.
 TRL_HD float same(float a, float b) { return larger(0.0f, 1.0f - 1e30f * ::fabsf(a - b)); }
 
 // t^p for a count t >= 1; the powers that methods use are exact.

@@ -67,21 +67,17 @@ TRL_HD Half narrow<Half>(float x) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   uint32_t half;
-  if (magnitude > 0x7f800000u)
-    half = 0x7e00u;
-  else if (magnitude >= 0x47800000u)
-    half = 0x7c00u;
+  if (magnitude > 0x7f800000u) half = 0x7e00u;
+  else if (magnitude >= 0x47800000u) half = 0x7c00u;
   // Below the smallest normal half, adding 0.5 lines the bits up with a subnormal's and rounds them.
-  else if (magnitude < 0x38800000u)
-    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
-  else
-    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  else if (magnitude < 0x38800000u) half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  else half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   return {static_cast<uint16_t>(sign | half)};
 #endif
 }
 
-// Online softmax of z = factor y over some logits, y relative to the largest: max y, sum e^(z - max z), the sum of those
-// times (y - max y), and of their squares.
+// Online softmax of z = factor y over some logits, y relative to the largest: max y, sum e^(z - max z), the sum of
+// those times (y - max y), and of their squares.
 template <class T>
 struct Softmax {
   T max, sum, weighted, squares;
@@ -173,7 +169,8 @@ struct RowGradient {
     for (int64_t k = 0; k < args.num_ids; ++k) own += own_gradient(args, row, k);
     const T entropy = args.grad_entropy ? args.grad_entropy[row] : T(0);
     const T squares = args.grad_log_sum_sq_probs ? args.grad_log_sum_sq_probs[row] : T(0);
-    constant = (args.grad_lse ? args.grad_lse[row] : T(0)) - own - (entropy != 0 ? entropy * args.entropy[row] : T(0)) - 2 * squares;
+    constant = (args.grad_lse ? args.grad_lse[row] : T(0)) - own - (entropy != 0 ? entropy * args.entropy[row] : T(0)) -
+               2 * squares;
     slope = -entropy;
     square = squares != 0 ? 2 * squares * exponential(-args.log_sum_sq_probs[row]) : T(0);
   }
@@ -190,7 +187,8 @@ struct RowGradient {
       used = used || args.ids[row * args.num_ids + k] != kIgnoredId;
       zero = zero && own_gradient(args, row, k) == 0;
     }
-    return !used || (zero && is_zero(args.grad_entropy, row) && is_zero(args.grad_lse, row) && is_zero(args.grad_log_sum_sq_probs, row));
+    return !used || (zero && is_zero(args.grad_entropy, row) && is_zero(args.grad_lse, row) &&
+                     is_zero(args.grad_log_sum_sq_probs, row));
   }
   TRL_HD static bool is_zero(const T* upstream, int64_t row) { return !upstream || upstream[row] == 0; }
   template <class V>  // T, or a vector of them

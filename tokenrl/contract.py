@@ -13,22 +13,24 @@ from torch.autograd.function import once_differentiable
 TRANSFORM = "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
 UPSTREAM = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs"
 SAVED = "Tensor ids, Tensor lse, Tensor lse_rest, Tensor entropy, Tensor log_sum_sq_probs"
-ALWAYS = ("logp", "entropy", "lse", "lse_rest")  # of token_logprobs' results; the others are empty unless they are asked for
+# Of token_logprobs' results; the others are empty unless they are asked for.
+ALWAYS = ("logp", "entropy", "lse", "lse_rest")
 
 SCHEMAS = {
     "objective": "(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
     "Tensor span_weight, Tensor normalizer, Tensor? token_weight, str statistic, str flow, str gate, float[] params, "
     "Tensor?[] param_tensors, float clamp, float cap) -> (Tensor loss, Tensor coef, Tensor metrics)",
-    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) -> Tensor",
-    "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) -> Tensor",
-    "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, Tensor?[] param_tensors) "
-    "-> (Tensor clipped, Tensor inside)",
-    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, str span, "
-    "str unit) -> (Tensor span_weight, Tensor count)",
-    "token_logprobs": "(Tensor logits, Tensor ids, "
-    + TRANSFORM
-    + ", str[] outputs, bool inplace_backward) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor log_sum_sq_probs, "
-    "Tensor mean_logit, Tensor max_prob, Tensor is_top1, Tensor rank)",
+    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) "
+    "-> Tensor",
+    "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) "
+    "-> Tensor",
+    "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
+    "Tensor?[] param_tensors) -> (Tensor clipped, Tensor inside)",
+    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, "
+    "str span, str unit) -> (Tensor span_weight, Tensor count)",
+    "token_logprobs": f"(Tensor logits, Tensor ids, {TRANSFORM}, str[] outputs, bool inplace_backward) -> "
+    "(Tensor logp, Tensor entropy, Tensor lse, Tensor lse_rest, Tensor log_sum_sq_probs, Tensor mean_logit, "
+    "Tensor max_prob, Tensor is_top1, Tensor rank)",
     "token_logprobs_backward": f"({UPSTREAM}, Tensor logits, {SAVED}, {TRANSFORM}) -> Tensor",
     "token_logprobs_backward_": f"({UPSTREAM}, Tensor(a!) logits, {SAVED}, {TRANSFORM}) -> ()",
 }
@@ -51,7 +53,8 @@ def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale,
         return ids.new_empty(shape if name in outputs or name in ALWAYS else (0,), dtype=dtype)
 
     rows = ids.shape[:-1]
-    per_row = [made(name, rows) for name in ("entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob")]
+    names = ("entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob")
+    per_row = [made(name, rows) for name in names]
     return made("logp", ids.shape), *per_row, made("is_top1", ids.shape, torch.bool), made("rank", ids.shape, ids.dtype)
 
 
@@ -68,7 +71,7 @@ FAKES = {
 
 
 def _no_gradients(inputs) -> tuple:
-    """What a backward returns for inputs without gradient: torch wants a list for each list of tensors (an empty list is one)."""
+    """What a backward returns for inputs without gradient: torch wants a list for each list of tensors."""
     lists = (isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) for x in inputs)
     return tuple([None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True))
 

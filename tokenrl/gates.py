@@ -24,7 +24,7 @@ INF = float("inf")
 
 
 def parametrised(cls):
-    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not trace)."""
+    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not)."""
     cls = dataclass(frozen=True, eq=False)(cls)
     cls.names = tuple(field.name for field in dataclasses.fields(cls))
     return cls
@@ -157,7 +157,7 @@ class Sapo(Gate):
 
 @parametrised
 class KlGate(Gate):
-    """Base of the KL estimators of KL(pi || ref): the statistic is logp - ref_logp, so `old_logp` is the reference's."""
+    """Base of the estimators of KL(pi || ref): the statistic is logp - ref_logp, so `old_logp` is the reference's."""
 
     uses_advantages = False
 
@@ -184,7 +184,8 @@ class KlK2(KlGate):
 
 @parametrised
 class KlK3(KlGate):
-    """l = min(e^-s + s - 1, ceiling). Schulman's k3, non-negative; verl clamps it at ceiling = 10 (zero gradient above), TRL does not."""
+    """l = min(e^-s + s - 1, ceiling). Schulman's k3, non-negative; verl clamps it at ceiling = 10 (zero gradient
+    above), TRL does not."""
 
     name = "kl_k3"
     ceiling: Bound = INF

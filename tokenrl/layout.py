@@ -69,7 +69,7 @@ class Layout:
 
 
 def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
-    """The layout of a batch whose token tensor `x` (called `name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
+    """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
     if cu_seqlens is None:
         if x.dim() != 2:
             raise wrong(

@@ -1,4 +1,4 @@
-"""The one tolerance rule of this project: a kernel against the fp64 reference, next to the reference in the kernel's precision."""
+"""The one tolerance rule: a kernel against the fp64 reference, next to the reference in the kernel's precision."""
 
 import torch
 from torch import Tensor

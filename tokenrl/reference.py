@@ -160,7 +160,7 @@ def token_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op's results, zero where an id, or every id of a row, is -100 (any number where an output is not asked for)."""
+    """The op's results, zero where an id, or every id of a row, is -100; anything where an output is not asked for."""
     used, row_used = ids != -100, (ids != -100).any(-1)
     logits = torch.where(row_used[..., None], logits, 0)
     z = _transformed(logits, temperature, temperatures, softcap, logit_scale)

@@ -1,4 +1,5 @@
-// The CPU kernels. The objective and the log-probs are compiled once per instruction set, each in a namespace of its own.
+// The CPU kernels. The objective and the log-probs are compiled once per instruction set, each in a namespace of its
+// own.
 #pragma once
 
 #include <initializer_list>
@@ -44,13 +45,13 @@ struct Totals {
 };
 
 // totals: one per sequence. False when there is no gate of that name.
-#define TOKENRL_CPU_KERNELS                                                                                              \
-  template <class T>                                                                                                     \
+#define TOKENRL_CPU_KERNELS                                                                                         \
+  template <class T>                                                                                                \
   bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals, \
-                 const Threads& threads);                                                                                \
-  template <class Logit, class T>                                                                                        \
-  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                                        \
-  template <class Logit, class T>                                                                                        \
+                 const Threads& threads);                                                                           \
+  template <class Logit, class T>                                                                                   \
+  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                                   \
+  template <class Logit, class T>                                                                                   \
   void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
 
 namespace portable {
@@ -74,7 +75,8 @@ Isa instruction_set();
 
 // Runs the objective on the instruction set in use and adds up its sequences.
 template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, const Threads& threads);
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
+               const Threads& threads);
 template <class Logit, class T>
 void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);
 template <class Logit, class T>

@@ -1,5 +1,5 @@
-// One vector register of floats of the instruction set that a file is compiled for, and its 16-bit loads. Only for sources
-// that are compiled once per instruction set: everything here is inlined.
+// One vector register of floats of the instruction set that a file is compiled for, and its 16-bit loads. Only for
+// sources that are compiled once per instruction set: everything here is inlined.
 #pragma once
 
 #ifdef __x86_64__
@@ -21,8 +21,8 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-// What one step of a loop takes: two chains in turns, because one is longer than the processor looks ahead. More of them
-// would not leave registers for the sums.
+// What one step of a loop takes: two chains in turns, because one is longer than the processor looks ahead. More of
+// them would not leave registers for the sums.
 constexpr int kUnroll = 2;
 constexpr int64_t kStep = kLanes * kUnroll;
 
@@ -36,10 +36,14 @@ TRL_INLINE Floats all(float x) { return x - Floats{}; }
 // b where a NaN is compared; and 16-bit words widened. The compilers of today find these instructions only by name.
 #if defined(__AVX512F__)
 TRL_INLINE Floats higher(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-TRL_INLINE Words load_bits(const void* x) { return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(x))); }
+TRL_INLINE Words load_bits(const void* x) {
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
+}
 #elif defined(__AVX2__)
 TRL_INLINE Floats higher(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-TRL_INLINE Words load_bits(const void* x) { return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(x))); }
+TRL_INLINE Words load_bits(const void* x) {
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(x)));
+}
 #else
 TRL_INLINE Floats higher(Floats a, Floats b) { return a > b ? a : b; }
 TRL_INLINE Words load_bits(const void* x) {
@@ -103,8 +107,8 @@ struct Exponential<double> {
   TRL_INLINE double bounded(double d) const { return d < -1e300 ? -1e300 : d; }
 };
 
-// 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n goes
-// straight into the exponent's bits. Below 2^-126, where they end, d is held: -inf then weighs 1e-38.
+// 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n
+// goes straight into the exponent's bits. Below 2^-126, where they end, d is held: -inf then weighs 1e-38.
 template <>
 struct Exponential<float> {
   float high, low, least;
@@ -128,8 +132,7 @@ struct Exponential<float> {
     horner(e, r, 0.6931470037f);
     horner(e, r, 1.0f);
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u)
-      e[u] = (Floats)((Words)e[u] + ((Words)shifted[u] << 23));
+    for (int u = 0; u < kUnroll; ++u) e[u] = (Floats)((Words)e[u] + ((Words)shifted[u] << 23));
   }
   TRL_INLINE Floats bounded(Floats d) const { return higher(all(least), d); }
 

@@ -1,5 +1,6 @@
-// What this machine can do at best: bytes read, bytes copied and exponentials per second. The limits that benchmarks refer to.
-// Compiled once per instruction set (TOKENRL_ISA) for the loops, and once without it for the threads around them.
+// What this machine can do at best: bytes read, bytes copied and exponentials per second. The limits that benchmarks
+// refer to. Compiled once per instruction set (TOKENRL_ISA) for the loops, and once without it for the threads around
+// them.
 #include <cstdint>
 
 #ifdef TOKENRL_ISA
@@ -10,7 +11,7 @@ namespace tokenrl::cpu {
 
 constexpr int64_t kValues = 2048;  // exponentials per round, from the first-level cache
 
-#define TOKENRL_LIMIT_LOOPS                                  \
+#define TOKENRL_LIMIT_LOOPS                             \
   uint64_t sum_words(const uint64_t* words, int64_t n); \
   float sum_exponentials(const float* values, int64_t rounds);
 
@@ -128,7 +129,8 @@ struct Shares {
   int64_t each;
   std::unique_ptr<uint64_t[]> words;
 
-  Shares(int64_t bytes, int count) : threads(count), each(std::max<int64_t>(bytes / 8 / count, 8)), words(new uint64_t[each * count]) {
+  Shares(int64_t bytes, int count)
+      : threads(count), each(std::max<int64_t>(bytes / 8 / count, 8)), words(new uint64_t[each * count]) {
     seconds(threads, [&](int thread) { std::fill(of(thread), of(thread) + each, uint64_t{1}); });
   }
   uint64_t* of(int thread) const { return words.get() + thread * each; }

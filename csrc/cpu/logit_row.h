@@ -1,5 +1,5 @@
-// One row of logits and what becomes of it before the softmax, a block at a time. Only for sources that are compiled once
-// per instruction set.
+// One row of logits and what becomes of it before the softmax, a block at a time. Only for sources that are compiled
+// once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -28,7 +28,9 @@ struct Row {
   inline Row(const LogprobArgs<Logit, T>& given, int64_t row)
       : args(given), index(row), batch(row / given.time), time(row % given.time), transform(given.transform, row) {}
   inline const Logit* logits() const { return args.logits + batch * args.stride_batch + time * args.stride_time; }
-  inline Logit* grad() const { return args.grad_logits + batch * args.grad_stride_batch + time * args.grad_stride_time; }
+  inline Logit* grad() const {
+    return args.grad_logits + batch * args.grad_stride_batch + time * args.grad_stride_time;
+  }
   inline const bool* keep() const {
     const Transform<T>& t = args.transform;
     return t.keep ? t.keep + batch * t.keep_stride_batch + time * t.keep_stride_time : nullptr;

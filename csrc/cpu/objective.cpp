@@ -12,8 +12,8 @@ namespace {
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
 
-// One entry per token of a piece of a sequence; masked cells hold harmless numbers and weight 0. Every array has room for whole
-// vectors.
+// One entry per token of a piece of a sequence; masked cells hold harmless numbers and weight 0. Every array has room
+// for whole vectors.
 template <class T>
 struct Lanes {
   T *x, *s, *t, *t_power, *logp, *advantage, *weight, *valid, *passes, *shared, *direct;
@@ -67,17 +67,19 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   }
 }
 
-// Whether a token's coefficient depends on nothing behind it, so that a sequence can be worked off in pieces that stay in
-// the first-level cache.
+// Whether a token's coefficient depends on nothing behind it, so that a sequence can be worked off in pieces that stay
+// in the first-level cache.
 template <class T>
 inline bool streams(const Spans& spans, Statistic statistic, bool through) {
-  return sizeof(T) == sizeof(float) && !spans.starts && !over_span(statistic) && (!through || statistic == Statistic::token);
+  return sizeof(T) == sizeof(float) && !spans.starts && !over_span(statistic) &&
+         (!through || statistic == Statistic::token);
 }
 
 inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<double>& lanes, Carry&) {
   statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
 }
-inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<float>& lanes, Carry& carry) {
+inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic, const Lanes<float>& lanes,
+                            Carry& carry) {
   if (spans.starts) statistic_of(spans, q, statistic, lanes.x, lanes.s, lanes.t);
   else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t, carry);
 }
@@ -100,7 +102,8 @@ struct Params {
 
 // A loop of its own: what the gate waits for would else be the longest part of its way.
 template <class T, class Gate, bool kPerToken>
-inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes) {
+inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last,
+                            const Lanes<T>& lanes) {
   if constexpr (Gate::power_param >= 0) {
     const T* t = lanes.t;
     T* out = lanes.t_power;
@@ -182,8 +185,8 @@ inline void run_gate_loops(const ObjectiveArgs<T>& args, Sequence q, const Lanes
 
 // q: tokens of sequence i, all of them unless they stream.
 template <class T, class Gate>
-void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Sequence q, int64_t i, T* memory, Carry& carry,
-               Totals& totals) {
+void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Sequence q, int64_t i, T* memory,
+               Carry& carry, Totals& totals) {
   const int64_t n = q.end - q.begin;
   const Lanes<T> lanes(memory, n);
   load(args, q, i, lanes);
@@ -202,7 +205,8 @@ void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
 }
 
 template <class T, class Gate>
-void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory, Totals& totals) {
+void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory,
+                  Totals& totals) {
   const Sequence q = sequence_of(args.spans, i);
   const int64_t length = streams<T>(args.spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
   Carry carry;
@@ -220,7 +224,8 @@ void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, T
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }
-    T* memory = static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(Lanes<T>::room(longest)) * Lanes<T>::kArrays));
+    T* memory =
+        static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(Lanes<T>::room(longest)) * Lanes<T>::kArrays));
     if (!memory) std::abort();
     for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory, totals[i]);
     std::free(memory);
@@ -230,7 +235,9 @@ void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, T
 template <class T, class... Gate>
 bool run_named(std::tuple<Gate...>*, const char* name, const ObjectiveArgs<T>& args, Statistic statistic, bool through,
                Totals* totals, const Threads& threads) {
-  return ((std::strcmp(Gate::name, name) == 0 && (run_gate<T, Gate>(args, statistic, through, totals, threads), true)) || ...);
+  return (
+      (std::strcmp(Gate::name, name) == 0 && (run_gate<T, Gate>(args, statistic, through, totals, threads), true)) ||
+      ...);
 }
 
 }  // namespace

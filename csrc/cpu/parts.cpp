@@ -1,4 +1,5 @@
-// What does not depend on the instruction set: its choice, the sums over sequences, statistics, clip and weights as ops of their own.
+// What does not depend on the instruction set: its choice, the sums over sequences, statistics, clip and weights as ops
+// of their own.
 #include <algorithm>
 #include <cstdlib>
 #include <unordered_map>
@@ -23,12 +24,12 @@ Isa widest() {
 
 // Runs f(isa's objective, ...) by the instruction set in use.
 #ifdef __x86_64__
-#define TOKENRL_BY_ISA(call)                              \
-  switch (instruction_set()) {                            \
-    case Isa::avx512: return avx512::call;                \
-    case Isa::avx2: return avx2::call;                    \
-    case Isa::portable: return portable::call;            \
-  }                                                       \
+#define TOKENRL_BY_ISA(call)                   \
+  switch (instruction_set()) {                 \
+    case Isa::avx512: return avx512::call;     \
+    case Isa::avx2: return avx2::call;         \
+    case Isa::portable: return portable::call; \
+  }                                            \
   return portable::call
 #else
 #define TOKENRL_BY_ISA(call) return portable::call
@@ -66,7 +67,8 @@ Isa instruction_set() {
 }
 
 template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, const Threads& threads) {
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
+               const Threads& threads) {
   std::vector<Totals> totals(static_cast<size_t>(args.spans.num_sequences));
   clear_outside(args.spans, args.coef);
   if (!each_objective(args, statistic, through, gate, totals.data(), threads)) return false;
@@ -150,7 +152,8 @@ struct SequenceCount {
 SequenceCount count_of(const WeightArgs& args, int64_t i) {
   const Sequence q = sequence_of(args.spans, i);
   const auto advantage = [&](int64_t at) {
-    return args.advantages_double ? static_cast<const double*>(args.advantages)[at] : static_cast<const float*>(args.advantages)[at];
+    return args.advantages_double ? static_cast<const double*>(args.advantages)[at]
+                                  : static_cast<const float*>(args.advantages)[at];
   };
   SequenceCount count;
   for (int64_t token = q.begin; token < q.end; ++token) count.tokens += is_valid(args.spans, token);
@@ -204,15 +207,15 @@ void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Thr
   args.count[0] = unit == Unit::tokens ? tokens : unit == Unit::rows ? rows : static_cast<int64_t>(groups.size());
 }
 
-#define TOKENRL_INSTANTIATE(T)                                                                                          \
-  template bool objective(const ObjectiveArgs<T>&, Statistic, bool, const char*, const Threads&);                  \
-  template void statistic(const StatisticArgs<T>&, Statistic, bool, const Threads&);                               \
+#define TOKENRL_INSTANTIATE(T)                                                                    \
+  template bool objective(const ObjectiveArgs<T>&, Statistic, bool, const char*, const Threads&); \
+  template void statistic(const StatisticArgs<T>&, Statistic, bool, const Threads&);              \
   template void position_adaptive_clip(const BandArgs<T>&, const Threads&);
 TOKENRL_INSTANTIATE(float)
 TOKENRL_INSTANTIATE(double)
 #undef TOKENRL_INSTANTIATE
 
-#define TOKENRL_INSTANTIATE(Logit, T)                                              \
+#define TOKENRL_INSTANTIATE(Logit, T)                                         \
   template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&); \
   template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&);
 TOKENRL_INSTANTIATE(float, float)

@@ -1,5 +1,5 @@
-// The statistics along one sequence, a vector register at a time. Only for sources that are compiled once per instruction
-// set; walk.h has the same for any precision and for segments.
+// The statistics along one sequence, a vector register at a time. Only for sources that are compiled once per
+// instruction set; walk.h has the same for any precision and for segments.
 #pragma once
 
 #include "lanes.h"
@@ -43,7 +43,8 @@ struct RunningMinimum {
 
   TRL_INLINE Floats before(Floats x, Floats valid) {
     const Floats neutral = all(infinity<float>());
-    const Floats within = prefix_of(valid != 0 ? x : neutral, neutral, [](Floats a, Floats b) { return b < a ? b : a; });
+    const Floats within =
+        prefix_of(valid != 0 ? x : neutral, neutral, [](Floats a, Floats b) { return b < a ? b : a; });
     const Floats earlier = moved_up<1>(within, neutral), so_far = earlier < lowest ? earlier : all(lowest);
     lowest = smaller(lowest, within[kLanes - 1]);
     return so_far == infinity<float>() ? Floats{} : so_far;
@@ -75,7 +76,8 @@ inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, 
 }
 
 // A piece of a sequence without segments, for span statistics all of it. The arrays have room for whole vectors.
-inline void scan_lanes(Statistic statistic, const float* x, const float* valid, int64_t n, float* s, float* t, Carry& carry) {
+inline void scan_lanes(Statistic statistic, const float* x, const float* valid, int64_t n, float* s, float* t,
+                       Carry& carry) {
   switch (statistic) {
     case Statistic::token: return scan_lanes<Statistic::token>(x, valid, n, s, t, carry);
     case Statistic::prefix_sum: return scan_lanes<Statistic::prefix_sum>(x, valid, n, s, t, carry);

@@ -85,7 +85,8 @@ constexpr double kHeadroom = 8;
 // Adds a block to a state whose maximum is that of the first block, until one rises above it by the headroom: so nearly
 // every logit is visited once. The largest of all goes to `highest`.
 template <bool kSquares, class T, class Stored>
-inline void take_block(Softmax<T>& state, T& highest, const Stored* y, int64_t n, T factor, const Exponential<T>& e_to) {
+inline void take_block(Softmax<T>& state, T& highest, const Stored* y, int64_t n, T factor,
+                       const Exponential<T>& e_to) {
   if (state.max == -infinity<T>()) {
     state.max = largest<T>(y, n);
     if (state.max == -infinity<T>()) {

@@ -10,9 +10,10 @@ struct Lse {
   T rounded, rest;
 };
 
-// The gradient of a block in full precision, without the ids' own shares and the way back through the softcap; exactly 0
-// where p is.
-inline void gradient_block(const double* y, int64_t n, double factor, const Lse<double>& lse, const RowGradient<double>& g, double* grad) {
+// The gradient of a block in full precision, without the ids' own shares and the way back through the softcap; exactly
+// 0 where p is.
+inline void gradient_block(const double* y, int64_t n, double factor, const Lse<double>& lse,
+                           const RowGradient<double>& g, double* grad) {
   const Exponential<double> e_to(1);
   for (int64_t v = 0; v < n; ++v) {
     const double log_p = (y[v] * factor - lse.rounded) - lse.rest, bounded = e_to.bounded(log_p);
@@ -21,7 +22,8 @@ inline void gradient_block(const double* y, int64_t n, double factor, const Lse<
 }
 
 template <class Stored>
-TRL_INLINE void gradient_step(const Stored* y, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
+TRL_INLINE void gradient_step(const Stored* y, float factor, const Lse<float>& lse, const RowGradient<float>& g,
+                              float* grad) {
   const Exponential<float> e_to(1);
   Floats log_p[kUnroll], bounded[kUnroll], p[kUnroll];
 #pragma GCC unroll 4
@@ -40,10 +42,10 @@ TRL_INLINE void gradient_step(const Stored* y, float factor, const Lse<float>& l
 
 // grad has room for whole steps.
 template <class Stored>
-inline void gradient_block(const Stored* y, int64_t n, float factor, const Lse<float>& lse, const RowGradient<float>& g, float* grad) {
+inline void gradient_block(const Stored* y, int64_t n, float factor, const Lse<float>& lse, const RowGradient<float>& g,
+                           float* grad) {
   const LastStep<Stored> last(y + n / kStep * kStep, n % kStep);
-  for (int64_t v = 0; v < n; v += kStep)
-    gradient_step(v + kStep <= n ? y + v : last.numbers, factor, lse, g, grad + v);
+  for (int64_t v = 0; v < n; v += kStep) gradient_step(v + kStep <= n ? y + v : last.numbers, factor, lse, g, grad + v);
 }
 
 template <class Logit, class T>

@@ -11,7 +11,8 @@ struct Sequence {
 };
 
 TRL_HD Sequence sequence_of(const Spans& spans, int64_t i) {
-  return {clamp(spans.cu_seqlens[i], int64_t{0}, spans.num_tokens), clamp(spans.cu_seqlens[i + 1], int64_t{0}, spans.num_tokens)};
+  return {clamp(spans.cu_seqlens[i], int64_t{0}, spans.num_tokens),
+          clamp(spans.cu_seqlens[i + 1], int64_t{0}, spans.num_tokens)};
 }
 TRL_HD bool is_valid(const Spans& spans, int64_t token) { return !spans.mask || spans.mask[token]; }
 TRL_HD bool is_start(const Spans& spans, int64_t token) {
@@ -24,7 +25,8 @@ TRL_HD bool is_mean(Statistic statistic) {
   return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
 }
 
-// The statistic of one token from its own log ratio and what the span holds up to it; span statistics leave their running sum.
+// The statistic of one token from its own log ratio and what the span holds up to it; span statistics leave their
+// running sum.
 template <Statistic kStatistic, class T>
 TRL_HD T at_token(T x, double sum, T least_before, int64_t count) {
   if constexpr (kStatistic == Statistic::token) return x;
@@ -33,7 +35,8 @@ TRL_HD T at_token(T x, double sum, T least_before, int64_t count) {
   else return static_cast<T>(sum);
 }
 
-// One walk forwards: s as above and t, the count of valid tokens, for every token of q. Masked cells repeat the running sum.
+// One walk forwards: s as above and t, the count of valid tokens, for every token of q. Masked cells repeat the running
+// sum.
 template <Statistic kStatistic, class T>
 TRL_HD void scan(const Spans& spans, Sequence q, const T* x, T* s, T* t) {
   const bool *mask = spans.mask, *starts = spans.starts;

@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define TRL_SHARED(type, name, count) __shared__ type name[count]
-#define TRL_DYNAMIC_SHARED(type, name)                      \
+#define TRL_DYNAMIC_SHARED(type, name)                          \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 #define TRL_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \

@@ -134,10 +134,8 @@ struct SequenceObjective {
           return Running<T>{is_end(args.spans, q, token), 0, valid(token) ? args.coef[token] : T(0)};
         },
         [&](int64_t token, const Running<T>&, const Running<T>& after) {
-          if (spans)
-            args.coef[token] = after.value;
-          else
-            finish(token, after.value);
+          if (spans) args.coef[token] = after.value;
+          else finish(token, after.value);
         },
         memory);
     if (!spans) return;

@@ -87,14 +87,10 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= args.spans.num_sequences) return;
   const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
   const SequenceStatistic<T> sequence{args, counts, mean, sequence_of(args.spans, i), memory};
-  if (statistic == Statistic::token)
-    sequence.token();
-  else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean)
-    sequence.span();
-  else if (adjoint)
-    sequence.suffix();
-  else
-    sequence.prefix(statistic == Statistic::prefix_min);
+  if (statistic == Statistic::token) sequence.token();
+  else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean) sequence.span();
+  else if (adjoint) sequence.suffix();
+  else sequence.prefix(statistic == Statistic::prefix_min);
 }
 
 template <class T>

@@ -42,8 +42,8 @@ struct Everything : Transformed {
   }
 };
 
-// Some y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it. A NaN is no maximum, but
-// goes into the sums.
+// Some y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it. A NaN is no maximum,
+// but goes into the sums.
 template <class T, bool kSquares, int kCount>
 __device__ __forceinline__ void take(Softmax<T>& state, const T (&y)[kCount], T factor) {
   T highest = state.max;
@@ -69,8 +69,8 @@ struct OwnIds {
 };
 
 template <class Logit, class T>
-__device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
-                                             int64_t first) {
+__device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args,
+                                             const RowView<Logit, T, Everything<T>>& row, int64_t first) {
   OwnIds<T> own;
   if (!args.is_top1 && !args.rank) return own;
   own.count = static_cast<int>(smaller(static_cast<int64_t>(kIdsPerPass), args.num_ids - first));
@@ -85,8 +85,8 @@ __device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args, 
 
 template <class Logit, class T>
 __device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs<Logit, T>&,
-                                                               const RowView<Logit, T, SoftmaxOnly<T>>& row, int64_t begin,
-                                                               int64_t end, int64_t) {
+                                                               const RowView<Logit, T, SoftmaxOnly<T>>& row,
+                                                               int64_t begin, int64_t end, int64_t) {
   typename SoftmaxOnly<T>::Part part;
   const T factor = row.transform.factor;
   for_packs(
@@ -106,8 +106,8 @@ __device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs
 
 template <class Logit, class T>
 __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<Logit, T>& args,
-                                                              const RowView<Logit, T, Everything<T>>& row, int64_t begin,
-                                                              int64_t end, int64_t first_id) {
+                                                              const RowView<Logit, T, Everything<T>>& row,
+                                                              int64_t begin, int64_t end, int64_t first_id) {
   typename Everything<T>::Part part;
   const OwnIds<T> own = own_ids(args, row, first_id);
   const T factor = row.transform.factor;
@@ -135,7 +135,8 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
 }
 
 template <class Logit, class T>
-__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, SoftmaxOnly<T>>& row,
+__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args,
+                                          const RowView<Logit, T, SoftmaxOnly<T>>& row,
                                           const typename SoftmaxOnly<T>::Part& part) {
   args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
   args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
@@ -143,7 +144,8 @@ __device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, con
 }
 
 template <class Logit, class T>
-__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
+__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args,
+                                          const RowView<Logit, T, Everything<T>>& row,
                                           const typename Everything<T>::Part& part) {
   args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
   args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
@@ -159,7 +161,8 @@ __device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>&, const 
 
 // Of an id outside the vocabulary nothing is known.
 template <class Logit, class T>
-__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Everything<T>>& row,
+__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args,
+                                            const RowView<Logit, T, Everything<T>>& row,
                                             const typename Everything<T>::Part& part, int64_t first) {
   if (!args.is_top1 && !args.rank) return;
 #pragma unroll
@@ -178,7 +181,8 @@ __device__ __forceinline__ void store_logps(const LogprobArgs<Logit, T>& args, c
   for (int64_t k = threadIdx.x; k < args.num_ids; k += kThreads) {
     const int64_t at = row.index * args.num_ids + k, id = args.ids[at];
     T logp = id == kIgnoredId ? T(0) : infinity<T>() - infinity<T>();
-    if (id >= 0 && id < args.vocab) logp = logp_of(state, row.capped(row.raw(row.logits[id], id)), row.transform.factor);
+    if (id >= 0 && id < args.vocab)
+      logp = logp_of(state, row.capped(row.raw(row.logits[id], id)), row.transform.factor);
     args.logp[at] = logp;
   }
 }
@@ -200,7 +204,8 @@ __device__ __forceinline__ void store_zeros(const LogprobArgs<Logit, T>& args, i
 
 // splits blocks per row; where there are several, `parts` receives what each found.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
   using Part = typename Mode::Part;
   TRL_SHARED(Part, memory, kWarps);
   const int64_t index = blockIdx.x / splits, split = blockIdx.x % splits;
@@ -233,12 +238,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_kernel(Logpr
 
 // Merges the parts of one row; every thread does, and each stores its share.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) merge_kernel(LogprobArgs<Logit, T> args, int splits, const typename Mode::Part* parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    merge_kernel(LogprobArgs<Logit, T> args, int splits, const typename Mode::Part* parts) {
   const int64_t index = blockIdx.x;
   if (is_ignored(args, index)) return;
   const RowView<Logit, T, Mode> row(args, index);
   typename Mode::Part part = parts[index * splits];
-  for (int split = 1; split < splits; ++split) part = Mode::merge(part, parts[index * splits + split], row.transform.factor);
+  for (int split = 1; split < splits; ++split)
+    part = Mode::merge(part, parts[index * splits + split], row.transform.factor);
   store_logps(args, row, part.softmax);
   if (threadIdx.x != 0) return;
   store_row(args, row, part);
@@ -263,8 +270,10 @@ template <class Logit, class T, class Mode>
 const char* launch(const LogprobArgs<Logit, T>& args, void* scratch, void* stream) {
   const int64_t rows = args.batch * args.time, splits = splits_of(args);
   auto* parts = static_cast<typename Mode::Part*>(scratch);
-  TRL_LAUNCH((logprobs_kernel<Logit, T, Mode>), rows * splits, kThreads, 0, stream, args, static_cast<int>(splits), parts);
-  if (splits > 1) TRL_LAUNCH((merge_kernel<Logit, T, Mode>), rows, kThreads, 0, stream, args, static_cast<int>(splits), parts);
+  TRL_LAUNCH((logprobs_kernel<Logit, T, Mode>), rows * splits, kThreads, 0, stream, args, static_cast<int>(splits),
+             parts);
+  if (splits > 1)
+    TRL_LAUNCH((merge_kernel<Logit, T, Mode>), rows, kThreads, 0, stream, args, static_cast<int>(splits), parts);
   return launch_error();
 }
 
@@ -283,7 +292,8 @@ const bool listed = list_logprobs<float, float>("float") && list_logprobs<double
 template <class Logit, class T>
 size_t token_logprobs_scratch_bytes(const LogprobArgs<Logit, T>& args) {
   const int64_t splits = splits_of(args);
-  const size_t part = wants_everything(args) ? sizeof(typename Everything<T>::Part) : sizeof(typename SoftmaxOnly<T>::Part);
+  const size_t part =
+      wants_everything(args) ? sizeof(typename Everything<T>::Part) : sizeof(typename SoftmaxOnly<T>::Part);
   return splits > 1 ? part * static_cast<size_t>(args.batch * args.time * splits) : 0;
 }
 
@@ -294,7 +304,7 @@ const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* scratch, voi
                                 : launch<Logit, T, SoftmaxOnly<T>>(args, scratch, stream);
 }
 
-#define TOKENRL_INSTANTIATE(Logit, T)                                           \
+#define TOKENRL_INSTANTIATE(Logit, T)                                         \
   template size_t token_logprobs_scratch_bytes(const LogprobArgs<Logit, T>&); \
   template const char* token_logprobs(const LogprobArgs<Logit, T>&, void*, void*);
 TOKENRL_INSTANTIATE(float, float)

@@ -31,8 +31,8 @@ struct OneId : Plain {
     int64_t id;
     T share;
 
-    __device__ __forceinline__ Shares(const LogprobArgs<Logit, T>& args, const GradientOf<Logit, T, OneId>& gradient, int64_t,
-                                      int64_t)
+    __device__ __forceinline__ Shares(const LogprobArgs<Logit, T>& args, const GradientOf<Logit, T, OneId>& gradient,
+                                      int64_t, int64_t)
         : id(args.ids[gradient.row.index]),
           share(RowGradient<T>::own_gradient(args, gradient.row.index, 0) * gradient.row.transform.factor) {}
     __device__ __forceinline__ T at(int64_t v) const { return v == id ? share : T(0); }
@@ -40,7 +40,8 @@ struct OneId : Plain {
   };
 };
 
-// Any number of ids: their whole gradients are worked out before anything is written, and written after everything else.
+// Any number of ids: their whole gradients are worked out before anything is written, and written after everything
+// else.
 template <class T>
 struct ManyIds : Transformed {
   template <class Logit>
@@ -83,7 +84,8 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
 }
 
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t index = blockIdx.x / splits, length = (args.vocab + splits - 1) / splits;
   const int64_t begin = smaller(blockIdx.x % splits * length, args.vocab), end = smaller(begin + length, args.vocab);

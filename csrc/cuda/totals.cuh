@@ -32,24 +32,15 @@ struct Totals {
 
   __device__ __forceinline__ T metric(int which) const {
     switch (which) {
-      case kTokens:
-        return T(tokens);
-      case kRatioSum:
-        return ratio_sum;
-      case kRatioMin:
-        return ratio_min;
-      case kRatioMax:
-        return ratio_max;
-      case kLow:
-        return T(low);
-      case kHigh:
-        return T(high);
-      case kDual:
-        return T(dual);
-      case kKlSum:
-        return kl_sum;
-      default:
-        return ratio_squares;
+      case kTokens: return T(tokens);
+      case kRatioSum: return ratio_sum;
+      case kRatioMin: return ratio_min;
+      case kRatioMax: return ratio_max;
+      case kLow: return T(low);
+      case kHigh: return T(high);
+      case kDual: return T(dual);
+      case kKlSum: return kl_sum;
+      default: return ratio_squares;
     }
   }
 };

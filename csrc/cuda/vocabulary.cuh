@@ -12,8 +12,8 @@ struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(Logit);
   Logit of[size];
 };
-// Packs that a thread asks for before it uses the first: with two blocks per multiprocessor 32 KiB are on their way, which
-// is more than the memory's latency times its bandwidth. The registers of so many blocks need not be saved.
+// Packs that a thread asks for before it uses the first: with two blocks per multiprocessor 32 KiB are on their way,
+// which is more than the memory's latency times its bandwidth. The registers of so many blocks need not be saved.
 constexpr int kInFlight = 4, kBlocksAtOnce = 2;
 
 template <class Logit>
@@ -78,8 +78,8 @@ struct RowView {
   }
 };
 
-// visit(packs, first index of each, how many) for what this thread sees of logits [begin, end) in whole packs, several on
-// their way at once; single(v) for the logits before and after them.
+// visit(packs, first index of each, how many) for what this thread sees of logits [begin, end) in whole packs, several
+// on their way at once; single(v) for the logits before and after them.
 template <class Logit, class Visit, class Single>
 __device__ __forceinline__ void for_packs(const Logit* logits, int64_t begin, int64_t end, Visit visit, Single single) {
   constexpr int kPack = Pack<Logit>::size;

@@ -13,7 +13,8 @@ double value(double s, double logp, double advantage, double t, const double* p)
   return Gate::template eval<double>({s, logp, advantage, position_power<Gate>(t, p), p}).value;
 }
 
-// The unbiased KL forms carry the gradient of k2 = s^2 / 2, and cispo holds its weight fixed: their truth is not the value's slope in s.
+// The unbiased KL forms carry the gradient of k2 = s^2 / 2, and cispo holds its weight fixed: their truth is not the
+// value's slope in s.
 template <class Gate>
 double slope_in_s(double s, double logp, double advantage, double t, const double* p) {
   if constexpr (std::is_same_v<Gate, KlK1Unbiased> || std::is_same_v<Gate, KlK3Unbiased>) return s;
@@ -29,8 +30,10 @@ void check_gate(const double* p) {
         const double logp = -2.5;
         const Gated<double> g = Gate::template eval<double>({s, logp, advantage, position_power<Gate>(t, p), p});
         const double in_logp =
-            (value<Gate>(s, logp + kStep, advantage, t, p) - value<Gate>(s, logp - kStep, advantage, t, p)) / (2 * kStep);
-        const std::string where = std::string(Gate::name) + " s=" + std::to_string(s) + " A=" + std::to_string(advantage);
+            (value<Gate>(s, logp + kStep, advantage, t, p) - value<Gate>(s, logp - kStep, advantage, t, p)) /
+            (2 * kStep);
+        const std::string where =
+            std::string(Gate::name) + " s=" + std::to_string(s) + " A=" + std::to_string(advantage);
         near(where + " d_s", g.d_s, slope_in_s<Gate>(s, logp, advantage, t, p), 1e-7);
         near(where + " d_logp", g.d_logp, in_logp, 1e-7);
         // The same in float, as far as float can tell.

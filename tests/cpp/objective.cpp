@@ -1,5 +1,6 @@
-// Every gate x statistic x flow through the CPU objective in double, on ragged sequences with segments, holes full of NaN, weights
-// and bounds per token, a cap and a clamp: against the definition, one product per pair of tokens, and against differences.
+// Every gate x statistic x flow through the CPU objective in double, on ragged sequences with segments, holes full of
+// NaN, weights and bounds per token, a cap and a clamp: against the definition, one product per pair of tokens, and
+// against differences.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -17,14 +18,14 @@ struct Pair {
   Statistic statistic;
   bool through;
 };
-constexpr Pair kPairs[] = {
-    {Statistic::token, true},       {Statistic::prefix_sum, false}, {Statistic::prefix_sum, true}, {Statistic::prefix_mean, false},
-    {Statistic::prefix_mean, true}, {Statistic::prefix_min, false}, {Statistic::span_sum, false},  {Statistic::span_sum, true},
-    {Statistic::span_mean, false},  {Statistic::span_mean, true}};
+constexpr Pair kPairs[] = {{Statistic::token, true},       {Statistic::prefix_sum, false},
+                           {Statistic::prefix_sum, true},  {Statistic::prefix_mean, false},
+                           {Statistic::prefix_mean, true}, {Statistic::prefix_min, false},
+                           {Statistic::span_sum, false},   {Statistic::span_sum, true},
+                           {Statistic::span_mean, false},  {Statistic::span_mean, true}};
 
-const cpu::Threads kInline{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
-  body(context, 0, n);
-}};
+const cpu::Threads kInline{
+    [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
 // Uneven shares in another order, as threads may take them.
 const cpu::Threads kShares{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
   const int64_t ends[] = {0, n / 5, n / 2, n};
@@ -35,11 +36,13 @@ const cpu::Threads kShares{[](int64_t n, int64_t, void (*body)(void*, int64_t, i
 struct Batch {
   std::vector<int64_t> cu_seqlens{2, 2, 3, 20, 90, 97};
   int64_t sequences = 5, tokens = 99;
-  std::vector<double> logp, old_logp, advantages, token_weight, bounds[kMaxParams], span_weight{1.0, 0.5, 0.25, 2.0, 0.75};
+  std::vector<double> logp, old_logp, advantages, token_weight, bounds[kMaxParams],
+      span_weight{1.0, 0.5, 0.25, 2.0, 0.75};
   std::unique_ptr<bool[]> mask{new bool[tokens]}, starts{new bool[tokens]};
   double normalizer = 3;
 
-  explicit Batch(const std::string& gate) : logp(tokens), old_logp(tokens), advantages(sequences), token_weight(tokens) {
+  explicit Batch(const std::string& gate)
+      : logp(tokens), old_logp(tokens), advantages(sequences), token_weight(tokens) {
     // A fixed sequence of numbers in [-1, 1): random enough, and the same everywhere.
     uint64_t state = 12345;
     const auto next = [&state] {
@@ -56,7 +59,8 @@ struct Batch {
       mask[i] = next() < 0.6;
       starts[i] = mask[i] && next() > 0.7;
       for (int k = 0; k < kMaxParams; ++k) bounds[k][i] = low[k] + 0.05 * next();
-      if (!mask[i]) logp[i] = old_logp[i] = token_weight[i] = bounds[0][i] = bounds[1][i] = bounds[2][i] = bounds[3][i] = NAN;
+      if (!mask[i])
+        logp[i] = old_logp[i] = token_weight[i] = bounds[0][i] = bounds[1][i] = bounds[2][i] = bounds[3][i] = NAN;
     }
   }
 };
@@ -66,7 +70,8 @@ struct Result {
   std::vector<double> coef;
 };
 
-Result evaluate(const Batch& batch, const std::string& gate, int num_params, Pair pair, const cpu::Threads& threads = kInline) {
+Result evaluate(const Batch& batch, const std::string& gate, int num_params, Pair pair,
+                const cpu::Threads& threads = kInline) {
   Result result{0, {}, std::vector<double>(batch.tokens, NAN)};
   ObjectiveArgs<double> args{};
   args.spans = {batch.tokens, batch.sequences, batch.cu_seqlens.data(), batch.mask.get(), batch.starts.get()};
@@ -132,7 +137,8 @@ Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
   double p[kMaxParams];
   for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
   const double t = static_cast<double>(k + 1);
-  return Gate::eval(GateInput<double>{s, batch.logp[token], batch.advantages[span.sequence], position_power<Gate>(t, p), p});
+  return Gate::eval(
+      GateInput<double>{s, batch.logp[token], batch.advantages[span.sequence], position_power<Gate>(t, p), p});
 }
 
 // d/dx_j of s_k.
@@ -146,7 +152,8 @@ double entry(Statistic statistic, size_t k, size_t j, size_t n) {
   }
 }
 
-// The definition: s_t's own effect on l_t (local), or that of x_t on all of its span (through), one product per pair of tokens.
+// The definition: s_t's own effect on l_t (local), or that of x_t on all of its span (through), one product per pair of
+// tokens.
 template <class Gate>
 Expected expected(const Batch& batch, Pair pair) {
   Expected out{0, std::vector<double>(batch.tokens)};
@@ -213,7 +220,8 @@ void check_pair(Pair pair) {
   check_differences<Gate>(batch, pair, kernel.coef, what);
   const Result shared = evaluate(batch, gate, Gate::num_params, pair, kShares);
   const bool same_metrics = std::equal(kernel.metrics, kernel.metrics + kNumMetrics, shared.metrics);
-  near(what + ": the same bits in other shares", shared.loss == kernel.loss && shared.coef == kernel.coef && same_metrics, 1, 0);
+  near(what + ": the same bits in other shares",
+       shared.loss == kernel.loss && shared.coef == kernel.coef && same_metrics, 1, 0);
 }
 
 template <class... Gate>

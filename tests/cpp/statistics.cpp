@@ -1,5 +1,5 @@
-// Each statistic x flow through the whole CPU objective: coef against central differences of the loss (flow "through"), and against the
-// formula w d_s + w d_logp (flow "local"), with a hole, two segments and a span without valid tokens.
+// Each statistic x flow through the whole CPU objective: coef against central differences of the loss (flow "through"),
+// and against the formula w d_s + w d_logp (flow "local"), with a hole, two segments and a span without valid tokens.
 #include <vector>
 
 #include "check.h"
@@ -9,10 +9,12 @@ using namespace tokenrl;
 
 namespace {
 
-const cpu::Threads kInline{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
+const cpu::Threads kInline{
+    [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
 
 struct Batch {
-  std::vector<double> logp{-1, -2, -0.5, -1.5, -0.7, -1.1, -2.2, -0.3}, old_logp{-1.2, -1.9, -0.9, -1.45, -0.8, -1.0, -2.0, -0.31};
+  std::vector<double> logp{-1, -2, -0.5, -1.5, -0.7, -1.1, -2.2, -0.3},
+      old_logp{-1.2, -1.9, -0.9, -1.45, -0.8, -1.0, -2.0, -0.31};
   std::vector<double> advantages{0.9, -1.3, 0.4}, span_weight{0.5, 0.25, 1.0}, normalizer{2.0};
   std::vector<int64_t> cu_seqlens{0, 5, 7, 8};
   bool mask[8] = {true, true, false, true, true, true, true, false}, starts[8] = {};
@@ -51,12 +53,13 @@ void check_through(Statistic statistic, const char* gate, bool segments) {
       batch.run(statistic, true, gate);
       loss[side] = batch.loss;
     }
-    near(std::string(kStatistics[static_cast<int>(statistic)]) + " through " + gate + " token " + std::to_string(i), truth.coef[i],
-         (loss[1] - loss[0]) / 2e-6, 1e-7);
+    near(std::string(kStatistics[static_cast<int>(statistic)]) + " through " + gate + " token " + std::to_string(i),
+         truth.coef[i], (loss[1] - loss[0]) / 2e-6, 1e-7);
   }
 }
 
-// Under flow "local" kl_k2 has coef w s, and identity with weight 1 leaves w: s is read off and compared with sums written out.
+// Under flow "local" kl_k2 has coef w s, and identity with weight 1 leaves w: s is read off and compared with sums
+// written out.
 void check_local(Statistic statistic) {
   Batch batch;
   batch.run(statistic, false, "kl_k2");
@@ -80,10 +83,12 @@ void check_local(Statistic statistic) {
 }  // namespace
 
 int main() {
-  for (Statistic statistic : {Statistic::token, Statistic::prefix_sum, Statistic::prefix_mean, Statistic::span_sum, Statistic::span_mean})
+  for (Statistic statistic :
+       {Statistic::token, Statistic::prefix_sum, Statistic::prefix_mean, Statistic::span_sum, Statistic::span_mean})
     for (const char* gate : {"kl_k2", "kl_k3", "sapo", "kl_k1"})
       for (bool segments : {false, true}) check_through(statistic, gate, segments);
-  for (Statistic statistic : {Statistic::prefix_sum, Statistic::prefix_mean, Statistic::prefix_min, Statistic::span_sum, Statistic::span_mean})
+  for (Statistic statistic : {Statistic::prefix_sum, Statistic::prefix_mean, Statistic::prefix_min, Statistic::span_sum,
+                              Statistic::span_mean})
     check_local(statistic);
   return report("statistics");
 }

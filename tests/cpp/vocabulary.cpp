@@ -1,4 +1,5 @@
-// Log-probs, entropies and their gradient through the kernel, against sums in long double and finite differences; 16-bit logits.
+// Log-probs, entropies and their gradient through the kernel, against sums in long double and finite differences;
+// 16-bit logits.
 #include "vocabulary.h"
 
 #include <algorithm>
@@ -12,9 +13,8 @@ using namespace tokenrl;
 
 namespace {
 
-const cpu::Threads kInline{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
-  body(context, 0, n);
-}};
+const cpu::Threads kInline{
+    [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
 
 template <class T>
 struct Stats {
@@ -22,7 +22,8 @@ struct Stats {
 };
 
 template <class Logit, class T>
-LogprobArgs<Logit, T> arguments(const std::vector<Logit>& logits, const int64_t& id, double temperature, Stats<T>& stats) {
+LogprobArgs<Logit, T> arguments(const std::vector<Logit>& logits, const int64_t& id, double temperature,
+                                Stats<T>& stats) {
   LogprobArgs<Logit, T> args{};
   args.batch = args.time = args.num_ids = 1;
   args.vocab = args.stride_batch = args.stride_time = static_cast<int64_t>(logits.size());
@@ -46,7 +47,8 @@ Stats<T> stats_of(const std::vector<Logit>& logits, int64_t id, double temperatu
 }
 
 template <class Logit, class T>
-std::vector<Logit> gradient_of(const std::vector<Logit>& logits, int64_t id, double temperature, T grad_logp, T grad_entropy) {
+std::vector<Logit> gradient_of(const std::vector<Logit>& logits, int64_t id, double temperature, T grad_logp,
+                               T grad_entropy) {
   Stats<T> stats = stats_of<Logit, T>(logits, id, temperature);
   auto args = arguments(logits, id, temperature, stats);
   std::vector<Logit> grad(logits.size());
@@ -61,12 +63,14 @@ template <class Logit>
 std::vector<Logit> logits_of(int64_t vocab) {
   std::vector<Logit> logits;
   for (int64_t v = 0; v < vocab; ++v)
-    logits.push_back(narrow<Logit>(static_cast<decltype(widen(Logit{}))>(3 * std::sin(1.7 * static_cast<double>(v)) + 2)));
+    logits.push_back(
+        narrow<Logit>(static_cast<decltype(widen(Logit{}))>(3 * std::sin(1.7 * static_cast<double>(v)) + 2)));
   return logits;
 }
 
 template <class Logit, class T>
-void check_values(const std::vector<Logit>& logits, int64_t id, double temperature, double tolerance, const std::string& what) {
+void check_values(const std::vector<Logit>& logits, int64_t id, double temperature, double tolerance,
+                  const std::string& what) {
   long double highest = -INFINITY, mass = 0, entropy = 0;
   const auto z = [&](int64_t v) { return static_cast<long double>(widen(logits[v])) / temperature; };
   for (size_t v = 0; v < logits.size(); ++v) highest = std::max(highest, z(v));
@@ -93,9 +97,11 @@ void check_type(const std::string& type, double lowest, double tolerance) {
       for (const double masked : {-std::numeric_limits<double>::infinity(), lowest}) {
         std::vector<Logit> some = logits;
         std::fill(some.begin(), some.begin() + vocab / 2, narrow<Logit>(static_cast<T>(masked)));
-        check_values<Logit, T>(some, vocab - 1, temperature, tolerance, what + " half masked by " + std::to_string(masked));
+        check_values<Logit, T>(some, vocab - 1, temperature, tolerance,
+                               what + " half masked by " + std::to_string(masked));
         std::reverse(some.begin(), some.end());
-        check_values<Logit, T>(some, 0, temperature, tolerance, what + " second half masked by " + std::to_string(masked));
+        check_values<Logit, T>(some, 0, temperature, tolerance,
+                               what + " second half masked by " + std::to_string(masked));
         for (const Logit g : gradient_of<Logit, T>(some, 0, temperature, T(1), T(1)))
           near(what + ": the gradient is finite", std::isfinite(widen(g)), 1, 0);
       }
@@ -124,7 +130,8 @@ void check_gradient() {
 void check_special_rows() {
   const std::vector<float> logits = logits_of<float>(600), none(600, -INFINITY);
   const Stats<float> ignored = stats_of<float, float>(std::vector<float>(600, NAN), kIgnoredId, 1);
-  for (const float x : {ignored.logp, ignored.entropy, ignored.lse}) near("an ignored id, whatever the row holds", x, 0, 0);
+  for (const float x : {ignored.logp, ignored.entropy, ignored.lse})
+    near("an ignored id, whatever the row holds", x, 0, 0);
   for (const float g : gradient_of<float, float>(std::vector<float>(600, NAN), kIgnoredId, 1, 1, 1))
     near("gradient of an ignored row", g, 0, 0);
   for (const int64_t id : {-1, 600})

@@ -120,16 +120,11 @@ inline std::vector<std::vector<int64_t>> spans_of(const Spans& spans, int64_t se
 // ds_k / dx_j in a span of n tokens; for the minimum only what its derivative sees.
 inline double entry(Statistic statistic, size_t k, size_t j, size_t n) {
   switch (statistic) {
-    case Statistic::prefix_sum:
-      return j <= k;
-    case Statistic::prefix_mean:
-      return j <= k ? 1.0 / static_cast<double>(k + 1) : 0.0;
-    case Statistic::span_sum:
-      return 1.0;
-    case Statistic::span_mean:
-      return 1.0 / static_cast<double>(n);
-    default:
-      return j == k;
+    case Statistic::prefix_sum: return j <= k;
+    case Statistic::prefix_mean: return j <= k ? 1.0 / static_cast<double>(k + 1) : 0.0;
+    case Statistic::span_sum: return 1.0;
+    case Statistic::span_mean: return 1.0 / static_cast<double>(n);
+    default: return j == k;
   }
 }
 

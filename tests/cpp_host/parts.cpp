@@ -32,8 +32,7 @@ void check_statistics(const Batch<T>& batch) {
               x[k] = static_cast<double>(batch.logp[span[k]]) -
                      (adjoint ? 0.0 : static_cast<double>(batch.old_logp[span[k]]));
             for (size_t k = 0; k < x.size(); ++k) {
-              if (!adjoint)
-                truth[span[k]] = statistic_at(pair.statistic, x, k);
+              if (!adjoint) truth[span[k]] = statistic_at(pair.statistic, x, k);
               else
                 for (size_t j = 0; j < x.size(); ++j) truth[span[k]] += entry(pair.statistic, j, k, x.size()) * x[j];
             }

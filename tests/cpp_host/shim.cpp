@@ -38,10 +38,8 @@ __global__ void works(int* blocks, float scale) {
 }
 
 __global__ void unequal_barriers() {
-  if (threadIdx.x < 40)
-    __syncthreads();
-  else
-    __syncwarp();
+  if (threadIdx.x < 40) __syncthreads();
+  else __syncwarp();
 }
 __global__ void foreign_mask() {
   if (threadIdx.x == 1) __syncwarp(0x1u);
@@ -50,10 +48,8 @@ __global__ void finished_lane() {
   if (threadIdx.x != 2) __syncwarp();
 }
 __global__ void different_operations() {
-  if (threadIdx.x < 16)
-    __syncwarp();
-  else
-    __ballot_sync(~0u, true);
+  if (threadIdx.x < 16) __syncwarp();
+  else __ballot_sync(~0u, true);
 }
 __global__ void out_of_shared(int beyond) {
   TRL_SHARED(int, numbers, 64);

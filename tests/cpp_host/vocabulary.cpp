@@ -84,9 +84,9 @@ void check_all_logprobs() {
     check_logprobs<Logit, T>(vocab, gap);
 }
 
-// Everything that can be asked of a row: six ids (one twice, one ignored), softcap, keep mask, every output, and the gradient
-// of all of them in the logits' own memory. One row of a long vocabulary is shared by several blocks when three ids or
-// fewer are given.
+// Everything that can be asked of a row: six ids (one twice, one ignored), softcap, keep mask, every output, and the
+// gradient of all of them in the logits' own memory. One row of a long vocabulary is shared by several blocks when
+// three ids or fewer are given.
 template <class Logit, class T>
 struct Everything {
   int64_t rows, vocab, count;
@@ -96,7 +96,11 @@ struct Everything {
   T softcap = 5, scale = T(0.9), temperature = T(0.8), up[4] = {T(0.7), T(-0.4), T(0.3), T(0.2)};
 
   Everything(int64_t rows, int64_t vocab, int64_t count)
-      : rows(rows), vocab(vocab), count(count), logits(random_logits<Logit, T>(rows * vocab)), keep(new bool[rows * vocab]) {
+      : rows(rows),
+        vocab(vocab),
+        count(count),
+        logits(random_logits<Logit, T>(rows * vocab)),
+        keep(new bool[rows * vocab]) {
     for (int64_t i = 0; i < rows * vocab; ++i) keep[i] = i * 7 % 5 != 0;
     for (int64_t i = 0; i < rows * count; ++i) {
       ids.push_back(i % count == 1 ? ids.back() : i % count == 2 ? kIgnoredId : (i * 3571 + 6) % vocab);
@@ -129,7 +133,8 @@ std::vector<T> run_everything(const Everything<Logit, T>& given) {
   args.entropy = out.data(), args.lse = args.entropy + rows, args.log_sum_sq_probs = args.lse + rows;
   std::vector<T> rest(rows, static_cast<T>(std::nan("")));
   args.lse_rest = rest.data();
-  args.mean_logit = args.log_sum_sq_probs + rows, args.max_prob = args.mean_logit + rows, args.logp = args.max_prob + rows;
+  args.mean_logit = args.log_sum_sq_probs + rows, args.max_prob = args.mean_logit + rows,
+  args.logp = args.max_prob + rows;
   args.is_top1 = top.get(), args.rank = rank.data();
   std::vector<char> scratch(cuda::token_logprobs_scratch_bytes(args), '\xff');
   cuda::token_logprobs(args, scratch.data(), nullptr);
@@ -186,7 +191,8 @@ std::vector<double> true_gradient(const Everything<Logit, T>& given, const std::
       double g = given.up[2] * p + 2 * given.up[3] * (p * p * std::exp(-squares) - p);
       if (p > 0) g -= given.up[1] * p * (log_p + entropy);
       for (int64_t k = 0; k < given.count; ++k)
-        if (given.ids[i * given.count + k] != kIgnoredId) g += given.up[0] * ((given.ids[i * given.count + k] == v) - p);
+        if (given.ids[i * given.count + k] != kIgnoredId)
+          g += given.up[0] * ((given.ids[i * given.count + k] == v) - p);
       grad[i * given.vocab + v] = p > 0 ? g * given.scale / given.temperature * (1 - t * t) : 0.0;
     }
   }
@@ -196,10 +202,13 @@ std::vector<double> true_gradient(const Everything<Logit, T>& given, const std::
 template <class Logit, class T>
 void check_everything(int64_t rows, int64_t vocab, int64_t count) {
   const Everything<Logit, T> given(rows, vocab, count);
-  const std::string what = "everything V=" + std::to_string(vocab) + " K=" + std::to_string(count) + " bytes=" + std::to_string(sizeof(Logit));
+  const std::string what = "everything V=" + std::to_string(vocab) + " K=" + std::to_string(count) +
+                           " bytes=" + std::to_string(sizeof(Logit));
   const std::vector<double> truth = true_statistics(given);
   const std::vector<T> out = under_all_schedules(what, [&] { return run_everything(given); });
-  const auto part = [&](auto& all, int64_t from, int64_t to) { return std::decay_t<decltype(all)>(all.begin() + from, all.begin() + to); };
+  const auto part = [&](auto& all, int64_t from, int64_t to) {
+    return std::decay_t<decltype(all)>(all.begin() + from, all.begin() + to);
+  };
   const int64_t exact = (5 + count) * rows, end = (5 + 3 * count) * rows;
   expect_close(part(out, 0, exact), part(truth, 0, exact), tolerance_of<T>(), what);
   expect_close(part(out, exact, end), part(truth, exact, end), 0, what + " order");

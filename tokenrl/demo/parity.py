@@ -132,7 +132,7 @@ def widened(recording: Recording, rows: int = 64, vocabulary: int = 32000) -> Re
 
 
 def timings(name: str, recording: Recording, repeats: int) -> tuple[float, float]:
-    """Median seconds, forward and backward, of (tokenrl on the default backend, eager) on a recording, measured in turns."""
+    """Median seconds, forward and backward, of (tokenrl on the default backend, eager) on a recording, in turns."""
     samples: tuple[list, list] = ([], [])
     for repeat in range(repeats + 2):
         for make_loss, taken in zip((loss_head, eager_loss_head), samples, strict=True):

@@ -35,7 +35,8 @@ class Trained:
 
 @dataclass
 class Result:
-    """All that the report shows. timings: median seconds of (tokenrl, eager) per objective and vocabulary. wall, cpu: seconds of the whole demo."""
+    """All that the report shows. timings: median seconds of (tokenrl, eager) per objective and vocabulary. wall, cpu:
+    seconds of the whole demo."""
 
     settings: Settings
     backend: str
