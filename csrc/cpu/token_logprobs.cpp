@@ -61,6 +61,7 @@ inline Softmax<float> sum_block(const Stored* y, int64_t n, float max, const Exp
   for (int u = 0; u < kUnroll; ++u) highest[u] = all(-infinity<float>()), sum[u] = weighted[u] = squares[u] = Floats{};
   for (int64_t v = 0; v < n; v += kStep) {
     const Stored* from = v + kStep <= n ? y + v : last.numbers;
+    prefetch_after(y + v);
     Floats d[kUnroll], e[kUnroll];
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
