@@ -112,7 +112,7 @@ def test_strided_views_are_read_in_place(backend):
 
 
 @EVERY_KERNEL
-@pytest.mark.parametrize("rows,vocab", [(1, 151936), (2, 70001), (3, 131072 + 3)])
+@pytest.mark.parametrize("rows,vocab", [(1, 151936), (2, 70001), (3, 131072 + 3), (1, 300000)])
 def test_few_rows_and_a_long_vocabulary(rows, vocab, backend):
     """Rows that several threads or programs share."""
     dtype = torch.bfloat16 if rows == 1 else torch.float32

@@ -68,6 +68,11 @@ def test_a_temperature_of_a_row_that_is_not_positive_is_named(bad):
         logprobs(2, 4, temperature=torch.tensor([1.0, bad]))
 
 
+def test_a_temperature_that_wants_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="^temperature: got a tensor that requires grad"):
+        logprobs(2, 4, temperature=torch.ones(2, requires_grad=True))
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (2, 0), (2, 5, 1), ()])
 def test_several_ids_of_a_wrong_shape_are_named(shape):
     given = rf"shape \[{', '.join(map(str, shape))}\]"

@@ -115,9 +115,8 @@ def _ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor
         if ((ids != IGNORED) & ((ids < 0) | (ids >= shape[-1]))).any():
             accepted = f"0 to {shape[-1] - 1}, or {ignore_index} to ignore a row"
             raise wrong("ids", f"values from {ids.min()} to {ids.max()}", accepted)
-    return ids.reshape(
-        *shape[:-1], -1 if ids.numel() else ids.shape[-1] if ids.dim() == logits.dim() else 1
-    ).contiguous()
+    per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
+    return ids.reshape(*shape[:-1], per_row).contiguous()
 
 
 def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> tuple[float, Tensor | None]:
@@ -128,6 +127,8 @@ def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> t
     if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
         accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
+    if temperature.requires_grad:
+        raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
         raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
     dtype = torch.promote_types(logits.dtype, torch.float32)
