@@ -1,5 +1,6 @@
 """Which code runs a call: the backends, the reasons why one cannot run, and the choice."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import reference
-from .contract import register
+from .contract import call, register
 from .errors import unknown
 
 
@@ -27,6 +28,10 @@ class Backend:
     @property
     def ops(self):
         return getattr(torch.ops, self.namespace)
+
+    def differentiable(self, op: str) -> Callable:
+        """The op of that name, with its derivative with respect to its first argument."""
+        return functools.partial(call, self.namespace, op)
 
     @property
     def aggregation_weights(self):

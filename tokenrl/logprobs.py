@@ -82,7 +82,7 @@ def token_logprobs(
     keep = (
         None if keep_mask is None else _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
     )
-    run = reference.token_logprobs if chosen.namespace is None else chosen.ops.token_logprobs
+    run = reference.token_logprobs if chosen.namespace is None else chosen.differentiable("token_logprobs")
     results = run(
         _unit_stride(logits if logits.dim() == 3 else logits.unsqueeze(0)),
         _ids(ids, row_mask, ignore_index, logits, shape),

@@ -91,7 +91,8 @@ def position_adaptive_clip(
         )
     else:
         numbers, tensors = split_params(bounds.values())
-        clipped, _ = chosen.ops.position_adaptive_clip(flat, layout.mask, layout.cu_seqlens, numbers, tensors)
+        clip = chosen.differentiable("position_adaptive_clip")
+        clipped, _ = clip(flat, layout.mask, layout.cu_seqlens, numbers, tensors)
     return clipped.view(layout.shape)
 
 

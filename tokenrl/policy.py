@@ -71,7 +71,7 @@ def evaluate(chosen, row, gate, layout, *, logp, old_logp, advantages, token_wei
             weights.normalizer, token_weight, row.statistic, row.flow, gate, row.clamp, row.cap, layout.width,
         )  # fmt: skip
     numbers, tensors = split_params(gate.params())
-    loss, _, metrics = chosen.ops.objective(
+    loss, _, metrics = chosen.differentiable("objective")(
         logp, old_logp, advantages, layout.mask, layout.cu_seqlens, starts, weights.span_weight, weights.normalizer,
         token_weight, row.statistic, row.flow, gate.name, numbers, tensors, row.clamp, row.cap,
     )  # fmt: skip
