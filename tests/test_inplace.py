@@ -125,6 +125,7 @@ REFUSED = {
     "expanded": (lambda leaf: (leaf[:1] * 1).expand(3, 65), "expanded"),
     "a last stride of 2": (lambda leaf: (leaf * 1)[:, ::2], "last stride"),
     "tanh": (torch.tanh, "Tanh"),
+    "a view of tanh": (lambda leaf: torch.tanh(leaf)[:, :60], "Tanh"),
     "exp": (torch.exp, "Exp"),
     "sigmoid": (torch.sigmoid, "Sigmoid"),
     "softmax": (lambda leaf: leaf.softmax(-1), "Softmax"),

@@ -11,7 +11,7 @@ import torch
 
 from . import backends
 from .errors import wrong
-from .logprobs import IGNORED, TokenStats, _saves_its_output, token_logprobs
+from .logprobs import IGNORED, TokenStats, token_logprobs, why_not_inplace
 
 
 def selective_log_softmax(
@@ -53,9 +53,9 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_bac
     overlap, their last stride is 1, the call runs eagerly and on a kernel backend; elsewhere the gradient is fresh. An
     operation beside this one that saved the logits then raises in its backward, as autograd does after any write.
     """
-    return _stats(logits, labels, 1.0, None, ("logp",), inplace_backward and _may_overwrite(logits)).logp.view(
-        labels.shape
-    )
+    chosen = backends.choose(None, logits.device)
+    inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None
+    return _stats(logits, labels, 1.0, None, ("logp",), inplace_backward).logp.view(labels.shape)
 
 
 def _stats(
@@ -77,11 +77,3 @@ def _stats(
         index = index.reshape(rows.numel(), *index.shape[len(rows) :])
         logits = logits.reshape(rows.numel(), logits.shape[-1])
     return token_logprobs(logits, index, temperature=temperature, outputs=outputs, inplace_backward=inplace_backward)
-
-
-def _may_overwrite(logits: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or backends.choose(None, logits.device).namespace is None:
-        return False
-    owner = logits if logits._base is None else logits._base
-    apart = logits.stride(-1) == 1 and 0 not in logits.stride()
-    return apart and not owner.is_leaf and not (_saves_its_output(logits) or _saves_its_output(owner))

@@ -168,24 +168,25 @@ def _check_keep(keep_mask: Tensor, logits: Tensor) -> Tensor:
 
 
 def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:
-    """Raises where a gradient in the logits' memory would be noticed."""
-    reason = None
-    if chosen.namespace is None:
-        reason = "the reference backend leaves its backward to autograd"
-    elif torch.compiler.is_compiling():
-        reason = "a traced graph may not write to what it saved"
-    elif logits.requires_grad and (logits if logits._base is None else logits._base).is_leaf:
-        reason = "logits is a leaf or a view of one, whose values would be lost: pass the output of an operation"
-    elif any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        reason = "logits is expanded: several of its elements share memory"
-    elif logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        reason = "the last stride of logits is not 1, so the kernel reads a copy"
-    elif logits.grad_fn is not None and _saves_its_output(logits):
-        reason = f"{logits.grad_fn.name()}, which made the logits, needs them for its own backward"
-    if reason:
+    if reason := why_not_inplace(logits, chosen):
         raise wrong("inplace_backward", f"True, but {reason}", "False here")
 
 
-def _saves_its_output(x: Tensor) -> bool:
-    saved = getattr(x.grad_fn, "_saved_result", None)
-    return isinstance(saved, Tensor) and saved.data_ptr() == x.data_ptr()
+def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
+    """Why a gradient in the logits' memory would be noticed by autograd or miss that memory; None where it may go."""
+    owner = logits if logits._base is None else logits._base
+    if chosen.namespace is None:
+        return "the reference backend leaves its backward to autograd"
+    if torch.compiler.is_compiling():
+        return "a traced graph may not write to what it saved"
+    if logits.requires_grad and owner.is_leaf:
+        return "logits is a leaf or a view of one, whose values would be lost: pass the output of an operation"
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        return "logits is expanded: several of its elements share memory"
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return "the last stride of logits is not 1, so the kernel reads a copy"
+    for made in (logits, owner):
+        saved = getattr(made.grad_fn, "_saved_result", None)
+        if isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
+            return f"{made.grad_fn.name()}, which made the logits, needs them for its own backward"
+    return None

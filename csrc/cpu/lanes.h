@@ -101,7 +101,7 @@ TRL_INLINE float highest_of(const Floats (&x)[kUnroll]) {
   return highest;
 }
 
-// e^(factor d) for d <= 0.
+// e^(factor d), factor d up to 88: leaner than exponential(), which takes any argument.
 template <class T>
 struct Exponential;
 

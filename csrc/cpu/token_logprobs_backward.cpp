@@ -48,8 +48,8 @@ inline void gradient_block(const Stored* y, int64_t n, float factor, const Lse<f
   for (int64_t v = 0; v < n; v += kStep) gradient_step(v + kStep <= n ? y + v : last.numbers, factor, lse, g, grad + v);
 }
 
-template <class Logit, class T>
-inline void finish_gradient(const Row<Logit, T>& row, int64_t first, int64_t n, T* grad) {
+template <class Logit, class T, class Stored>
+inline void finish_gradient(const Row<Logit, T>& row, int64_t first, int64_t n, const Stored* y, T* grad) {
   const LogprobArgs<Logit, T>& args = row.args;
   for (int64_t k = 0; k < args.num_ids; ++k) {
     const int64_t at = args.ids[row.index * args.num_ids + k] - first;
@@ -57,7 +57,9 @@ inline void finish_gradient(const Row<Logit, T>& row, int64_t first, int64_t n, 
       grad[at] += row.transform.factor * RowGradient<T>::own_gradient(args, row.index, k);
   }
   if (!row.transform.capped) return;
-  for (int64_t v = 0; v < n; ++v) grad[v] *= row.transform.slope(row.at(first + v));
+  const RowTransform<T> transform = row.transform;
+#pragma omp simd
+  for (int64_t v = 0; v < n; ++v) grad[v] *= transform.slope(static_cast<T>(widen(y[v])));
 }
 
 template <class Logit, class T>
@@ -74,8 +76,10 @@ inline void backward_part(const LogprobArgs<Logit, T>& args, int64_t index, int6
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = smaller(kBlock, end - first);
     T grad[kBlock];
-    row.with_block(first, n, [&](const auto* y) { gradient_block(y, n, row.transform.factor, lse, weights, grad); });
-    finish_gradient(row, first, n, grad);
+    row.with_block(first, n, [&](const auto* y) {
+      gradient_block(y, n, row.transform.factor, lse, weights, grad);
+      finish_gradient(row, first, n, y, grad);
+    });
 #pragma omp simd
     for (int64_t v = 0; v < n; ++v) out[first + v] = narrow<Logit>(grad[v]);
   }

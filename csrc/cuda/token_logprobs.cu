@@ -5,8 +5,7 @@
 namespace tokenrl::cuda {
 namespace {
 
-constexpr int64_t kLeastPart = 8192;  // logits per block at least
-constexpr int kIdsPerPass = 2;        // of those whose place in the order is asked for
+constexpr int kIdsPerPass = 2;  // of those whose place in the order is asked for
 
 // Nothing but the softmax is asked for.
 template <class T>
@@ -25,7 +24,7 @@ struct Everything : Transformed {
   struct Part {
     Softmax<T> softmax = no_logits<T>();
     double total = 0;
-    int32_t kept = 0, unused = 0;
+    int32_t kept = 0;
     int32_t above[kIdsPerPass] = {}, equal_before[kIdsPerPass] = {};
   };
   __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
@@ -134,44 +133,34 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
   return part;
 }
 
-template <class Logit, class T>
-__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args,
-                                          const RowView<Logit, T, SoftmaxOnly<T>>& row,
-                                          const typename SoftmaxOnly<T>::Part& part) {
-  args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
-  args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
-  args.lse_rest[row.index] = lse_rest_of(part.softmax, row.transform.factor, args.lse[row.index]);
+template <class Logit, class T, class Mode>
+__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Mode>& row,
+                                          const typename Mode::Part& part) {
+  const T factor = row.transform.factor, lse = lse_of(part.softmax, factor);
+  args.entropy[row.index] = entropy_of(part.softmax, factor);
+  args.lse[row.index] = lse;
+  args.lse_rest[row.index] = lse_rest_of(part.softmax, factor, lse);
+  if constexpr (Mode::transforms) {
+    if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax);
+    if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax);
+    if (args.mean_logit) args.mean_logit[row.index] = static_cast<T>(part.total / part.kept) * factor;
+  }
 }
-
-template <class Logit, class T>
-__device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args,
-                                          const RowView<Logit, T, Everything<T>>& row,
-                                          const typename Everything<T>::Part& part) {
-  args.entropy[row.index] = entropy_of(part.softmax, row.transform.factor);
-  args.lse[row.index] = lse_of(part.softmax, row.transform.factor);
-  args.lse_rest[row.index] = lse_rest_of(part.softmax, row.transform.factor, args.lse[row.index]);
-  if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax);
-  if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax);
-  if (args.mean_logit) args.mean_logit[row.index] = static_cast<T>(part.total / part.kept) * row.transform.factor;
-}
-
-template <class Logit, class T>
-__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>&, const RowView<Logit, T, SoftmaxOnly<T>>&,
-                                            const typename SoftmaxOnly<T>::Part&, int64_t) {}
 
 // Of an id outside the vocabulary nothing is known.
-template <class Logit, class T>
-__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args,
-                                            const RowView<Logit, T, Everything<T>>& row,
-                                            const typename Everything<T>::Part& part, int64_t first) {
-  if (!args.is_top1 && !args.rank) return;
+template <class Logit, class T, class Mode>
+__device__ __forceinline__ void store_order(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Mode>& row,
+                                            const typename Mode::Part& part, int64_t first) {
+  if constexpr (Mode::transforms) {
+    if (!args.is_top1 && !args.rank) return;
 #pragma unroll
-  for (int k = 0; k < kIdsPerPass; ++k) {
-    if (first + k >= args.num_ids) break;
-    const int64_t at = row.index * args.num_ids + first + k, id = args.ids[at];
-    const bool known = id >= 0 && id < args.vocab;
-    if (args.is_top1) args.is_top1[at] = known && part.above[k] == 0 && part.equal_before[k] == 0;
-    if (args.rank) args.rank[at] = known ? part.above[k] + 1 : 0;
+    for (int k = 0; k < kIdsPerPass; ++k) {
+      if (first + k >= args.num_ids) break;
+      const int64_t at = row.index * args.num_ids + first + k, id = args.ids[at];
+      const bool known = id >= 0 && id < args.vocab;
+      if (args.is_top1) args.is_top1[at] = known && part.above[k] == 0 && part.equal_before[k] == 0;
+      if (args.rank) args.rank[at] = known ? part.above[k] + 1 : 0;
+    }
   }
 }
 
@@ -258,12 +247,10 @@ bool wants_everything(const LogprobArgs<Logit, T>& args) {
          args.max_prob || args.is_top1 || args.rank;
 }
 
-// Two blocks per multiprocessor, as long as each has enough to do.
 template <class Logit, class T>
 int64_t splits_of(const LogprobArgs<Logit, T>& args) {
-  if ((args.is_top1 || args.rank) && args.num_ids > kIdsPerPass) return 1;
-  const int64_t rows = args.batch * args.time, blocks = 2 * num_multiprocessors();
-  return clamp(blocks / larger(rows, int64_t{1}), int64_t{1}, larger(args.vocab / kLeastPart, int64_t{1}));
+  const bool several_passes = (args.is_top1 || args.rank) && args.num_ids > kIdsPerPass;
+  return several_passes ? 1 : blocks_per_row(args.batch * args.time, args.vocab);
 }
 
 template <class Logit, class T, class Mode>

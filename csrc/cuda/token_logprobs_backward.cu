@@ -4,8 +4,6 @@
 namespace tokenrl::cuda {
 namespace {
 
-constexpr int64_t kLeastPart = 8192;  // logits per block at least
-
 // The gradient of one logit without the ids' own shares; exactly 0 where p is.
 template <class Logit, class T, class Mode>
 struct GradientOf {
@@ -112,12 +110,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }
 
 template <class Logit, class T>
-int64_t splits_of(const LogprobArgs<Logit, T>& args) {
-  const int64_t blocks = 2 * num_multiprocessors();
-  return clamp(blocks / (args.batch * args.time), int64_t{1}, larger(args.vocab / kLeastPart, int64_t{1}));
-}
-
-template <class Logit, class T>
 bool list_backward(const std::string& type) {
   return list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T, OneId<T>>) &&
          list_kernel("token_logprobs_backward " + type + " many ids", &logprobs_backward_kernel<Logit, T, ManyIds<T>>);
@@ -130,7 +122,7 @@ const bool listed = list_backward<float, float>("float") && list_backward<double
 template <class Logit, class T>
 const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* stream) {
   if (args.batch * args.time * args.vocab == 0) return nullptr;
-  const int splits = static_cast<int>(splits_of(args));
+  const int splits = static_cast<int>(blocks_per_row(args.batch * args.time, args.vocab));
   const int64_t blocks = args.batch * args.time * splits;
   if (args.num_ids == 1 && !args.transform.keep && args.transform.softcap == infinity<T>()) {
     TRL_LAUNCH((logprobs_backward_kernel<Logit, T, OneId<T>>), blocks, kThreads, 0, stream, args, splits);

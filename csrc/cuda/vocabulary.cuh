@@ -16,6 +16,13 @@ struct alignas(16) Pack {
 // which is more than the memory's latency times its bandwidth. The registers of so many blocks need not be saved.
 constexpr int kInFlight = 4, kBlocksAtOnce = 2;
 
+// Blocks that share a row: two per multiprocessor in all, as long as each has enough to do.
+inline int64_t blocks_per_row(int64_t rows, int64_t vocab) {
+  constexpr int64_t least_part = 8192;
+  const int64_t blocks = 2 * num_multiprocessors();
+  return clamp(blocks / larger(rows, int64_t{1}), int64_t{1}, larger(vocab / least_part, int64_t{1}));
+}
+
 template <class Logit>
 __device__ __forceinline__ bool is_aligned(const Logit* at) {
   return reinterpret_cast<uintptr_t>(at) % 16 == 0;
