@@ -33,7 +33,7 @@ def register() -> None:
         warnings.warn(f"the CUDA kernels are not tested on the CPU: {reason}", stacklevel=2)
         return
     torch.ops.load_library(str(build_sim()))
-    contract.register("tokenrl_sim")
+    backends.register("tokenrl_sim")
     backends.BACKENDS["sim"] = backends.Backend(
         "sim",
         "tokenrl_sim",

@@ -6,20 +6,25 @@ check_versions()
 
 from . import compat, parity  # noqa: E402
 from .aggregate import aggregation_weights  # noqa: E402
+from .linear import linear_token_logprobs  # noqa: E402
+from .linear_policy import linear_policy_loss  # noqa: E402
 from .logprobs import TokenStats, token_logprobs  # noqa: E402
-from .metrics import Metrics  # noqa: E402
+from .metrics import LinearMetrics, Metrics  # noqa: E402
 from .objectives import OBJECTIVES, Objective, objective  # noqa: E402
 from .parts import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .policy import policy_loss  # noqa: E402
 
 __all__ = [
     "OBJECTIVES",
+    "LinearMetrics",
     "Metrics",
     "Objective",
     "TokenStats",
     "aggregation_weights",
     "compat",
     "group_aggregate",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "objective",
     "parity",
     "policy_loss",

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference
-from .contract import call, register
+from . import composed, contract, reference
 from .errors import unknown
 
 
@@ -30,8 +29,8 @@ class Backend:
         return getattr(torch.ops, self.namespace)
 
     def differentiable(self, op: str) -> Callable:
-        """The op of that name, with its derivative with respect to its first argument."""
-        return functools.partial(call, self.namespace, op)
+        """The op of that name, with its derivative."""
+        return functools.partial(contract.call, self.namespace, op)
 
     @property
     def aggregation_weights(self):
@@ -118,6 +117,12 @@ BACKENDS = {
     "triton": Backend("triton", "tokenrl_triton", _why_not_triton, automatic=lambda device: device.type == "cuda"),
     "reference": Backend("reference", None, lambda device: None),
 }
+
+
+def register(namespace: str) -> None:
+    """Gives the kernels of a namespace their fakes and derivatives, and the ops that are made of them."""
+    contract.register(namespace)
+    composed.register(namespace)
 
 
 if NATIVE_REASON is None:

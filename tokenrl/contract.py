@@ -1,7 +1,8 @@
 """The op contract: the schema, the fake and the derivative of each op.
 
 Every kernel backend implements the same ops; tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1].
-Logits are [B, T, V] with ids [B, T, K]; where a token has one id, K is 1.
+Logits are [B, T, V] with ids [B, T, K]; where a token has one id, K is 1. Ops from hidden states are written once over
+these: tokenrl/composed.py.
 """
 
 import torch
@@ -70,7 +71,7 @@ FAKES = {
 }
 
 
-def _no_gradients(inputs) -> tuple:
+def no_gradients(inputs) -> tuple:
     """What a backward returns for inputs without gradient: torch wants a list for each list of tensors."""
     lists = (isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) for x in inputs)
     return tuple([None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True))
@@ -78,7 +79,7 @@ def _no_gradients(inputs) -> tuple:
 
 def _save_objective(ctx, inputs, output):
     _, coef, metrics = output
-    ctx.rest = _no_gradients(inputs[1:])
+    ctx.rest = no_gradients(inputs[1:])
     ctx.mark_non_differentiable(coef, metrics)
     ctx.save_for_backward(coef)
     ctx.set_materialize_grads(False)
@@ -92,7 +93,7 @@ def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
 
 
 def _save_clip(ctx, inputs, output):
-    ctx.rest = _no_gradients(inputs[1:])
+    ctx.rest = no_gradients(inputs[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
@@ -142,8 +143,7 @@ def _function(op, backward, save) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *upstream):
-            grad, *others = backward(ctx, *upstream)
-            return grad, *(None,) * len(others)
+            return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *upstream))
 
     return Derivative
 
@@ -151,15 +151,16 @@ def _function(op, backward, save) -> type[torch.autograd.Function]:
 _FUNCTIONS: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
-def call(namespace: str, op: str, differentiable: Tensor, *inputs):
-    """The op's results, with their derivative with respect to its first input.
+def call(namespace: str, op: str, *inputs):
+    """The op's results, with their derivative.
 
     Torch knows the derivative of the op itself, and a trace needs no more. Its eager way there, torch.library's, takes
     0.1 ms longer than the autograd.Function that is used instead."""
     found = getattr(getattr(torch.ops, namespace), op)
-    if torch.compiler.is_compiling() or not (differentiable.requires_grad and torch.is_grad_enabled()):
-        return found(differentiable, *inputs)
-    return _FUNCTIONS[namespace, op].apply(differentiable, *inputs)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if torch.compiler.is_compiling() or not wanted:
+        return found(*inputs)
+    return _FUNCTIONS[namespace, op].apply(*inputs)
 
 
 def register(namespace: str) -> None:
@@ -172,5 +173,9 @@ def register(namespace: str) -> None:
         "token_logprobs": (_logprobs_backward(namespace), _save_logprobs),
     }
     for op, (backward, save) in derivatives.items():
-        torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=save)
-        _FUNCTIONS[namespace, op] = _function(getattr(getattr(torch.ops, namespace), op), backward, save)
+        register_derivative(namespace, op, backward, save)
+
+
+def register_derivative(namespace: str, op: str, backward, save) -> None:
+    torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=save)
+    _FUNCTIONS[namespace, op] = _function(getattr(getattr(torch.ops, namespace), op), backward, save)

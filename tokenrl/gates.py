@@ -32,11 +32,14 @@ def parametrised(cls):
 
 @parametrised
 class Gate:
-    """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order."""
+    """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order.
+
+    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0."""
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     uses_advantages: ClassVar[bool] = True
+    vanishes: ClassVar[bool] = True
 
     def params(self) -> tuple[Bound, ...]:
         return tuple(getattr(self, name) for name in self.names)

@@ -70,39 +70,56 @@ def token_logprobs(
     Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
     results only; the backward recomputes p from lse. On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
-    _check(logits, ids, outputs)
-    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
-        if value is not None:
-            _check_positive(name, value)
+    check_ids(logits, ids, outputs)
     chosen = backends.choose(backend, logits.device)
     if inplace_backward:
         _check_inplace(logits, chosen)
-    shape = (1,) * (3 - logits.dim()) + tuple(logits.shape)
-    transform = (*_temperature(temperature, logits, shape), float("inf") if softcap is None else float(softcap))
-    keep = (
-        None if keep_mask is None else _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
-    )
+    *transform, keep = transform_arguments(temperature, softcap, logit_scale, keep_mask, logits)
     run = reference.token_logprobs if chosen.namespace is None else chosen.differentiable("token_logprobs")
     results = run(
         _unit_stride(logits if logits.dim() == 3 else logits.unsqueeze(0)),
-        _ids(ids, row_mask, ignore_index, logits, shape),
+        aligned_ids(ids, row_mask, ignore_index, logits),
         *transform,
-        float(logit_scale),
-        None if keep is None else keep.expand(shape),
+        None if keep is None else keep.expand(_batched(logits)),
         [name for name in outputs if name not in contract.ALWAYS],
         inplace_backward,
     )
+    return token_stats(results, ids, logits, outputs)
+
+
+def token_stats(results: tuple[Tensor, ...], ids: Tensor, logits: Tensor, outputs: Sequence[str]) -> TokenStats:
+    """The op's results that were asked for, in the shapes of the caller's tensors."""
     values = dict(zip((*OUTPUTS[:3], "lse_rest", *OUTPUTS[3:]), results, strict=True))
     rows = logits.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
+
+
+def _batched(logits: Tensor) -> tuple[int, ...]:
+    """[B, T, V]"""
+    return (1,) * (3 - logits.dim()) + tuple(logits.shape)
+
+
+def transform_arguments(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None, logits: Tensor
+) -> tuple:
+    """(temperature, temperatures [B, T], softcap, logit_scale, keep_mask [V] or [B, T, V]), checked."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None:
+            _check_positive(name, value)
+    shape = _batched(logits)
+    number, per_row = _temperature(temperature, logits, shape)
+    if keep_mask is not None:
+        keep_mask = _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
+    return number, per_row, float("inf") if softcap is None else float(softcap), float(logit_scale), keep_mask
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor, shape: tuple) -> Tensor:
+def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
     """int64 [B, T, K], -100 where ignored; checked against the vocabulary where that costs no sync."""
+    shape = _batched(logits)
     ids = ids.to(torch.int64)
     if ignore_index != IGNORED:
         ids = torch.where(ids == ignore_index, IGNORED, ids)
@@ -135,7 +152,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> t
     return 1.0, temperature.detach().to(logits.device, dtype).reshape(shape[:-1]).contiguous()
 
 
-def _check(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
+def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
     if logits.dtype not in DTYPES:
         raise wrong("logits", f"dtype {logits.dtype}", ", ".join(map(str, DTYPES)))
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:

@@ -17,7 +17,7 @@ class Metrics:
     KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1]. All nan when there is no token.
     """
 
-    NAMES = (
+    NAMES: tuple[str, ...] = (
         "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "approx_kl", "ess",
     )  # fmt: skip
 
@@ -26,10 +26,13 @@ class Metrics:
 
     @cached_property
     def _read(self) -> dict[str, float]:
-        sums = dict(zip(RAW, self.raw.tolist(), strict=True))
+        return self._named(self.raw.tolist())
+
+    def _named(self, raw: list[float]) -> dict[str, float]:
+        sums = dict(zip(RAW, raw, strict=True))
         n = sums["tokens"]
         if n == 0:
-            return dict.fromkeys(self.NAMES, math.nan) | {"tokens": 0}
+            return dict.fromkeys(Metrics.NAMES, math.nan) | {"tokens": 0}
         return {
             "tokens": int(n),
             "ratio_mean": sums["ratio_sum"] / n,
@@ -47,9 +50,25 @@ class Metrics:
         return dict(self._read)
 
     def __getattr__(self, name: str) -> float:
-        if name in Metrics.NAMES:
+        if name in self.NAMES:
             return self._read[name]
-        raise AttributeError(f"Metrics has no {name!r}; it has {', '.join(Metrics.NAMES)}")
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self.NAMES)}")
 
     def __repr__(self) -> str:
-        return f"Metrics({', '.join(f'{key}={value:.4g}' for key, value in self._read.items())})"
+        return f"{type(self).__name__}({', '.join(f'{key}={value:.4g}' for key, value in self._read.items())})"
+
+
+class LinearMetrics(Metrics):
+    """Metrics of linear_policy_loss: those of Metrics over the tokens that were computed, and, raw [13]:
+
+    kl, entropy: sum_t w_t of the KL estimates (0 without ref_logp) and of the entropies, before their coefficients.
+    passes: over the logits; 2 where the gradients needed them again. left_out: valid tokens that entered no GEMM
+    because the advantages of their sequence are zero.
+    """
+
+    NAMES = (*Metrics.NAMES, "kl", "entropy", "passes", "left_out")
+
+    def _named(self, raw: list[float]) -> dict[str, float]:
+        *sums, kl, entropy, passes, left_out = raw
+        found = {"kl": kl, "entropy": entropy, "passes": int(passes), "left_out": int(left_out)}
+        return super()._named(sums) | found

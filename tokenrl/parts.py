@@ -9,7 +9,7 @@ from .errors import unknown, wrong
 from .gates import Identity
 from .layout import check_constant, check_floats, layout_of
 from .objectives import Objective
-from .policy import evaluate, split_params
+from .policy import Batch, evaluate, split_params
 from .statistics import check_statistic
 
 KINDS = {"sum": "prefix_sum", "mean": "prefix_mean", "min": "prefix_min"}
@@ -117,8 +117,5 @@ def group_aggregate(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
     flat = layout.tokens("values", values)
-    loss, _ = evaluate(
-        chosen, _IDENTITY, _IDENTITY.gate, layout, logp=flat, old_logp=flat.detach(), advantages=None,
-        token_weight=None, weights=weights,
-    )  # fmt: skip
-    return loss
+    batch = Batch(_IDENTITY, _IDENTITY.gate, None, None, None, None, weights)
+    return evaluate(chosen, layout, flat, flat.detach(), batch)[0]

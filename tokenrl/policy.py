@@ -1,9 +1,12 @@
 """policy_loss: a row of the table of objectives, run on a batch."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from . import backends, gates, reference, statistics
-from .aggregate import span_weights
+from .aggregate import SpanWeights, span_weights
 from .errors import wrong
 from .layout import Layout, check_floats, check_integers, layout_of
 from .metrics import Metrics
@@ -46,34 +49,45 @@ def policy_loss(
     backend's
     reason when none can run the call.
     """
-    row = find(objective)
-    layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
-    batch = _checked(row, layout, logp, old_logp, advantages, token_weight)
-    starts = None
-    if segment_ids is not None:
-        check_integers("segment_ids", segment_ids)
-        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
-    gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, logp.dtype))
+    row, layout = find(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    check_floats("logp", logp)
     chosen = backends.choose(backend, logp.device)
-    weights = span_weights(
-        aggregation or row.aggregation, layout, advantages=batch["advantages"], group_ids=group_ids,
-        normalizer=normalizer, backend=chosen,
+    batch = checked_batch(
+        row, layout, logp.dtype, chosen, old_logp, advantages, token_weight, segment_ids, group_ids, aggregation,
+        normalizer,
     )  # fmt: skip
-    loss, metrics = evaluate(chosen, row, gate, layout, starts=starts, weights=weights, **batch)
+    logp = layout.tokens("logp", logp)
+    loss, metrics = evaluate(chosen, layout, logp, logp.detach() if old_logp is None else batch.old_logp, batch)
     return loss, Metrics(metrics)
 
 
-def evaluate(chosen, row, gate, layout, *, logp, old_logp, advantages, token_weight, weights, starts=None):
-    """(loss, raw metrics) of checked, flat tensors on a backend."""
+@dataclass(frozen=True)
+class Batch:
+    """An objective on a batch: checked, flat tensors. gate: that of the row, its tensors flat. old_logp None:
+    on-policy."""
+
+    row: Objective
+    gate: gates.Gate
+    old_logp: Tensor | None
+    advantages: Tensor | None
+    token_weight: Tensor | None
+    starts: Tensor | None
+    weights: SpanWeights
+
+
+def evaluate(chosen, layout: Layout, logp: Tensor, old_logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics) on a backend."""
+    row, weights = batch.row, batch.weights
     if chosen.namespace is None:
         return reference.objective(
-            logp, old_logp, advantages, layout.valid(), layout.cu_seqlens, starts, weights.span_weight,
-            weights.normalizer, token_weight, row.statistic, row.flow, gate, row.clamp, row.cap, layout.width,
+            logp, old_logp, batch.advantages, layout.valid(), layout.cu_seqlens, batch.starts, weights.span_weight,
+            weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate, row.clamp, row.cap, layout.width,
         )  # fmt: skip
-    numbers, tensors = split_params(gate.params())
+    numbers, tensors = split_params(batch.gate.params())
     loss, _, metrics = chosen.differentiable("objective")(
-        logp, old_logp, advantages, layout.mask, layout.cu_seqlens, starts, weights.span_weight, weights.normalizer,
-        token_weight, row.statistic, row.flow, gate.name, numbers, tensors, row.clamp, row.cap,
+        logp, old_logp, batch.advantages, layout.mask, layout.cu_seqlens, batch.starts, weights.span_weight,
+        weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate.name, numbers, tensors, row.clamp,
+        row.cap,
     )  # fmt: skip
     return loss, metrics
 
@@ -84,25 +98,30 @@ def split_params(params) -> tuple[list[float], list[Tensor | None]]:
     return [0.0 if isinstance(p, Tensor) else float(p) for p in params], tensors
 
 
-def _checked(
-    row: Objective, layout: Layout, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None,
-    token_weight: Tensor | None,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    check_floats("logp", logp)
-    old_logp = logp.detach() if old_logp is None else old_logp
-    check_floats("old_logp", old_logp)
+def checked_batch(
+    row: Objective, layout: Layout, dtype: torch.dtype, chosen: backends.Backend, old_logp: Tensor | None,
+    advantages: Tensor | None, token_weight: Tensor | None, segment_ids: Tensor | None, group_ids: Tensor | None,
+    aggregation: str | None, normalizer: float | Tensor | None,
+) -> Batch:  # fmt: skip
     if advantages is None and row.gate.uses_advantages:
         raise wrong("advantages", None, f"one per sequence or one per token; {row.name!r} needs them")
     for name, x in (("old_logp", old_logp), ("advantages", advantages), ("token_weight", token_weight)):
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); only logp gets a gradient")
+    if old_logp is not None:
+        check_floats("old_logp", old_logp)
+        old_logp = layout.tokens("old_logp", old_logp, dtype)
     if advantages is not None:
-        advantages = layout.tokens_or_sequences("advantages", advantages, logp.dtype)
+        advantages = layout.tokens_or_sequences("advantages", advantages, dtype)
     if token_weight is not None:
-        token_weight = layout.tokens("token_weight", token_weight, logp.dtype)
-    return {
-        "logp": layout.tokens("logp", logp),
-        "old_logp": layout.tokens("old_logp", old_logp, logp.dtype),
-        "advantages": advantages,
-        "token_weight": token_weight,
-    }
+        token_weight = layout.tokens("token_weight", token_weight, dtype)
+    starts = None
+    if segment_ids is not None:
+        check_integers("segment_ids", segment_ids)
+        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
+    gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, dtype))
+    weights = span_weights(
+        aggregation or row.aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer,
+        backend=chosen,
+    )  # fmt: skip
+    return Batch(row, gate, old_logp, advantages, token_weight, starts, weights)

@@ -52,16 +52,16 @@ def objective(
         s = s.detach() + kept - kept.detach()
     s = s.clamp(max=cap)
     t = rows.flat(t).clamp(min=1).to(x.dtype)
-    a = _per_token(advantages, cu_seqlens, mask, logp)
+    a = per_token(advantages, cu_seqlens, mask, logp)
     gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
     s = torch.where(mask, s, 0)
-    w = _weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
+    w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
     loss = torch.where(w != 0, w * gate.value(s, kept, a, t), 0).sum()
     return loss, _metrics(gate, x.detach(), s.detach(), a, t, mask)
 
 
-def _per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """[S] or [N] -> [N] with zeros in masked cells."""
+def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """[S] or [N] -> [N], zero in masked cells."""
     if values is None:
         return torch.zeros_like(like, requires_grad=False)
     if values.numel() != mask.numel():
@@ -69,7 +69,8 @@ def _per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Te
     return torch.where(mask, values, 0).to(like.dtype)
 
 
-def _weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:
+def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:
+    """w_t [N] in the dtype of `like`, zero in masked cells."""
     weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
     w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
     if token_weight is not None:
@@ -179,6 +180,20 @@ def token_logprobs(
         order = _order(logits.detach(), ids, keep_mask) if {"is_top1", "rank"} & {*outputs} else (ids, ids)
     stats = (entropy, lse, torch.zeros_like(lse.detach()), log_sum_sq_probs, mean, max_prob)
     return logp, *(torch.where(row_used, value, 0) for value in stats), *order
+
+
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
+    softcap: float, logit_scale: float, keep_mask: Tensor | None, compute_dtype: str, memory_budget: int,
+    outputs: list[str], main_grad: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's results, by way of all logits."""
+    dtype = getattr(torch, compute_dtype)
+    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
+    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return token_logprobs(
+        logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
+    )
 
 
 def _order(logits: Tensor, ids: Tensor, keep_mask: Tensor | None) -> tuple[Tensor, Tensor]:

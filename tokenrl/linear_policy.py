@@ -1,0 +1,171 @@
+"""linear_policy_loss: policy_loss from hidden states and the head, without the logits."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from . import backends, gates, reference
+from .aggregate import SpanWeights
+from .errors import unknown, wrong
+from .layout import Layout, layout_of
+from .linear import HeadArguments, check_main_grad_backend, head_arguments
+from .logprobs import IGNORED, check_ids
+from .metrics import LinearMetrics
+from .objectives import OBJECTIVES, Objective
+from .objectives import objective as find
+from .policy import Batch, checked_batch, evaluate, split_params
+from .products import sum_dtype
+
+
+def linear_policy_loss(
+    objective: str | Objective, hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor | None,
+    advantages: Tensor | None, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+    softcap: float | None = None, logit_scale: float = 1.0, keep_mask: Tensor | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None, group_ids: Tensor | None = None,
+    token_weight: Tensor | None = None, aggregation: str | None = None, normalizer: float | Tensor | None = None,
+    ref_logp: Tensor | None = None, kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    ignore_index: int = IGNORED, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None,
+    main_grad: Tensor | None = None, on_policy: bool = False, backend: str | None = None,
+) -> tuple[Tensor, LinearMetrics]:  # fmt: skip
+    """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
+
+        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias
+
+    hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
+    here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
+    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, mask to normalizer: as for
+    policy_loss. on_policy (or old_logp None): old_logp is the current policy's own and is not read.
+    ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
+    entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
+
+    The loss carries the gradients of hidden, weight and bias, each computed in the forward only where it is required;
+    the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
+    many tokens as memory_budget allows (bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU); the fp32 sums of the
+    weight's gradient come on top where there are several chunks. One pass, 6 N D V flops, holds for every objective
+    whose coefficient depends on no later token (statistics of a token, prefixes with flow "local", on-policy); for
+    the others chunks end with sequences. Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the
+    gradients need a second pass, 8 N D V flops: metrics.passes says which.
+    Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
+    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
+    coefficient is zero enter no GEMM of the backward.
+    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none.
+
+    Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
+    given and what is accepted.
+    """
+    row, head = find(objective), head_arguments(
+        hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+    )  # fmt: skip
+    check_ids(head.like, ids, ())
+    if ids.dim() != hidden.dim() - 1:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
+    chosen = backends.choose(backend, hidden.device)
+    check_main_grad_backend(main_grad, chosen)
+    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
+    layout = dataclasses.replace(layout, mask=layout.valid() & (ids.reshape(-1) != ignore_index))
+    dtype = sum_dtype(head.like.dtype)
+    batch = checked_batch(
+        row, layout, dtype, chosen, None if on_policy else old_logp, advantages, token_weight, segment_ids, group_ids,
+        aggregation, normalizer,
+    )  # fmt: skip
+    extra = _extra_terms(layout, dtype, ref_logp, kl, kl_coef, entropy_coef)
+    flat_ids = head.ids(ids, None, ignore_index)
+    valid = layout.valid()
+    if row.gate.uses_advantages and row.gate.vanishes and not extra.wanted:
+        layout = dataclasses.replace(layout, mask=_with_signal(layout, batch.advantages))
+    run = _reference if chosen.namespace is None else _kernels
+    loss, raw = run(chosen, head, flat_ids, layout, batch, extra)
+    left_out = (valid.sum() - layout.mask.sum()).to(raw.dtype)
+    return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraTerms:
+    """What is added to the objective. kl: a row of the table; ref_logp None: no KL term."""
+
+    ref_logp: Tensor | None
+    kl: Objective
+    kl_coef: float
+    entropy_coef: float
+
+    @property
+    def wanted(self) -> bool:
+        return self.entropy_coef != 0 or (self.ref_logp is not None and self.kl_coef != 0)
+
+
+def _extra_terms(
+    layout: Layout, dtype: torch.dtype, ref_logp: Tensor | None, kl: str | Objective, kl_coef: float,
+    entropy_coef: float,
+) -> ExtraTerms:  # fmt: skip
+    kl = find(kl)
+    if not isinstance(kl.gate, gates.KlGate) or kl.statistic != "token":
+        raise unknown("kl", kl.name, [name for name, row in OBJECTIVES.items() if isinstance(row.gate, gates.KlGate)])
+    if any(isinstance(p, Tensor) for p in kl.gate.params()):
+        raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
+    if ref_logp is None and kl_coef != 0:
+        raise wrong("ref_logp", None, f"one log-prob per token, {list(layout.shape)}; kl_coef is {kl_coef}")
+    if ref_logp is not None:
+        if ref_logp.requires_grad:
+            raise wrong("ref_logp", "a tensor that requires grad", "a constant (ref_logp.detach())")
+        ref_logp = layout.tokens("ref_logp", ref_logp, dtype)
+    return ExtraTerms(ref_logp, kl, float(kl_coef), float(entropy_coef))
+
+
+def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
+    """bool [N]: the valid tokens of sequences with an advantage other than zero."""
+    lengths = layout.cu_seqlens.diff()
+    if advantages.numel() == layout.num_tokens:
+        some = (layout.valid() & (advantages != 0)).cumsum(0)
+        before = torch.cat([some.new_zeros(1), some])[layout.cu_seqlens]
+        signal = before.diff() > 0
+    else:
+        signal = advantages != 0
+    return layout.valid() & signal.repeat_interleave(lengths, output_size=layout.num_tokens)
+
+
+def _kernels(
+    chosen: backends.Backend, head: HeadArguments, ids: Tensor, layout: Layout, batch: Batch, extra: ExtraTerms
+) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics [12]) by the op."""
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.tensors]
+    row, weights = batch.row, batch.weights
+    loss_dtype = head.like.new_empty((), dtype=sum_dtype(head.like.dtype))
+    per_token = None
+    if batch.advantages is not None:
+        per_token = reference.per_token(batch.advantages, layout.cu_seqlens, layout.mask, loss_dtype)
+    numbers, tensors = split_params(batch.gate.params())
+    kl_numbers, _ = split_params(extra.kl.gate.params())
+    loss, raw, *_ = chosen.differentiable("linear_policy_loss")(
+        *head.tensors, ids, *head.how, wanted, head.main_grad, batch.old_logp, per_token, layout.mask,
+        layout.cu_seqlens, batch.starts, weights.span_weight, weights.normalizer, batch.token_weight,
+        _token_weights(layout, batch, loss_dtype), row.statistic, row.flow, batch.gate.name, numbers, tensors,
+        row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl_coef,
+        extra.entropy_coef,
+    )  # fmt: skip
+    return loss, raw
+
+
+def _token_weights(layout: Layout, batch: Batch, like: Tensor) -> Tensor:
+    weights: SpanWeights = batch.weights
+    return reference.token_weights(
+        weights.span_weight, weights.normalizer, batch.token_weight, layout.cu_seqlens, layout.mask, like
+    )
+
+
+def _reference(
+    chosen: backends.Backend, head: HeadArguments, ids: Tensor, layout: Layout, batch: Batch, extra: ExtraTerms
+) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics [12]) in differentiable torch, by way of all logits."""
+    active = torch.where(layout.mask[:, None], ids, IGNORED)
+    logp, entropy, *_ = reference.linear_token_logprobs(*head.tensors, active, *head.how, [], None)
+    logp = logp.squeeze(1)
+    loss, raw = evaluate(chosen, layout, logp, logp.detach() if batch.old_logp is None else batch.old_logp, batch)
+    kl = torch.zeros_like(loss)
+    if extra.ref_logp is not None:
+        rows = dataclasses.replace(batch, row=extra.kl, gate=extra.kl.gate, advantages=None, starts=None)
+        kl, _ = evaluate(chosen, layout, logp, extra.ref_logp, rows)
+    weights = _token_weights(layout, batch, logp)
+    bonus = torch.where(weights != 0, weights * entropy, 0).sum()
+    loss = loss + extra.kl_coef * kl - extra.entropy_coef * bonus
+    return loss, torch.cat([raw, torch.stack([kl, bonus, torch.ones_like(kl)]).detach()])

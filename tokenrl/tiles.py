@@ -1,0 +1,266 @@
+"""Statistics and gradients of a head from hidden states, over tiles of hidden @ weight^T + bias.
+
+A tile of logits is torch's GEMM into memory that every tile uses again; token_logprobs reads it, or turns it into its
+gradient in place. The statistics of tiles side by side are merged; the gradients of the products are torch's GEMMs.
+Written once, for the kernels of any backend (`ops`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import wrong
+from .products import ProductSum, add_product, column_sums, sum_dtype
+
+IGNORED = -100
+ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
+# Columns of a tile: on a CPU it stays in the cache, on a GPU it is large enough for the GEMM.
+MOST_COLUMNS = {"cpu": 4096, "cuda": 65536}
+FEWEST = 256  # rows and columns of a tile of which the GEMM is worth its launch; beyond these the budget decides
+OUTPUTS = (
+    "logp", "entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank",
+)  # fmt: skip
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The projection onto the vocabulary and the transform of its logits. ops: of a backend. dtype: of the GEMMs.
+    temperatures: [N] or None. keep_mask: [1, V], [N, V] or None."""
+
+    ops: object
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    temperatures: Tensor | None
+    softcap: float
+    logit_scale: float
+    keep_mask: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def columns(self, at: slice) -> Tensor:
+        return self.weight[at].to(self.dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, at: slice, out: Tensor) -> Tensor:
+        """The model's logits of some columns, in `out`, [n, columns]."""
+        if self.bias is None:
+            return torch.mm(hidden, weight.t(), out=out)
+        return torch.addmm(self.bias[at].to(self.dtype), hidden, weight.t(), out=out)
+
+    def transform(self, rows: Rows, count: int, at: slice) -> tuple:
+        """The arguments of token_logprobs for `count` rows and some columns."""
+        keep = self.keep_mask
+        if keep is not None:
+            keep = (keep[:, at] if keep.shape[0] == 1 else keep[rows, at]).expand(1, count, -1)
+        per_row = None if self.temperatures is None else self.temperatures[rows][None]
+        return self.temperature, per_row, self.softcap, self.logit_scale, keep
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of rows x columns logits at most."""
+
+    rows: int
+    columns: int
+
+    @property
+    def cells(self) -> int:
+        return self.rows * self.columns
+
+
+def split(total: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1)))
+
+
+def fitting_rows(head: Head, columns: int, budget: int) -> int:
+    """How many rows of a tile of so many columns fit into a budget."""
+    width, size = head.weight.shape[1], head.dtype.itemsize
+    cell = size + (head.keep_mask is not None and head.keep_mask.shape[0] > 1)
+    # A row: its hidden state and statistics. A column: its weights cast, and their gradient as a product and as a sum.
+    per_row, per_column = width * size + 256, width * (2 * size + sum_dtype(head.dtype).itemsize)
+    if columns == head.vocab:
+        per_column = 0
+    return max(budget - columns * per_column, 0) // (columns * cell + per_row)
+
+
+def tiles_of(head: Head, rows: int, budget: int, *, sums: int = 0, whole_rows: bool = False) -> Tiles:
+    """The largest tiles that fit into the budget less `sums` bytes, or into half of it where sums take more."""
+    free = budget - min(sums, budget // 2)
+    columns = head.vocab if whole_rows else min(head.vocab, MOST_COLUMNS[head.weight.device.type])
+    while not whole_rows and columns > FEWEST and fitting_rows(head, columns, free) < min(rows, FEWEST):
+        columns = max(columns // 2, FEWEST)
+    fit = fitting_rows(head, columns, free)
+    if fit < 1:
+        accepted = f"more: a tile of one row and {columns} columns does not fit into half of it"
+        raise wrong("memory_budget", f"{budget} bytes", accepted)
+    return Tiles(min(rows, fit), columns)
+
+
+def compacted(used: Tensor) -> tuple[Tensor | None, int]:
+    """(where `used` is true, or None if everywhere; how often). One sync on a GPU."""
+    index = used.nonzero().squeeze(1)
+    return (None, used.numel()) if index.numel() == used.numel() else (index, index.numel())
+
+
+def as_tile(memory: Tensor, rows: int, at: slice) -> Tensor:
+    columns = at.stop - at.start
+    return memory[: rows * columns].view(rows, columns)
+
+
+def rows_at(index: Tensor | None, at: slice) -> Rows:
+    return at if index is None else index[at]
+
+
+def local_ids(ids: Tensor, at: slice) -> Tensor:
+    """ids [n, K] as those of a tile, [1, n, K]."""
+    here = torch.where((ids >= at.start) & (ids < at.stop), ids - at.start, ELSEWHERE)
+    return torch.where(ids == IGNORED, IGNORED, here)[None]
+
+
+def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> tuple[Tensor, ...]:
+    """The results of token_logprobs for hidden [N, D] and ids [N, K]; rows whose ids are all ignored enter no GEMM."""
+    results = new_results(ids, outputs, sum_dtype(head.dtype))
+    index, count = compacted((ids != IGNORED).any(-1))
+    ordered = "is_top1" in outputs or "rank" in outputs  # the ids' own logits are compared with whole rows
+    tiles = tiles_of(head, count, budget, whole_rows=ordered)
+    memory = hidden.new_empty(tiles.rows * tiles.columns, dtype=head.dtype)
+    for at in split(count, tiles.rows):
+        rows = rows_at(index, at)
+        found = _of_rows(head, hidden[rows].to(head.dtype), ids[rows], rows, outputs, tiles, memory)
+        for result, values in zip(results, found, strict=True):
+            if result.shape[0] == ids.shape[0]:
+                result[rows] = values.to(result.dtype)
+    return results
+
+
+def new_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Zeros for each result; (0,) for what is not asked for."""
+    per_id = {"logp": dtype, "is_top1": torch.bool, "rank": torch.int64}
+    asked = {"logp", "entropy", "lse", "lse_rest", *outputs}
+    shapes = {name: ids.shape if name in per_id else ids.shape[:1] for name in OUTPUTS}
+    return tuple(
+        ids.new_zeros(shapes[name] if name in asked else (0,), dtype=per_id.get(name, dtype)) for name in OUTPUTS
+    )
+
+
+def _of_rows(
+    head: Head, hidden: Tensor, ids: Tensor, rows: Rows, outputs: list[str], tiles: Tiles, memory: Tensor
+) -> list[Tensor]:
+    """The results of the rows of a tile."""
+    parts = []
+    for at in split(head.vocab, tiles.columns):
+        logits = head.logits(hidden, head.columns(at), at, as_tile(memory, hidden.shape[0], at))
+        transform = head.transform(rows, hidden.shape[0], at)
+        found = head.ops.token_logprobs(logits[None], local_ids(ids, at), *transform, outputs, False)
+        parts.append({name: x.squeeze(0) for name, x in zip(OUTPUTS, found, strict=True)})
+        if at.stop < head.vocab or at.start > 0:
+            parts[-1] |= _of_merge(at, ids, transform[-1])
+    return list((parts[0] if len(parts) == 1 else _merged(parts, outputs)).values())
+
+
+def _of_merge(at: slice, ids: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+    """What the merge asks of a tile beside its statistics: which ids lie in it, and how many logits it keeps."""
+    kept = torch.full_like(ids[:, 0], at.stop - at.start) if keep is None else keep[0].sum(-1)
+    return {"here": (ids >= at.start) & (ids < at.stop), "kept": kept}
+
+
+def _merged(parts: list[dict[str, Tensor]], outputs: list[str]) -> dict[str, Tensor]:
+    """Statistics of tiles side by side -> those of their rows, in fp64.
+
+    With l_i the lse of tile i, lse = log sum_i e^l_i and q_i = e^(l_i - lse), its share of the probability:
+    entropy = sum_i q_i (entropy_i - log q_i), log_sum_sq_probs = log sum_i q_i^2 e^(log_sum_sq_probs_i).
+    """
+    of = {name: torch.stack([part[name] for part in parts]) for name in parts[0] if parts[0][name].numel()}
+    rounded = of["lse"].double()
+    # A tile without any logit above -inf has no share, and no other statistic.
+    each = torch.where(rounded == -torch.inf, rounded, rounded + of["lse_rest"])
+    lse = each.logsumexp(0)
+    log_share = each - lse
+    share = log_share.exp()
+
+    def weigh(values: Tensor) -> Tensor:
+        return torch.where(share == 0, 0, values)
+
+    own = torch.where(of["here"], of["logp"] + (each - lse)[..., None], 0)
+    found = {name: lse.new_empty(0) for name in OUTPUTS} | {
+        "logp": torch.where(of["here"].any(0), own.sum(0), torch.nan).where(lse.isfinite()[:, None], torch.nan),
+        "entropy": weigh(share * (of["entropy"] - log_share)).sum(0),
+        "lse": lse,
+        "lse_rest": lse - lse.to(of["lse"].dtype),
+    }
+    if "log_sum_sq_probs" in outputs:
+        found["log_sum_sq_probs"] = weigh(share * share * of["log_sum_sq_probs"].double().exp()).sum(0).log()
+    if "mean_logit" in outputs:
+        kept = of["kept"]
+        found["mean_logit"] = torch.where(kept > 0, of["mean_logit"].double() * kept, 0).sum(0) / kept.sum(0)
+    if "max_prob" in outputs:
+        found["max_prob"] = weigh(share * of["max_prob"]).amax(0)
+    return found
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where gradients go, None where not wanted. hidden, weight: zeros in their own dtype; bias: zeros in sum_dtype.
+    adds: weight is in sum_dtype and holds a sum to add to."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    adds: bool = False
+
+
+def gradients(
+    head: Head, upstream: tuple[Tensor | None, ...], hidden: Tensor, ids: Tensor, saved: tuple[Tensor, ...],
+    budget: int, grads: Gradients,
+) -> None:  # fmt: skip
+    """Fills grads. upstream: by logp [N, K], entropy, lse, log_sum_sq_probs. saved: lse, lse_rest, entropy and
+    log_sum_sq_probs. Rows without an upstream gradient enter no GEMM.
+
+    A tile of all rows, turned into its gradient, is the gradient of its columns' weights, whole, and a share of that
+    of hidden, which is summed over the tiles."""
+    index, count = compacted(_has_gradient(ids, upstream))
+    rows = rows_at(index, slice(0, count))
+    states, ids = hidden[rows].to(head.dtype), ids[rows]
+    upstream = [None if g is None else g[rows][None] for g in upstream]
+    saved = [x[rows][None] if x.numel() else x[None] for x in saved]
+    total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
+    tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
+    memory = hidden.new_empty(tiles.rows * tiles.columns, dtype=head.dtype)
+    for at in split(head.vocab, tiles.columns):
+        columns, local = head.columns(at), local_ids(ids, at)
+        if grads.weight is not None:
+            weights = ProductSum(grads.weight[at], head.dtype, once=count <= tiles.rows and not grads.adds)
+        for some in split(count, tiles.rows):
+            logits = head.logits(states[some], columns, at, as_tile(memory, some.stop - some.start, at))
+            head.ops.token_logprobs_backward_(
+                *(None if g is None else g[:, some].contiguous() for g in upstream), logits[None],
+                local[:, some].contiguous(), *(x[:, some].contiguous() for x in saved),
+                *head.transform(rows_at(index, some), logits.shape[0], at),
+            )  # fmt: skip
+            if grads.hidden is not None:
+                add_product(total[some], logits, columns)
+            if grads.weight is not None:
+                weights.add(logits.t(), states[some])
+            if grads.bias is not None:
+                grads.bias[at] += column_sums(logits)
+        if grads.weight is not None:
+            weights.finish()
+    if grads.hidden is not None:
+        grads.hidden[rows] = total.to(hidden.dtype)
+
+
+def _has_gradient(ids: Tensor, upstream: tuple[Tensor | None, ...]) -> Tensor:
+    """bool [N]: rows that are read and have an upstream gradient other than zero."""
+    used = ids != IGNORED
+    grad_logp, *per_row = upstream
+    some = torch.zeros_like(used[:, 0]) if grad_logp is None else (used & (grad_logp != 0)).any(-1)
+    for grad in per_row:
+        if grad is not None:
+            some = some | (grad != 0)
+    return some & used.any(-1)
