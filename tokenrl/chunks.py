@@ -20,6 +20,7 @@ from .products import ProductSum, add_product, column_sums, sum_dtype
 from .tiles import Gradients, Head, Rows, as_tile, compacted, fitting_rows, rows_at, split
 
 FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
+CAST_COLUMNS = 4096  # of the weight, cast at a time where the GEMMs run in another dtype
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
 
 
@@ -103,7 +104,7 @@ class Chunk:
     def _pieces(self) -> list[slice]:
         """All columns at once, unless their weights are cast."""
         cast = self.head.weight.dtype != self.head.dtype
-        return list(split(self.head.vocab, tiles.FEWEST if cast else self.head.vocab))
+        return list(split(self.head.vocab, CAST_COLUMNS if cast else self.head.vocab))
 
     def _transform(self) -> tuple:
         return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
@@ -152,7 +153,7 @@ def run(terms: Terms, head: Head, hidden: Tensor, ids: Tensor, budget: int, grad
     out enter no GEMM."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(terms.mask)
-    chunks = _chunks(terms, head, count, budget) if wanted else None
+    chunks = _chunks(terms, head, count, budget, _sum_bytes(grads.weight)) if wanted else None
     if chunks is not None:
         logp, entropy = _one_pass(terms, head, hidden, ids, index, chunks, grads)
     else:
@@ -162,13 +163,21 @@ def run(terms: Terms, head: Head, hidden: Tensor, ids: Tensor, budget: int, grad
     return loss, torch.cat([metrics, metrics.new_full((1,), passes)])
 
 
-def _chunks(terms: Terms, head: Head, count: int, budget: int) -> list[slice] | None:
+def _sum_bytes(grad_weight: Tensor | None) -> int:
+    """What the sum of several chunks' weight gradients takes beside the result."""
+    if grad_weight is None or grad_weight.dtype == sum_dtype(grad_weight.dtype):
+        return 0
+    return grad_weight.numel() * sum_dtype(grad_weight.dtype).itemsize
+
+
+def _chunks(terms: Terms, head: Head, count: int, budget: int, sum_bytes: int) -> list[slice] | None:
     """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
+    # One chunk needs no sum: its logits may take that memory.
+    if count <= fitting_rows(head, head.vocab, budget + sum_bytes):
+        return list(split(count, count))
     fit = fitting_rows(head, head.vocab, budget)
     if fit < min(count, FEWEST_TOKENS):
         return None
-    if count <= fit:
-        return [slice(0, count)]
     if not terms.looks_ahead:
         return list(split(count, -(-count // -(-count // fit))))
     active = torch.cat([terms.cu_seqlens.new_zeros(1), terms.mask.cumsum(0)])
@@ -188,14 +197,15 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of all tokens, and the gradients, chunk by chunk."""
     logp, entropy = (hidden.new_zeros(ids.shape[0], dtype=sum_dtype(head.dtype)) for _ in range(2))
-    lasts = [chunk.stop - 1 for chunk in chunks if chunk.stop]
+    lasts = [chunk.stop - 1 for chunk in chunks]
     if index is not None:
         lasts = index[lasts].tolist()
-    memory = hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks) * head.vocab, dtype=head.dtype)
+    longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    memory = hidden.new_empty(longest * head.vocab, dtype=head.dtype)
     weights = None
     if grads.weight is not None:
-        weights = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1 and not grads.adds)
-    for at, last in zip(chunks, lasts, strict=False):
+        weights = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
+    for at, last in zip(chunks, lasts, strict=True):
         chunk = Chunk(head, hidden, ids, rows_at(index, at), memory)
         logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
         # On-policy every log ratio is 0, the later ones too.

@@ -39,15 +39,6 @@ def _head(
     return tiles.Head(ops, weight, bias, temperature, temperatures, softcap, logit_scale, keep_mask, dtype)
 
 
-def _zeros(like: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor | None:
-    return torch.zeros_like(like, dtype=dtype) if wanted else None
-
-
-def _results(grads: tiles.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
-    of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-    return [like.new_empty(0) if g is None else g for g in (grads.hidden, grads.weight, of_bias)]
-
-
 def _linear_token_logprobs(ops, hidden, weight, bias, ids, *rest):
     *head, memory_budget, outputs, main_grad = rest
     return tiles.statistics(_head(ops, weight, bias, *head), hidden, ids, outputs, memory_budget)
@@ -56,24 +47,36 @@ def _linear_token_logprobs(ops, hidden, weight, bias, ids, *rest):
 def _linear_token_logprobs_backward(ops, *inputs):
     upstream, (hidden, weight, bias, ids, lse, lse_rest, entropy, squares, *rest) = inputs[:4], inputs[4:]
     *head, memory_budget, wanted, main_grad = rest
-    to_main = wanted[1] and main_grad is not None
-    grad_weight = main_grad if to_main else _zeros(weight, wanted[1])
-    of_bias = None if bias is None else _zeros(bias, wanted[2], sum_dtype(weight.dtype))
-    grads = tiles.Gradients(_zeros(hidden, wanted[0]), grad_weight, of_bias, to_main)
+    grads = _gradients(hidden, weight, wanted, main_grad, adds=main_grad is not None)
     saved = (lse, lse_rest, entropy, squares)
     tiles.gradients(_head(ops, weight, bias, *head), upstream, hidden, ids, saved, memory_budget, grads)
-    found = _results(grads, hidden, bias)
-    return found[0], hidden.new_empty(0) if to_main else found[1], found[2]
+    return _results(grads, hidden, bias)
 
 
 def _linear_policy_loss(ops, hidden, weight, bias, ids, *rest):
     (*head, memory_budget, wanted, main_grad), terms = rest[:9], rest[9:]
-    of_weight = _zeros(weight, wanted[1], None if main_grad is None else main_grad.dtype)
-    of_bias = None if bias is None else _zeros(bias, wanted[2], sum_dtype(weight.dtype))
-    grads = tiles.Gradients(_zeros(hidden, wanted[0]), of_weight, of_bias)
+    of_weight = None if main_grad is None else torch.empty_like(main_grad)
+    grads = _gradients(hidden, weight, wanted, of_weight)
     found = chunks.Terms(ops, *terms)
     loss, metrics = chunks.run(found, _head(ops, weight, bias, *head), hidden, ids, memory_budget, grads)
     return loss, metrics, *_results(grads, hidden, bias)
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, wanted: list[bool], of_weight: Tensor | None, adds: bool = False
+) -> tiles.Gradients:
+    """Memory for the gradients that are wanted; of_weight: for that of weight, instead of new memory."""
+    of_weight = torch.empty_like(weight) if of_weight is None else of_weight
+    sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype))
+    every = (torch.zeros_like(hidden), of_weight, sums)
+    return tiles.Gradients(*(g if want else None for g, want in zip(every, wanted, strict=True)), adds)
+
+
+def _results(grads: tiles.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """What the ops return: nothing for a sum that was added to."""
+    of_weight = None if grads.adds else grads.weight
+    of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+    return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
 
 
 def _fake_results(hidden, weight, bias, wanted, main_grad_dtype=None):

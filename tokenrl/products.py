@@ -12,13 +12,17 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b"""
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, out in the dtype of a or in sum_dtype."""
     if out.is_cuda:
-        torch.mm(a, b, out=out)
+        mixed = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+        torch.mm(a, b, **mixed, out=out)
         return
     for some, rows in zip(out.split(CPU_ROWS), a.split(CPU_ROWS), strict=True):
-        torch.mm(rows, b, out=some)
+        if out.dtype == a.dtype:
+            torch.mm(rows, b, out=some)
+        else:
+            some.copy_(torch.mm(rows, b))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -37,20 +41,24 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class ProductSum:
-    """out = sum of products, each added to fp32 until finish(). out: zeros, or in sum_dtype what is added to.
+    """out = the sum of products, in sum_dtype until finish().
 
-    once: there will be one product, and out is zeros."""
+    once: there will be one product at most. adds: out, in sum_dtype, holds a sum that is added to."""
 
-    def __init__(self, out: Tensor, dtype: torch.dtype, once: bool):
-        self.out, self.once = out, once and out.dtype == dtype
-        summed = sum_dtype(dtype)
-        self.total = out if self.once or out.dtype == summed else out.new_zeros(out.shape, dtype=summed)
+    def __init__(self, out: Tensor, dtype: torch.dtype, *, once: bool, adds: bool = False):
+        in_place = out.dtype == sum_dtype(dtype) or (once and out.dtype == dtype)
+        self.out, self.begun = out, adds
+        self.total = out if in_place else torch.empty_like(out, dtype=sum_dtype(dtype))
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        (product_into if self.once else add_product)(self.total, a, b)
+        (add_product if self.begun else write_product)(self.total, a, b)
+        self.begun = True
 
-    def finish(self) -> Tensor:
-        return self.out if self.total is self.out else self.out.copy_(self.total)
+    def finish(self) -> None:
+        if not self.begun:
+            self.out.zero_()
+        elif self.total is not self.out:
+            self.out.copy_(self.total)
 
 
 def column_sums(x: Tensor) -> Tensor:

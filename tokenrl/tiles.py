@@ -206,8 +206,8 @@ def _merged(parts: list[dict[str, Tensor]], outputs: list[str]) -> dict[str, Ten
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go, None where not wanted. hidden, weight: zeros in their own dtype; bias: zeros in sum_dtype.
-    adds: weight is in sum_dtype and holds a sum to add to."""
+    """Where gradients go, None where not wanted. hidden: zeros; weight: anything; bias: zeros in sum_dtype.
+    adds: weight is in sum_dtype and holds a sum that is added to."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -235,7 +235,7 @@ def gradients(
     for at in split(head.vocab, tiles.columns):
         columns, local = head.columns(at), local_ids(ids, at)
         if grads.weight is not None:
-            weights = ProductSum(grads.weight[at], head.dtype, once=count <= tiles.rows and not grads.adds)
+            weights = ProductSum(grads.weight[at], head.dtype, once=count <= tiles.rows, adds=grads.adds)
         for some in split(count, tiles.rows):
             logits = head.logits(states[some], columns, at, as_tile(memory, some.stop - some.start, at))
             head.ops.token_logprobs_backward_(
