@@ -16,10 +16,12 @@ def test_the_table_of_objectives_is_the_table():
     assert written == objectives_table(), "python -m tokenrl.docs README.md writes it anew"
 
 
-def test_the_example_runs(capsys):
+def test_the_examples_run(capsys):
     torch.manual_seed(0)
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
-    assert len(capsys.readouterr().out.split()) == 4
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(example, names)
+    assert len(capsys.readouterr().out.split()) == 4 + 3
 
 
 def test_every_name_that_readme_calls_exists():

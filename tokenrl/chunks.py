@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .contract import IGNORED
 from .products import ProductSum, add_product, column_sums, sum_dtype
 from .tiles import Gradients, Head, Rows, as_tile, compacted, fitting_rows, rows_at, split
 
@@ -153,7 +154,7 @@ def run(terms: Terms, head: Head, hidden: Tensor, ids: Tensor, budget: int, grad
     out enter no GEMM."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(terms.mask)
-    chunks = _chunks(terms, head, count, budget, _sum_bytes(grads.weight)) if wanted else None
+    chunks = _chunks(terms, head, count, budget, _sum_bytes(grads.weight, head.dtype)) if wanted else None
     if chunks is not None:
         logp, entropy = _one_pass(terms, head, hidden, ids, index, chunks, grads)
     else:
@@ -163,11 +164,11 @@ def run(terms: Terms, head: Head, hidden: Tensor, ids: Tensor, budget: int, grad
     return loss, torch.cat([metrics, metrics.new_full((1,), passes)])
 
 
-def _sum_bytes(grad_weight: Tensor | None) -> int:
-    """What the sum of several chunks' weight gradients takes beside the result."""
-    if grad_weight is None or grad_weight.dtype == sum_dtype(grad_weight.dtype):
+def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
+    """What several chunks take for the sum of their weight gradients, and one chunk does not."""
+    if grad_weight is None or grad_weight.dtype != dtype or dtype == sum_dtype(dtype):
         return 0
-    return grad_weight.numel() * sum_dtype(grad_weight.dtype).itemsize
+    return grad_weight.numel() * sum_dtype(dtype).itemsize
 
 
 def _chunks(terms: Terms, head: Head, count: int, budget: int, sum_bytes: int) -> list[slice] | None:
@@ -220,7 +221,7 @@ def _two_passes(
     terms: Terms, head: Head, hidden: Tensor, ids: Tensor, budget: int, grads: Gradients | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of all tokens, then the gradients, if any, from logits computed again."""
-    active = torch.where(terms.mask[:, None], ids, tiles.IGNORED)
+    active = torch.where(terms.mask[:, None], ids, IGNORED)
     logp, entropy, lse, lse_rest, squares, *_ = tiles.statistics(head, hidden, active, [], budget)
     logp = logp.squeeze(1)
     if grads is not None:

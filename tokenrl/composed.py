@@ -26,8 +26,8 @@ SCHEMAS = {
     "linear_policy_loss": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_HEAD}, bool[] wanted, "
     "Tensor? main_grad, Tensor? old_logp, Tensor? advantages, Tensor mask, Tensor cu_seqlens, Tensor? starts, "
     "Tensor span_weight, Tensor normalizer, Tensor? token_weight, Tensor weights, str statistic, str flow, str gate, "
-    "float[] params, Tensor?[] param_tensors, float clamp, float cap, Tensor? ref_logp, str kl_gate, float[] kl_params, "
-    f"float kl_clamp, float kl_coef, float entropy_coef) -> (Tensor loss, Tensor metrics, {_GRADS})",
+    "float[] params, Tensor?[] param_tensors, float clamp, float cap, Tensor? ref_logp, str kl_gate, "
+    f"float[] kl_params, float kl_clamp, float kl_coef, float entropy_coef) -> (Tensor loss, Tensor metrics, {_GRADS})",
 }
 
 
@@ -89,7 +89,7 @@ def _fake_results(hidden, weight, bias, wanted, main_grad_dtype=None):
 
 
 def _fake_statistics(hidden, weight, bias, ids, t, ts, cap, scale, keep, compute_dtype, budget, outputs, main_grad):
-    return tiles.new_results(ids, outputs, sum_dtype(getattr(torch, compute_dtype)))
+    return contract.logprob_results(ids, outputs, sum_dtype(getattr(torch, compute_dtype)))
 
 
 def _fake_backward(*inputs):

@@ -14,8 +14,12 @@ from torch.autograd.function import once_differentiable
 TRANSFORM = "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
 UPSTREAM = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs"
 SAVED = "Tensor ids, Tensor lse, Tensor lse_rest, Tensor entropy, Tensor log_sum_sq_probs"
-# Of token_logprobs' results; the others are empty unless they are asked for.
-ALWAYS = ("logp", "entropy", "lse", "lse_rest")
+IGNORED = -100  # an id without a result
+# Of token_logprobs, in order; those after ALWAYS are empty unless they are asked for.
+RESULTS = (
+    "logp", "entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank",
+)  # fmt: skip
+ALWAYS = RESULTS[:4]
 
 SCHEMAS = {
     "objective": "(Tensor logp, Tensor old_logp, Tensor? advantages, Tensor? mask, Tensor cu_seqlens, Tensor? starts, "
@@ -47,16 +51,19 @@ def _fake_weights(mask, cu_seqlens, *rest):
     )
 
 
+def logprob_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Memory for the results of token_logprobs, ids [..., K]; (0,) for those that are not asked for."""
+    per_id = {"logp": dtype, "is_top1": torch.bool, "rank": ids.dtype}
+
+    def made(name: str) -> Tensor:
+        shape = ids.shape if name in per_id else ids.shape[:-1]
+        return ids.new_empty(shape if name in (*ALWAYS, *outputs) else (0,), dtype=per_id.get(name, dtype))
+
+    return tuple(made(name) for name in RESULTS)
+
+
 def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-
-    def made(name, shape, dtype=dtype):
-        return ids.new_empty(shape if name in outputs or name in ALWAYS else (0,), dtype=dtype)
-
-    rows = ids.shape[:-1]
-    names = ("entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob")
-    per_row = [made(name, rows) for name in names]
-    return made("logp", ids.shape), *per_row, made("is_top1", ids.shape, torch.bool), made("rank", ids.shape, ids.dtype)
+    return logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
 
 
 FAKES = {

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import backends, contract, logprobs, reference
 from .errors import wrong
-from .layout import FLOATS
 from .logprobs import DTYPES, IGNORED, TokenStats
 
 # Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.

@@ -71,8 +71,8 @@ def linear_policy_loss(
         aggregation, normalizer,
     )  # fmt: skip
     extra = _extra_terms(layout, dtype, ref_logp, kl, kl_coef, entropy_coef)
-    flat_ids = head.ids(ids, None, ignore_index)
     valid = layout.valid()
+    flat_ids = head.ids(ids, valid.view(ids.shape), ignore_index)
     if row.gate.uses_advantages and row.gate.vanishes and not extra.wanted:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, batch.advantages))
     run = _reference if chosen.namespace is None else _kernels

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from . import backends, contract, reference
+from .contract import IGNORED
 from .errors import unknown, wrong
 
-OUTPUTS = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
+OUTPUTS = tuple(name for name in contract.RESULTS if name != "lse_rest")
 PER_ID = ("logp", "is_top1", "rank")
-IGNORED = -100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -89,7 +89,7 @@ def token_logprobs(
 
 def token_stats(results: tuple[Tensor, ...], ids: Tensor, logits: Tensor, outputs: Sequence[str]) -> TokenStats:
     """The op's results that were asked for, in the shapes of the caller's tensors."""
-    values = dict(zip((*OUTPUTS[:3], "lse_rest", *OUTPUTS[3:]), results, strict=True))
+    values = dict(zip(contract.RESULTS, results, strict=True))
     rows = logits.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
 

@@ -81,7 +81,8 @@ def evaluate(chosen, layout: Layout, logp: Tensor, old_logp: Tensor, batch: Batc
     if chosen.namespace is None:
         return reference.objective(
             logp, old_logp, batch.advantages, layout.valid(), layout.cu_seqlens, batch.starts, weights.span_weight,
-            weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate, row.clamp, row.cap, layout.width,
+            weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate, row.clamp, row.cap,
+            layout.width,
         )  # fmt: skip
     numbers, tensors = split_params(batch.gate.params())
     loss, _, metrics = chosen.differentiable("objective")(

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .contract import IGNORED, RESULTS, logprob_results
 from .errors import wrong
 from .products import ProductSum, add_product, column_sums, sum_dtype
 
-IGNORED = -100
 ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
 # Columns of a tile: on a CPU it stays in the cache, on a GPU it is large enough for the GEMM.
 MOST_COLUMNS = {"cpu": 4096, "cuda": 65536}
 FEWEST = 256  # rows and columns of a tile of which the GEMM is worth its launch; beyond these the budget decides
-OUTPUTS = (
-    "logp", "entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank",
-)  # fmt: skip
 Rows = slice | Tensor
 
 
@@ -78,28 +75,42 @@ def split(total: int, size: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1)))
 
 
-def fitting_rows(head: Head, columns: int, budget: int) -> int:
-    """How many rows of a tile of so many columns fit into a budget."""
+def fitting_rows(head: Head, columns: int, budget: int, per_column: int = 0) -> int:
+    """How many rows of a tile of so many columns fit into a budget, each with its hidden state and statistics."""
     width, size = head.weight.shape[1], head.dtype.itemsize
     cell = size + (head.keep_mask is not None and head.keep_mask.shape[0] > 1)
-    # A row: its hidden state and statistics. A column: its weights cast, and their gradient as a product and as a sum.
-    per_row, per_column = width * size + 256, width * (2 * size + sum_dtype(head.dtype).itemsize)
-    if columns == head.vocab:
-        per_column = 0
-    return max(budget - columns * per_column, 0) // (columns * cell + per_row)
+    return max(budget - columns * per_column, 0) // (columns * cell + width * size + 256)
 
 
-def tiles_of(head: Head, rows: int, budget: int, *, sums: int = 0, whole_rows: bool = False) -> Tiles:
+def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
     """The largest tiles that fit into the budget less `sums` bytes, or into half of it where sums take more."""
-    free = budget - min(sums, budget // 2)
-    columns = head.vocab if whole_rows else min(head.vocab, MOST_COLUMNS[head.weight.device.type])
-    while not whole_rows and columns > FEWEST and fitting_rows(head, columns, free) < min(rows, FEWEST):
+    width, size, device = head.weight.shape[1], head.dtype.itemsize, head.weight.device.type
+    columns, free = min(head.vocab, MOST_COLUMNS[device]), budget - min(sums, budget // 2)
+    # The weights of a column, cast, and a product of its gradient; where tiles are of some rows, its sum too.
+    alone = width * size * ((head.weight.dtype != head.dtype) + (device == "cpu"))
+    summed = alone + width * sum_dtype(head.dtype).itemsize
+    while True:
+        if fitting_rows(head, columns, free, alone) >= rows:
+            return Tiles(rows, columns)
+        fit = fitting_rows(head, columns, free, summed)
+        if fit >= FEWEST or (fit > 0 and columns <= FEWEST):
+            return Tiles(fit, columns)
+        if columns <= FEWEST:
+            raise _too_small(budget, columns)
         columns = max(columns // 2, FEWEST)
-    fit = fitting_rows(head, columns, free)
+
+
+def whole_rows_of(head: Head, rows: int, budget: int) -> Tiles:
+    """Tiles of all columns."""
+    fit = fitting_rows(head, head.vocab, budget)
     if fit < 1:
-        accepted = f"more: a tile of one row and {columns} columns does not fit into half of it"
-        raise wrong("memory_budget", f"{budget} bytes", accepted)
-    return Tiles(min(rows, fit), columns)
+        raise _too_small(budget, head.vocab)
+    return Tiles(min(rows, fit), head.vocab)
+
+
+def _too_small(budget: int, columns: int) -> ValueError:
+    accepted = f"more: a tile of one row and {columns} columns, with what belongs to it, does not fit into half of it"
+    return wrong("memory_budget", f"{budget} bytes", accepted)
 
 
 def compacted(used: Tensor) -> tuple[Tensor | None, int]:
@@ -123,13 +134,13 @@ def local_ids(ids: Tensor, at: slice) -> Tensor:
     return torch.where(ids == IGNORED, IGNORED, here)[None]
 
 
-def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> tuple[Tensor, ...]:
+def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> list[Tensor]:
     """The results of token_logprobs for hidden [N, D] and ids [N, K]; rows whose ids are all ignored enter no GEMM."""
-    results = new_results(ids, outputs, sum_dtype(head.dtype))
+    results = [x.zero_() for x in logprob_results(ids, outputs, sum_dtype(head.dtype))]
     index, count = compacted((ids != IGNORED).any(-1))
     ordered = "is_top1" in outputs or "rank" in outputs  # the ids' own logits are compared with whole rows
-    tiles = tiles_of(head, count, budget, whole_rows=ordered)
-    memory = hidden.new_empty(tiles.rows * tiles.columns, dtype=head.dtype)
+    tiles = (whole_rows_of if ordered else tiles_of)(head, count, budget)
+    memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
     for at in split(count, tiles.rows):
         rows = rows_at(index, at)
         found = _of_rows(head, hidden[rows].to(head.dtype), ids[rows], rows, outputs, tiles, memory)
@@ -137,16 +148,6 @@ def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budg
             if result.shape[0] == ids.shape[0]:
                 result[rows] = values.to(result.dtype)
     return results
-
-
-def new_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Zeros for each result; (0,) for what is not asked for."""
-    per_id = {"logp": dtype, "is_top1": torch.bool, "rank": torch.int64}
-    asked = {"logp", "entropy", "lse", "lse_rest", *outputs}
-    shapes = {name: ids.shape if name in per_id else ids.shape[:1] for name in OUTPUTS}
-    return tuple(
-        ids.new_zeros(shapes[name] if name in asked else (0,), dtype=per_id.get(name, dtype)) for name in OUTPUTS
-    )
 
 
 def _of_rows(
@@ -158,7 +159,7 @@ def _of_rows(
         logits = head.logits(hidden, head.columns(at), at, as_tile(memory, hidden.shape[0], at))
         transform = head.transform(rows, hidden.shape[0], at)
         found = head.ops.token_logprobs(logits[None], local_ids(ids, at), *transform, outputs, False)
-        parts.append({name: x.squeeze(0) for name, x in zip(OUTPUTS, found, strict=True)})
+        parts.append({name: x.squeeze(0) for name, x in zip(RESULTS, found, strict=True)})
         if at.stop < head.vocab or at.start > 0:
             parts[-1] |= _of_merge(at, ids, transform[-1])
     return list((parts[0] if len(parts) == 1 else _merged(parts, outputs)).values())
@@ -188,8 +189,8 @@ def _merged(parts: list[dict[str, Tensor]], outputs: list[str]) -> dict[str, Ten
         return torch.where(share == 0, 0, values)
 
     own = torch.where(of["here"], of["logp"] + (each - lse)[..., None], 0)
-    found = {name: lse.new_empty(0) for name in OUTPUTS} | {
-        "logp": torch.where(of["here"].any(0), own.sum(0), torch.nan).where(lse.isfinite()[:, None], torch.nan),
+    found = {name: lse.new_empty(0) for name in RESULTS} | {
+        "logp": torch.where(of["here"].any(0), own.sum(0), torch.nan),
         "entropy": weigh(share * (of["entropy"] - log_share)).sum(0),
         "lse": lse,
         "lse_rest": lse - lse.to(of["lse"].dtype),
@@ -231,7 +232,7 @@ def gradients(
     saved = [x[rows][None] if x.numel() else x[None] for x in saved]
     total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
     tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
-    memory = hidden.new_empty(tiles.rows * tiles.columns, dtype=head.dtype)
+    memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
     for at in split(head.vocab, tiles.columns):
         columns, local = head.columns(at), local_ids(ids, at)
         if grads.weight is not None:

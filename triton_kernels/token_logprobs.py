@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import ALWAYS, FAKES
+from ..contract import ALWAYS, logprob_results
 from . import launch
 from .row_state import empty, over_lanes, walk
 from .vocabulary import IGNORED, factors, keep_arguments, load_own, part_of, row_begin, row_scale, transformed, vector
@@ -163,7 +163,7 @@ def token_logprobs(
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The results that tokenrl/contract.py names, in its order; those neither in ALWAYS nor in outputs are empty."""
-    results = FAKES["token_logprobs"](logits, ids, 1.0, None, 1.0, 1.0, None, outputs, False)
+    results = logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
     _, time, vocab = logits.shape
     rows, per_row = ids.shape[0] * time, ids.shape[-1]
     if rows == 0:
