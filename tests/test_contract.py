@@ -5,10 +5,11 @@ import torch
 from cases import backends_to_test, batch, device_of, kernel_backends, run
 
 import tokenrl
-from tokenrl import backends, contract
+from tokenrl import backends, composed, contract
 from tokenrl.logprobs import OUTPUTS
 
 KERNELS = kernel_backends()
+SCHEMAS = contract.SCHEMAS | composed.SCHEMAS
 
 
 def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
@@ -61,6 +62,66 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
     }
 
 
+def saved(op: str, hidden, weight, bias, ids, *head) -> tuple:
+    """What the backward of the head keeps of its forward."""
+    logp, entropy, lse, lse_rest, squares, *_ = op(hidden, weight, bias, ids, *head, ["log_sum_sq_probs"], None)
+    return ids, lse, lse_rest, entropy, squares
+
+
+def linear_arguments(backend) -> dict[str, tuple]:
+    """Arguments of the ops from hidden states by the op's name and, after a space, what is special about them.
+
+    Every differentiable output is asked for: opcheck pulls them all."""
+    g, device = torch.Generator().manual_seed(1), device_of(backend)
+    tensors = tuple(torch.randn(*shape, generator=g).to(device) for shape in ((18, 4), (11, 4), (11,)))
+    ids = torch.randint(0, 11, (18, 1), generator=g).to(device)
+    ids[3] = -100
+    logp, old, reference, temperatures, *upstream = (torch.rand(18, generator=g).to(device) for _ in range(8))
+    head = (1.0, temperatures + 0.5, 5.0, 0.9, (torch.arange(11) != 5).to(device)[None], "float32", 1 << 20)
+    main_grad, mask, cu = torch.ones_like(tensors[1]), (ids != -100).flatten(), torch.arange(4, device=device) * 6
+    spans = (torch.full((3,), 0.5, device=device).double(), torch.ones((), device=device).double())
+    ops = backends.BACKENDS[backend].ops
+    before = (upstream[0][:, None], *upstream[1:4], *tensors, *saved(ops.linear_token_logprobs, *tensors, ids, *head))
+    loss = (
+        old, logp, mask, cu, None, *spans, None, mask * 0.5, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
+        [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 0.1, 0.01,
+    )  # fmt: skip
+    every, turned = [True] * 3, tensors[1].t().contiguous().t()
+    return {
+        "linear_token_logprobs": (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
+        "linear_token_logprobs without bias": (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
+        "linear_token_logprobs turned": (tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None),
+        "linear_token_logprobs_backward": (*before, *head, every, None),
+        "linear_token_logprobs_backward frozen": (*before, *head, [False, True, False], None),
+        "linear_token_logprobs_backward main_grad": (*before, *head, every, main_grad),
+        "linear_token_logprobs_backward turned": (*before[:5], turned, *before[6:], *head, every, None),
+        "linear_policy_loss": (*tensors, ids, *head, every, None, *loss),
+        "linear_policy_loss frozen": (*tensors, ids, *head, [True, False, False], None, *loss),
+        "linear_policy_loss main_grad": (*tensors, ids, *head, every, main_grad, *loss),
+        "linear_policy_loss turned": (tensors[0], turned, tensors[2], ids, *head, every, None, *loss),
+    }
+
+
+# What is special is written once for all kernels: it is tried on the first.
+LINEAR = [
+    (case, backend)
+    for backend in KERNELS
+    for case in linear_arguments(backend)
+    if backend == KERNELS[0] or case in composed.SCHEMAS
+]
+
+
+@pytest.mark.parametrize("case,backend", LINEAR)
+def test_opcheck_from_hidden_states(case, backend):
+    """Where main_grad is given, the op alone: a traced derivative may not write to it."""
+    op, values = case.split()[0], linear_arguments(backend)[case]
+    if not op.endswith("_backward") and not case.endswith("main_grad"):
+        wanted = [True] * 3 if op == "linear_token_logprobs" else values[11]
+        tensors = (x if x is None else x.clone().requires_grad_(w) for x, w in zip(values[:3], wanted, strict=False))
+        values = (*tensors, *values[3:])
+    torch.library.opcheck(getattr(backends.BACKENDS[backend].ops, op).default, values)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("op", contract.SCHEMAS)
 def test_opcheck(op, backend):
@@ -72,10 +133,10 @@ def test_opcheck(op, backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("op", contract.SCHEMAS)
+@pytest.mark.parametrize("op", SCHEMAS)
 def test_every_backend_has_the_schema_of_the_contract(op, backend):
     found = getattr(backends.BACKENDS[backend].ops, op).default._schema
-    assert str(found).split("(", 1)[1] == contract.SCHEMAS[op].split("(", 1)[1].replace("->  ", "-> ")
+    assert str(found).split("(", 1)[1] == SCHEMAS[op].split("(", 1)[1].replace("->  ", "-> ")
 
 
 @pytest.mark.parametrize("backend", backends_to_test())
@@ -144,12 +205,16 @@ def test_compiles_into_one_graph(backend):
 def test_double_backward_raises(backend):
     logp = torch.zeros(2, 3, device=device_of(backend), requires_grad=True)
     x = torch.ones(2, device=logp.device)
+    hidden, ids = logp.clone(), torch.tensor([0, 1], device=x.device)
+    weight, head = torch.ones(4, 3, device=x.device), {"cu_seqlens": ids.new_tensor([0, 1, 2]), "backend": backend}
     parts = {
         "policy_loss": tokenrl.policy_loss("ppo", logp, None, x, backend=backend)[0],
         "prefix_ratio": tokenrl.prefix_ratio(logp, logp.detach(), backend=backend).sum(),
         "token_logprobs": tokenrl.token_logprobs(
             logp, torch.tensor([0, 1], device=x.device), backend=backend
         ).logp.sum(),
+        "linear_token_logprobs": tokenrl.linear_token_logprobs(hidden, weight, ids, backend=backend).logp.sum(),
+        "linear_policy_loss": tokenrl.linear_policy_loss("ppo", hidden, weight, ids, None, x, **head)[0],
     }
     for value in parts.values():
         (grad,) = torch.autograd.grad(value * 2, logp, create_graph=True)

@@ -251,7 +251,17 @@ def trl_clipped(name, config, x, logp, metrics, backend):
 
 
 def test_nothing_else_is_excluded():
-    tested = {*VERL, *TRL, "verl_agg_loss", "verl_kl_penalty", "primitives_small", "primitives_medium", "trl_selective"}
+    tested = {
+        *VERL,
+        *TRL,
+        "verl_agg_loss",
+        "verl_kl_penalty",
+        "primitives_small",
+        "primitives_medium",
+        "trl_selective",
+        "linear",
+        "trl_chunked",
+    }
     assert tested == set(INDEX)
     for (family, kind), reason in EXCLUDED.items():
         hit = [c for c in INDEX[family]["cases"] if c.startswith(kind)]

@@ -1,4 +1,4 @@
-"""token_logprobs against what was recorded at high precision and from TRL (tests/golden), in fp64."""
+"""token_logprobs and linear_token_logprobs against what was recorded at high precision and from TRL (tests/golden)."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from golden_data import INDEX, arrays, near
 
 import tokenrl
 from tokenrl.logprobs import OUTPUTS
+from tokenrl.parity import close
 
 BACKENDS = backends_to_test()
 RECORDED = {"logp": "logp", "entropy": "entropy", "lse": "lse", "log_sum_sq_probs": "log_sum_sq"}
@@ -79,3 +80,70 @@ def test_trl_selective(case, backend):
         near(getattr(stats, name), x[name], name)
     expected = x["grad_logits"] if "grad_logits" in x else x["grad_logits_logp_only"]
     near(torch.autograd.grad(loss, logits)[0], expected, "gradient")
+
+
+def head(x, config, dtype, device):
+    """(tensors with a graph, the arguments of linear_token_logprobs)."""
+    tensors = {name: x[name].to(device, dtype).requires_grad_() for name in ("hidden", "weight", "bias") if name in x}
+    transform = {name: config[name] for name in ("temperature", "softcap", "logit_scale")}
+    return tensors, {**tensors, "ids": x["target"].to(device), **transform}
+
+
+def of_head(stats, x, tensors, names):
+    """Gradients by the name of their tensor, of the recorded upstream gradients of these outputs."""
+    values = [getattr(stats, name) for name in names]
+    upstream = [x[f"up_{name}"].to(value) for name, value in zip(names, values, strict=True)]
+    grads = torch.autograd.grad(values, tensors.values(), upstream, retain_graph=True)
+    return {name: grad.cpu() for name, grad in zip(tensors, grads, strict=True)}
+
+
+PULLED = {"logp": ("logp",), "entropy": ("entropy",), "both": ("logp", "entropy")}
+
+
+def linear(x, config, dtype, backend, pulled=PULLED):
+    """Whatever is recorded, by its name there; gradients of some sums only."""
+    tensors, arguments = head(x, config, dtype, device_of(backend))
+    stats = tokenrl.linear_token_logprobs(**arguments, outputs=("logp", "entropy", "lse"), backend=backend)
+    found = {name: getattr(stats, name).detach().cpu() for name in ("logp", "entropy", "lse")}
+    for suffix in pulled:
+        grads = of_head(stats, x, tensors, PULLED[suffix])
+        found |= {f"grad_{name}_{suffix}": grad for name, grad in grads.items()}
+    return {name: value for name, value in found.items() if name in x}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", INDEX["linear"]["cases"])
+def test_linear(case, backend):
+    """From hidden states: in fp64, and in fp32 by the tolerance rule."""
+    entry, x = INDEX["linear"]["cases"][case], arrays("linear", case)
+    found = linear(x, entry["config"], torch.float64, backend)
+    assert found.keys() == {*entry["outputs"]}
+    for name, value in found.items():
+        near(value, x[name], name)
+    kernel, base = (linear(x, entry["config"], torch.float32, name, ("both",)) for name in (backend, "reference"))
+    for name, value in kernel.items():
+        close(value, x[name], base[name], name)
+
+
+# TRL's own fp32 rounding and ours: both stay within this of each other, relative to the largest entry.
+FP32 = 32 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", INDEX["trl_chunked"]["cases"])
+def test_trl_chunked(case, backend):
+    """Its results were recorded in fp32 alone."""
+    entry = INDEX["trl_chunked"]["cases"][case]
+    x = arrays("linear", entry["config"]["input"].split(":")[1]) | arrays("trl_chunked", case)
+    tensors, arguments = head(x, entry["config"], torch.float32, device_of(backend))
+    stats = tokenrl.linear_token_logprobs(**arguments, outputs=OUTPUTS, backend=backend)
+    theirs = {"logp": "log_probs", "entropy": "entropy", "mean_logit": "mean_logits"}
+    found = {recorded: getattr(stats, name) for name, recorded in theirs.items()}
+    found["log_sum_sq_probs"] = stats.log_sum_sq_probs
+    grads = of_head(stats, x, tensors, PULLED["both"])
+    found |= {f"grad_{name}": grad for name, grad in grads.items() if f"grad_{name}" in x}
+    assert {*found, "is_top1"} == {*entry["outputs"]}
+    assert torch.equal(stats.is_top1.cpu(), x["is_top1"])
+    for name, value in found.items():
+        error = (value.detach().cpu().double() - x[name]).abs().max()
+        assert error <= FP32 * x[name].abs().max(), f"{name}: {error:.3e}"

@@ -18,10 +18,9 @@ from torch import Tensor
 from . import tiles
 from .contract import IGNORED
 from .products import ProductSum, add_product, column_sums, sum_dtype
-from .tiles import Gradients, Head, Rows, as_tile, compacted, fitting_rows, rows_at, split
+from .tiles import Gradients, Head, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
 
 FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
-CAST_COLUMNS = 4096  # of the weight, cast at a time where the GEMMs run in another dtype
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
 
 
@@ -96,16 +95,10 @@ class Chunk:
         self.head, self.rows, self.ids = head, rows, ids[rows]
         self.states = hidden[rows].to(head.dtype)
         self.logits = as_tile(memory, self.states.shape[0], slice(0, head.vocab))
-        for at in self._pieces():
-            head.logits(self.states, head.columns(at), at, self.logits[:, at])
+        head.whole_logits(self.states, self.logits)
         stats = head.ops.token_logprobs(self.logits[None], self.ids[None], *self._transform(), [], False)
         logp, self.entropy, self.lse, self.lse_rest, *_ = (x.squeeze(0) for x in stats)
         self.logp = logp.squeeze(1)
-
-    def _pieces(self) -> list[slice]:
-        """All columns at once, unless their weights are cast."""
-        cast = self.head.weight.dtype != self.head.dtype
-        return list(split(self.head.vocab, CAST_COLUMNS if cast else self.head.vocab))
 
     def _transform(self) -> tuple:
         return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
@@ -140,11 +133,10 @@ class Chunk:
         self.lse, self.lse_rest = self.lse[index], self.lse_rest[index]
 
     def _hidden_gradient(self) -> Tensor:
-        pieces = self._pieces()
-        if len(pieces) == 1:
+        if not self.head.cast_columns:
             return torch.mm(self.logits, self.head.weight)
         total = self.states.new_zeros(self.states.shape, dtype=sum_dtype(self.head.dtype))
-        for at in pieces:
+        for at in self.head.pieces():
             add_product(total, self.logits[:, at], self.head.columns(at))
         return total
 
@@ -174,9 +166,9 @@ def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
 def _chunks(terms: Terms, head: Head, count: int, budget: int, sum_bytes: int) -> list[slice] | None:
     """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
     # One chunk needs no sum: its logits may take that memory.
-    if count <= fitting_rows(head, head.vocab, budget + sum_bytes):
+    if count <= fitting_whole_rows(head, budget + sum_bytes):
         return list(split(count, count))
-    fit = fitting_rows(head, head.vocab, budget)
+    fit = fitting_whole_rows(head, budget)
     if fit < min(count, FEWEST_TOKENS):
         return None
     if not terms.looks_ahead:

@@ -79,13 +79,13 @@ def _results(grads: tiles.Gradients, like: Tensor, bias: Tensor | None) -> list[
     return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
 
 
-def _fake_results(hidden, weight, bias, wanted, main_grad_dtype=None):
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (hidden.dtype, main_grad_dtype or weight.dtype, weight.dtype if bias is None else bias.dtype)
-    return [
-        hidden.new_empty(shape if want else (0,), dtype=dtype if want else hidden.dtype)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-    ]
+def _fake_results(hidden, weight, bias, wanted, weight_dtype=None):
+    found = (
+        torch.empty_like(hidden),
+        torch.empty_like(weight, dtype=weight_dtype),
+        weight.new_empty(weight.shape[0], dtype=None if bias is None else bias.dtype),
+    )
+    return [g if want else hidden.new_empty(0) for g, want in zip(found, wanted, strict=True)]
 
 
 def _fake_statistics(hidden, weight, bias, ids, t, ts, cap, scale, keep, compute_dtype, budget, outputs, main_grad):
@@ -106,9 +106,9 @@ def _fake_policy_loss(hidden, weight, bias, ids, *rest):
 
 def _save_statistics(ctx, inputs, output):
     hidden, weight, bias, ids, ctx.temperature, temperatures, *ctx.softcap_and_scale, keep_mask = inputs[:9]
-    *ctx.how, ctx.outputs, ctx.main_grad = inputs[9:]
-    _, entropy, lse, lse_rest, squares, *constants = output
-    ctx.mark_non_differentiable(lse_rest, *constants)
+    *ctx.how, _, ctx.main_grad = inputs[9:]
+    _, entropy, lse, lse_rest, squares, *_ = output
+    contract.mark_constants(ctx, output)
     ctx.save_for_backward(hidden, weight, bias, ids, lse, lse_rest, entropy, squares, temperatures, keep_mask)
     ctx.set_materialize_grads(False)
 
@@ -118,7 +118,7 @@ def _statistics_backward(namespace: str):
     def backward(ctx, *upstream):
         grad_logp, grad_entropy, grad_lse, _, grad_squares, *_ = upstream
         upstream = (grad_logp, grad_entropy, grad_lse, grad_squares)
-        wanted, rest = list(ctx.needs_input_grad[:3]), (None,) * 8 + ([None] * len(ctx.outputs), None)
+        wanted, rest = list(ctx.needs_input_grad[:3]), (None,) * 10
         if all(g is None for g in upstream):
             return None, None, None, *rest
         *saved, temperatures, keep_mask = ctx.saved_tensors
@@ -155,7 +155,7 @@ def _policy_loss_backward(ctx, grad_loss, *_):
 
 def _scaled(grad: Tensor, by: Tensor) -> Tensor:
     """grad * by in the dtype of grad; grad itself where by is known to be 1, which on a GPU would take a sync."""
-    if by.device.type == "cpu" and not torch.compiler.is_compiling() and by.item() == 1:
+    if type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:  # a tracer's stand-in is of another type
         return grad
     return (grad * by).to(grad.dtype)
 

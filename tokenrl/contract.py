@@ -111,11 +111,19 @@ def _clip_backward(ctx, grad, _):
     return torch.where(inside != 0, grad, 0), *ctx.rest
 
 
+def mark_constants(ctx, output) -> None:
+    """The results of token_logprobs that carry no gradient, log_sum_sq_probs among them where it is not asked for."""
+    _, entropy, _, lse_rest, log_sum_sq_probs, *constants = output
+    if log_sum_sq_probs.shape != entropy.shape:
+        constants.append(log_sum_sq_probs)
+    ctx.mark_non_differentiable(lse_rest, *constants)
+
+
 def _save_logprobs(ctx, inputs, output):
     logits, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask, _, ctx.inplace = inputs
     ctx.rest = (None,) * (len(inputs) - 1)
-    _, entropy, lse, lse_rest, log_sum_sq_probs, *constants = output
-    ctx.mark_non_differentiable(lse_rest, *constants)
+    _, entropy, lse, lse_rest, log_sum_sq_probs, *_ = output
+    mark_constants(ctx, output)
     ctx.save_for_backward(logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, keep_mask)
     ctx.set_materialize_grads(False)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 # Rows of a product that stay in a CPU's cache until they are added up.
 CPU_ROWS = 4096
+SUMMED_ROWS = 64
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,5 +63,10 @@ class ProductSum:
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """The sum of the rows of x, in sum_dtype."""
-    return torch.cat([columns.sum(0, dtype=sum_dtype(x.dtype)) for columns in x.split(CPU_ROWS, 1)])
+    """The sum of the rows of x, in sum_dtype; a few rows at a time, as a CPU's sum in another dtype copies them."""
+    if x.is_cuda:
+        return x.sum(0, dtype=sum_dtype(x.dtype))
+    total = x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
+    for rows in x.split(SUMMED_ROWS):
+        total += rows.sum(0, dtype=total.dtype)
+    return total

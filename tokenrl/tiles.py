@@ -13,12 +13,14 @@ from torch import Tensor
 
 from .contract import IGNORED, RESULTS, logprob_results
 from .errors import wrong
-from .products import ProductSum, add_product, column_sums, sum_dtype
+from .products import SUMMED_ROWS, ProductSum, add_product, column_sums, sum_dtype
 
 ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
 # Columns of a tile: on a CPU it stays in the cache, on a GPU it is large enough for the GEMM.
 MOST_COLUMNS = {"cpu": 4096, "cuda": 65536}
+CAST_COLUMNS = 4096  # of the weight, where the GEMMs run in another dtype and whole rows are needed
 FEWEST = 256  # rows and columns of a tile of which the GEMM is worth its launch; beyond these the budget decides
+BYTES_PER_TILE = 128  # of a row's statistics, from the tile to the merge
 Rows = slice | Tensor
 
 
@@ -50,6 +52,21 @@ class Head:
             return torch.mm(hidden, weight.t(), out=out)
         return torch.addmm(self.bias[at].to(self.dtype), hidden, weight.t(), out=out)
 
+    @property
+    def cast_columns(self) -> int:
+        """How many columns of the weight are cast at a time; 0: none."""
+        return min(self.vocab, CAST_COLUMNS) if self.weight.dtype != self.dtype else 0
+
+    def pieces(self) -> Iterator[slice]:
+        """All columns at once, or as many as are cast at a time."""
+        return split(self.vocab, self.cast_columns or self.vocab)
+
+    def whole_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The model's logits of all columns, in `out`, [n, V]."""
+        for at in self.pieces():
+            self.logits(hidden, self.columns(at), at, out[:, at])
+        return out
+
     def transform(self, rows: Rows, count: int, at: slice) -> tuple:
         """The arguments of token_logprobs for `count` rows and some columns."""
         keep = self.keep_mask
@@ -79,7 +96,14 @@ def fitting_rows(head: Head, columns: int, budget: int, per_column: int = 0) -> 
     """How many rows of a tile of so many columns fit into a budget, each with its hidden state and statistics."""
     width, size = head.weight.shape[1], head.dtype.itemsize
     cell = size + (head.keep_mask is not None and head.keep_mask.shape[0] > 1)
-    return max(budget - columns * per_column, 0) // (columns * cell + width * size + 256)
+    per_row = width * size + BYTES_PER_TILE * -(-head.vocab // columns)
+    return max(budget - columns * per_column, 0) // (columns * cell + per_row)
+
+
+def fitting_whole_rows(head: Head, budget: int) -> int:
+    """The same for tiles of all columns."""
+    cast = head.cast_columns * (head.weight.shape[1] + 1) * head.dtype.itemsize  # with the bias
+    return fitting_rows(head, head.vocab, max(budget - cast, 0))
 
 
 def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
@@ -102,7 +126,7 @@ def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
 
 def whole_rows_of(head: Head, rows: int, budget: int) -> Tiles:
     """Tiles of all columns."""
-    fit = fitting_rows(head, head.vocab, budget)
+    fit = fitting_whole_rows(head, budget)
     if fit < 1:
         raise _too_small(budget, head.vocab)
     return Tiles(min(rows, fit), head.vocab)
@@ -154,24 +178,33 @@ def _of_rows(
     head: Head, hidden: Tensor, ids: Tensor, rows: Rows, outputs: list[str], tiles: Tiles, memory: Tensor
 ) -> list[Tensor]:
     """The results of the rows of a tile."""
+    whole = slice(0, head.vocab)
+    if tiles.columns == head.vocab:
+        logits = head.whole_logits(hidden, as_tile(memory, hidden.shape[0], whole))
+        transform = head.transform(rows, hidden.shape[0], whole)
+        return [x.squeeze(0) for x in head.ops.token_logprobs(logits[None], ids[None], *transform, outputs, False)]
     parts = []
     for at in split(head.vocab, tiles.columns):
         logits = head.logits(hidden, head.columns(at), at, as_tile(memory, hidden.shape[0], at))
         transform = head.transform(rows, hidden.shape[0], at)
         found = head.ops.token_logprobs(logits[None], local_ids(ids, at), *transform, outputs, False)
         parts.append({name: x.squeeze(0) for name, x in zip(RESULTS, found, strict=True)})
-        if at.stop < head.vocab or at.start > 0:
-            parts[-1] |= _of_merge(at, ids, transform[-1])
-    return list((parts[0] if len(parts) == 1 else _merged(parts, outputs)).values())
+        parts[-1]["here"] = (ids >= at.start) & (ids < at.stop)
+        if "mean_logit" in outputs:
+            parts[-1]["kept"] = _kept(head, rows, at, ids.shape[0])
+    return list(_merged(parts, ids, outputs).values())
 
 
-def _of_merge(at: slice, ids: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
-    """What the merge asks of a tile beside its statistics: which ids lie in it, and how many logits it keeps."""
-    kept = torch.full_like(ids[:, 0], at.stop - at.start) if keep is None else keep[0].sum(-1)
-    return {"here": (ids >= at.start) & (ids < at.stop), "kept": kept}
+def _kept(head: Head, rows: Rows, at: slice, count: int) -> Tensor:
+    """How many logits of a tile the mask keeps, [n]; summed a few rows at a time, as a sum of bools copies them."""
+    if head.keep_mask is None:
+        return head.weight.new_full((count,), at.stop - at.start, dtype=torch.int64)
+    if head.keep_mask.shape[0] == 1:
+        return head.keep_mask[0, at].sum().expand(count)
+    return torch.cat([some.sum(-1) for some in head.keep_mask[rows, at].split(SUMMED_ROWS)])
 
 
-def _merged(parts: list[dict[str, Tensor]], outputs: list[str]) -> dict[str, Tensor]:
+def _merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> dict[str, Tensor]:
     """Statistics of tiles side by side -> those of their rows, in fp64.
 
     With l_i the lse of tile i, lse = log sum_i e^l_i and q_i = e^(l_i - lse), its share of the probability:
@@ -188,9 +221,10 @@ def _merged(parts: list[dict[str, Tensor]], outputs: list[str]) -> dict[str, Ten
     def weigh(values: Tensor) -> Tensor:
         return torch.where(share == 0, 0, values)
 
-    own = torch.where(of["here"], of["logp"] + (each - lse)[..., None], 0)
+    own = torch.where(of["here"], of["logp"] + log_share[..., None], 0).sum(0)
+    known = of["here"].any(0) | (ids == IGNORED)
     found = {name: lse.new_empty(0) for name in RESULTS} | {
-        "logp": torch.where(of["here"].any(0), own.sum(0), torch.nan),
+        "logp": torch.where(known, own, torch.nan),
         "entropy": weigh(share * (of["entropy"] - log_share)).sum(0),
         "lse": lse,
         "lse_rest": lse - lse.to(of["lse"].dtype),

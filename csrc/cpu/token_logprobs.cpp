@@ -158,12 +158,12 @@ inline T mean_of(const Row<Logit, T>& row) {
     const int64_t n = smaller(kBlock, row.args.vocab - first);
     const bool* keep = row.keep() ? row.keep() + first : nullptr;
     row.with_block(first, n, [&](const auto* y) {
-      T block = 0;
+      double block = 0;
       int32_t kept = 0;
 #pragma omp simd reduction(+ : block, kept)
       for (int64_t v = 0; v < n; ++v) {
         const bool counts = !keep || keep[v];
-        block += counts ? static_cast<T>(widen(y[v])) : T(0);
+        block += counts ? static_cast<double>(widen(y[v])) : 0.0;
         kept += counts;
       }
       sum += block;
