@@ -1,5 +1,6 @@
 """Times, peak memory, launches and host syncs of calls, and the limits of the machine they ran on."""
 
+import ctypes
 import functools
 import statistics
 import time
@@ -40,16 +41,29 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return taken
 
 
-def paired_medians(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+def keep_freed_memory() -> str:
+    """Makes malloc keep what is freed, as torch's allocator on a GPU does, for all contestants alike: where memory goes
+    back to the system, its first touch can cost more than the call that is measured. What was done, in words."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return "freed memory returned"
+    never_trim, no_maps = mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    return "freed memory kept" if never_trim and no_maps else "freed memory returned"
+
+
+def paired_medians(
+    calls: dict[str, Callable[[], object]], device: str, repeats: int, fewest: int = FEWEST_SAMPLES
+) -> dict[str, float]:
     """Median seconds of each call, the calls taking turns so that the machine's noise falls on all of them.
 
-    A call that has used SAMPLING_SECONDS sits out the remaining turns, but not before it has FEWEST_SAMPLES. Each has
+    A call that has used SAMPLING_SECONDS sits out the remaining turns, but not before it has `fewest` samples. Each has
     run before: it is compiled and warm.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(repeats, FEWEST_SAMPLES)):
+    for _ in range(max(repeats, fewest)):
         for name, call in calls.items():
-            if len(times[name]) < FEWEST_SAMPLES or sum(times[name]) < SAMPLING_SECONDS:
+            if len(times[name]) < fewest or sum(times[name]) < SAMPLING_SECONDS:
                 times[name].append(seconds(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
 

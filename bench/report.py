@@ -17,6 +17,16 @@ README = (
     "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "% of limit", "peak MB", "vs eager", "vs compile",
     "vs TRL",
 )  # fmt: skip
+HEADS = (
+    "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "over bare GEMMs", "GFLOP/s", "peak MB",
+    "value / gradient error", "vs eager", "vs TRL", "vs Liger",
+)  # fmt: skip
+HEAD_NOTES = (
+    "From hidden states: pairs are forward / forward+backward. Over bare GEMMs: time over that of the bare GEMMs of "
+    "the whole shape into memory that is there: one forward, with the backward four (linear_token_logprobs) or three "
+    "(linear_policy_loss). Correctness is checked on 64 rows of the same head. Liger's loss is its grpo, ours and "
+    "TRL's ctpo."
+)
 NOTES = (
     "MB moved: by the ideal kernel, forward plus backward. % of limit: the least time of the ideal kernel over the "
     "time taken; the least time is the larger of bytes over bandwidth (read, or copy where something is written, of a "
@@ -80,6 +90,24 @@ def count_rows(lines: list[dict]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def pair(line: dict, key: str) -> str:
+    return " / ".join(number(line[f"{when}_{key}"]) for when in ("forward", "both"))
+
+
+def head_rows(lines: list[dict]) -> list[list[str]]:
+    """A row per case and backend of the ops from hidden states; rivals and bare GEMMs included."""
+    return [
+        [
+            f"{line['op']} {line['variant']}".strip(), str(line["shape"]), line["dtype"], line["backend"],
+            number(line["forward_ms"]), number(line["both_ms"]), pair(line, "over_gemms"), pair(line, "gflops"),
+            " / ".join(map(megabytes, line["peak_bytes"])) if line["peak_bytes"] else MISSING,
+            " / ".join(map(number, line["errors"])) if line["errors"] else MISSING,
+            *(times(line.get("versus", {}).get(rival)) for rival in ("eager", "TRL", "Liger")),
+        ]
+        for line in lines
+    ]  # fmt: skip
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
@@ -87,6 +115,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     found = [
         ("Speed, memory, errors", list(SPEED), speed_rows(lines)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),
+        ("From hidden states", list(HEADS), head_rows(report.get("heads", []))),
         ("Objectives, forward and backward", [h.format(launches=what) for h in COUNTS], count_rows(lines)),
         (
             "Not measured", ["case", "competitor", "reason"],
@@ -103,7 +132,8 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def markdown(report: dict) -> str:
     """The whole report."""
     parts = [f"**{title}**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(report)]
-    return "\n\n".join([report["machine"], *parts, NOTES, *report["failures"]]) + "\n"
+    notes = [NOTES, HEAD_NOTES] if report.get("heads") else [NOTES]
+    return "\n\n".join([report["machine"], *parts, *notes, *report["failures"]]) + "\n"
 
 
 def show(report: dict) -> None:
@@ -136,7 +166,9 @@ def readme_table(report: dict) -> str:
         ]
         for line in report["lines"] if line["ours"]
     ]  # fmt: skip
-    return markdown_table(list(README), rows)
+    short = markdown_table(list(README), rows)
+    linear = head_rows([line for line in report.get("heads", []) if line["ours"]])
+    return f"{short}\n\n{markdown_table(list(HEADS), linear)}" if linear else short
 
 
 def write_json(report: dict, path: Path) -> None:

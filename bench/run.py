@@ -12,9 +12,11 @@ from .measure import Limits, host_syncs, launches, limits, paired_medians, peak_
 
 @dataclass
 class Findings:
-    """lines: what was measured. missing: (case, competitor, reason). failures: wrong backends. passed: right ones."""
+    """lines, heads: what was measured, from logits and from hidden states. missing: (case, competitor, reason).
+    failures: wrong backends. passed: right ones."""
 
     lines: list[dict] = field(default_factory=list)
+    heads: list[dict] = field(default_factory=list)
     missing: list[dict] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)

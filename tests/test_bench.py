@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import tokenrl
-from bench import cases, measure, readme
+from bench import cases, heads, measure, readme
 from bench.__main__ import app
 from bench.report import markdown, readme_table
 
@@ -76,6 +76,35 @@ def test_measures_and_writes(bench, tmp_path):
     assert ours[1]["model_bytes_per_token"] == 21 and ours[1]["launches"] > 0 and ours[1]["host_syncs"] is None
 
 
+@pytest.mark.parametrize("op", heads.OPS)
+def test_heads_are_measured_against_bare_gemms(bench, tmp_path, op):
+    result = bench(
+        "--op", op, "--shape", "64x16x300", "--dtype", "fp32", "--repeats", "1", "--json", str(tmp_path / "r")
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "r").read_text())
+    assert not report["lines"] and "over bare GEMMs" in markdown(report) and op in readme_table(report)
+    lines = [line for line in report["heads"] if not line["variant"]]
+    assert [line["backend"] for line in lines][:3] == ["bare GEMMs", "cpu", "eager"]
+    bare, ours = lines[:2]
+    flops = 2 * 64 * 16 * 300 * (4 if op == "linear_token_logprobs" else 3)
+    assert bare["both_over_gemms"] == 1 and bare["both_gflops"] == pytest.approx(flops / bare["both_ms"] / 1e6)
+    assert ours["both_over_gemms"] == pytest.approx(ours["both_ms"] / bare["both_ms"])
+    assert all(ratio > 0 for ratio in ours["versus"]["eager"]) and ours["peak_bytes"][1] > 0
+
+
+def test_a_wrong_gradient_of_the_head_is_refused(bench, monkeypatch):
+    right = tokenrl.linear_policy_loss
+
+    def wrong(*args, backend, **kwargs):
+        loss, metrics = right(*args, backend=backend, **kwargs)
+        return (loss if backend == "reference" else loss + 1e-3 * (loss - loss.detach())), metrics
+
+    monkeypatch.setattr(tokenrl, "linear_policy_loss", wrong)
+    result = bench("--check-only", "--op", "linear_policy_loss")
+    assert result.exit_code == 1 and "linear_policy_loss half masked" in result.output.split("wrong results")[1]
+
+
 def test_peak_memory_of_a_known_allocation():
     def call():
         first = torch.empty(1 << 20)  # 4 MiB, freed before the second
@@ -108,7 +137,8 @@ def test_limits_of_this_machine_are_plausible():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (("--op", "grpo"), cases.OPS),
+        (("--op", "grpo"), (*cases.OPS, *heads.OPS)),
+        (("--op", "linear_policy_loss", "--shape", "4x8"), ("linear_policy_loss bfloat16",)),
         (("--shape", "2048"), ("ROWSxCOLUMNS", "2048x151936")),
         (("--shape", "0x5"), ("ROWSxCOLUMNS",)),
         (("--dtype", "int8"), (*cases.DTYPES, "bf16")),
