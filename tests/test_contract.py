@@ -84,7 +84,7 @@ def linear_arguments(backend) -> dict[str, tuple]:
     before = (upstream[0][:, None], *upstream[1:4], *tensors, *saved(ops.linear_token_logprobs, *tensors, ids, *head))
     loss = (
         old, logp, mask, cu, None, *spans, None, mask * 0.5, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
-        [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 0.1, 0.01,
+        [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, 0.01,
     )  # fmt: skip
     every, turned = [True] * 3, tensors[1].t().contiguous().t()
     return {

@@ -52,6 +52,7 @@ class Terms:
     kl_gate: str
     kl_params: list[float]
     kl_clamp: float
+    kl_cap: float
     kl_coef: float
     entropy_coef: float
 
@@ -78,7 +79,7 @@ class Terms:
         if self.ref_logp is not None:
             kl, kl_coef, _ = self.ops.objective(
                 until(logp), until(self.ref_logp), None, *spans, "token", "through", self.kl_gate, self.kl_params,
-                [None] * len(self.kl_params), self.kl_clamp, float("inf"),
+                [None] * len(self.kl_params), self.kl_clamp, self.kl_cap,
             )  # fmt: skip
             loss, coef = loss + self.kl_coef * kl, coef + self.kl_coef * kl_coef
         weights = until(self.weights)

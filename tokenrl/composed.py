@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import chunks, contract, tiles
 from .contract import SAVED, TRANSFORM, UPSTREAM
-from .products import sum_dtype
+from .products import scaled, sum_dtype
 
 _HEAD = f"{TRANSFORM}, str compute_dtype, int memory_budget"
 _STATS = contract.SCHEMAS["token_logprobs"].split(" -> ")[1]
@@ -27,7 +27,8 @@ SCHEMAS = {
     "Tensor? main_grad, Tensor? old_logp, Tensor? advantages, Tensor mask, Tensor cu_seqlens, Tensor? starts, "
     "Tensor span_weight, Tensor normalizer, Tensor? token_weight, Tensor weights, str statistic, str flow, str gate, "
     "float[] params, Tensor?[] param_tensors, float clamp, float cap, Tensor? ref_logp, str kl_gate, "
-    f"float[] kl_params, float kl_clamp, float kl_coef, float entropy_coef) -> (Tensor loss, Tensor metrics, {_GRADS})",
+    "float[] kl_params, float kl_clamp, float kl_cap, float kl_coef, float entropy_coef) -> "
+    f"(Tensor loss, Tensor metrics, {_GRADS})",
 }
 
 
@@ -47,7 +48,7 @@ def _linear_token_logprobs(ops, hidden, weight, bias, ids, *rest):
 def _linear_token_logprobs_backward(ops, *inputs):
     upstream, (hidden, weight, bias, ids, lse, lse_rest, entropy, squares, *rest) = inputs[:4], inputs[4:]
     *head, memory_budget, wanted, main_grad = rest
-    grads = _gradients(hidden, weight, wanted, main_grad, adds=main_grad is not None)
+    grads = _gradients(hidden, weight, wanted, main_grad)
     saved = (lse, lse_rest, entropy, squares)
     tiles.gradients(_head(ops, weight, bias, *head), upstream, hidden, ids, saved, memory_budget, grads)
     return _results(grads, hidden, bias)
@@ -55,21 +56,26 @@ def _linear_token_logprobs_backward(ops, *inputs):
 
 def _linear_policy_loss(ops, hidden, weight, bias, ids, *rest):
     (*head, memory_budget, wanted, main_grad), terms = rest[:9], rest[9:]
-    of_weight = None if main_grad is None else torch.empty_like(main_grad)
-    grads = _gradients(hidden, weight, wanted, of_weight)
+    grads = _gradients(hidden, weight, wanted, None, None if main_grad is None else main_grad.dtype)
     found = chunks.Terms(ops, *terms)
     loss, metrics = chunks.run(found, _head(ops, weight, bias, *head), hidden, ids, memory_budget, grads)
     return loss, metrics, *_results(grads, hidden, bias)
 
 
 def _gradients(
-    hidden: Tensor, weight: Tensor, wanted: list[bool], of_weight: Tensor | None, adds: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+    main_grad: Tensor | None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tiles.Gradients:
-    """Memory for the gradients that are wanted; of_weight: for that of weight, instead of new memory."""
-    of_weight = torch.empty_like(weight) if of_weight is None else of_weight
-    sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype))
-    every = (torch.zeros_like(hidden), of_weight, sums)
-    return tiles.Gradients(*(g if want else None for g, want in zip(every, wanted, strict=True)), adds)
+    """Memory for the gradients that are wanted, that of weight in `dtype`; main_grad is added to."""
+    of_hidden = torch.zeros_like(hidden) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:
+        of_weight = torch.empty_like(weight, dtype=dtype) if main_grad is None else main_grad
+    sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype)) if wanted[2] else None
+    return tiles.Gradients(of_hidden, of_weight, sums, adds=main_grad is not None)
 
 
 def _results(grads: tiles.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -150,14 +156,7 @@ def _policy_loss_backward(ctx, grad_loss, *_):
         ctx.main_grad.addcmul_(of_weight, grad_loss.to(of_weight.dtype))
         wanted[1] = False
     found = zip((of_hidden, of_weight, of_bias), wanted, strict=True)
-    return *(_scaled(g, grad_loss) if want else None for g, want in found), *ctx.rest
-
-
-def _scaled(grad: Tensor, by: Tensor) -> Tensor:
-    """grad * by in the dtype of grad; grad itself where by is known to be 1, which on a GPU would take a sync."""
-    if type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:  # a tracer's stand-in is of another type
-        return grad
-    return (grad * by).to(grad.dtype)
+    return *(scaled(g, grad_loss) if want else None for g, want in found), *ctx.rest
 
 
 def _eager_numbers(function, namespace: str):

@@ -141,7 +141,7 @@ def _kernels(
         *head.tensors, ids, *head.how, wanted, head.main_grad, batch.old_logp, per_token, layout.mask,
         layout.cu_seqlens, batch.starts, weights.span_weight, weights.normalizer, batch.token_weight,
         _token_weights(layout, batch, loss_dtype), row.statistic, row.flow, batch.gate.name, numbers, tensors,
-        row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl_coef,
+        row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl.cap, extra.kl_coef,
         extra.entropy_coef,
     )  # fmt: skip
     return loss, raw

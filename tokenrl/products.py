@@ -70,3 +70,14 @@ def column_sums(x: Tensor) -> Tensor:
     for rows in x.split(SUMMED_ROWS):
         total += rows.sum(0, dtype=total.dtype)
     return total
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """x times a number, in sum_dtype and rounded once to the dtype of x, in new memory."""
+    by = by.to(sum_dtype(x.dtype)).reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first
+    out = torch.empty_like(x)
+    if x.is_cuda:
+        return torch.mul(x, by, out=out)
+    for some, rows in zip(out.split(CPU_ROWS), x.split(CPU_ROWS), strict=True):
+        some.copy_(rows * by)
+    return out
