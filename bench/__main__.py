@@ -1,7 +1,6 @@
 """python -m bench: correctness first, then one line per case and backend, beside its competitors."""
 
 import os
-import platform
 import re
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +11,16 @@ from typer import Option
 
 from tokenrl import backends
 
-from . import heads, report
-from .cases import DTYPES, OPS, chosen_specs, default_specs, make
-from .competitors import versions
-from .head_run import run_head
-from .measure import keep_freed_memory, limits
+from . import report
+from .case import Spec
+from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
+from .linear_cases import SEQUENCES
+from .machine import keep_freed_memory, machine_line
 from .run import Findings, default_backends, run_case
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
-ALL_OPS = (*OPS, *heads.OPS)
+SIZES = "ROWSxCOLUMNS, such as 2048x151936; TOKENSxWIDTHxCOLUMNS of the linear ops, such as 2048x1024x151936"
 
 
 def bad(option: str, given: object, accepted: str) -> typer.BadParameter:
@@ -38,8 +37,7 @@ def each_of(option: str, given: list[str], accepted: list[str]) -> list[str]:
 def parsed_shapes(given: list[str]) -> list[tuple[int, ...]]:
     for text in given:
         if SHAPE.fullmatch(text) is None:
-            accepted = "ROWSxCOLUMNS, two positive integers such as 2048x151936, or ROWSxWIDTHxCOLUMNS for linear_* ops"
-            raise bad("--shape", text, accepted)
+            raise bad("--shape", text, f"positive integers, {SIZES}")
     return [tuple(map(int, text.split("x"))) for text in given]
 
 
@@ -61,43 +59,24 @@ def parsed_backends(given: list[str], device: str) -> list[str]:
     return list(dict.fromkeys(given)) or default_backends(torch.device(device))
 
 
-def parsed_specs(device: str, small: bool, ops: list[str], shapes: list[str], dtypes: list[str]):
-    """The cases to run, from logits and from hidden states; an error where the options leave none."""
-    ops, sizes = each_of("--op", ops, list(ALL_OPS)), parsed_shapes(shapes)
+def parsed_specs(device: str, small: bool, ops: list[str], shapes: list[str], dtypes: list[str]) -> list[Spec]:
+    """The cases to run; an error where the options leave none, or none of a shape."""
+    ops, sizes = each_of("--op", ops, list(OPS)), parsed_shapes(shapes)
     names = each_of("--dtype", [ALIASES.get(d, d) for d in dtypes], [*DTYPES, *ALIASES])
-    flat = [op for op in ops if op in OPS]
-    specs = [] if ops and not flat else chosen_specs(device, small, flat, [s for s in sizes if len(s) == 2], names)
-    if sizes and not any(len(size) == 2 for size in sizes):
-        specs = []
-    linear = heads.chosen_heads(device, small, ops, sizes, names)
-    if not specs and not linear:
-        there = [f"{op} {dtype}" for op, _, dtype in default_specs(device, small)]
-        there += [f"{op} {dtype}" for op, _, _, dtype in heads.head_specs(device, small)]
-        dtypes_of = "with --shape token_logprobs and linear_* in any dtype, policy_loss in float32"
-        accepted = f"{', '.join(dict.fromkeys(there))}; {dtypes_of}"
-        raise bad("--op, --shape, --dtype", " ".join(ops + shapes + names), accepted)
-    return specs, linear
-
-
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.machine()
-
-
-def machine_line(device: str, load: float, memory: str) -> str:
-    """What ran this, what it does at best, and how busy others kept it before the start."""
-    found = limits(device)
-    info = Path("/proc/cpuinfo")
-    flags = [f for f in ("amx_bf16", "avx512_bf16") if info.exists() and f" {f}" in info.read_text()]
-    return (
-        f"{machine_name(device)} ({', '.join(flags) or 'no bf16 units'}), {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {versions()}; read {found.read / 1e9:.1f} GB/s, copy {found.copy / 1e9:.1f} GB/s, "
-        f"{found.exponentials / 1e9:.2f} G exponentials/s ({found.source}); {memory}; load before the start {load:.1f}"
-    )
+    specs = chosen_specs(device, small, ops, sizes, names)
+    if not specs:
+        there = dict.fromkeys(f"{spec.op} {spec.dtype}" for spec in default_specs(device, small))
+        every = f"token_logprobs, {' and '.join(LINEAR_OPS)} in any dtype, policy_loss in float32"
+        accepted = f"{', '.join(there)}; with --shape {every}, the linear ops of three numbers"
+        raise bad("--op, --dtype, --shape", " ".join(ops + names + shapes), accepted)
+    for text, size in zip(shapes, sizes, strict=True):
+        if all(spec.shape != size for spec in specs):
+            raise bad("--shape", text, f"with {', '.join(ops)}: {SIZES}")
+    for spec in specs:
+        if spec.op == "linear_policy_loss" and spec.shape[0] % SEQUENCES:
+            given = "x".join(map(str, spec.shape))
+            raise bad("--shape", given, f"with linear_policy_loss: a multiple of {SEQUENCES} tokens")
+    return specs
 
 
 def write(result: dict, out: Path | None, json: Path | None, png: Path | None) -> None:
@@ -120,9 +99,9 @@ def finish(findings: Findings) -> None:
 
 
 def main(
-    op: Annotated[list[str], Option(help=f"{', '.join(ALL_OPS)}; repeatable.")] = [],  # noqa: B006
-    shape: Annotated[list[str], Option(help="ROWSxCOLUMNS, or ROWSxWIDTHxCOLUMNS; repeatable.")] = [],  # noqa: B006
-    dtype: Annotated[list[str], Option(help=f"Of logits: {', '.join(DTYPES)}; repeatable.")] = [],  # noqa: B006
+    op: Annotated[list[str], Option(help=f"{', '.join(OPS)}; repeatable.")] = [],  # noqa: B006
+    shape: Annotated[list[str], Option(help=f"{SIZES}; repeatable.")] = [],  # noqa: B006
+    dtype: Annotated[list[str], Option(help=f"Of logits or head: {', '.join(DTYPES)}; repeatable.")] = [],  # noqa: B006
     backend: Annotated[list[str], Option(help=f"{', '.join(backends.BACKENDS)}; repeatable.")] = [],  # noqa: B006
     device: Annotated[str | None, Option(help="cpu or cuda; cuda where there is one.")] = None,
     threads: Annotated[int | None, Option(min=1, help="Of torch on the CPU.")] = None,
@@ -135,8 +114,8 @@ def main(
 ) -> None:
     """Checks each backend against the fp64 reference, then times it beside eager PyTorch, torch.compile, TRL, Liger."""
     place = parsed_device(device)
-    load, memory = os.getloadavg()[0], keep_freed_memory()
-    (specs, linear), names = parsed_specs(place, check_only, op, shape, dtype), parsed_backends(backend, place)
+    load, allocator = os.getloadavg()[0], keep_freed_memory()
+    specs, names = parsed_specs(place, check_only, op, shape, dtype), parsed_backends(backend, place)
     if threads:
         torch.set_num_threads(threads)
     findings = Findings()
@@ -145,15 +124,10 @@ def main(
         case = make(spec, place)
         run_case(case, names, place, findings, repeats=repeats, compile=not no_compile, check_only=check_only)
         del case
-    for spec in linear:
-        case = heads.make_head(spec, place)
-        run_head(case, names, place, findings, repeats=repeats, compile=not no_compile, check_only=check_only)
-        del case
     if not check_only:
         result = {
-            "device": place, "machine": machine_line(place, load, memory),
-            "lines": findings.lines, "heads": findings.heads, "missing": findings.missing,
-            "failures": findings.failures,
+            "device": place, "machine": machine_line(place, load, allocator), "lines": findings.lines,
+            "missing": findings.missing, "failures": findings.failures,
         }  # fmt: skip
         report.show(result)
         write(result, out, json, png)

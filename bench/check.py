@@ -1,4 +1,4 @@
-"""Correctness before speed: a backend's value and gradient against the fp64 reference, by tokenrl.parity."""
+"""Correctness before speed: a backend's values and gradients against the fp64 reference, by tokenrl.parity."""
 
 import functools
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenrl import parity
 
-from .cases import Case
+from .case import Case
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Truth:
-    """Results and gradient of the fp64 reference, and those of the reference in the case's precision."""
+    """Results and gradients of the fp64 reference, and those of the reference in the case's precision."""
 
     exact: tuple[Tensor, ...]
     base: tuple[Tensor, ...]
 
 
-def results(call, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results and the gradient of the first input."""
+def results(call, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], leaves: int) -> tuple[Tensor, ...]:
+    """The results and the gradients of the first inputs, `leaves` of them."""
     outputs = call(*inputs)
     flow = [c.to(o.dtype).view(o.shape) for c, o in zip(cotangents, outputs, strict=True)]
-    gradient = torch.autograd.grad(outputs, inputs[0], flow)[0]
-    return *(o.detach() for o in outputs), gradient
+    gradients = torch.autograd.grad(outputs, inputs[:leaves], flow)
+    return *(o.detach() for o in outputs), *gradients
 
 
 def truth(case: Case) -> Truth:
@@ -43,9 +43,9 @@ def truth(case: Case) -> Truth:
     cotangents = tuple(case.checked(c) for c in case.cotangents)
     found = []
     for precision in (torch.float64, None):
-        cast = tuple(x.to(precision) if precision and x.is_floating_point() else x for x in inputs)
-        cast = (cast[0].clone().requires_grad_(), *cast[1:])
-        found.append(results(functools.partial(case.run, "reference"), cast, cotangents))
+        cast = [x.to(precision) if precision and x.is_floating_point() else x for x in inputs]
+        cast[: case.leaves] = [x.detach().requires_grad_() for x in cast[: case.leaves]]
+        found.append(results(functools.partial(case.run, "reference"), tuple(cast), cotangents, case.leaves))
     return Truth(*found)
 
 
@@ -68,14 +68,15 @@ def largest(ratios: list[float | None]) -> float | None:
 
 def verdict(case: Case, call, against: Truth, strict: bool = True) -> Verdict:
     """Runs call on the whole case and compares the checked rows. strict: hold it to the tolerance rule."""
-    found = tuple(case.checked(x) for x in results(call, case.inputs, case.cotangents))
+    found = tuple(case.checked(x) for x in results(call, case.inputs, case.cotangents, case.leaves))
+    values = len(found) - case.leaves
     reason = None
     for number, (one, exact, base) in enumerate(zip(found, against.exact, against.base, strict=True)):
-        what = "gradient" if number + 1 == len(found) else f"value {number}"
+        what = f"value {number}" if number < values else f"gradient {number - values}"
         try:
             if strict:
                 parity.close(one, exact, base, what)
         except AssertionError as error:
             reason = reason or " ".join(str(error).split())[:200]
-    *values, gradient = errors_over_base(found, against)
-    return Verdict(reason, largest(values), gradient)
+    ratios = errors_over_base(found, against)
+    return Verdict(reason, largest(ratios[:values]), largest(ratios[values:]))

@@ -9,17 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .case import Case
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """call(*inputs) returns a tuple of tensors; None, with a reason, where it cannot run. backward: it has one."""
+    """call(*inputs) returns a tuple of tensors; None, with a reason, where it cannot run. backward: it has one.
+
+    forward: one without the gradients. comparable: it computes what the op computes. remark: what a reader must know.
+    """
 
     name: str
     call: Callable[..., tuple[Tensor, ...]] | None
     reason: str | None = None
     backward: bool = True
+    forward: bool = True
+    comparable: bool = True
+    remark: str | None = None
 
 
 def trl_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +90,7 @@ def compiled(case: Case, wanted: bool) -> Competitor:
 
 
 def competitors(case: Case, device: str, compile: bool) -> list[Competitor]:
-    """Those of a case, in the order of the table."""
+    """Those of a case that starts from logits or log-probs, in the order of the table."""
     found = [Competitor("eager", case.eager), compiled(case, compile)]
     if case.op == "token_logprobs":
         return [*found, trl(), liger(device)]

@@ -8,26 +8,29 @@ TITLES = {"forward": "forward", "both": "forward+backward"}
 
 def label(line: dict) -> str:
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[line["dtype"]]
-    return f"{line['op']} {line['shape'][0]}x{line['shape'][1]}\n{dtype}, {line['backend']}"
+    variant = f", {line['variant']}" if line.get("variant") else ""
+    return f"{line['op']} {'x'.join(map(str, line['shape']))}\n{dtype}, {line['backend']}{variant}"
 
 
-def roofline(axes, lines: list[dict]) -> None:
-    """Bars: GB/s reached. Ticks: the GB/s that the limit of the case allows."""
+def rate(line: dict, key: str) -> str:
+    gflops = line.get(f"{key}_gflops")
+    return f"{line[f'{key}_gbps']:.3g} GB/s" if gflops is None else f"{gflops:,.0f} GFLOP/s"
+
+
+def shares(axes, lines: list[dict]) -> None:
+    """Bars: per cent of the limit of the case, which is named beside them, with the rate reached."""
     for offset, key in ((-0.2, "forward"), (0.2, "both")):
-        at = [i + offset for i in range(len(lines))]
-        axes.barh(at, [line[f"{key}_gbps"] for line in lines], 0.36, color=COLOURS[key], label=TITLES[key])
-        allowed = [line[f"{key}_bytes"] / line[f"{key}_limit_ms"] / 1e6 for line in lines]
-        axes.plot(allowed, at, "|", color="black", markersize=13, markeredgewidth=2)
-        for y, x, line in zip(at, allowed, lines, strict=True):
-            text = f" {line[f'{key}_limit']}: {line[f'{key}_percent']:.0f}%"
-            axes.text(max(x, line[f"{key}_gbps"]), y, text, va="center", fontsize=8)
-    axes.plot([], [], "|", color="black", markersize=10, markeredgewidth=2, label="limit of this machine")
+        at, values = [i + offset for i in range(len(lines))], [line[f"{key}_percent"] for line in lines]
+        axes.barh(at, values, 0.36, color=COLOURS[key], label=TITLES[key])
+        for y, x, line in zip(at, values, lines, strict=True):
+            axes.text(x, y, f" {x:.0f}% {line[f'{key}_limit']}, {rate(line, key)}", va="center", fontsize=8)
+    axes.axvline(100, color="black", linewidth=1)
     axes.set_yticks(range(len(lines)), [label(line) for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    axes.set_xlabel("GB/s of the ideal kernel's traffic")
-    axes.set_title("Reached and possible", fontsize=10)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.set_xlabel("per cent of the limit: bandwidth or exponentials of this machine, or the bare GEMMs")
+    axes.set_title("Reached of what is possible", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def ratios(axes, lines: list[dict]) -> None:
@@ -61,7 +64,7 @@ def draw(report: dict, path: Path) -> None:
 
     lines = [line for line in report["lines"] if line["ours"]]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 1.8 + 0.75 * max(len(lines), 1)), layout="constrained")
-    roofline(left, lines)
+    shares(left, lines)
     ratios(right, lines)
     figure.suptitle(report["machine"], fontsize=8, wrap=True)
     figure.savefig(path, dpi=110)

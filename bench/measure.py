@@ -1,8 +1,6 @@
 """Times, peak memory, launches and host syncs of calls, and the limits of the machine they ran on."""
 
-import ctypes
 import functools
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -11,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import Case, Work
+from .case import Case, Work
 from .check import results
 
 SAMPLING_SECONDS = 20.0  # of one call, after which it has samples enough
 FEWEST_SAMPLES = 3
+SLOW_SECONDS = 60.0  # of one call of a competitor, which then has but this sample
 GPU_BUFFER = 1 << 30
 
 
@@ -25,10 +24,13 @@ def sync(device: str) -> None:
 
 
 def thunk(case: Case, call: Callable, backward: bool) -> Callable[[], object]:
-    """The call on the case's inputs: its forward, with what the backward needs, or forward and backward."""
-    if backward:
-        return lambda: results(call, case.inputs, case.cotangents)
-    return lambda: call(*case.inputs)
+    """The call on the case's inputs: its forward, with what the backward needs or alone, or forward and backward."""
+
+    def forward() -> object:
+        with torch.set_grad_enabled(case.forward_saves):
+            return call(*case.inputs)
+
+    return functools.partial(results, call, case.inputs, case.cotangents, case.leaves) if backward else forward
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -41,31 +43,27 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return taken
 
 
-def keep_freed_memory() -> str:
-    """Makes malloc keep what is freed, as torch's allocator on a GPU does, for all contestants alike: where memory goes
-    back to the system, its first touch can cost more than the call that is measured. What was done, in words."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return "freed memory returned"
-    never_trim, no_maps = mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    return "freed memory kept" if never_trim and no_maps else "freed memory returned"
+def paired_samples(
+    calls: dict[str, Callable[[], object]], device: str, repeats: int, rivals: frozenset[str] = frozenset()
+) -> dict[str, list[float]]:
+    """Seconds of each call, the calls taking turns so that the machine's noise falls on all of them.
 
-
-def paired_medians(
-    calls: dict[str, Callable[[], object]], device: str, repeats: int, fewest: int = FEWEST_SAMPLES
-) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns so that the machine's noise falls on all of them.
-
-    A call that has used SAMPLING_SECONDS sits out the remaining turns, but not before it has `fewest` samples. Each has
-    run before: it is compiled and warm.
+    A call that has used SAMPLING_SECONDS sits out the remaining turns, but not before it has FEWEST_SAMPLES; one of the
+    rivals that takes more than SLOW_SECONDS runs once. Each has run before: it is compiled and warm.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(repeats, fewest)):
+
+    def enough(name: str) -> bool:
+        taken = times[name]
+        if name in rivals and taken and taken[0] > SLOW_SECONDS:
+            return True
+        return len(taken) >= FEWEST_SAMPLES and sum(taken) >= SAMPLING_SECONDS
+
+    for _ in range(max(repeats, FEWEST_SAMPLES)):
         for name, call in calls.items():
-            if len(times[name]) < fewest or sum(times[name]) < SAMPLING_SECONDS:
+            if not enough(name):
                 times[name].append(seconds(call, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:

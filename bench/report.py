@@ -9,29 +9,31 @@ SPEED = (
     "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "MB moved", "forward GB/s", "fwd+bwd GB/s",
     "forward % of limit", "fwd+bwd % of limit", "forward peak MB", "fwd+bwd peak MB", "value error", "gradient error",
 )  # fmt: skip
+LINEAR = (
+    "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "forward GFLOP/s", "fwd+bwd GFLOP/s",
+    "x bare GEMMs", "% of limit", "forward peak MB", "fwd+bwd peak MB", "value error", "gradient error",
+)  # fmt: skip
 COUNTS = (
     "op", "shape", "backend", "bytes/token of the model", "bytes/token a copy could move in the time", "{launches}",
     "host syncs",
 )  # fmt: skip
 README = (
-    "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "% of limit", "peak MB", "vs eager", "vs compile",
-    "vs TRL",
+    "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "% of limit", "x bare GEMMs", "peak MB", "vs eager",
+    "vs compile", "vs TRL", "vs Liger",
 )  # fmt: skip
-HEADS = (
-    "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "over bare GEMMs", "GFLOP/s", "peak MB",
-    "value / gradient error", "vs eager", "vs TRL", "vs Liger",
-)  # fmt: skip
-HEAD_NOTES = (
-    "From hidden states: pairs are forward / forward+backward. Over bare GEMMs: time over that of the bare GEMMs of "
-    "the whole shape into memory that is there: one forward, with the backward four (linear_token_logprobs) or three "
-    "(linear_policy_loss). Correctness is checked on 64 rows of the same head. Liger's loss is its grpo, ours and "
-    "TRL's ctpo."
-)
+REMARKS = "Not measured, and remarks"
 NOTES = (
     "MB moved: by the ideal kernel, forward plus backward. % of limit: the least time of the ideal kernel over the "
     "time taken; the least time is the larger of bytes over bandwidth (read, or copy where something is written, of a "
     "buffer of the case's size) and exponentials over their rate, and is named. Peak: what is allocated beyond the "
     "inputs, results included. Errors: L2, over those of the reference in the same precision, both against fp64."
+)
+LINEAR_NOTES = (
+    "From hidden states: the limit is the bare GEMMs, torch.mm of the same shape and dtype into memory that is there, "
+    "in turns with everything else: 1 forward; with the backward 4 of linear_token_logprobs, which computes the logits "
+    "twice, and 3 of linear_policy_loss. x bare GEMMs: time over theirs, of all tokens, forward / forward+backward. % "
+    "of limit and GFLOP/s count the GEMMs of active tokens only. linear_policy_loss computes its gradients in the "
+    "forward, so its forward is timed under no_grad, for all. Errors are those of a case of 64 tokens, built alike."
 )
 
 
@@ -55,6 +57,33 @@ def percent(line: dict, key: str) -> str:
     return MISSING if share is None else f"{share:.1f} {line[f'{key}_limit']}"
 
 
+def op_name(line: dict) -> str:
+    return ", ".join(filter(None, (line["op"], line.get("variant"))))
+
+
+def is_linear(line: dict) -> bool:
+    """Whether its limit is the bare GEMMs."""
+    return "both_over_gemms" in line
+
+
+def over_gemms(line: dict) -> str:
+    return times([line["forward_over_gemms"], line["both_over_gemms"]]) if is_linear(line) else MISSING
+
+
+def linear_rows(lines: list[dict]) -> list[list[str]]:
+    """As speed_rows, of the ops that start from hidden states."""
+    return [
+        [
+            op_name(line), str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
+            number(line["both_ms"]), number(line["forward_gflops"]), number(line["both_gflops"]), over_gemms(line),
+            " / ".join(number(line[f"{key}_percent"]) for key in ("forward", "both")),
+            megabytes(line["forward_peak_bytes"]), megabytes(line["both_peak_bytes"]),
+            number(line["value_error_ratio"]), number(line["gradient_error_ratio"]),
+        ]
+        for line in lines
+    ]  # fmt: skip
+
+
 def speed_rows(lines: list[dict]) -> list[list[str]]:
     """A row per case and backend, competitors included."""
     return [
@@ -73,9 +102,12 @@ def ratio_table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
     """How many times as fast our backends are as each competitor."""
     ours = [line for line in lines if line["ours"]]
     rivals = list(dict.fromkeys(name for line in ours for name in line["versus"]))
-    keys = ("op", "shape", "dtype", "backend")
-    rows = [[*(str(line[key]) for key in keys), *(times(line["versus"].get(r)) for r in rivals)] for line in ours]
-    return [*keys, *(f"vs {r}" for r in rivals)], rows
+    keys = ("shape", "dtype", "backend")
+    rows = [
+        [op_name(line), *(str(line[key]) for key in keys), *(times(line["versus"].get(r)) for r in rivals)]
+        for line in ours
+    ]
+    return ["op", *keys, *(f"vs {r}" for r in rivals)], rows
 
 
 def count_rows(lines: list[dict]) -> list[list[str]]:
@@ -90,35 +122,18 @@ def count_rows(lines: list[dict]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def pair(line: dict, key: str) -> str:
-    return " / ".join(number(line[f"{when}_{key}"]) for when in ("forward", "both"))
-
-
-def head_rows(lines: list[dict]) -> list[list[str]]:
-    """A row per case and backend of the ops from hidden states; rivals and bare GEMMs included."""
-    return [
-        [
-            f"{line['op']} {line['variant']}".strip(), str(line["shape"]), line["dtype"], line["backend"],
-            number(line["forward_ms"]), number(line["both_ms"]), pair(line, "over_gemms"), pair(line, "gflops"),
-            " / ".join(map(megabytes, line["peak_bytes"])) if line["peak_bytes"] else MISSING,
-            " / ".join(map(number, line["errors"])) if line["errors"] else MISSING,
-            *(times(line.get("versus", {}).get(rival)) for rival in ("eager", "TRL", "Liger")),
-        ]
-        for line in lines
-    ]  # fmt: skip
-
-
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
+    linear, rest = [x for x in lines if is_linear(x)], [x for x in lines if not is_linear(x)]
     what = "kernel launches" if report["device"] == "cuda" else "ops dispatched"
     found = [
-        ("Speed, memory, errors", list(SPEED), speed_rows(lines)),
+        ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
+        ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),
-        ("From hidden states", list(HEADS), head_rows(report.get("heads", []))),
         ("Objectives, forward and backward", [h.format(launches=what) for h in COUNTS], count_rows(lines)),
         (
-            "Not measured", ["case", "competitor", "reason"],
+            REMARKS, ["case", "competitor", "reason"],
             [[m["case"], m["competitor"], m["reason"]] for m in report["missing"]],
         ),
     ]  # fmt: skip
@@ -129,11 +144,14 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
+def notes(report: dict) -> list[str]:
+    return [NOTES, LINEAR_NOTES] if any(map(is_linear, report["lines"])) else [NOTES]
+
+
 def markdown(report: dict) -> str:
     """The whole report."""
     parts = [f"**{title}**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(report)]
-    notes = [NOTES, HEAD_NOTES] if report.get("heads") else [NOTES]
-    return "\n\n".join([report["machine"], *parts, *notes, *report["failures"]]) + "\n"
+    return "\n\n".join([report["machine"], *parts, *notes(report), *report["failures"]]) + "\n"
 
 
 def show(report: dict) -> None:
@@ -149,26 +167,24 @@ def show(report: dict) -> None:
     for title, head, rows in tables(report):
         table = Table(title=title, title_justify="left", header_style="bold")
         for name in head:
-            table.add_column(name, justify="left" if head.index(name) < 4 or title == "Not measured" else "right")
+            table.add_column(name, justify="left" if head.index(name) < 4 or title == REMARKS else "right")
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(NOTES, style="dim", highlight=False)
+    console.print("\n".join(notes(report)), style="dim", highlight=False)
 
 
 def readme_table(report: dict) -> str:
     """The short table of the README: our backends only, forward+backward where one number stands for both."""
     rows = [
         [
-            line["op"], str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
-            number(line["both_ms"]), percent(line, "both"), megabytes(line["both_peak_bytes"]),
-            *(times(line["versus"].get(rival)) for rival in ("eager", "compile", "TRL")),
+            op_name(line), str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
+            number(line["both_ms"]), percent(line, "both"), over_gemms(line), megabytes(line["both_peak_bytes"]),
+            *(times(line["versus"].get(rival)) for rival in ("eager", "compile", "TRL", "Liger")),
         ]
         for line in report["lines"] if line["ours"]
     ]  # fmt: skip
-    short = markdown_table(list(README), rows)
-    linear = head_rows([line for line in report.get("heads", []) if line["ours"]])
-    return f"{short}\n\n{markdown_table(list(HEADS), linear)}" if linear else short
+    return markdown_table(list(README), rows)
 
 
 def write_json(report: dict, path: Path) -> None:

@@ -63,11 +63,7 @@ def _linear_policy_loss(ops, hidden, weight, bias, ids, *rest):
 
 
 def _gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    wanted: list[bool],
-    main_grad: Tensor | None,
-    weight_dtype: torch.dtype | None = None,
+    hidden: Tensor, weight: Tensor, wanted: list[bool], main_grad: Tensor | None, dtype: torch.dtype | None = None
 ) -> tiles.Gradients:
     """Memory for the gradients that are wanted, that of weight in `dtype`; main_grad is added to."""
     of_hidden = torch.zeros_like(hidden) if wanted[0] else None

@@ -1,0 +1,59 @@
+"""The machine of a benchmark: its allocator, and the line that describes it."""
+
+import ctypes
+import functools
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from .competitors import versions
+from .measure import limits
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def keep_freed_memory() -> str:
+    """Has malloc keep what is freed, as CUDA's caching allocator does; returns what came of it, in words.
+
+    Else each call that allocates 1 GB pays for its first touch anew: the kernel clears every page, and on a virtual
+    machine the host may have to find it. That takes longer than the call's own work, and tells nothing about it. Small
+    pages defeat this, though: glibc before 2.38 does not find a freed block of 64-byte alignment again, it finds one
+    aligned to pages, as torch asks for huge ones (THP_MEM_ALLOC_ENABLE, set in __init__.py before torch loads).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "malloc as it is (no glibc)"
+    malloc = ctypes.CDLL(None)
+    kept = malloc.mallopt(M_MMAP_MAX, 0) == 1 and malloc.mallopt(M_TRIM_THRESHOLD, -1) == 1
+    return "freed memory kept, huge pages" if kept else "malloc as it is (mallopt failed)"
+
+
+def machine_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    return found[1].strip() if found else platform.machine()
+
+
+def bf16_instructions() -> str:
+    """Which of the instructions that GEMMs in bf16 want an x86 CPU has; nothing of another one."""
+    flags = re.search(r"flags\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    if flags is None:
+        return ""
+    there = {name: name in flags[1].split() for name in ("amx_bf16", "avx512_bf16")}
+    return ", " + ", ".join(name if has else f"no {name}" for name, has in there.items())
+
+
+def machine_line(device: str, load: float, allocator: str) -> str:
+    """What ran this, what it does at best, and how busy others kept it before the start."""
+    found = limits(device)
+    on_cpu = f"{bf16_instructions()}; {allocator}" if device == "cpu" else ""
+    return (
+        f"{machine_name(device)}, {torch.get_num_threads()} threads{on_cpu}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {versions()}; read {found.read / 1e9:.1f} GB/s, copy {found.copy / 1e9:.1f} GB/s, "
+        f"{found.exponentials / 1e9:.2f} G exponentials/s ({found.source}); load before the start {load:.1f}"
+    )
