@@ -87,7 +87,7 @@ TRL_HD T hyperbolic_tangent(T x) {
   return m / (m + 2);
 }
 
-// log x for normal x >= 1, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.
+// log x for normal x > 0, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.
 TRL_HD double logarithm(double x) { return ::log(x); }
 #ifdef __CUDA_ARCH__
 TRL_HD float logarithm(float x) { return ::logf(x); }

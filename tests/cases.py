@@ -8,7 +8,7 @@ import torch
 
 import tokenrl
 from tokenrl import backends
-from tokenrl.gates import GATES, Cispo, KlK3, KlK3Unbiased, LogBand, PpoClip
+from tokenrl.gates import GATES, Cispo, DppoKl, DppoTv, KlK3, KlK3Unbiased, LogBand, PpoClip, Topr
 from tokenrl.parity import close
 from tokenrl.statistics import FLOWS
 
@@ -39,6 +39,9 @@ def gates_under_test() -> dict[str, tokenrl.gates.Gate]:
         "ppo_clip": PpoClip(0.2, 0.28, dual=1.5),
         "log_band": LogBand(0.1, 0.15, eps_dual=0.3, power=0.5),
         "cispo": Cispo(0.8, 1.2),
+        "topr": Topr(ceiling=0.9),
+        "dppo_tv": DppoTv(0.03, 0.02, ceiling=1.1),
+        "dppo_kl": DppoKl(0.01, 0.02, ceiling=1.1),
         "kl_k3": KlK3(ceiling=0.05),
         "kl_k3_unbiased": KlK3Unbiased(ceiling=0.05),
     }

@@ -10,6 +10,9 @@ from tokenrl.gates import INF as OFF
 from tokenrl.gates import Cispo, PpoClip, Sapo
 
 EXCLUDED = {("verl_kl_penalty", "abs"): "|logp - ref_logp| is no objective here: as a loss its gradient is a sign"}
+DETACHED = (  # tests/test_golden_detached.py
+    "verl_gpg", "verl_reinforce", "verl_dro", "verl_dppo_tv", "verl_dppo_kl", "dppo_official", "trl_luspo", "trl_vespo",
+)  # fmt: skip
 VERL = ("ctpo", "verl_vanilla", "verl_gspo", "verl_sapo", "verl_cispo")
 TRL = ("trl_grpo", "trl_bnpo", "trl_dr_grpo", "trl_dapo", "trl_cispo", "trl_sapo", "trl_gspo_token")
 
@@ -251,17 +254,9 @@ def trl_clipped(name, config, x, logp, metrics, backend):
 
 
 def test_nothing_else_is_excluded():
-    tested = {
-        *VERL,
-        *TRL,
-        "verl_agg_loss",
-        "verl_kl_penalty",
-        "primitives_small",
-        "primitives_medium",
-        "trl_selective",
-        "linear",
-        "trl_chunked",
-    }
+    vocabulary = ("primitives_small", "primitives_medium", "trl_selective", "linear", "trl_chunked")
+    elsewhere = (*DETACHED, *vocabulary, "verl_advantages", "verl_rollout_correction")
+    tested = {*VERL, *TRL, *elsewhere, "verl_agg_loss", "verl_kl_penalty"}
     assert tested == set(INDEX)
     for (family, kind), reason in EXCLUDED.items():
         hit = [c for c in INDEX[family]["cases"] if c.startswith(kind)]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import backends_to_test, device_of
+from paper_detached import DETACHED, clip, diagonal
 
 import tokenrl
 from tokenrl.gates import LogBand, PpoClip
@@ -22,17 +23,8 @@ GROUPS = [4, 4, -2, 9, -2, 4]
 TOKEN_WEIGHT = [[0.5 + 0.3 * i - 0.07 * j for j in range(5)] for i in range(6)]
 
 
-def clip(x, low, high):
-    return min(max(x, low), high)
-
-
 # Each formula takes the valid tokens of a row: d (log ratios), p (log-probs), a (advantages). It gives their losses and
 # the matrix of derivatives, jacobian[t][j] = d l_t / d logp_j.
-
-
-def diagonal(losses, slopes):
-    n = len(losses)
-    return losses, [[slopes[t] if t == j else 0.0 for j in range(n)] for t in range(n)]
 
 
 def surrogate(rho, a, low, high, dual=INF):
@@ -56,16 +48,20 @@ def ppo(eps_low, eps_high):
     return formula
 
 
-def gspo(d, p, a):
+def gspo(eps_low, eps_high):
     """Sequence form: the mean is differentiated, so each token moves the ratio of all."""
-    n = len(d)
-    ratio = math.exp(sum(d) / n)
-    losses, jacobian = [], []
-    for adv in a:
-        loss, active = surrogate(ratio, adv, 1 - 3e-4, 1 + 4e-4)
-        losses.append(loss)
-        jacobian.append([-adv * ratio / n if active else 0.0] * n)
-    return losses, jacobian
+
+    def formula(d, p, a):
+        n = len(d)
+        ratio = math.exp(sum(d) / n)
+        losses, jacobian = [], []
+        for adv in a:
+            loss, active = surrogate(ratio, adv, 1 - eps_low, 1 + eps_high)
+            losses.append(loss)
+            jacobian.append([-adv * ratio / n if active else 0.0] * n)
+        return losses, jacobian
+
+    return formula
 
 
 def gspo_token(d, p, a):
@@ -148,7 +144,9 @@ PAPER = {
     "grpo": ppo(0.2, 0.2),
     "dr_grpo": ppo(0.2, 0.2),
     "dapo": ppo(0.2, 0.28),
-    "gspo": gspo,
+    "bnpo": ppo(0.2, 0.2),
+    "gspo": gspo(3e-4, 4e-4),
+    "luspo": gspo(2e-3, 2.5e-3),
     "gspo_token": gspo_token,
     "cispo": cispo,
     "sapo": sapo,
@@ -160,12 +158,14 @@ PAPER = {
     "kl_k3": kl(k3, lambda s: -math.expm1(-s)),
     "kl_k1_unbiased": kl(lambda s: s, lambda s: s),
     "kl_k3_unbiased": kl(k3, lambda s: s),
+    **DETACHED,
 }
 OWN = {
     "ppo": "token-mean", "dapo": "token-mean", "cispo": "token-mean", "minpro": "token-mean",
     "grpo": "seq-mean-token-mean", "gspo": "seq-mean-token-mean", "gspo_token": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean", "ctpo": "seq-mean-token-mean", "ctpo_geomean": "seq-mean-token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
+    "dr_grpo": "seq-mean-token-sum-norm", "dppo_tv": "seq-mean-token-sum-norm", "dppo_kl": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
 }  # fmt: skip
 
 

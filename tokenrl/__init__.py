@@ -4,7 +4,7 @@ from ._versions import check_versions
 
 check_versions()
 
-from . import compat, parity  # noqa: E402
+from . import advantages, compat, corrections, parity  # noqa: E402
 from .aggregate import aggregation_weights  # noqa: E402
 from .linear import linear_token_logprobs  # noqa: E402
 from .linear_policy import linear_policy_loss  # noqa: E402
@@ -20,8 +20,10 @@ __all__ = [
     "Metrics",
     "Objective",
     "TokenStats",
+    "advantages",
     "aggregation_weights",
     "compat",
+    "corrections",
     "group_aggregate",
     "linear_policy_loss",
     "linear_token_logprobs",

@@ -5,7 +5,26 @@ from dataclasses import dataclass
 
 from .aggregate import AGGREGATIONS
 from .errors import unknown, wrong
-from .gates import INF, Cispo, Gate, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased, LogBand, PpoClip, Sapo, check_params
+from .gates import (
+    INF,
+    Cispo,
+    DppoKl,
+    DppoTv,
+    Gate,
+    KlK1,
+    KlK1Unbiased,
+    KlK2,
+    KlK3,
+    KlK3Unbiased,
+    LogBand,
+    PpoClip,
+    Quadratic,
+    Reinforce,
+    Sapo,
+    Topr,
+    Vespo,
+    check_params,
+)  # fmt: skip
 from .statistics import check_statistic
 
 
@@ -48,12 +67,25 @@ _ROWS = (
     Objective("grpo", "token", PpoClip(), "seq-mean-token-mean", "arXiv 2402.03300 [T]"),
     Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783 [T]"),
     Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476 [T]"),
+    Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch [T]"),
     Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
               "arXiv 2507.18071, eq. 5 [T]", clamp=INF),
     Objective("gspo_token", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
               "arXiv 2507.18071, eq. 13 [T]", flow="local", clamp=INF, cap=10.0),
+    Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",
+              "arXiv 2602.05261 (TRL) [T]", clamp=INF),
     Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585 [T]"),
     Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347 [T][V]"),
+    Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl [T]"),
+    Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl) [T]"),
+    Objective("dro", "token", Quadratic(), "token-mean",
+              "arXiv 2405.19107 (verl) [T]; the default of beta is our reading [R]", clamp=INF),
+    Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL) [T]", clamp=INF),
+    Objective("topr", "span_sum", Topr(), "token-mean",
+              "arXiv 2503.14286; ROLL with statistic=token [T]; aggregation is our reading [R]"),
+    Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code [C][T][V]", cap=20.0),
+    Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV [C][T]"),
+    Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL [C][T]"),
     Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
     Objective("ctpo_geomean", "prefix_mean", dataclasses.replace(_BAND, power=-0.5), "seq-mean-token-mean",
               "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),

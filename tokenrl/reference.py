@@ -57,7 +57,7 @@ def objective(
     s = torch.where(mask, s, 0)
     w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
     loss = torch.where(w != 0, w * gate.value(s, kept, a, t), 0).sum()
-    return loss, _metrics(gate, x.detach(), s.detach(), a, t, mask)
+    return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
 
 
 def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like)
     return torch.where(mask, w, 0).to(like.dtype)
 
 
-def _metrics(gate: Gate, x: Tensor, s: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     ratio = s.exp()
-    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, a, t)]
+    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, logp, a, t)]
     if not mask.numel():
         return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
     lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()

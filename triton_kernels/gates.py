@@ -22,6 +22,14 @@ def _bounded(advantage, x, low, high, dual):
 
 
 @triton.jit
+def _weighted(logp, advantage, weight):
+    """-w A logp for a weight w without a gradient, and its derivative."""
+    value = -weight * advantage * logp
+    d_logp = -weight * advantage
+    return value, d_logp
+
+
+@triton.jit
 def ppo_clip(s, logp, advantage, t, eps_low, eps_high, dual):
     ratio, low, high, above = _bounded(advantage, exponential(s), 1 - eps_low, 1 + eps_high, dual)
     value = -advantage * ratio
@@ -41,9 +49,7 @@ def log_band(s, logp, advantage, t, eps_low, eps_high, eps_dual, power_of_t):
 @triton.jit
 def cispo(s, logp, advantage, t, low, high):
     ratio = exponential(s)
-    weight = clip(ratio, low, high)
-    value = -weight * advantage * logp
-    d_logp = -weight * advantage
+    value, d_logp = _weighted(logp, advantage, clip(ratio, low, high))
     return value, 0.0, d_logp, ratio < low, ratio > high, False
 
 
@@ -57,6 +63,63 @@ def sapo(s, logp, advantage, t, tau_pos, tau_neg):
     value = -4 / tau * (tl.where(z < 0, small, 1.0) / (1 + small)) * advantage
     d_s = -4 * ratio * (small / ((1 + small) * (1 + small))) * advantage
     return value, d_s, 0.0, False, False, False
+
+
+@triton.jit
+def reinforce(s, logp, advantage, t):
+    value, d_logp = _weighted(logp, advantage, 1.0)
+    return value, 0.0, d_logp, False, False, False
+
+
+@triton.jit
+def quadratic(s, logp, advantage, t, beta):
+    value, d_logp = _weighted(logp, advantage, 1.0)
+    value += beta / 2 * s * s
+    d_s = beta * s
+    return value, d_s, d_logp, False, False, False
+
+
+@triton.jit
+def topr(s, logp, advantage, t, ceiling):
+    ratio, positive = exponential(s), advantage > 0
+    value, d_logp = _weighted(logp, advantage, tl.where(positive, 1.0, smaller(ratio, ceiling)))
+    return value, 0.0, d_logp, (advantage <= 0) & (ratio > ceiling), False, False
+
+
+@triton.jit
+def vespo(s, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg):
+    k, decay = tl.where(advantage < 0, k_neg, k_pos), tl.where(advantage < 0, lambda_neg, lambda_pos)
+    log_ratio = larger(s, -18.420680743952367)  # log 1e-8
+    value, d_logp = _weighted(logp, advantage, exponential(decay + k * log_ratio - decay * exponential(log_ratio)))
+    return value, 0.0, d_logp, False, False, False
+
+
+@triton.jit
+def _probabilities(s, logp):
+    """Of the token under the current and the old policy."""
+    return smaller(exponential(logp), 1.0), smaller(exponential(logp - s), 1.0)
+
+
+@triton.jit
+def _dppo(s, logp, advantage, p, mu, divergence, eps_low, eps_high, ceiling):
+    """-min(r, ceiling) A logp of the tokens that are kept."""
+    low = (advantage <= 0) & (p < mu) & (divergence > eps_low)
+    high = (advantage > 0) & (p > mu) & (divergence > eps_high)
+    value, d_logp = _weighted(logp, advantage, tl.where(low | high, 0.0, smaller(exponential(s), ceiling)))
+    return value, 0.0, d_logp, low, high, False
+
+
+@triton.jit
+def dppo_tv(s, logp, advantage, t, eps_low, eps_high, ceiling):
+    p, mu = _probabilities(s, logp)
+    return _dppo(s, logp, advantage, p, mu, tl.abs(p - mu), eps_low, eps_high, ceiling)
+
+
+@triton.jit
+def dppo_kl(s, logp, advantage, t, eps_low, eps_high, ceiling):
+    p, mu = _probabilities(s, logp)
+    divergence = (1 - mu) * tl.log((1 - mu + 1e-8) / (1 - p + 1e-8)) - mu * s
+    return _dppo(s, logp, advantage, p, mu, divergence, eps_low, eps_high, ceiling)
 
 
 @triton.jit
@@ -104,6 +167,9 @@ def identity(s, logp, advantage, t):
 
 GATES = {
     gate.__name__: gate
-    for gate in (ppo_clip, log_band, cispo, sapo, kl_k1, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased, identity)
-}
+    for gate in (
+        ppo_clip, log_band, cispo, sapo, reinforce, quadratic, topr, vespo, dppo_tv, dppo_kl, kl_k1, kl_k2, kl_k3,
+        kl_k1_unbiased, kl_k3_unbiased, identity,
+    )
+}  # fmt: skip
 NEED_POSITION = frozenset({"log_band"})

@@ -1,0 +1,370 @@
+"""Advantage estimators against verl's outputs (tests/golden), against their formulas in loops, and their edges."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from golden_data import INDEX, arrays, near
+
+from tokenrl import advantages as adv
+
+FAMILY = "verl_advantages"
+# verl adds 1e-8 to the number of tokens that it whitens over, and computes some estimators in fp32. The tolerance is
+# absolute too: the mean is off, and whitened values are of order one.
+LOOSE = {
+    "gae": 1e-8, "reinforce_plus_plus": 1e-8, "reinforce_plus_plus_baseline": 1e-8, "gdpo": 1e-5,
+    "grpo_vectorized": 1e-5,
+}  # fmt: skip
+
+
+def same(found, expected, rtol=1e-12):
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol)
+
+
+def sequence_scores(x):
+    return x["rewards"].sum(1)
+
+
+def scale_of(config):
+    return "std" if config["norm_adv_by_std_in_grpo"] else "none"
+
+
+def token_baseline(x, config, position):
+    names = ("rewards", "group_id", "old_logp", "sum_pi_squared", "mask")
+    more = {"is_weights": x.get("is_weights"), "zero_tail": config["handle_zero_tail"], "position": position}
+    return adv.otb(*(x[name] for name in names), **more)
+
+
+def per_group(f):
+    return lambda x, config: f(sequence_scores(x), x["group_id"])
+
+
+# Each takes the arrays and the config of a case; [S] is compared on the valid tokens of a sequence.
+OURS = {
+    "gae": lambda x, c: adv.gae(x["rewards"], x["values"], x["mask"], c["gamma"], c["lam"]),
+    "gdpo": lambda x, c: adv.gdpo(
+        torch.stack([x["rewards_a"], x["rewards_b"]], 1), x["group_id"], lengths=x["mask"].sum(1),
+        weights=torch.tensor(c["reward_weights"]),
+    ),
+    "gpg": lambda x, c: adv.gpg(sequence_scores(x), x["group_id"], f_norm=c["f_norm"]),
+    "grpo": lambda x, c: adv.grpo(sequence_scores(x), x["group_id"], scale=scale_of(c)),
+    "grpo_vectorized": lambda x, c: adv.grpo(sequence_scores(x), x["group_id"], scale=scale_of(c)),
+    "grpo_passk": lambda x, c: adv.pass_at_k(sequence_scores(x), x["group_id"], scale=scale_of(c)),
+    "multi_turn_optimal_token_baseline": lambda x, c: token_baseline(x, c, "valid"),
+    "optimal_token_baseline": lambda x, c: token_baseline(x, c, "column"),
+    "opo": lambda x, c: adv.opo(sequence_scores(x), x["mask"].sum(1), x["group_id"]),
+    "reinforce_plus_plus": lambda x, c: (
+        adv.reinforce_plus_plus(x["rewards"], x["mask"], c["gamma"]),
+        adv.discounted_returns(x["rewards"], x["mask"], c["gamma"]),
+    ),
+    "reinforce_plus_plus_baseline": lambda x, c: adv.reinforce_plus_plus_baseline(
+        sequence_scores(x), x["group_id"], x["mask"]
+    ),
+    "remax": lambda x, c: (
+        adv.remax(x["rewards"], x["reward_baselines"], x["mask"]),
+        adv.discounted_returns(x["rewards"], x["mask"]),
+    ),
+    "rloo": lambda x, c: adv.rloo(sequence_scores(x), x["group_id"], singleton="raw"),
+    "rloo_vectorized": per_group(adv.rloo),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INDEX[FAMILY]["cases"])
+def test_golden(case):
+    x, entry = arrays(FAMILY, case), INDEX[FAMILY]["cases"][case]
+    estimator = case.split(".")[0]
+    found = OURS[estimator](x, entry["config"])
+    found = found if isinstance(found, tuple) else (found,)
+    for name, ours in zip(entry["outputs"], found, strict=True):
+        ours = ours if ours.dim() == 2 else ours[:, None] * x["mask"]
+        if estimator in LOOSE and name == "advantages_out":
+            same(ours, x[name], rtol=LOOSE[estimator])
+        else:
+            near(ours, x[name], f"{case} {name}")
+
+
+# ragged groups: ids neither contiguous nor adjacent, one group of one, one of equal rewards, a shared maximum
+IDS = [7, -3, 7, 40, 7, -3, 9, 9, 9, -3, 5, 5]
+REWARDS = [0.5, 1.0, -0.25, 3.0, 2.0, 1.0, 0.1, 0.1, 0.1, 0.25, 0.0, 1.0]
+LENGTHS = [3, 1, 4, 2, 5, 2, 1, 1, 6, 3, 0, 2]
+SECOND_REWARDS = [0.0, 1.0, 1.0, 1.0, 0.0, 0.5, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+GREEDY = [0.75 * r + 0.1 * i for i, r in enumerate(REWARDS)]
+
+
+def of(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def members(i):
+    return [j for j, g in enumerate(IDS) if g == IDS[i]]
+
+
+def mean_and_std(i, rewards=REWARDS):
+    group = [rewards[j] for j in members(i)]
+    return (statistics.mean(group), statistics.stdev(group)) if len(group) > 1 else (0.0, 1.0)
+
+
+def grpo_by_hand(i, rewards=REWARDS):
+    mean, std = mean_and_std(i, rewards)
+    return (rewards[i] - mean) / (std + 1e-6)
+
+
+def rloo_by_hand(i):
+    others = [REWARDS[j] for j in members(i) if j != i]
+    return REWARDS[i] - statistics.mean(others) if others else 0.0
+
+
+def opo_by_hand(i):
+    group = members(i)
+    if len(group) == 1:
+        return REWARDS[i]
+    return REWARDS[i] - sum(LENGTHS[j] * REWARDS[j] for j in group) / sum(LENGTHS[j] for j in group)
+
+
+def pass_at_k_by_hand(i):
+    ordered = sorted((REWARDS[j] for j in members(i)), reverse=True)
+    return ordered[0] - ordered[1] if len(ordered) > 1 and REWARDS[i] == ordered[0] else 0.0
+
+
+def gdpo_by_hand(counts):
+    total = [2.0 * grpo_by_hand(i) - 0.5 * grpo_by_hand(i, SECOND_REWARDS) for i in range(12)]
+    repeated = [x for x, n in zip(total, counts, strict=True) for _ in range(n)]
+    mean, var = statistics.mean(repeated), statistics.variance(repeated)
+    return [(x - mean) / math.sqrt(var + 1e-8) for x in total]
+
+
+def gdpo(x, ids, lengths=None):
+    both = torch.stack([x, of(SECOND_REWARDS).to(x.dtype)], 1)
+    return adv.gdpo(both, ids, weights=of([2.0, -0.5]), lengths=lengths)
+
+
+BY_HAND = {
+    "grpo": (adv.grpo, lambda: [grpo_by_hand(i) for i in range(12)]),
+    "dr_grpo": (
+        lambda x, g: adv.grpo(x, g, scale="none"), lambda: [REWARDS[i] - mean_and_std(i)[0] for i in range(12)]
+    ),
+    "batch": (
+        lambda x, g: adv.grpo(x, g, scale="batch", eps=1e-4),
+        lambda: [(REWARDS[i] - mean_and_std(i)[0]) / (statistics.stdev(REWARDS) + 1e-4) for i in range(12)],
+    ),
+    "biased": (
+        lambda x, g: adv.grpo(x, g, unbiased=False, eps=0.1, singleton="zero"),
+        lambda: [
+            (REWARDS[i] - statistics.mean(group)) / (statistics.pstdev(group) + 0.1)
+            for i in range(12) for group in [[REWARDS[j] for j in members(i)]]
+        ],
+    ),
+    "rloo": (adv.rloo, lambda: [rloo_by_hand(i) for i in range(12)]),
+    "opo": (lambda x, g: adv.opo(x, torch.tensor(LENGTHS), g), lambda: [opo_by_hand(i) for i in range(12)]),
+    "gpg": (
+        lambda x, g: adv.gpg(x, g, f_norm=2.0),
+        lambda: [12 / 11 * (REWARDS[i] - mean_and_std(i)[0]) / 2 for i in range(12)],
+    ),
+    "pass_at_k": (lambda x, g: adv.pass_at_k(x, g, scale="none"), lambda: [pass_at_k_by_hand(i) for i in range(12)]),
+    "pass_at_k_std": (
+        adv.pass_at_k,
+        lambda: [pass_at_k_by_hand(i) / (mean_and_std(i)[1] + 1e-6) for i in range(12)],
+    ),
+    "gdpo": (gdpo, lambda: gdpo_by_hand([1] * 12)),
+    "gdpo_tokens": (lambda x, g: gdpo(x, g, lengths=torch.tensor(LENGTHS)), lambda: gdpo_by_hand(LENGTHS)),
+    "remax": (
+        lambda x, g: adv.remax(x, of(GREEDY)), lambda: [r - s for r, s in zip(REWARDS, GREEDY, strict=True)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_formula(name):
+    ours, expected = BY_HAND[name]
+    found = ours(of(REWARDS), torch.tensor(IDS))
+    assert found.dtype == torch.float64
+    same(found, expected())
+    narrow = ours(of(REWARDS).float(), torch.tensor(IDS, dtype=torch.int32))
+    assert narrow.dtype == torch.float32
+    same(narrow, expected(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ours", [adv.grpo, adv.rloo, adv.pass_at_k, adv.gpg], ids=lambda f: f.__name__)
+def test_the_order_of_rows_does_not_matter(ours):
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
+    same(ours(of(REWARDS)[order], torch.tensor(IDS)[order]), ours(of(REWARDS), torch.tensor(IDS))[order])
+
+
+def test_a_batch_in_parts_with_the_statistics_of_the_whole():
+    x, ids = of(REWARDS), torch.tensor(IDS)
+    s = adv.group_statistics(x, ids)
+    zero = adv.group_statistics(x, ids, singleton="zero")
+    spread, share = x.std().expand(12), 12 / 11
+
+    def whole(f):
+        return torch.cat([f(slice(0, 5)), f(slice(5, 12))])
+
+    same(whole(lambda p: adv.grpo(x[p], mean=s.mean[p], std=s.std[p])), adv.grpo(x, ids))
+    same(whole(lambda p: adv.grpo(x[p], mean=s.mean[p], scale="none")), adv.grpo(x, ids, scale="none"))
+    parts = whole(lambda p: adv.grpo(x[p], mean=s.mean[p], std=spread[p], scale="batch"))
+    same(parts, adv.grpo(x, ids, scale="batch"))
+    same(whole(lambda p: adv.rloo(x[p], mean=zero.mean[p], count=zero.count[p])), adv.rloo(x, ids))
+    same(whole(lambda p: adv.gpg(x[p], mean=s.mean[p], alpha=share)), adv.gpg(x, ids))
+    same(adv.grpo(x[:0], ids[:0]), [])
+
+
+def test_groups_without_a_signal_are_finite_and_zero():
+    x, ids = of([0.1] * 7 + [0.3]), torch.tensor([1, 1, 1, 2, 2, 2, 2, 3])
+    found = [f(x, ids) for f in (adv.grpo, adv.rloo, adv.pass_at_k, adv.gpg)]
+    found += [adv.grpo(x, ids, scale="batch"), adv.opo(x, torch.tensor([3, 1, 2, 0, 0, 0, 0, 1]), ids)]
+    for a in found:
+        assert torch.equal(a[:7], torch.zeros(7, dtype=torch.float64))
+    raw, zero = adv.grpo(x, ids)[7], adv.grpo(x, ids, singleton="zero")[7]
+    assert (raw, zero) == (0.3 / (1 + 1e-6), 0.0)
+    assert adv.rloo(x, ids)[7] == 0.0 and adv.rloo(x, ids, singleton="raw")[7] == 0.3
+    assert adv.pass_at_k(x, ids)[7] == 0.0
+    flat = adv.gdpo(torch.full((4, 2), 0.1), torch.tensor([0, 0, 1, 1]))
+    assert torch.equal(flat, torch.zeros(4))
+
+
+def test_a_broken_reward_stays_in_its_group():
+    x = of(REWARDS)
+    x[0] = torch.nan
+    for f in (adv.grpo, adv.rloo, adv.pass_at_k):
+        assert f(x, torch.tensor(IDS)).isnan().tolist() == [i == 7 for i in IDS]
+
+
+def token_batch(rows=5, width=37, dtype=torch.float64):
+    """A batch with holes, an empty row and a full one; masked cells hold NaN."""
+    g = torch.Generator().manual_seed(3)
+    mask = torch.rand(rows, width, generator=g) < 0.7
+    mask[1], mask[2] = False, True
+    x, v = torch.randn(2, rows, width, generator=g, dtype=torch.float64).to(dtype)
+    return x.masked_fill(~mask, torch.nan), v.masked_fill(~mask, torch.nan), mask
+
+
+def gae_by_hand(r, v, mask, gamma, lam):
+    a = torch.zeros(mask.shape, dtype=torch.float64)
+    for i in range(mask.shape[0]):
+        next_value = last = 0.0
+        for j in reversed(range(mask.shape[1])):
+            if mask[i, j]:
+                last = float(r[i, j]) + gamma * next_value - float(v[i, j]) + gamma * lam * last
+                next_value = float(v[i, j])
+                a[i, j] = last
+    return a
+
+
+def whitened_by_hand(x, mask):
+    cells = x[mask].tolist()
+    mean, var = statistics.mean(cells), statistics.variance(cells)
+    return torch.where(mask, (x - mean) / math.sqrt(var + 1e-8), 0.0)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.99, 0.95), (0.5, 0.1), (0.9, 0.0), (0.0, 1.0)])
+def test_token_estimators(gamma, lam):
+    r, v, mask = token_batch()
+    a, returns = adv.gae(r, v, mask, gamma, lam, whiten=False)
+    expected = gae_by_hand(r, v, mask, gamma, lam)
+    same(a, expected)
+    same(returns, torch.where(mask, expected + v, 0.0))
+    same(adv.gae(r, v, mask, gamma, lam)[0], whitened_by_hand(expected, mask))
+    to_go = gae_by_hand(r, torch.zeros_like(r), mask, gamma, 1.0)
+    same(adv.discounted_returns(r, mask, gamma), to_go)
+    same(adv.reinforce_plus_plus(r, mask, gamma), whitened_by_hand(to_go, mask))
+
+
+def test_a_broadcast_baseline_is_whitened_over_tokens():
+    x, ids = of(REWARDS[:5]), torch.tensor([0, 0, 1, 1, 1])
+    mask = token_batch()[2]
+    centred = adv.grpo(x, ids, scale="none")[:, None].expand(mask.shape)
+    same(adv.reinforce_plus_plus_baseline(x, ids, mask), whitened_by_hand(centred, mask))
+
+
+def test_packed_is_padded():
+    r, v, mask = token_batch()
+    r, v = r.nan_to_num(0.0), v.nan_to_num(0.0)
+    cu = torch.tensor([0, 37, 74, 111, 148, 185], dtype=torch.int32)
+    flat = [x.reshape(-1) for x in (r, v, mask)]
+    for packed, padded in zip(adv.gae(*flat, 0.9, 0.8, cu_seqlens=cu), adv.gae(r, v, mask, 0.9, 0.8), strict=True):
+        same(packed.view(5, 37), padded)
+    ids, x = torch.tensor([4, 4, 0, 4, 0]), of(REWARDS[:5])
+    packed = adv.reinforce_plus_plus_baseline(x, ids, flat[2], cu_seqlens=cu)
+    same(packed.view(5, 37), adv.reinforce_plus_plus_baseline(x, ids, mask))
+    for position in ("column", "valid"):
+        packed = adv.otb(flat[0], ids, -flat[1].abs(), flat[1].square(), flat[2], position=position, cu_seqlens=cu)
+        same(packed.view(5, 37), adv.otb(r, ids, -v.abs(), v.square(), mask, position=position))
+
+
+def test_masked_cells_are_not_read():
+    r, v, mask = token_batch(dtype=torch.float32)
+    clean = [x.nan_to_num(0.0) for x in (r, v)]
+    ids = torch.tensor([4, 4, 0, 4, 0])
+    for found, expected in [
+        (adv.gae(r, v, mask)[0], adv.gae(*clean, mask)[0]),
+        (adv.otb(r, ids, v, v, mask), adv.otb(clean[0], ids, clean[1], clean[1], mask)),
+        (adv.remax(r, r[2, :5], mask), adv.remax(clean[0], clean[0][2, :5], mask)),
+        (adv.whiten(r, mask), adv.whiten(clean[0], mask)),
+    ]:
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected) and not found[~mask].any()
+
+
+def test_whitening_with_the_moments_of_a_larger_batch():
+    r, _, mask = token_batch()
+    x = adv.discounted_returns(r, mask, 0.9)
+    mean, var = x[mask].mean(), x[mask].var()
+    parts = [adv.whiten(x[p], mask[p], mean=mean, var=var) for p in (slice(0, 2), slice(2, 5))]
+    same(torch.cat(parts), adv.reinforce_plus_plus(r, mask, 0.9))
+    same(adv.whiten(x, mask, mean=1.0, var=4.0, eps=0.0), torch.where(mask, (x - 1) / 2, 0.0))
+
+
+def test_no_token_and_one_token():
+    r, v, mask = token_batch()
+    nothing = torch.zeros_like(mask)
+    for a in (*adv.gae(r, v, nothing), adv.reinforce_plus_plus(r, nothing), adv.otb(r, torch.arange(5), v, v, nothing)):
+        assert a.shape == mask.shape and not a.any()
+    nothing[2, 7] = True
+    assert not adv.gae(r, v, nothing)[0].any()
+    assert adv.gae(r, v, nothing)[1][2, 7] == r[2, 7]
+    assert adv.discounted_returns(r[:, :0], mask[:, :0]).shape == (5, 0)
+
+
+def test_a_long_row_does_not_lose_its_end_to_small_powers():
+    r = torch.zeros(1, 20000, dtype=torch.float64)
+    r[0, -1] = 1.0
+    found = adv.discounted_returns(r, None, 0.9)
+    same(found[0, -300:], [0.9 ** (299 - j) for j in range(300)])
+    assert found.isfinite().all()
+
+
+X, G = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1])
+M, R = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 4)
+ERRORS = [
+    (lambda: adv.grpo(X.long(), G), r"rewards: got dtype torch.int64, accepted: .*rewards.float\(\)"),
+    (lambda: adv.rloo(X > 1, G), r"rewards: got dtype torch.bool, accepted: .*rewards.float\(\)"),
+    (lambda: adv.grpo(X[None], G), r"rewards: got shape \[1, 3\], accepted: \[S\]"),
+    (lambda: adv.grpo(X), "group_ids: got None, accepted: one integer per sequence"),
+    (lambda: adv.grpo(X, G.float()), "group_ids: got dtype torch.float32"),
+    (lambda: adv.grpo(X, G[:2]), r"group_ids: got \[2\]"),
+    (lambda: adv.grpo(X, G, scale="group"), "scale: got 'group', accepted: std, none, batch"),
+    (lambda: adv.pass_at_k(X, G, scale="batch"), "scale: got 'batch', accepted: std, none"),
+    (lambda: adv.grpo(X, G, singleton="one"), "singleton: got 'one', accepted: raw, zero"),
+    (lambda: adv.grpo(X, mean=X[:2], std=X), r"mean: got shape \[2\]"),
+    (lambda: adv.rloo(X, mean=X), "count: got None"),
+    (lambda: adv.grpo(X.requires_grad_(), G), "rewards: got a tensor that requires grad"),
+    (lambda: adv.opo(R[:, 0], X.detach(), G), "lengths: got dtype torch.float32"),
+    (lambda: adv.gdpo(R, G, weights=R[0, :2]), r"weights: got shape \[2\]"),
+    (lambda: adv.gdpo(R[:, :0], G), r"rewards: got shape \[3, 0\], accepted: \[S, K\]"),
+    (lambda: adv.gae(R, R, M.long()), "mask: got dtype torch.int64"),
+    (lambda: adv.gae(R, R[:2], M), r"values: got shape \[2, 4\]"),
+    (lambda: adv.gae(R, R, M, 1.5), r"gamma: got 1.5, accepted: a number in \[0, 1\]"),
+    (lambda: adv.gae(R, R, M, 1.0, -0.1), "lam: got -0.1"),
+    (lambda: adv.gae(R.long(), R, M), "token_rewards: got dtype torch.int64"),
+    (lambda: adv.whiten(R, M, mean=0.0), "var: got None"),
+    (lambda: adv.otb(R, G, R, R, M, position="row"), "position: got 'row', accepted: column, valid"),
+    (lambda: adv.reinforce_plus_plus_baseline(R[:2, 0], G[:2], M), "rewards: got shape"),
+]
+
+
+@pytest.mark.parametrize("call, message", ERRORS, ids=range(len(ERRORS)))
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,162 @@
+"""Advantages per token, without gradient: returns, whitening, GAE and the optimal token baseline, over valid tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import unknown, wrong
+from .layout import Layout, layout_of
+from .reward_groups import checked, checked_rewards, groups_from, groups_of, moments, statistics_of
+
+POSITIONS = ("column", "valid")
+
+
+@dataclass(frozen=True)
+class _Valid:
+    """The M valid tokens of a batch in order. cells: int64 [M], where they are among all N; row: [M], whose they are.
+    What a masked cell holds is never read."""
+
+    layout: Layout
+    cells: Tensor
+    row: Tensor
+
+    def take(self, name: str, x: Tensor) -> Tensor:
+        self.layout.tokens(name, x)
+        return checked(name, x, self.layout.shape, self.cells).reshape(-1)[self.cells]
+
+    def put(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(self.layout.num_tokens, dtype=dtype, device=x.device)
+        out[self.cells] = x.to(dtype)
+        return out.view(self.layout.shape)
+
+    def following(self, x: Tensor, distance: int = 1) -> Tensor:
+        """x of the valid token `distance` further in the same sequence, 0 past its end."""
+        out = torch.zeros_like(x)
+        same = self.row[distance:] == self.row[:-distance]
+        out[: x.numel() - distance] = torch.where(same, x[distance:], 0.0)
+        return out
+
+    def suffix_sums(self, x: Tensor, factor: float) -> Tensor:
+        """y_t = x_t + factor y_{t+1} inside each sequence, in log2 steps: after the step of `distance`, y_t holds its
+        first 2 distance terms. Only products with powers, no division by them, so that factor 0.9 over 10k tokens is
+        exact."""
+        longest = min(self.layout.width or x.numel(), x.numel())
+        distance = 1
+        while distance < longest:
+            x = x + factor**distance * self.following(x, distance)
+            distance *= 2
+        return x
+
+
+def _valid(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str) -> _Valid:
+    layout = layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name=name)
+    cells = layout.valid().nonzero()[:, 0]
+    rows = torch.arange(layout.num_sequences, device=x.device)
+    row = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=layout.num_tokens)
+    return _Valid(layout, cells, row[cells])
+
+
+def _check_discount(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise wrong(name, value, "a number in [0, 1]")
+
+
+def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
+    if (mean is None) != (var is None):
+        raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
+    if mean is None:
+        mean, var = moments(x, torch.ones_like(x))
+    return (x - mean) * torch.as_tensor(var + eps, dtype=x.dtype, device=x.device).rsqrt()
+
+
+def whiten(
+    values: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+    mean: Tensor | float | None = None, var: Tensor | float | None = None, eps: float = 1e-8,
+) -> Tensor:  # fmt: skip
+    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T]. verl masked_whiten [T]
+    (which adds 1e-8 to N, and raises for one token; here that is 0 [R]). mean, var: of a larger batch."""
+    valid = _valid(values, mask, cu_seqlens, "values")
+    return valid.put(_whitened(valid.take("values", values), mean, var, eps), values.dtype)
+
+
+def discounted_returns(
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount [T verl]."""
+    _check_discount("gamma", gamma)
+    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
+
+
+def reinforce_plus_plus(
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. arXiv 2501.03262, verl [T]."""
+    _check_discount("gamma", gamma)
+    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
+    return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Tensor, group_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, singleton: str = "raw"
+) -> Tensor:
+    """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T]. arXiv
+    2501.03262, verl [T]."""
+    x, valid = checked_rewards(rewards), _valid(mask, mask, cu_seqlens, "mask")
+    valid.layout.sequences("rewards", rewards, x.dtype)
+    centred = x - statistics_of(x, groups_from(group_ids, x), True, singleton).mean
+    return valid.put(_whitened(centred[valid.row], None, None, 1e-8), rewards.dtype)
+
+
+def gae(
+    token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
+    whiten: bool = True, *, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GAE over valid tokens: (advantages, returns), [B, T] each. arXiv 1506.02438, verl [T].
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; t + 1 is the next valid
+    token, so a tool's output costs no discount; V = A = 0 after the last. whiten: the advantages only, over all tokens.
+    """
+    _check_discount("gamma", gamma)
+    _check_discount("lam", lam)
+    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    r, v = valid.take("token_rewards", token_rewards), valid.take("values", values)
+    a = valid.suffix_sums(r + gamma * valid.following(v) - v, gamma * lam)
+    out = _whitened(a, None, None, 1e-8) if whiten else a
+    return valid.put(out, token_rewards.dtype), valid.put(a + v, token_rewards.dtype)
+
+
+def otb(
+    token_rewards: Tensor, group_ids: Tensor, logp: Tensor, sum_pi_squared: Tensor, mask: Tensor | None = None, *,
+    is_weights: Tensor | None = None, position: str = "column", zero_tail: bool = True, eps: float = 1e-8,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T]. verl
+    [T].
+
+    G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens.
+    position: what t is, "column" (verl optimal_token_baseline) or the count of valid tokens, "valid" (its multi-turn
+    one). zero_tail: no baseline for the longest sequence past the length of the second. Nor for a sequence alone in
+    its group; sequences without tokens do not count [R].
+    """
+    if position not in POSITIONS:
+        raise unknown("position", position, POSITIONS)
+    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
+    w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)
+    w = w if is_weights is None else w * valid.take("is_weights", is_weights) ** 2
+    w = _Valid(valid.layout, valid.cells, row.flip(0)).suffix_sums(w.flip(0), 1.0).flip(0)
+    t = valid.cells - valid.layout.cu_seqlens[row]
+    lengths = returns.new_zeros(valid.layout.num_sequences).index_add_(0, row, torch.ones_like(returns))
+    if position == "valid":
+        t = torch.arange(row.numel(), device=row.device) - (lengths.cumsum(0) - lengths)[row].long()
+    groups = groups_from(group_ids, lengths)
+    # One id for each pair of group and position: positions lie below the number of tokens.
+    pairs = groups_of(groups.index[row] * valid.layout.num_tokens + t)
+    baseline = pairs.sum(returns * w) / (pairs.sum(w) + eps)
+    alone, second = groups.top_two(lengths)
+    bare = groups.sum((lengths > 0).double())[row] < 2
+    bare |= zero_tail & alone[row] & (t >= second[row])
+    return valid.put(torch.where(bare, returns, returns - baseline), token_rewards.dtype)
