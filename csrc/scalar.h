@@ -95,7 +95,7 @@ TRL_HD float logarithm(float x) { return ::logf(x); }
 TRL_HD float logarithm(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const int32_t n = (bits - 0x3f3504f3) >> 23, mantissa = bits - (n << 23);
+  const int32_t n = (bits - 0x3f3504f3) >> 23, mantissa = bits - n * (1 << 23);
   float m;
   std::memcpy(&m, &mantissa, sizeof m);
   m -= 1.0f;

@@ -182,5 +182,5 @@ def decisions(objective: tokenrl.Objective, logp: Tensor, batch: Rollouts, shift
         kind = objective.statistic.removeprefix("prefix_")
         s = tokenrl.prefix_ratio(logp, batch.old_logp.to(logp.dtype), mask=batch.mask, kind=kind)
     t = batch.mask.cumsum(1).to(s.dtype)
-    low, high, dual = objective.gate.clipped(s + shift, batch.advantages[:, None], t)
+    low, high, dual = objective.gate.clipped(s + shift, logp, batch.advantages[:, None], t)
     return torch.where(batch.mask, s, torch.nan), (low | high | dual) & batch.mask
