@@ -1,6 +1,7 @@
 """What the backends are compared with: each a call on the case's inputs, or the reason why it cannot run here."""
 
 import functools
+import importlib
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -52,28 +53,29 @@ def version(package: str) -> str | None:
         return None
 
 
-def trl() -> Competitor:
-    found = version("trl")
+def why_not(package: str, pinned: str, module: str, *names: str) -> str | None:
+    """Why what is compared with cannot be had from a module of an installed package; None where it can."""
+    found = version(package)
     if found is None:
-        return Competitor("TRL", None, "trl is not installed (pip install trl==1.16.0)")
+        return f"{package} is not installed (pip install {package}=={pinned})"
     try:
-        from trl.trainer.utils import selective_log_softmax_and_entropy  # noqa: F401
+        missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
     except Exception as error:  # whatever a foreign package's import raises is the reason
-        return Competitor("TRL", None, f"trl {found} does not import: {first_line(error)}")
-    return Competitor("TRL", trl_logprobs)
+        return f"{package} {found} does not import: {first_line(error)}"
+    return f"{package} {found} has no {', '.join(missing)} in {module}" if missing else None
+
+
+def trl() -> Competitor:
+    reason = why_not("trl", "1.16.0", "trl.trainer.utils", "selective_log_softmax_and_entropy")
+    return Competitor("TRL", None if reason else trl_logprobs, reason)
 
 
 def liger(device: str) -> Competitor:
-    found = version("liger-kernel")
-    if found is None:
-        return Competitor("Liger", None, "liger-kernel is not installed (pip install liger-kernel==0.8.5)")
     if device != "cuda":
-        return Competitor("Liger", None, f"liger-kernel {found} has Triton kernels only, which run CUDA tensors")
-    try:
-        from liger_kernel.transformers.grpo_loss import fused_selective_log_softmax  # noqa: F401
-    except Exception as error:  # whatever a foreign package's import raises is the reason
-        return Competitor("Liger", None, f"liger-kernel {found} does not import: {first_line(error)}")
-    return Competitor("Liger", liger_logprobs, backward=False)
+        return Competitor("Liger", None, "liger-kernel's log-probs are Triton kernels only, which run CUDA tensors")
+    module = "liger_kernel.transformers.grpo_loss"
+    reason = why_not("liger-kernel", "0.8.5", module, "fused_selective_log_softmax")
+    return Competitor("Liger", None if reason else liger_logprobs, reason, backward=False)
 
 
 def first_line(error: BaseException) -> str:

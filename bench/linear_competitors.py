@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .case import Case
-from .competitors import Competitor, compiled, first_line, version
+from .competitors import Competitor, compiled, first_line, why_not
 from .eager import eager_ctpo
 
 LIGER_IS_GRPO = "its loss is GRPO, not CTPO, on the same inputs and mask: compared in time and memory, not in results"
@@ -42,15 +42,9 @@ def trl_linear_ctpo(
 
 
 def trl(call) -> Competitor:
-    found = version("trl")
-    if found is None:
-        return Competitor("TRL", None, "trl is not installed (pip install trl==1.16.0)")
-    try:
-        from trl.kernels import ChunkedLogProbFunction  # noqa: F401
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE  # noqa: F401
-    except Exception as error:  # whatever a foreign package's import raises is the reason
-        return Competitor("TRL", None, f"trl {found} has no chunked op that imports: {first_line(error)}")
-    return Competitor("TRL", call)
+    reason = why_not("trl", "1.16.0", "trl.kernels", "ChunkedLogProbFunction")
+    reason = reason or why_not("trl", "1.16.0", "trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+    return Competitor("TRL", None if reason else call, reason)
 
 
 def liger_grpo(
@@ -77,13 +71,9 @@ def liger_why_not_compiled(case: Case) -> str | None:
 
 
 def liger(case: Case) -> Competitor:
-    found = version("liger-kernel")
-    if found is None:
-        return Competitor("Liger", None, "liger-kernel is not installed (pip install liger-kernel==0.8.5)")
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: F401
-    except Exception as error:  # whatever a foreign package's import raises is the reason
-        return Competitor("Liger", None, f"liger-kernel {found} does not import: {first_line(error)}")
+    reason = why_not("liger-kernel", "0.8.5", "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    if reason:
+        return Competitor("Liger", None, reason)
     failed = liger_why_not_compiled(case)
     remark = LIGER_IS_GRPO + (f"; compiled=False, since compiled it fails: {failed}" if failed else "")
     call = functools.partial(liger_grpo, failed is None)

@@ -1,4 +1,4 @@
-// One functor per gate: the loss of one token and its partials. Formulas and sources: tokenrl/gates.py.
+// One functor per gate: the loss of one token and its partials. Formulas and sources: tokenrl/gates*.py.
 // Each derivative stands on the line after its value. Torch-free; host and device; float and double.
 #pragma once
 

@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 from cases import device_of
-from logit_cases import DIFFERENTIABLE, EXACT, long_logits, long_statistics, on, upstream, weighted
+from logit_cases import DIFFERENTIABLE, EXACT, held, long_logits, long_statistics, on, upstream, weighted
 
 import tokenrl
-from tokenrl import tiles
+from tokenrl.head import FEWEST
 from tokenrl.logprobs import OUTPUTS
-from tokenrl.parity import close
 
 # Rounded logits may rank differently from those of the truth: the order is compared where the GEMM is exact.
 VALUES = tuple(name for name in OUTPUTS if name not in EXACT)
@@ -33,7 +32,7 @@ def make_exact(*shape, width=8, vocab=301, dtype=torch.float32, k=None):
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), ids
 
 
-def budget_of(weight, rows, columns=tiles.FEWEST):
+def budget_of(weight, rows, columns=FEWEST):
     """A memory_budget for which tiles have so many columns, and at most so many rows where there are more."""
     size, width = weight.dtype.itemsize, weight.shape[1]
     return columns * width * (size + max(size, 4)) + rows * (columns * size + width * size + 256)
@@ -73,13 +72,7 @@ def check(hidden, weight, bias, ids, backend, memory_budget=None, **options):
     """Values and gradients by the tolerance rule. Returns the kernel's results."""
     truth, base = references(hidden, weight, bias, ids, **options)
     kernel = run(hidden, weight, bias, ids, backend, memory_budget=memory_budget, **options)
-    for name, x in kernel.items():
-        if name in EXACT:
-            assert torch.equal(x, truth[name]), f"{backend} {name}: {x}, truth {truth[name]}"
-        else:
-            assert x.dtype == base[name].dtype
-            close(x, truth[name], base[name], what=f"{backend} {name}")
-    return kernel
+    return held(kernel, truth, base, backend)
 
 
 class Long(np.ndarray):

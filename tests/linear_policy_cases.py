@@ -6,7 +6,7 @@ from cases import device_of
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
-from tokenrl import tiles
+from tokenrl.head import BYTES_PER_TILE
 from tokenrl.parity import close
 from tokenrl.products import sum_dtype
 
@@ -190,7 +190,7 @@ def budget_of(case: dict, rows: int, dtype: torch.dtype = torch.float32) -> int:
     """The memory_budget that holds a chunk of so many tokens."""
     vocab, dim = case["weight"].shape
     per_row = "keep_mask" in case and case["keep_mask"].dim() > 1
-    return rows * (vocab * (dtype.itemsize + per_row) + dim * dtype.itemsize + tiles.BYTES_PER_TILE)
+    return rows * (vocab * (dtype.itemsize + per_row) + dim * dtype.itemsize + BYTES_PER_TILE)
 
 
 def gemms(call):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import tiles
 from .contract import IGNORED
+from .head import Head, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
 from .products import ProductSum, add_product, column_sums, sum_dtype
-from .tiles import Gradients, Head, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
+from .tiles import Gradients
 
 FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import chunks, contract, tiles
 from .contract import SAVED, TRANSFORM, UPSTREAM
+from .head import Head
 from .products import scaled, sum_dtype
 
 _HEAD = f"{TRANSFORM}, str compute_dtype, int memory_budget"
@@ -35,9 +36,9 @@ SCHEMAS = {
 def _head(
     ops, weight: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float,
     logit_scale: float, keep_mask: Tensor | None, compute_dtype: str,
-) -> tiles.Head:  # fmt: skip
+) -> Head:  # fmt: skip
     dtype = getattr(torch, compute_dtype)
-    return tiles.Head(ops, weight, bias, temperature, temperatures, softcap, logit_scale, keep_mask, dtype)
+    return Head(ops, weight, bias, temperature, temperatures, softcap, logit_scale, keep_mask, dtype)
 
 
 def _linear_token_logprobs(ops, hidden, weight, bias, ids, *rest):

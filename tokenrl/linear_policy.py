@@ -5,9 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import backends, gates, reference
+from . import backends, reference
 from .aggregate import SpanWeights
 from .errors import unknown, wrong
+from .gates_kl import KlGate
 from .layout import Layout, layout_of
 from .linear import HeadArguments, check_main_grad_backend, head_arguments
 from .logprobs import IGNORED, check_ids
@@ -43,10 +44,11 @@ def linear_policy_loss(
     the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
     many tokens as memory_budget allows (bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU). Where several chunks
     add to a 16-bit weight gradient, its fp32 sums, 4 V D bytes, come on top; one chunk of all tokens may take as much
-    instead. One pass, 6 N D V flops, holds for every objective
-    whose coefficient depends on no later token (statistics of a token, prefixes with flow "local", on-policy); for
-    the others chunks end with sequences. Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the
-    gradients need a second pass, 8 N D V flops: metrics.passes says which.
+    instead.
+    One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
+    token, prefixes with flow "local", on-policy); for the others chunks end with sequences. Where a sequence does not
+    fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops: metrics.passes says
+    which.
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
     where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
     coefficient is zero enter no GEMM of the backward.
@@ -100,8 +102,8 @@ def _extra_terms(
     entropy_coef: float,
 ) -> ExtraTerms:  # fmt: skip
     kl = find(kl)
-    if not isinstance(kl.gate, gates.KlGate) or kl.statistic != "token":
-        raise unknown("kl", kl.name, [name for name, row in OBJECTIVES.items() if isinstance(row.gate, gates.KlGate)])
+    if not isinstance(kl.gate, KlGate) or kl.statistic != "token":
+        raise unknown("kl", kl.name, [name for name, row in OBJECTIVES.items() if isinstance(row.gate, KlGate)])
     if any(isinstance(p, Tensor) for p in kl.gate.params()):
         raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
     if ref_logp is None and kl_coef != 0:

@@ -5,26 +5,10 @@ from dataclasses import dataclass
 
 from .aggregate import AGGREGATIONS
 from .errors import unknown, wrong
-from .gates import (
-    INF,
-    Cispo,
-    DppoKl,
-    DppoTv,
-    Gate,
-    KlK1,
-    KlK1Unbiased,
-    KlK2,
-    KlK3,
-    KlK3Unbiased,
-    LogBand,
-    PpoClip,
-    Quadratic,
-    Reinforce,
-    Sapo,
-    Topr,
-    Vespo,
-    check_params,
-)  # fmt: skip
+from .gate import INF, Gate, check_params
+from .gates import LogBand, PpoClip, Sapo
+from .gates_kl import KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_weighted import Cispo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, gates, reference, statistics
+from . import backends, reference, statistics
 from .aggregate import SpanWeights, span_weights
 from .errors import wrong
+from .gate import Gate, map_params
 from .layout import Layout, check_floats, check_integers, layout_of
 from .metrics import Metrics
 from .objectives import Objective
@@ -20,34 +21,27 @@ def policy_loss(
     group_ids: Tensor | None = None, token_weight: Tensor | None = None, aggregation: str | None = None,
     normalizer: float | Tensor | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a linear statistic of the log
-    ratios.
+    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a statistic of the log ratios.
 
     objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
     logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
-    logp gets a
-        gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference model's
-        log-prob.
+    logp gets a gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference
+    model's log-prob.
     advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many
-    tokens as
-        sequences they are read as one per token.
+    tokens as sequences they are read as one per token.
     mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
-    hole (tool
-        output) inside a sequence adds nothing to a prefix and does not advance the position.
+    hole (tool output) inside a sequence adds nothing to a prefix and does not advance the position.
     segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
-    of over the
-        sequence. group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
+    of over the sequence.
+    group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
     token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
     aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
-    that the mode
-        divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
+    that the mode divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics). The forward saves one number per token, the backward is one multiplication;
-    differentiating
-    twice raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every
-    backend's
-    reason when none can run the call.
+    differentiating twice raises. Errors: ValueError naming the argument, what was given and what is accepted;
+    RuntimeError with every backend's reason when none can run the call.
     """
     row, layout = find(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
@@ -67,7 +61,7 @@ class Batch:
     on-policy."""
 
     row: Objective
-    gate: gates.Gate
+    gate: Gate
     old_logp: Tensor | None
     advantages: Tensor | None
     token_weight: Tensor | None
@@ -120,7 +114,7 @@ def checked_batch(
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids)
         starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
-    gate = gates.map_params(row.gate, lambda name, bound: layout.tokens(name, bound, dtype))
+    gate = map_params(row.gate, lambda name, bound: layout.tokens(name, bound, dtype))
     weights = span_weights(
         aggregation or row.aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer,
         backend=chosen,

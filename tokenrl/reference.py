@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import statistics
-from .gates import Gate, map_params
+from .gate import Gate, map_params
 
 
 class Rows:
