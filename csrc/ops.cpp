@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logp, const Tensor& o
   const Spans spans = spans_of(mask, cu_seqlens, starts, n);
   const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
   const bool through = is_through(flow);
-  STD_TORCH_CHECK(!through || which != Statistic::prefix_min, "flow: got 'through' for prefix_min, accepted: local.");
+  STD_TORCH_CHECK(!through || !is_minimum(which), "flow: got 'through' for ", statistic, ", accepted: local.");
   const size_t num_params = num_params_of(static_cast<Gates*>(nullptr), gate);
   check(cu_seqlens, "cu_seqlens", ScalarType::Long, spans.num_sequences + 1, logp);
   check(span_weight, "span_weight", ScalarType::Double, spans.num_sequences, logp);
@@ -83,7 +83,7 @@ Tensor statistic(const Tensor& logp, const Tensor& old_logp, const Optional& mas
 Tensor statistic_backward(const Tensor& grad, const Optional& mask, const Tensor& cu_seqlens, const Optional& starts,
                           const std::string& statistic, const std::string& flow) {
   const auto which = static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
-  const bool masked = !is_through(flow) || which == Statistic::prefix_min || which == Statistic::token;
+  const bool masked = !is_through(flow) || is_minimum(which) || which == Statistic::token;
   return run_statistic(grad, nullptr, mask, cu_seqlens, starts, masked ? Statistic::token : which, !masked);
 }
 

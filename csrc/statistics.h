@@ -8,9 +8,18 @@
 
 namespace tokenrl {
 
-enum class Statistic { token, prefix_sum, prefix_mean, prefix_min, span_sum, span_mean };
-inline constexpr const char* kStatistics[] = {"token",      "prefix_sum", "prefix_mean",
-                                              "prefix_min", "span_sum",   "span_mean"};
+enum class Statistic { token, prefix_sum, prefix_mean, prefix_min, prefix_min_capped, span_sum, span_mean };
+inline constexpr const char* kStatistics[] = {
+    "token", "prefix_sum", "prefix_mean", "prefix_min", "prefix_min_capped", "span_sum", "span_mean"};
+TRL_HD constexpr bool is_minimum(Statistic statistic) {
+  return statistic == Statistic::prefix_min || statistic == Statistic::prefix_min_capped;
+}
+// What the smallest log ratio of the tokens before counts for; `least` where there are some.
+template <class T>
+TRL_HD T least_before(Statistic statistic, bool some, T least) {
+  if (!some) return T(0);
+  return statistic == Statistic::prefix_min_capped ? smaller(least, T(0)) : least;
+}
 
 // What aggregation_weights puts on a sequence, and what its normaliser counts (tokenrl/aggregate.py).
 enum class Span { one, inverse_length, group, balanced };

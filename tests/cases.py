@@ -8,7 +8,22 @@ import torch
 
 import tokenrl
 from tokenrl import backends
-from tokenrl.gates import GATES, Cispo, DppoKl, DppoTv, KlK3, KlK3Unbiased, LogBand, PpoClip, Topr
+from tokenrl.gates import (
+    GATES,
+    Cispo,
+    Dhpo,
+    DhpoBranch,
+    Dppo,
+    DppoKl,
+    DppoTv,
+    Hapo,
+    KlK3,
+    KlK3Unbiased,
+    LogBand,
+    PpoClip,
+    PpoNtp,
+    Topr,
+)
 from tokenrl.parity import close
 from tokenrl.statistics import FLOWS
 
@@ -37,9 +52,14 @@ def gates_under_test() -> dict[str, tokenrl.gates.Gate]:
     """Each gate with parameters that make every branch fire on random log ratios."""
     special = {
         "ppo_clip": PpoClip(0.2, 0.28, dual=1.5),
+        "ppo_ntp": PpoNtp(0.2, 0.28, dual=1.5, ntp=0.3),
+        "dhpo": Dhpo(0.3, 0.2, 0.28, 0.1, 0.15),
+        "dhpo_branch": DhpoBranch(0.3, 0.2, 0.28, 0.1, 0.15),
+        "hapo": Hapo(0.2, 0.28, dual=1.5, score=0.4, alpha=0.7, beta=0.9),
         "log_band": LogBand(0.1, 0.15, eps_dual=0.3, power=0.5),
         "cispo": Cispo(0.8, 1.2),
         "topr": Topr(ceiling=0.9),
+        "dppo": Dppo(0.03, 0.02, ceiling=1.1, divergence=0.025),
         "dppo_tv": DppoTv(0.03, 0.02, ceiling=1.1),
         "dppo_kl": DppoKl(0.01, 0.02, ceiling=1.1),
         "kl_k3": KlK3(ceiling=0.05),

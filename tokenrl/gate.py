@@ -2,10 +2,11 @@
 
 A gate turns the statistic `s` (a log ratio) of one token into that token's loss:
 
-    value(s, logp, advantages, t) -> l        differentiable in s and logp
-    clipped(s, logp, advantages, t) -> low, high, dual      which bound is active (bool), for the metrics
+    value(s, x, logp, advantages, t) -> l        differentiable in s, x and logp
+    clipped(s, x, logp, advantages, t) -> low, high, dual      which bound is active (bool), for the metrics
 
-t is the position: the 1-based count of valid tokens in the statistic's span. All arguments broadcast; parameters are
+x is the token's own log ratio, whose derivative with respect to the own logp is 1 under every flow. t is the position:
+the 1-based count of valid tokens in the statistic's span. All arguments broadcast; parameters are
 numbers or tensors with one value per token. Derivatives are autograd's here, hand-written in csrc/gates.h and
 triton_kernels/gates.py. The kernels' own tensors never hold gradients for parameters.
 """
@@ -44,16 +45,22 @@ class Gate:
     def params(self) -> tuple[Bound, ...]:
         return tuple(getattr(self, name) for name in self.names)
 
-    def value(self, s: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
 
-    def clipped(self, s: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         never = torch.zeros_like(s, dtype=torch.bool)
         return never, never, never
 
 
 def clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
     return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
+
+
+def surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor) -> Tensor:
+    """max(-A r, -A clip(r)), and for A < 0 at most -A ceiling (dual clip)."""
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    return torch.minimum(loss, torch.where(advantages < 0, -advantages * ceiling, INF))
 
 
 def map_params(gate: Gate, change) -> Gate:

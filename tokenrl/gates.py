@@ -4,15 +4,10 @@ its parameters, its formula, its source, and its value in torch (see tokenrl/gat
 import torch
 from torch import Tensor
 
-from .gate import INF, Bound, Gate, clamp, parametrised
-from .gates_kl import KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
-from .gates_weighted import Cispo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
-
-
-def _surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor) -> Tensor:
-    """max(-A r, -A clip(r)), and for A < 0 at most -A ceiling (dual clip)."""
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    return torch.minimum(loss, torch.where(advantages < 0, -advantages * ceiling, INF))
+from .gate import INF, Bound, Gate, clamp, parametrised, surrogate
+from .gates_adaptive import Dhpo, DhpoBranch, Hapo
+from .gates_kl import KlAbs, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 
 
 @parametrised
@@ -27,14 +22,31 @@ class PpoClip(Gate):
     eps_high: Bound = 0.2
     dual: Bound = INF
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         ratio = s.exp()
-        return _surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
+        return surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
 
-    def clipped(self, s, logp, advantages, t):
+    def clipped(self, s, x, logp, advantages, t):
         ratio, negative = s.exp(), advantages < 0
         low, high = ratio < 1 - self.eps_low, ratio > 1 + self.eps_high
         return negative & low, (advantages > 0) & high, negative & (ratio > self.dual)
+
+
+@parametrised
+class PpoNtp(PpoClip):
+    """l = PPO's - ntp logp: tokens that reinforcement trains beside tokens that are only to be predicted.
+
+    RMT, arXiv 2509.24375 [N]: L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that
+    reinforcement leaves out. ntp is lambda on these tokens and 0 on the others, in units of the loss's own weights; the
+    advantages of these tokens are 0 [R: the paper leaves open how the two means are taken].
+    """
+
+    name = "ppo_ntp"
+    vanishes = False
+    ntp: Bound = 0.0
+
+    def value(self, s, x, logp, advantages, t):
+        return PpoClip.value(self, s, x, logp, advantages, t) - self.ntp * logp
 
 
 @parametrised
@@ -51,12 +63,12 @@ class LogBand(Gate):
     eps_dual: Bound = 0.05
     power: Bound = 0.5
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         width = t**self.power
         ceiling = torch.exp(self.eps_dual * width)
-        return _surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
+        return surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
 
-    def clipped(self, s, logp, advantages, t):
+    def clipped(self, s, x, logp, advantages, t):
         width, negative = t**self.power, advantages < 0
         low, high = s < -self.eps_low * width, s > self.eps_high * width
         return negative & low, (advantages > 0) & high, negative & (s > self.eps_dual * width)
@@ -73,7 +85,7 @@ class Sapo(Gate):
     tau_pos: Bound = 1.0
     tau_neg: Bound = 1.05
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
         return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
@@ -86,14 +98,14 @@ class Identity(Gate):
     name = "identity"
     uses_advantages = False
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return logp
 
 
 GATES: dict[str, type[Gate]] = {
     gate.name: gate
     for gate in (
-        PpoClip, LogBand, Cispo, Sapo, Reinforce, Quadratic, Topr, Vespo, DppoTv, DppoKl, KlK1, KlK2, KlK3,
-        KlK1Unbiased, KlK3Unbiased, Identity,
+        PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo, Dppo, DppoTv,
+        DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity,
     )
 }  # fmt: skip

@@ -19,8 +19,18 @@ class KlK1(KlGate):
 
     name = "kl_k1"
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return s
+
+
+@parametrised
+class KlAbs(KlGate):
+    """l = |s| (verl "abs"). As a loss its gradient is a sign, 0 at s = 0."""
+
+    name = "kl_abs"
+
+    def value(self, s, x, logp, advantages, t):
+        return s.abs()
 
 
 @parametrised
@@ -29,7 +39,7 @@ class KlK2(KlGate):
 
     name = "kl_k2"
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return s * s / 2
 
 
@@ -41,7 +51,7 @@ class KlK3(KlGate):
     name = "kl_k3"
     ceiling: Bound = INF
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return clamp(torch.expm1(-s) + s, -INF, self.ceiling)
 
 
@@ -55,7 +65,7 @@ class KlK1Unbiased(KlGate):
 
     name = "kl_k1_unbiased"
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return _straight_through(s, s * s / 2)
 
 
@@ -67,5 +77,5 @@ class KlK3Unbiased(KlGate):
     name = "kl_k3_unbiased"
     ceiling: Bound = INF
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return _straight_through(clamp(torch.expm1(-s) + s, -INF, self.ceiling), s * s / 2)

@@ -35,10 +35,10 @@ class Cispo(Gate):
             return low, self.eps_high
         return 0.0 if self.eps_low is None else 1 - low, 1 + self.eps_high
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return -clamp(s.exp(), *self.params()).detach() * advantages * logp
 
-    def clipped(self, s, logp, advantages, t):
+    def clipped(self, s, x, logp, advantages, t):
         ratio, (low, high) = s.exp(), self.params()
         return ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool)
 
@@ -49,7 +49,7 @@ class Reinforce(Gate):
 
     name = "reinforce"
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return -advantages * logp
 
 
@@ -64,7 +64,7 @@ class Quadratic(Gate):
     vanishes = False
     beta: Bound = 1.0
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         return -advantages * logp + self.beta / 2 * s * s
 
 
@@ -79,11 +79,11 @@ class Topr(Gate):
     name = "topr"
     ceiling: Bound = 1.0
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         weight = torch.where(advantages > 0, 1, clamp(s.exp(), -INF, self.ceiling))
         return -weight.detach() * advantages * logp
 
-    def clipped(self, s, logp, advantages, t):
+    def clipped(self, s, x, logp, advantages, t):
         low = (advantages <= 0) & (s.exp() > self.ceiling)
         return low, torch.zeros_like(low), torch.zeros_like(low)
 
@@ -101,7 +101,7 @@ class Vespo(Gate):
     k_neg: Bound = 3.0
     lambda_neg: Bound = 2.0
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
         log_ratio = clamp(s, LOG_FLOOR, INF)
@@ -117,22 +117,36 @@ class DppoGate(Gate):
     the rollout's log-probs: hand them in as old_logp. clip_high, clip_low: dropped by either bound.
     """
 
-    def divergence(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} is no gate: it defines no divergence")
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Bound:
+        raise TypeError(f"{type(self).__name__} is no gate: it defines no distance")
 
     def _dropped(self, s, logp, advantages):
         p, mu = logp.exp().clamp(max=1), (logp - s).exp().clamp(max=1)
-        far, positive = self.divergence(p, mu, s), advantages > 0
+        far, positive = self.distance(p, mu, s), advantages > 0
         return ~positive & (p < mu) & (far > self.eps_low), positive & (p > mu) & (far > self.eps_high)
 
-    def value(self, s, logp, advantages, t):
+    def value(self, s, x, logp, advantages, t):
         low, high = self._dropped(s.detach(), logp.detach(), advantages)
         weight = torch.where(low | high, 0, clamp(s.exp(), -INF, self.ceiling))
         return -weight.detach() * advantages * logp
 
-    def clipped(self, s, logp, advantages, t):
+    def clipped(self, s, x, logp, advantages, t):
         low, high = self._dropped(s, logp, advantages)
         return low, high, torch.zeros_like(low)
+
+
+@parametrised
+class Dppo(DppoGate):
+    """DPPO with a divergence given per token, as tokenrl.topk_divergence computes it from the top-K. See DppoGate."""
+
+    name = "dppo"
+    eps_low: Bound = 0.15
+    eps_high: Bound = 0.15
+    ceiling: Bound = 20.0
+    divergence: Bound = 0.0
+
+    def distance(self, p, mu, s):
+        return torch.as_tensor(self.divergence, dtype=s.dtype)
 
 
 @parametrised
@@ -144,7 +158,7 @@ class DppoTv(DppoGate):
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
 
-    def divergence(self, p, mu, s):
+    def distance(self, p, mu, s):
         return (p - mu).abs()
 
 
@@ -158,5 +172,5 @@ class DppoKl(DppoGate):
     eps_high: Bound = 0.05
     ceiling: Bound = 20.0
 
-    def divergence(self, p, mu, s):
+    def distance(self, p, mu, s):
         return -mu * s + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))

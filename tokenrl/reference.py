@@ -54,9 +54,9 @@ def objective(
     t = rows.flat(t).clamp(min=1).to(x.dtype)
     a = per_token(advantages, cu_seqlens, mask, logp)
     gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
-    s = torch.where(mask, s, 0)
+    s, own = torch.where(mask, s, 0), x.detach() + kept - kept.detach()
     w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
-    loss = torch.where(w != 0, w * gate.value(s, kept, a, t), 0).sum()
+    loss = torch.where(w != 0, w * gate.value(s, own, kept, a, t), 0).sum()
     return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
 
 
@@ -80,7 +80,7 @@ def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like)
 
 def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     ratio = s.exp()
-    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, logp, a, t)]
+    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, x, logp, a, t)]
     if not mask.numel():
         return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
     lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()

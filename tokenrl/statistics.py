@@ -2,7 +2,7 @@
 
 Each takes x, the log ratios [spans, length] with zeros in masked cells, mask of the same shape, and t, the 1-based
 count of
-valid tokens; each is linear in x except prefix_min. A span is a sequence, or a segment inside one: only the boundaries
+valid tokens; each is linear in x except the minima. A span is a sequence, or a segment inside one: only the boundaries
 differ.
 
 flow says what a gradient sees: "through" is the true derivative, "local" stops it in all tokens but the own one
@@ -38,6 +38,11 @@ def prefix_min(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     return torch.where(t > 1, before, 0) + x
 
 
+def prefix_min_capped(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
+    """s_t = min(0, sg[min_{j < t} x_j]) + x_t: a prefix only ever lowers the ratio."""
+    return torch.minimum(prefix_min(x, mask, t) - x, torch.zeros_like(x)).detach() + x
+
+
 def span_sum(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     """s_t = sum_j x_j, the same for every token of the span"""
     return x.sum(1, keepdim=True).expand_as(x)
@@ -48,13 +53,14 @@ def span_mean(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     return (x.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(x)
 
 
-STATISTICS = {f.__name__: f for f in (token, prefix_sum, prefix_mean, prefix_min, span_sum, span_mean)}
+STATISTICS = {f.__name__: f for f in (token, prefix_sum, prefix_mean, prefix_min, prefix_min_capped, span_sum, span_mean)}
 
 FLOWS = {  # a token has no other token to stop at; the prefix minimum is always detached
     "token": ("through",),
     "prefix_sum": ("local", "through"),
     "prefix_mean": ("local", "through"),
     "prefix_min": ("local",),
+    "prefix_min_capped": ("local",),
     "span_sum": ("local", "through"),
     "span_mean": ("local", "through"),
 }

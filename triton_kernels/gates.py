@@ -1,8 +1,8 @@
 """One function per gate: the loss of one token and its partials. Formulas and sources: tokenrl/gates*.py.
 
-gate(s, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
-s, logp, advantage, t: blocks of tokens (t: the position, 1-based); parameters: numbers or blocks, as in params().
-d_s, d_logp: partials with respect to the statistic and the own log-prob; low, high, dual: where that bound is active.
+gate(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
+s, x, logp, advantage, t: blocks of tokens (x: the own log ratio; t: the position, 1-based); parameters: numbers or
+blocks, as in params(). d_s, d_logp: partials with respect to the statistic and the own log-prob, x's part included; low, high, dual: where that bound is active.
 Each derivative stands on the line after its value.
 """
 
@@ -30,7 +30,7 @@ def _weighted(logp, advantage, weight):
 
 
 @triton.jit
-def ppo_clip(s, logp, advantage, t, eps_low, eps_high, dual):
+def ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual):
     ratio, low, high, above = _bounded(advantage, exponential(s), 1 - eps_low, 1 + eps_high, dual)
     value = -advantage * ratio
     d_s = tl.where(low | high | above, 0.0, value)
@@ -38,7 +38,15 @@ def ppo_clip(s, logp, advantage, t, eps_low, eps_high, dual):
 
 
 @triton.jit
-def log_band(s, logp, advantage, t, eps_low, eps_high, eps_dual, power_of_t):
+def ppo_ntp(s, x, logp, advantage, t, eps_low, eps_high, dual, ntp):
+    value, d_s, d_logp, low, high, above = ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual)
+    value -= ntp * logp
+    d_logp = -ntp
+    return value, d_s, d_logp, low, high, above
+
+
+@triton.jit
+def log_band(s, x, logp, advantage, t, eps_low, eps_high, eps_dual, power_of_t):
     width = power(t, power_of_t)
     kept, low, high, above = _bounded(advantage, s, -eps_low * width, eps_high * width, eps_dual * width)
     value = -advantage * exponential(kept)
@@ -47,14 +55,14 @@ def log_band(s, logp, advantage, t, eps_low, eps_high, eps_dual, power_of_t):
 
 
 @triton.jit
-def cispo(s, logp, advantage, t, low, high):
+def cispo(s, x, logp, advantage, t, low, high):
     ratio = exponential(s)
     value, d_logp = _weighted(logp, advantage, clip(ratio, low, high))
     return value, 0.0, d_logp, ratio < low, ratio > high, False
 
 
 @triton.jit
-def sapo(s, logp, advantage, t, tau_pos, tau_neg):
+def sapo(s, x, logp, advantage, t, tau_pos, tau_neg):
     ratio = exponential(s)
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
     z = tau * (ratio - 1)
@@ -66,13 +74,58 @@ def sapo(s, logp, advantage, t, tau_pos, tau_neg):
 
 
 @triton.jit
-def reinforce(s, logp, advantage, t):
+def _clipped_ratio(log_ratio, eps_low, eps_high):
+    """A ratio, its clipped self, and whether the clip passes a gradient."""
+    ratio = exponential(log_ratio)
+    return ratio, clip(ratio, 1 - eps_low, 1 + eps_high), (ratio >= 1 - eps_low) & (ratio <= 1 + eps_high)
+
+
+@triton.jit
+def dhpo(s, x, logp, advantage, t, mix, eps_low, eps_high, span_eps_low, span_eps_high):
+    own, own_kept, own_passes = _clipped_ratio(x, eps_low, eps_high)
+    span, span_kept, span_passes = _clipped_ratio(s, span_eps_low, span_eps_high)
+    mixed, kept = mix * own + (1 - mix) * span, mix * own_kept + (1 - mix) * span_kept
+    low, high = (advantage < 0) & (mixed < kept), (advantage > 0) & (mixed > kept)
+    bound = low | high
+    value = -advantage * tl.where(bound, kept, mixed)
+    d_s = tl.where(bound & (span_passes == 0), 0.0, -advantage * (1 - mix) * span)
+    d_logp = tl.where(bound & (own_passes == 0), 0.0, -advantage * mix * own)
+    return value, d_s, d_logp, low, high, False
+
+
+@triton.jit
+def dhpo_branch(s, x, logp, advantage, t, mix, eps_low, eps_high, span_eps_low, span_eps_high):
+    own, own_low, own_high, _ = _bounded(advantage, exponential(x), 1 - eps_low, 1 + eps_high, float("inf"))
+    span, span_low, span_high, _ = _bounded(
+        advantage, exponential(s), 1 - span_eps_low, 1 + span_eps_high, float("inf")
+    )
+    value = -advantage * (mix * own + (1 - mix) * span)
+    d_s = tl.where(span_low | span_high, 0.0, -advantage * (1 - mix) * span)
+    d_logp = tl.where(own_low | own_high, 0.0, -advantage * mix * own)
+    return value, d_s, d_logp, own_low | span_low, own_high | span_high, False
+
+
+@triton.jit
+def hapo(s, x, logp, advantage, t, eps_low, eps_high, dual, score, alpha, beta):
+    score = score + tl.zeros_like(s)  # a block: see dppo
+    ratio, uncertain, wider = exponential(s), score > 0, 1 + alpha * tl.abs(score)
+    eps_low, eps_high = tl.where(uncertain, eps_low, eps_low * wider), tl.where(uncertain, eps_high * wider, eps_high)
+    inside = (ratio > 1 - eps_low / 2) & (ratio < 1 + eps_high / 2)
+    advantage = tl.where(inside == uncertain, advantage, advantage * (1 + beta * score))
+    kept, low, high, above = _bounded(advantage, ratio, 1 - eps_low, 1 + eps_high, dual)
+    value = -advantage * kept
+    d_s = tl.where(low | high | above, 0.0, value)
+    return value, d_s, 0.0, low, high, above
+
+
+@triton.jit
+def reinforce(s, x, logp, advantage, t):
     value, d_logp = _weighted(logp, advantage, 1.0)
     return value, 0.0, d_logp, False, False, False
 
 
 @triton.jit
-def quadratic(s, logp, advantage, t, beta):
+def quadratic(s, x, logp, advantage, t, beta):
     value, d_logp = _weighted(logp, advantage, 1.0)
     value += beta / 2 * s * s
     d_s = beta * s
@@ -80,14 +133,14 @@ def quadratic(s, logp, advantage, t, beta):
 
 
 @triton.jit
-def topr(s, logp, advantage, t, ceiling):
+def topr(s, x, logp, advantage, t, ceiling):
     ratio, positive = exponential(s), advantage > 0
     value, d_logp = _weighted(logp, advantage, tl.where(positive, 1.0, smaller(ratio, ceiling)))
     return value, 0.0, d_logp, (advantage <= 0) & (ratio > ceiling), False, False
 
 
 @triton.jit
-def vespo(s, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg):
+def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg):
     k, decay = tl.where(advantage < 0, k_neg, k_pos), tl.where(advantage < 0, lambda_neg, lambda_pos)
     log_ratio = larger(s, -18.420680743952367)  # log 1e-8
     value, d_logp = _weighted(logp, advantage, exponential(decay + k * log_ratio - decay * exponential(log_ratio)))
@@ -110,34 +163,49 @@ def _dppo(s, logp, advantage, p, mu, divergence, eps_low, eps_high, ceiling):
 
 
 @triton.jit
-def dppo_tv(s, logp, advantage, t, eps_low, eps_high, ceiling):
+def dppo(s, x, logp, advantage, t, eps_low, eps_high, ceiling, divergence):
+    p, mu = _probabilities(s, logp)
+    # A block, as the interpreter cannot combine a number's comparison with a block's.
+    return _dppo(s, logp, advantage, p, mu, divergence + tl.zeros_like(s), eps_low, eps_high, ceiling)
+
+
+@triton.jit
+def dppo_tv(s, x, logp, advantage, t, eps_low, eps_high, ceiling):
     p, mu = _probabilities(s, logp)
     return _dppo(s, logp, advantage, p, mu, tl.abs(p - mu), eps_low, eps_high, ceiling)
 
 
 @triton.jit
-def dppo_kl(s, logp, advantage, t, eps_low, eps_high, ceiling):
+def dppo_kl(s, x, logp, advantage, t, eps_low, eps_high, ceiling):
     p, mu = _probabilities(s, logp)
     divergence = (1 - mu) * tl.log((1 - mu + 1e-8) / (1 - p + 1e-8)) - mu * s
-    return _dppo(s, logp, advantage, p, mu, divergence, eps_low, eps_high, ceiling)
+    # A block, as the interpreter cannot combine a number's comparison with a block's.
+    return _dppo(s, logp, advantage, p, mu, divergence + tl.zeros_like(s), eps_low, eps_high, ceiling)
 
 
 @triton.jit
-def kl_k1(s, logp, advantage, t):
+def kl_k1(s, x, logp, advantage, t):
     value = s
     d_s = 1.0
     return value, d_s, 0.0, False, False, False
 
 
 @triton.jit
-def kl_k2(s, logp, advantage, t):
+def kl_abs(s, x, logp, advantage, t):
+    value = tl.abs(s)
+    d_s = tl.where(s > 0, 1.0, tl.where(s < 0, -1.0, 0.0))
+    return value, d_s, 0.0, False, False, False
+
+
+@triton.jit
+def kl_k2(s, x, logp, advantage, t):
     value = s * s / 2
     d_s = s
     return value, d_s, 0.0, False, False, False
 
 
 @triton.jit
-def kl_k3(s, logp, advantage, t, ceiling):
+def kl_k3(s, x, logp, advantage, t, ceiling):
     k3 = k3_of(-s)
     value = smaller(k3, ceiling)
     d_s = tl.where(k3 > ceiling, 0.0, -expm1_of(-s))
@@ -145,21 +213,21 @@ def kl_k3(s, logp, advantage, t, ceiling):
 
 
 @triton.jit
-def kl_k1_unbiased(s, logp, advantage, t):
+def kl_k1_unbiased(s, x, logp, advantage, t):
     value = s
     d_s = s
     return value, d_s, 0.0, False, False, False
 
 
 @triton.jit
-def kl_k3_unbiased(s, logp, advantage, t, ceiling):
+def kl_k3_unbiased(s, x, logp, advantage, t, ceiling):
     value = smaller(k3_of(-s), ceiling)
     d_s = s
     return value, d_s, 0.0, False, False, False
 
 
 @triton.jit
-def identity(s, logp, advantage, t):
+def identity(s, x, logp, advantage, t):
     value = logp
     d_logp = 1.0
     return value, 0.0, d_logp, False, False, False
@@ -168,8 +236,8 @@ def identity(s, logp, advantage, t):
 GATES = {
     gate.__name__: gate
     for gate in (
-        ppo_clip, log_band, cispo, sapo, reinforce, quadratic, topr, vespo, dppo_tv, dppo_kl, kl_k1, kl_k2, kl_k3,
-        kl_k1_unbiased, kl_k3_unbiased, identity,
+        ppo_clip, ppo_ntp, log_band, sapo, dhpo, dhpo_branch, hapo, cispo, reinforce, quadratic, topr, vespo, dppo, dppo_tv,
+        dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased, identity,
     )
 }  # fmt: skip
 NEED_POSITION = frozenset({"log_band"})

@@ -13,7 +13,7 @@ from .gates import GATES, NEED_POSITION
 from .spans import Spans, fill_outside, sequence
 from .walks import Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
-MAX_PARAMS = 4
+MAX_PARAMS = 6
 NUM_METRICS = 9
 NUM_SUMS = tl.constexpr(10)  # the metrics in the order of tokenrl/metrics.py, then the loss
 RATIO_MIN, RATIO_MAX, LOSS = tl.constexpr(2), tl.constexpr(3), tl.constexpr(9)
@@ -58,7 +58,7 @@ def finish(partials, num_sequences, loss, metrics, TILE: tl.constexpr):
 @triton.jit
 def objective_kernel(
     spans, tokens, span_weight, normalizer, coef, scratch, counts, partials, ticket, loss, metrics, clamp: tl.float64,
-    cap: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, STATISTIC: tl.constexpr,
+    cap: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64, p5: tl.float64, STATISTIC: tl.constexpr,
     FLOW: tl.constexpr, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def objective_kernel(
         advantage = tl.load(tokens.advantages + i)
     numbers = (
         tl.full((), clamp, T), tl.full((), cap, T), tl.full((), p0, T), tl.full((), p1, T), tl.full((), p2, T),
-        tl.full((), p3, T),
+        tl.full((), p3, T), tl.full((), p4, T), tl.full((), p5, T),
     )  # fmt: skip
     if STATISTIC != "span_sum" and STATISTIC != "span_mean":
         sums = prefix_walk(

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .scalar import smaller
 from .spans import (
     Spans,
     exclusive_minima,
@@ -32,6 +33,9 @@ def prefix_block(spans, logp, old_logp, clamp, at, begin, end, x, t, reset, carr
     elif STATISTIC == "prefix_min":
         before, carry = exclusive_minima(spans, logp, old_logp, clamp, at, begin, end, reset, carry)
         return x + tl.where(before == float("inf"), 0.0, before), carry
+    elif STATISTIC == "prefix_min_capped":
+        before, carry = exclusive_minima(spans, logp, old_logp, clamp, at, begin, end, reset, carry)
+        return x + smaller(before, 0.0), carry
     else:
         sums, carry = running_sum(spans, x, reset, carry, False)
         return sums / t if STATISTIC == "prefix_mean" else sums, carry
@@ -39,7 +43,7 @@ def prefix_block(spans, logp, old_logp, clamp, at, begin, end, x, t, reset, carr
 
 @triton.jit
 def first_carry(STATISTIC: tl.constexpr, T: tl.constexpr):
-    return tl.full((), float("inf") if STATISTIC == "prefix_min" else 0.0, T)
+    return tl.full((), float("inf") if STATISTIC == "prefix_min" or STATISTIC == "prefix_min_capped" else 0.0, T)
 
 
 @triton.jit
@@ -199,7 +203,7 @@ def statistic_backward(
     Spans are their own adjoint: what a total hands to every token comes back from every token as a total.
     """
     spans = Spans(cu_seqlens, mask, starts, grad.numel(), cu_seqlens.numel() - 1)
-    if flow == "local" or statistic == "prefix_min":
+    if flow == "local" or statistic.startswith("prefix_min"):
         return _launch_statistic(grad, None, spans, "token")
     if not statistic.startswith("prefix") or spans.num_sequences == 0:
         return _launch_statistic(grad, None, spans, statistic)

@@ -49,10 +49,11 @@ def gated(
     params = (
         parameter(numbers[2], tokens.bounds[0], at, valid, T), parameter(numbers[3], tokens.bounds[1], at, valid, T),
         parameter(numbers[4], tokens.bounds[2], at, valid, T), parameter(numbers[5], tokens.bounds[3], at, valid, T),
+        parameter(numbers[6], tokens.bounds[4], at, valid, T), parameter(numbers[7], tokens.bounds[5], at, valid, T),
     )  # fmt: skip
     cap = numbers[1]
     capped = smaller(s, cap)
-    value, d_s, d_logp, low, high, dual = GATE(capped, logp, advantage, t, *params[:NUM_PARAMS])
+    value, d_s, d_logp, low, high, dual = GATE(capped, x, logp, advantage, t, *params[:NUM_PARAMS])
     live = valid & (weight != 0)  # elsewhere nothing may enter, not even inf
     g = tl.where(live & (s <= cap), weight * d_s, 0.0)
     e = tl.where(live, weight * d_logp, 0.0)

@@ -82,7 +82,7 @@ void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);
 template <class Logit, class T>
 void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
 
-// For flow "local" and for prefix_min, whose adjoints are the mask, ask for the statistic `token` of the gradient.
+// For flow "local" and for the minima, whose adjoints are the mask, ask for the statistic `token` of the gradient.
 template <class T>
 void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, const Threads& threads);
 template <class T>

@@ -125,7 +125,8 @@ inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t
 template <class T, class Gate, bool kPerToken>
 inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last, const Lanes<T>& lanes,
                       Totals& totals) {
-  const T *statistic = lanes.s, *t_power = lanes.t_power, *logp = lanes.logp, *advantage = lanes.advantage;
+  const T *statistic = lanes.s, *x = lanes.x, *t_power = lanes.t_power, *logp = lanes.logp;
+  const T* advantage = lanes.advantage;
   const T *weights = lanes.weight, *valids = lanes.valid;
   T *shared = lanes.shared, *direct = lanes.direct;
   Params<T, Gate, kPerToken> params(args);
@@ -136,7 +137,7 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
     params.look_up(token + k, valids[k] != 0);
     const T valid = valids[k], weight = weights[k], uncapped = statistic[k], s = smaller(uncapped, cap);
     const T power = Gate::power_param < 0 ? T(1) : t_power[k];
-    const Gated<T> g = Gate::eval(GateInput<T>{s, logp[k], advantage[k], power, params.p});
+    const Gated<T> g = Gate::eval(GateInput<T>{s, x[k], logp[k], advantage[k], power, params.p});
     const bool pays = weight != 0, counts = valid != 0;
     shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
     direct[k] = pays ? weight * g.d_logp : T(0);

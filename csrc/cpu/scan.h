@@ -37,7 +37,7 @@ struct RunningSum {
   }
 };
 
-// Before every token the smallest x of the valid tokens so far, 0 before the first.
+// Before every token the smallest x of the valid tokens so far, infinity before the first.
 struct RunningMinimum {
   float lowest = infinity<float>();
 
@@ -47,9 +47,16 @@ struct RunningMinimum {
         prefix_of(valid != 0 ? x : neutral, neutral, [](Floats a, Floats b) { return b < a ? b : a; });
     const Floats earlier = moved_up<1>(within, neutral), so_far = earlier < lowest ? earlier : all(lowest);
     lowest = smaller(lowest, within[kLanes - 1]);
-    return so_far == infinity<float>() ? Floats{} : so_far;
+    return so_far;
   }
 };
+
+// least_before() of statistics.h.
+template <Statistic kStatistic>
+TRL_INLINE Floats counted(Floats least) {
+  if constexpr (kStatistic == Statistic::prefix_min_capped) return least < 0 ? least : Floats{};
+  return least == infinity<float>() ? Floats{} : least;
+}
 
 // What a sequence has seen so far, from one piece of it to the next.
 struct Carry {
@@ -68,7 +75,7 @@ inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, 
     const Floats own = load(x + k), is_valid = load(valid + k), position = count.through(is_valid);
     put(t + k, position);
     if constexpr (kStatistic == Statistic::token) put(s + k, own);
-    else if constexpr (kStatistic == Statistic::prefix_min) put(s + k, minimum.before(own, is_valid) + own);
+    else if constexpr (is_minimum(kStatistic)) put(s + k, own + counted<kStatistic>(minimum.before(own, is_valid)));
     else if constexpr (kStatistic == Statistic::prefix_mean) put(s + k, sum.through(own) / higher(position, all(1)));
     else put(s + k, sum.through(own));
   }
@@ -83,6 +90,7 @@ inline void scan_lanes(Statistic statistic, const float* x, const float* valid, 
     case Statistic::prefix_sum: return scan_lanes<Statistic::prefix_sum>(x, valid, n, s, t, carry);
     case Statistic::prefix_mean: return scan_lanes<Statistic::prefix_mean>(x, valid, n, s, t, carry);
     case Statistic::prefix_min: return scan_lanes<Statistic::prefix_min>(x, valid, n, s, t, carry);
+    case Statistic::prefix_min_capped: return scan_lanes<Statistic::prefix_min_capped>(x, valid, n, s, t, carry);
     case Statistic::span_sum:
     case Statistic::span_mean: break;
   }

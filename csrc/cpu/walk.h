@@ -28,9 +28,9 @@ TRL_HD bool is_mean(Statistic statistic) {
 // The statistic of one token from its own log ratio and what the span holds up to it; span statistics leave their
 // running sum.
 template <Statistic kStatistic, class T>
-TRL_HD T at_token(T x, double sum, T least_before, int64_t count) {
+TRL_HD T at_token(T x, double sum, T least, int64_t count) {
   if constexpr (kStatistic == Statistic::token) return x;
-  else if constexpr (kStatistic == Statistic::prefix_min) return least_before + x;
+  else if constexpr (is_minimum(kStatistic)) return least + x;
   else if constexpr (kStatistic == Statistic::prefix_mean) return static_cast<T>(sum / static_cast<double>(count));
   else return static_cast<T>(sum);
 }
@@ -47,7 +47,7 @@ TRL_HD void scan(const Spans& spans, Sequence q, const T* x, T* s, T* t) {
     const bool valid = !mask || mask[q.begin + i];
     if (starts && valid && starts[q.begin + i]) sum = 0, count = 0;
     if (valid) {
-      const T before = count ? lowest : T(0);
+      const T before = least_before(kStatistic, count > 0, lowest);
       lowest = count ? smaller(lowest, x[i]) : x[i];
       sum += x[i];
       ++count;
@@ -66,6 +66,7 @@ TRL_HD void scan(const Spans& spans, Sequence q, Statistic statistic, const T* x
     case Statistic::prefix_sum: return scan<Statistic::prefix_sum>(spans, q, x, s, t);
     case Statistic::prefix_mean: return scan<Statistic::prefix_mean>(spans, q, x, s, t);
     case Statistic::prefix_min: return scan<Statistic::prefix_min>(spans, q, x, s, t);
+    case Statistic::prefix_min_capped: return scan<Statistic::prefix_min_capped>(spans, q, x, s, t);
     case Statistic::span_sum:
     case Statistic::span_mean: return scan<Statistic::span_sum>(spans, q, x, s, t);
   }

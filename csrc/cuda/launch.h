@@ -17,7 +17,7 @@ template <class T>
 const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
                       void* stream);
 
-// adjoint: the true one (flow "through"). For flow "local" and for prefix_min, whose adjoints are the mask, ask for the
+// adjoint: the true one (flow "through"). For flow "local" and for the minima, whose adjoints are the mask, ask for the
 // statistic `token` of the gradient. counts: scratch [N], for span statistics only.
 template <class T>
 const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream);

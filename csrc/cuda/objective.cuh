@@ -48,13 +48,13 @@ struct SequenceObjective {
     return element;
   }
 
-  __device__ __forceinline__ Gated<T> gate(int64_t token, T s, int32_t t) const {
+  __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, int32_t t) const {
     T params[kMaxParams];
 #pragma unroll
     for (int k = 0; k < Gate::num_params; ++k)
       params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
     const T own = args.advantages_per_token ? args.advantages[token] : advantage;
-    return Gate::eval(GateInput<T>{s, args.logp[token], own, position_power<Gate>(T(t), params), params});
+    return Gate::eval(GateInput<T>{s, x, args.logp[token], own, position_power<Gate>(T(t), params), params});
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
@@ -66,7 +66,7 @@ struct SequenceObjective {
   // The statistic of one token is known: its loss, and its coefficient as far as other tokens have no part in it.
   __device__ __forceinline__ void evaluate(int64_t token, T statistic_value, int32_t t, int32_t divisor) {
     const T s = smaller(statistic_value, args.cap), x = log_ratio(token);
-    const Gated<T> gated = gate(token, s, t);
+    const Gated<T> gated = gate(token, s, x, t);
     observe(x, s, gated);
     const T w = args.token_weight ? weight * args.token_weight[token] : weight;
     totals.loss += w != 0 ? w * gated.value : T(0);
@@ -104,7 +104,7 @@ struct SequenceObjective {
   // Prefix statistics gather on the way forwards; span statistics carry totals from the end of each span backwards.
   __device__ __forceinline__ void evaluate_tokens() {
     const bool spans = over_span();
-    const Combine<T> combine{spans ? Fold::copy : statistic == Statistic::prefix_min ? Fold::least : Fold::add};
+    const Combine<T> combine{spans ? Fold::copy : is_minimum(statistic) ? Fold::least : Fold::add};
     walk<T>(
         q, spans, combine,
         [&](int64_t token) {
@@ -119,7 +119,7 @@ struct SequenceObjective {
           }
           T s = mean() ? after.value / T(after.count) : after.value;
           if (statistic == Statistic::token) s = log_ratio(token);
-          if (statistic == Statistic::prefix_min) s = log_ratio(token) + (after.count > 1 ? before.value : T(0));
+          if (is_minimum(statistic)) s = log_ratio(token) + least_before(statistic, after.count > 1, before.value);
           evaluate(token, s, spans ? scratch.counts[token] : after.count, after.count);
         },
         memory);

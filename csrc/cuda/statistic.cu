@@ -30,13 +30,14 @@ struct SequenceStatistic {
     for (int64_t t = q.begin + threadIdx.x; t < q.end; t += kThreads) args.output[t] = valid(t) ? value(t) : T(0);
   }
 
-  __device__ __forceinline__ void prefix(bool least) const {
+  __device__ __forceinline__ void prefix(Statistic statistic) const {
+    const bool least = is_minimum(statistic);
     const Combine<T> combine{least ? Fold::least : Fold::add};
     walk<T>(
         q, false, combine, [&](int64_t t) { return element(t, combine); },
         [&](int64_t t, const Running<T>& before, const Running<T>& after) {
           T s = mean ? after.value / T(after.count) : after.value;
-          if (least && valid(t)) s = value(t) + (after.count > 1 ? before.value : T(0));
+          if (least && valid(t)) s = value(t) + least_before(statistic, after.count > 1, before.value);
           args.output[t] = valid(t) ? s : T(0);
         },
         memory);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   if (statistic == Statistic::token) sequence.token();
   else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean) sequence.span();
   else if (adjoint) sequence.suffix();
-  else sequence.prefix(statistic == Statistic::prefix_min);
+  else sequence.prefix(statistic);
 }
 
 template <class T>

@@ -18,11 +18,17 @@ struct Pair {
   Statistic statistic;
   bool through;
 };
-constexpr Pair kPairs[] = {{Statistic::token, true},       {Statistic::prefix_sum, false},
-                           {Statistic::prefix_sum, true},  {Statistic::prefix_mean, false},
-                           {Statistic::prefix_mean, true}, {Statistic::prefix_min, false},
-                           {Statistic::span_sum, false},   {Statistic::span_sum, true},
-                           {Statistic::span_mean, false},  {Statistic::span_mean, true}};
+constexpr Pair kPairs[] = {{Statistic::token, true},
+                           {Statistic::prefix_sum, false},
+                           {Statistic::prefix_sum, true},
+                           {Statistic::prefix_mean, false},
+                           {Statistic::prefix_mean, true},
+                           {Statistic::prefix_min, false},
+                           {Statistic::prefix_min_capped, false},
+                           {Statistic::span_sum, false},
+                           {Statistic::span_sum, true},
+                           {Statistic::span_mean, false},
+                           {Statistic::span_mean, true}};
 
 const cpu::Threads kInline{
     [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
@@ -49,7 +55,8 @@ struct Batch {
       state = state * 6364136223846793005u + 1442695040888963407u;
       return static_cast<double>(state >> 11) / 4503599627370496.0 - 1;
     };
-    const double low[] = {0.1, 0.12, gate == "ppo_clip" ? 1.3 : 0.3, 0.4};
+    const bool ratio_dual = gate == "ppo_clip" || gate == "ppo_ntp" || gate == "hapo";
+    const double low[] = {0.1, 0.12, ratio_dual ? 1.3 : 0.3, 0.4, 0.2, 0.5};
     for (int64_t k = 0; k < kMaxParams; ++k) bounds[k].resize(tokens);
     for (double& a : advantages) a = next();
     for (int64_t i = 0; i < tokens; ++i) {
@@ -59,8 +66,9 @@ struct Batch {
       mask[i] = next() < 0.6;
       starts[i] = mask[i] && next() > 0.7;
       for (int k = 0; k < kMaxParams; ++k) bounds[k][i] = low[k] + 0.05 * next();
-      if (!mask[i])
-        logp[i] = old_logp[i] = token_weight[i] = bounds[0][i] = bounds[1][i] = bounds[2][i] = bounds[3][i] = NAN;
+      if (mask[i]) continue;
+      logp[i] = old_logp[i] = token_weight[i] = NAN;
+      for (auto& bound : bounds) bound[i] = NAN;
     }
   }
 };
@@ -119,6 +127,7 @@ double statistic_at(const Batch& batch, const Span& span, Statistic statistic, s
   for (size_t j = 0; j < k; ++j) least = j == 0 ? x(0) : std::fmin(least, x(j));
   if (statistic == Statistic::token) return x(k);
   if (statistic == Statistic::prefix_min) return least + x(k);
+  if (statistic == Statistic::prefix_min_capped) return std::fmin(least, 0.0) + x(k);
   const bool prefix = statistic == Statistic::prefix_sum || statistic == Statistic::prefix_mean;
   const size_t n = prefix ? k + 1 : span.tokens.size();
   for (size_t j = 0; j < n; ++j) sum += x(j);
@@ -134,11 +143,11 @@ struct Expected {
 template <class Gate>
 Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
   const int64_t token = span.tokens[k];
+  const double x = log_ratio(batch, token), logp = batch.logp[token], advantage = batch.advantages[span.sequence];
   double p[kMaxParams];
   for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
   const double t = static_cast<double>(k + 1);
-  return Gate::eval(
-      GateInput<double>{s, batch.logp[token], batch.advantages[span.sequence], position_power<Gate>(t, p), p});
+  return Gate::eval(GateInput<double>{s, x, logp, advantage, position_power<Gate>(t, p), p});
 }
 
 // d/dx_j of s_k.

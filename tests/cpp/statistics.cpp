@@ -72,7 +72,7 @@ void check_local(Statistic statistic) {
     sum += x[i];
     least = count ? std::fmin(least, x[i]) : x[i];
     ++count;
-    const double s[] = {x[i], sum, sum / count, before + x[i], total, total / 4};
+    const double s[] = {x[i], sum, sum / count, before + x[i], std::fmin(before, 0.0) + x[i], total, total / 4};
     near(std::string(kStatistics[static_cast<int>(statistic)]) + " local token " + std::to_string(i), batch.coef[i],
          w * s[static_cast<int>(statistic)], 1e-12);
   }
@@ -87,8 +87,8 @@ int main() {
        {Statistic::token, Statistic::prefix_sum, Statistic::prefix_mean, Statistic::span_sum, Statistic::span_mean})
     for (const char* gate : {"kl_k2", "kl_k3", "sapo", "kl_k1"})
       for (bool segments : {false, true}) check_through(statistic, gate, segments);
-  for (Statistic statistic : {Statistic::prefix_sum, Statistic::prefix_mean, Statistic::prefix_min, Statistic::span_sum,
-                              Statistic::span_mean})
+  for (Statistic statistic : {Statistic::prefix_sum, Statistic::prefix_mean, Statistic::prefix_min,
+                              Statistic::prefix_min_capped, Statistic::span_sum, Statistic::span_mean})
     check_local(statistic);
   return report("statistics");
 }

@@ -130,9 +130,9 @@ inline double entry(Statistic statistic, size_t k, size_t j, size_t n) {
 
 inline double statistic_at(Statistic statistic, const std::vector<double>& x, size_t k) {
   double s = 0;
-  if (statistic == Statistic::prefix_min) {
+  if (is_minimum(statistic)) {
     for (size_t j = 0; j < k; ++j) s = j == 0 ? x[0] : std::fmin(s, x[j]);
-    return s + x[k];
+    return (statistic == Statistic::prefix_min_capped ? std::fmin(s, 0.0) : s) + x[k];
   }
   for (size_t j = 0; j < x.size(); ++j) s += entry(statistic, k, j, x.size()) * x[j];
   return s;
@@ -142,10 +142,16 @@ struct Pair {
   Statistic statistic;
   bool through;
 };
-inline const Pair kPairs[] = {{Statistic::token, true},       {Statistic::prefix_sum, false},
-                              {Statistic::prefix_sum, true},  {Statistic::prefix_mean, false},
-                              {Statistic::prefix_mean, true}, {Statistic::prefix_min, false},
-                              {Statistic::span_sum, false},   {Statistic::span_sum, true},
-                              {Statistic::span_mean, false},  {Statistic::span_mean, true}};
+inline const Pair kPairs[] = {{Statistic::token, true},
+                              {Statistic::prefix_sum, false},
+                              {Statistic::prefix_sum, true},
+                              {Statistic::prefix_mean, false},
+                              {Statistic::prefix_mean, true},
+                              {Statistic::prefix_min, false},
+                              {Statistic::prefix_min_capped, false},
+                              {Statistic::span_sum, false},
+                              {Statistic::span_sum, true},
+                              {Statistic::span_mean, false},
+                              {Statistic::span_mean, true}};
 
 }  // namespace tokenrl

@@ -35,12 +35,12 @@ struct Truth {
 };
 
 template <class Gate, class T>
-Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t token, double s, double t) {
+Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t token, double s, double x, double t) {
   double params[kMaxParams];
   for (int k = 0; k < kMaxParams; ++k)
     params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
   const double advantage = args.advantages[args.advantages_per_token ? token : sequence];
-  return Gate::eval(GateInput<double>{s, args.logp[token], advantage, position_power<Gate>(t, params), params});
+  return Gate::eval(GateInput<double>{s, x, args.logp[token], advantage, position_power<Gate>(t, params), params});
 }
 
 template <class Gate, class T>
@@ -58,7 +58,7 @@ Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
       }
       for (size_t k = 0; k < n; ++k) {
         const double raw = statistic_at(options.pair.statistic, x, k), s = std::fmin(raw, args.cap);
-        const auto gated = gate_at<Gate>(args, i, span[k], s, static_cast<double>(k + 1));
+        const auto gated = gate_at<Gate>(args, i, span[k], s, x[k], static_cast<double>(k + 1));
         const double w =
             args.span_weight[i] / *args.normalizer * (args.token_weight ? args.token_weight[span[k]] : 1.0);
         truth.loss += w * gated.value;
