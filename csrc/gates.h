@@ -11,8 +11,9 @@
 
 namespace tokenrl {
 
-using Gates = std::tuple<PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr,
-                         Vespo, Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity>;
+using Gates =
+    std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo,
+               Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity>;
 inline constexpr int kMaxParams = 6;
 
 }  // namespace tokenrl

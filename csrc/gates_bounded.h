@@ -5,6 +5,18 @@
 
 namespace tokenrl {
 
+struct Ratio : AnyPosition {
+  static constexpr const char* name = "ratio";
+  static constexpr int num_params = 0;
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+    Gated<T> out;
+    out.value = -in.advantage * exponential(in.s);
+    out.d_s = out.value;
+    return out;
+  }
+};
+
 struct PpoClip : AnyPosition {
   static constexpr const char* name = "ppo_clip";
   static constexpr int num_params = 3;  // eps_low, eps_high, dual

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ import torch
 
 from . import composed, contract, reference
 from .errors import unknown
+from .gates import GATES
+
+_BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates.h; more may be registered
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,13 @@ class Backend:
     namespace: str | None
     why_not: Callable[[torch.device], str | None]
     automatic: Callable[[torch.device], bool] = lambda device: True
+    gates: Callable[[], Collection[str]] = lambda: _BUILT_IN
+
+    def why_not_gate(self, gate: str | None) -> str | None:
+        """Why a gate of that name cannot run on it, or None."""
+        if gate is None or self.namespace is None or gate in self.gates():
+            return None
+        return f"it has no kernel of the gate {gate!r}"
 
     @property
     def ops(self):
@@ -37,25 +47,27 @@ class Backend:
         return reference.aggregation_weights if self.namespace is None else self.ops.aggregation_weights
 
 
-def choose(name: str | None, device: torch.device) -> Backend:
-    """The backend for a call on `device`: the named one, else TOKENRL_BACKEND, else the first that can run it."""
+def choose(name: str | None, device: torch.device, gate: str | None = None) -> Backend:
+    """The backend for a call on `device`, of an objective with that gate: the named one, else TOKENRL_BACKEND, else the
+    first that can run it."""
     name = name or os.environ.get("TOKENRL_BACKEND") or None
     if name is not None:
         if name not in BACKENDS:
             raise unknown("backend", name, BACKENDS)
-        reason = BACKENDS[name].why_not(device)
+        reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_gate(gate)
         if reason is None:
             return BACKENDS[name]
-        raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}\n{reasons(device)}")
+        raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}\n{reasons(device, gate)}")
     for backend in BACKENDS.values():
-        if backend.automatic(device) and backend.why_not(device) is None:
+        if backend.automatic(device) and backend.why_not(device) is None and backend.why_not_gate(gate) is None:
             return backend
-    raise RuntimeError(f"no backend can run on {device.type}:\n{reasons(device)}")
+    raise RuntimeError(f"no backend can run on {device.type}:\n{reasons(device, gate)}")
 
 
-def reasons(device: torch.device) -> str:
+def reasons(device: torch.device, gate: str | None = None) -> str:
     """One line per backend: whether it can run on `device`, or why not."""
-    return "\n".join(f"  {name}: {b.why_not(device) or 'can run'}" for name, b in BACKENDS.items())
+    found = {name: b.why_not(device) or b.why_not_gate(gate) for name, b in BACKENDS.items()}
+    return "\n".join(f"  {name}: {reason or 'can run'}" for name, reason in found.items())
 
 
 def _load_native() -> str | None:
@@ -84,6 +96,7 @@ def _load_triton() -> str | None:
 
 NATIVE_REASON = _load_native()
 TRITON_REASON = _load_triton()
+TRITON_GATES = {} if TRITON_REASON else importlib.import_module("tokenrl.triton_kernels.gates").GATES
 
 
 def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
@@ -114,7 +127,9 @@ def _why_not_triton(device: torch.device) -> str | None:
 BACKENDS = {
     "cuda": Backend("cuda", "tokenrl", _why_not_native("cuda")),
     "cpu": Backend("cpu", "tokenrl", _why_not_native("cpu")),
-    "triton": Backend("triton", "tokenrl_triton", _why_not_triton, automatic=lambda device: device.type == "cuda"),
+    "triton": Backend(
+        "triton", "tokenrl_triton", _why_not_triton, lambda device: device.type == "cuda", lambda: TRITON_GATES
+    ),
     "reference": Backend("reference", None, lambda device: None),
 }
 

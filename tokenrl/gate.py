@@ -48,7 +48,9 @@ class Gate:
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
 
-    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def clipped(
+        self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         never = torch.zeros_like(s, dtype=torch.bool)
         return never, never, never
 

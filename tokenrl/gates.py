@@ -2,12 +2,21 @@
 its parameters, its formula, its source, and its value in torch (see tokenrl/gate.py)."""
 
 import torch
-from torch import Tensor
 
 from .gate import INF, Bound, Gate, clamp, parametrised, surrogate
 from .gates_adaptive import Dhpo, DhpoBranch, Hapo
 from .gates_kl import KlAbs, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
+
+
+@parametrised
+class Ratio(Gate):
+    """l = -A r: the importance-weighted policy gradient, nothing bounded."""
+
+    name = "ratio"
+
+    def value(self, s, x, logp, advantages, t):
+        return -advantages * s.exp()
 
 
 @parametrised
@@ -105,7 +114,7 @@ class Identity(Gate):
 GATES: dict[str, type[Gate]] = {
     gate.name: gate
     for gate in (
-        PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo, Dppo, DppoTv,
-        DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity,
+        Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo, Dppo,
+        DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity,
     )
 }  # fmt: skip

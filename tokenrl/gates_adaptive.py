@@ -7,8 +7,8 @@ from .gate import INF, Bound, Gate, clamp, parametrised, surrogate
 
 @parametrised
 class DhpoGate(Gate):
-    """Base of DHPO, arXiv 2601.05607: the token's ratio r = e^x and the span's q = e^s, each in a trust region of its own,
-    mixed with weight w = mix on the token.
+    """Base of DHPO, arXiv 2601.05607: the token's ratio r = e^x and the span's q = e^s, each in a trust region of its
+    own, mixed with weight w = mix on the token.
 
     Fixed by the source [N]: clipping before mixing, constant w, q the length-normalised ratio of the sequence. Our
     reading [R]: joint minimum (dhpo) or one minimum per branch (dhpo_branch), the bounds, and which branch a high

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .aggregate import SpanWeights
-from .errors import unknown, wrong
-from .gates_kl import KlGate
+from .errors import wrong
 from .layout import Layout, layout_of
 from .linear import HeadArguments, check_main_grad_backend, head_arguments
 from .logprobs import IGNORED, check_ids
 from .metrics import LinearMetrics
-from .objectives import OBJECTIVES, Objective
+from .objectives import Objective
 from .objectives import objective as find
-from .policy import Batch, checked_batch, evaluate, split_params
 from .products import sum_dtype
+from .run import Batch, checked_batch, split_params
+from .terms import ExtraTerms, extra_terms, token_weights, total
 
 
 def linear_policy_loss(
@@ -47,8 +46,8 @@ def linear_policy_loss(
     instead.
     One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
     token, prefixes with flow "local", on-policy); for the others chunks end with sequences. Where a sequence does not
-    fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops: metrics.passes says
-    which.
+    fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops, and objectives with a
+    form (tokenrl/form.py) always do: metrics.passes says which.
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
     where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
     coefficient is zero enter no GEMM of the backward.
@@ -63,7 +62,7 @@ def linear_policy_loss(
     check_ids(head.like, ids, ())
     if ids.dim() != hidden.dim() - 1:
         raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
-    chosen = backends.choose(backend, hidden.device)
+    chosen = backends.choose(backend, hidden.device, row.gate.name)
     check_main_grad_backend(main_grad, chosen)
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
     layout = dataclasses.replace(layout, mask=layout.valid() & (ids.reshape(-1) != ignore_index))
@@ -72,47 +71,15 @@ def linear_policy_loss(
         row, layout, dtype, chosen, None if on_policy else old_logp, advantages, token_weight, segment_ids, group_ids,
         aggregation, normalizer,
     )  # fmt: skip
-    extra = _extra_terms(layout, dtype, ref_logp, kl, kl_coef, entropy_coef)
+    extra = extra_terms(layout, dtype, ref_logp, kl, kl_coef, entropy_coef)
     valid = layout.valid()
     flat_ids = head.ids(ids, valid.view(ids.shape), ignore_index)
-    if row.gate.uses_advantages and row.gate.vanishes and not extra.wanted:
+    if row.gate.uses_advantages and row.gate.vanishes and row.form is None and not extra.wanted:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, batch.advantages))
-    run = _reference if chosen.namespace is None else _kernels
+    run = _two_ops if chosen.namespace is None or row.form is not None else _one_op
     loss, raw = run(chosen, head, flat_ids, layout, batch, extra)
     left_out = (valid.sum() - layout.mask.sum()).to(raw.dtype)
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
-
-
-@dataclasses.dataclass(frozen=True)
-class ExtraTerms:
-    """What is added to the objective. kl: a row of the table; ref_logp None: no KL term."""
-
-    ref_logp: Tensor | None
-    kl: Objective
-    kl_coef: float
-    entropy_coef: float
-
-    @property
-    def wanted(self) -> bool:
-        return self.entropy_coef != 0 or (self.ref_logp is not None and self.kl_coef != 0)
-
-
-def _extra_terms(
-    layout: Layout, dtype: torch.dtype, ref_logp: Tensor | None, kl: str | Objective, kl_coef: float,
-    entropy_coef: float,
-) -> ExtraTerms:  # fmt: skip
-    kl = find(kl)
-    if not isinstance(kl.gate, KlGate) or kl.statistic != "token":
-        raise unknown("kl", kl.name, [name for name, row in OBJECTIVES.items() if isinstance(row.gate, KlGate)])
-    if any(isinstance(p, Tensor) for p in kl.gate.params()):
-        raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
-    if ref_logp is None and kl_coef != 0:
-        raise wrong("ref_logp", None, f"one log-prob per token, {list(layout.shape)}; kl_coef is {kl_coef}")
-    if ref_logp is not None:
-        if ref_logp.requires_grad:
-            raise wrong("ref_logp", "a tensor that requires grad", "a constant (ref_logp.detach())")
-        ref_logp = layout.tokens("ref_logp", ref_logp, dtype)
-    return ExtraTerms(ref_logp, kl, float(kl_coef), float(entropy_coef))
 
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
@@ -127,7 +94,7 @@ def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
     return layout.valid() & signal.repeat_interleave(lengths, output_size=layout.num_tokens)
 
 
-def _kernels(
+def _one_op(
     chosen: backends.Backend, head: HeadArguments, ids: Tensor, layout: Layout, batch: Batch, extra: ExtraTerms
 ) -> tuple[Tensor, Tensor]:
     """(loss, raw metrics [12]) by the op."""
@@ -142,33 +109,23 @@ def _kernels(
     loss, raw, *_ = chosen.differentiable("linear_policy_loss")(
         *head.tensors, ids, *head.how, wanted, head.main_grad, batch.old_logp, per_token, layout.mask,
         layout.cu_seqlens, batch.starts, weights.span_weight, weights.normalizer, batch.token_weight,
-        _token_weights(layout, batch, loss_dtype), row.statistic, row.flow, batch.gate.name, numbers, tensors,
+        token_weights(layout, batch, loss_dtype), row.statistic, row.flow, batch.gate.name, numbers, tensors,
         row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl.cap, extra.kl_coef,
         extra.entropy_coef,
     )  # fmt: skip
     return loss, raw
 
 
-def _token_weights(layout: Layout, batch: Batch, like: Tensor) -> Tensor:
-    weights: SpanWeights = batch.weights
-    return reference.token_weights(
-        weights.span_weight, weights.normalizer, batch.token_weight, layout.cu_seqlens, layout.mask, like
-    )
-
-
-def _reference(
+def _two_ops(
     chosen: backends.Backend, head: HeadArguments, ids: Tensor, layout: Layout, batch: Batch, extra: ExtraTerms
 ) -> tuple[Tensor, Tensor]:
-    """(loss, raw metrics [12]) in differentiable torch, by way of all logits."""
+    """(loss, raw metrics [12]) by way of the log-probs of all tokens, in differentiable torch around the ops."""
     active = torch.where(layout.mask[:, None], ids, IGNORED)
-    logp, entropy, *_ = reference.linear_token_logprobs(*head.tensors, active, *head.how, [], None)
-    logp = logp.squeeze(1)
-    loss, raw = evaluate(chosen, layout, logp, logp.detach() if batch.old_logp is None else batch.old_logp, batch)
-    kl = torch.zeros_like(loss)
-    if extra.ref_logp is not None:
-        rows = dataclasses.replace(batch, row=extra.kl, gate=extra.kl.gate, advantages=None, starts=None)
-        kl, _ = evaluate(chosen, layout, logp, extra.ref_logp, rows)
-    weights = _token_weights(layout, batch, logp)
-    bonus = torch.where(weights != 0, weights * entropy, 0).sum()
-    loss = loss + extra.kl_coef * kl - extra.entropy_coef * bonus
-    return loss, torch.cat([raw, torch.stack([kl, bonus, torch.ones_like(kl)]).detach()])
+    if chosen.namespace is None:
+        logp, entropy, *_ = reference.linear_token_logprobs(*head.tensors, active, *head.how, [], None)
+    else:
+        op = chosen.differentiable("linear_token_logprobs")
+        logp, entropy, *_ = op(*head.tensors, active, *head.how, [], head.main_grad)
+    loss, raw = total(chosen, layout, logp.squeeze(1), entropy, batch, extra)
+    passes = 2 if loss.requires_grad and chosen.namespace is not None else 1
+    return loss, torch.cat([raw, raw.new_full((1,), passes)])

@@ -58,17 +58,26 @@ class Metrics:
         return f"{type(self).__name__}({', '.join(f'{key}={value:.4g}' for key, value in self._read.items())})"
 
 
-class LinearMetrics(Metrics):
-    """Metrics of linear_policy_loss: those of Metrics over the tokens that were computed, and, raw [13]:
+class TermMetrics(Metrics):
+    """Metrics of a loss with other terms: those of Metrics, and kl, entropy: sum_t w_t of the KL estimates (0 without
+    ref_logp) and of the entropies (0 without them), before their coefficients. raw [11]."""
 
-    kl, entropy: sum_t w_t of the KL estimates (0 without ref_logp) and of the entropies, before their coefficients.
+    NAMES = (*Metrics.NAMES, "kl", "entropy")
+
+    def _named(self, raw: list[float]) -> dict[str, float]:
+        *sums, kl, entropy = raw
+        return super()._named(sums) | {"kl": kl, "entropy": entropy}
+
+
+class LinearMetrics(TermMetrics):
+    """Metrics of linear_policy_loss: those of TermMetrics over the tokens that were computed, and, raw [13]:
+
     passes: over the logits; 2 where the gradients needed them again. left_out: valid tokens that entered no GEMM
     because the advantages of their sequence are zero.
     """
 
-    NAMES = (*Metrics.NAMES, "kl", "entropy", "passes", "left_out")
+    NAMES = (*TermMetrics.NAMES, "passes", "left_out")
 
     def _named(self, raw: list[float]) -> dict[str, float]:
-        *sums, kl, entropy, passes, left_out = raw
-        found = {"kl": kl, "entropy": entropy, "passes": int(passes), "left_out": int(left_out)}
-        return super()._named(sums) | found
+        *terms, passes, left_out = raw
+        return super()._named(terms) | {"passes": int(passes), "left_out": int(left_out)}

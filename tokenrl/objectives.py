@@ -5,10 +5,14 @@ from dataclasses import dataclass
 
 from .aggregate import AGGREGATIONS
 from .errors import unknown, wrong
+from .form import Form
+from .forms import FiberPo, Gmpo, Hmpo, Real
+from .forms_weighted import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gate import INF, Gate, check_params
-from .gates import LogBand, PpoClip, Sapo
-from .gates_kl import KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
-from .gates_weighted import Cispo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
+from .gates import LogBand, PpoClip, PpoNtp, Ratio, Sapo
+from .gates_adaptive import Dhpo, DhpoBranch, Hapo
+from .gates_kl import KlAbs, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
 
@@ -16,13 +20,11 @@ from .statistics import check_statistic
 class Objective:
     """One policy objective.
 
-    statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. aggregation: the method's own, used when a
-    call
-    names none. clamp: each token's log ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound
-    of the
-    statistic (zero gradient above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the
-    full
-    text, [P] paper, [R] our reading, [T] third-party trainers, [V] checked numerically).
+    statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. form: what happens around the row, see
+    tokenrl/form.py; None: nothing. aggregation: the method's own, used when a call names none. clamp: each token's log
+    ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the statistic (zero gradient
+    above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the full text, [P] paper, [R]
+    our reading, [T] third-party trainers, [V] checked numerically).
     """
 
     name: str
@@ -33,6 +35,7 @@ class Objective:
     flow: str = "through"
     clamp: float = 20.0
     cap: float = INF
+    form: Form | None = None
 
     def __post_init__(self):
         check_statistic(self.statistic, self.flow)
@@ -40,7 +43,13 @@ class Objective:
             raise unknown("aggregation", self.aggregation, AGGREGATIONS)
         if not self.clamp > 0:
             raise wrong("clamp", self.clamp, "a positive number, inf to turn it off")
-        check_params(self.gate)
+        for part in self.parts.values():
+            check_params(part)
+
+    @property
+    def parts(self) -> dict[str, Gate | Form]:
+        """What holds the parameters: the gate and, where there is one, the form."""
+        return {"gate": self.gate} | ({} if self.form is None else {"form": self.form})
 
 
 _BAND = LogBand()
@@ -52,10 +61,24 @@ _ROWS = (
     Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783 [T]"),
     Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476 [T]"),
     Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch [T]"),
+    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077 [N]; A = 0 is left out [R]"),
     Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
               "arXiv 2507.18071, eq. 5 [T]", clamp=INF),
     Objective("gspo_token", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
               "arXiv 2507.18071, eq. 13 [T]", flow="local", clamp=INF, cap=10.0),
+    Objective("sspo", "span_mean", PpoClip(6e-3, 8e-3), "seq-mean-token-mean",
+              "arXiv 2511.04256, spans by segment_ids, bounds by tokenrl.bounds.entropy_bounds [R]", flow="local",
+              clamp=INF, cap=10.0),
+    Objective("dhpo", "span_mean", Dhpo(), "seq-mean-token-mean",
+              "arXiv 2601.05607 [N]; joint minimum and bounds are our reading [R]", flow="local"),
+    Objective("dhpo_branch", "span_mean", DhpoBranch(), "seq-mean-token-mean",
+              "arXiv 2601.05607 [N]; a minimum per branch and bounds are our reading [R]", flow="local"),
+    Objective("gmpo", "span_mean", Ratio(), "seq-mean-token-mean", "arXiv 2507.20673 [C]; verl geo_mean, TRL [T]",
+              clamp=INF, form=Gmpo()),
+    Objective("hmpo", "token", Ratio(), "seq-mean-token-mean", "GMPO's authors' code [C]", clamp=60.0, form=Hmpo()),
+    Objective("fiberpo", "token", Ratio(), "seq-mean-token-mean",
+              "arXiv 2603.08239, 2604.03044 [P][V]; the numbers of the bounds are our reading [R]", form=FiberPo()),
+    Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift) [T]", clamp=INF, form=Real()),
     Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",
               "arXiv 2602.05261 (TRL) [T]", clamp=INF),
     Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585 [T]"),
@@ -70,11 +93,30 @@ _ROWS = (
     Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code [C][T][V]", cap=20.0),
     Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV [C][T]"),
     Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL [C][T]"),
+    Objective("dppo_topk", "token", Dppo(), "seq-mean-token-sum-norm",
+              "arXiv 2602.04879, divergence by tokenrl.topk_divergence [C]"),
     Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
     Objective("ctpo_geomean", "prefix_mean", dataclasses.replace(_BAND, power=-0.5), "seq-mean-token-mean",
               "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
+    Objective("ctpo_fixed", "prefix_sum", PpoClip(dual=3.0), "seq-mean-token-mean",
+              "arXiv 2605.07331, cum-token-cumprod [C]", flow="local", cap=10.0),
+    Objective("ctpo_geomean_fixed", "prefix_mean", PpoClip(dual=3.0), "seq-mean-token-mean",
+              "arXiv 2605.07331, cum-token-geomean [C]", flow="local", cap=10.0),
     Objective("minpro", "prefix_min", Cispo(eps_high=4.0, bound="relative"), "token-mean",
               "arXiv 2601.22718 [N]; bounds are our reading [R]", flow="local"),
+    Objective("minpro_capped", "prefix_min_capped", Cispo(eps_high=4.0, bound="relative"), "token-mean",
+              "arXiv 2601.22718 [N]; the cap at 1 and the bounds are our reading [R]", flow="local"),
+    Objective("minpro_clip", "prefix_min", PpoClip(), "token-mean",
+              "arXiv 2601.22718 [N]; PPO's clip of m_t r_t is our reading [R]", flow="local"),
+    Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591 [C]", clamp=INF),
+    Objective("rmt", "token", PpoNtp(), "token-mean",
+              "arXiv 2509.24375 [N]; how the two means are joined is our reading [R]"),
+    Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968 [P]; UniRL [T]", form=PrefixBudget()),
+    Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift) [T]", clamp=INF,
+              form=FutureKl()),
+    Objective("clip_cov", "token", PpoClip(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=ClipCov()),
+    Objective("kl_cov", "token", Ratio(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=KlCov()),
+    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL),
     Objective("kl_k1", "token", KlK1(), "token-mean", _KL),
     Objective("kl_k2", "token", KlK2(), "token-mean", _KL),
     Objective("kl_k3", "token", KlK3(), "token-mean", _KL),
@@ -85,17 +127,15 @@ _ROWS = (
 OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}
 
 
-_CHANGEABLE = ("statistic", "flow", "gate", "aggregation", "clamp", "cap")
+_CHANGEABLE = ("statistic", "flow", "gate", "form", "aggregation", "clamp", "cap")
 
 
 def objective(name: str | Objective, **parameters) -> Objective:
     """A row of the table, with any of its parameters changed.
 
-    parameters: fields of the row's gate in the method's own terms (eps_low, eps_high, dual, eps_dual, power, bound,
-    tau_pos, tau_neg,
-    ceiling: numbers, or tensors with one value per token) and of the Objective itself (statistic, flow, gate,
-    aggregation,
-    clamp, cap). Unknown names raise, naming the nearest.
+    parameters: those of the row's gate and of its form in the method's own terms (eps_low, eps_high, dual, eps_dual,
+    power, bound, tau_pos, tau_neg, ceiling, ...: numbers, or tensors with one value per token) and of the Objective
+    itself (statistic, flow, gate, form, aggregation, clamp, cap). Unknown names raise, naming the nearest.
 
         tokenrl.objective("ctpo", eps_low=0.03, power=0.5)
     """
@@ -105,15 +145,15 @@ def objective(name: str | Objective, **parameters) -> Objective:
         row = OBJECTIVES[name]
     else:
         raise unknown("objective", name, OBJECTIVES)
-    if not parameters:
-        return row
-    for parameter in parameters:
-        if parameter not in (*row.gate.names, *_CHANGEABLE):
-            raise unknown(f"parameter of {row.name!r}", parameter, (*row.gate.names, *_CHANGEABLE))
-    gate_changes = {key: value for key, value in parameters.items() if key in row.gate.names}
-    row_changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
-    if gate_changes and "gate" in row_changes:
-        raise wrong("gate", f"a new gate and {', '.join(gate_changes)}", "one of the two: set them on the new gate")
-    if gate_changes:
-        row_changes["gate"] = dataclasses.replace(row.gate, **gate_changes)
-    return dataclasses.replace(row, **row_changes)
+    changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
+    known = [parameter for part in row.parts.values() for parameter in part.names]
+    for key in parameters:
+        if key not in (*known, *_CHANGEABLE):
+            raise unknown(f"parameter of {row.name!r}", key, (*known, *_CHANGEABLE))
+    for field, part in row.parts.items():
+        own = {key: value for key, value in parameters.items() if key in part.names}
+        if own and field in changes:
+            raise wrong(field, f"a new {field} and {', '.join(own)}", f"one of the two: set them on the new {field}")
+        if own:
+            changes[field] = dataclasses.replace(part, **own)
+    return dataclasses.replace(row, **changes) if changes else row

@@ -1,6 +1,5 @@
 """The parts of an objective as differentiable ops of their own, for losses that are written by hand."""
 
-import torch
 from torch import Tensor
 
 from . import backends, reference
@@ -9,27 +8,12 @@ from .errors import unknown, wrong
 from .gates import Identity
 from .layout import check_constant, check_floats, layout_of
 from .objectives import Objective
-from .policy import Batch, evaluate, split_params
+from .run import Batch, evaluate, split_params
+from .spread import spread
 from .statistics import check_statistic
 
 KINDS = {"sum": "prefix_sum", "mean": "prefix_mean", "min": "prefix_min"}
 _IDENTITY = Objective("identity", "token", Identity(), "token-mean", "the aggregation alone")
-
-
-class _Statistic(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logp, old_logp, mask, cu_seqlens, statistic, flow, ops):
-        ctx.save_for_backward(mask, cu_seqlens)
-        ctx.rest = statistic, flow, ops
-        return ops.statistic(logp, old_logp, mask, cu_seqlens, None, statistic)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        statistic, flow, ops = ctx.rest
-        mask, cu_seqlens = ctx.saved_tensors
-        grad_logp = ops.statistic_backward(grad.contiguous(), mask, cu_seqlens, None, statistic, flow)
-        return grad_logp, None, None, None, None, None, None
 
 
 def prefix_ratio(
@@ -58,11 +42,7 @@ def prefix_ratio(
         )
     chosen = backends.choose(backend, logp.device)
     flat, old = layout.tokens("logp", logp), layout.tokens("old_logp", old_logp, logp.dtype)
-    if chosen.namespace is None:
-        s = reference.prefix_statistic(flat, old, layout.valid(), layout.cu_seqlens, statistic, flow, layout.width)
-    else:
-        s = _Statistic.apply(flat, old, layout.mask, layout.cu_seqlens, statistic, flow, chosen.ops)
-    return s.view(layout.shape)
+    return spread(chosen, layout, flat, old, None, statistic, flow).view(layout.shape)
 
 
 def position_adaptive_clip(
@@ -117,5 +97,5 @@ def group_aggregate(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
     flat = layout.tokens("values", values)
-    batch = Batch(_IDENTITY, _IDENTITY.gate, None, None, None, None, weights)
+    batch = Batch(_IDENTITY, _IDENTITY.gate, None, None, None, None, None, None, aggregation, weights)
     return evaluate(chosen, layout, flat, flat.detach(), batch)[0]

@@ -1,32 +1,37 @@
 """policy_loss: a row of the table of objectives, run on a batch."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from . import backends, reference, statistics
-from .aggregate import SpanWeights, span_weights
+from . import backends
+from .corrections import importance_weights
 from .errors import wrong
-from .gate import Gate, map_params
-from .layout import Layout, check_floats, check_integers, layout_of
-from .metrics import Metrics
+from .layout import Layout, check_floats, layout_of
+from .metrics import Metrics, TermMetrics
 from .objectives import Objective
 from .objectives import objective as find
+from .run import checked_batch, evaluate
+from .terms import extra_terms, total
+
+TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
 def policy_loss(
     objective: str | Objective, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None, *,
     mask: Tensor | None = None, cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None,
-    group_ids: Tensor | None = None, token_weight: Tensor | None = None, aggregation: str | None = None,
-    normalizer: float | Tensor | None = None, backend: str | None = None,
+    group_ids: Tensor | None = None, entropy: Tensor | None = None, rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None, aggregation: str | None = None, normalizer: float | Tensor | None = None,
+    ref_logp: Tensor | None = None, kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    correction: dict | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    """The loss of a policy objective and its metrics: loss = sum_t w_t gate(s_t), s a statistic of the log ratios.
+    """The loss of a policy objective and its metrics.
+
+        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   s a statistic of the log ratios
 
     objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
     logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
-    logp gets a gradient. old_logp None means on-policy: logp without its gradient. For kl_* it is the reference
-    model's log-prob.
+    logp gets a gradient, and entropy. old_logp None means on-policy: logp without its gradient. For kl_* it is the
+    reference model's log-prob.
     advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many
     tokens as sequences they are read as one per token.
     mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
@@ -37,86 +42,56 @@ def policy_loss(
     token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
     aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
     that the mode divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
+    ref_logp: log-probs of the reference model, of logp's shape; kl: a row kl_* of the table, kl_coef its weight.
+    entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
+    rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
+    tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
+    bound, low, high, ...; None: of single tokens, truncated at 2.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
-    Returns (loss 0-d, Metrics). The forward saves one number per token, the backward is one multiplication;
-    differentiating twice raises. Errors: ValueError naming the argument, what was given and what is accepted;
-    RuntimeError with every backend's reason when none can run the call.
+    Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
+    the backward is one multiplication; forms (tokenrl/form.py) and the terms add torch's own. Differentiating twice
+    raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every
+    backend's reason when none can run the call.
     """
     row, layout = find(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
-    chosen = backends.choose(backend, logp.device)
+    chosen = backends.choose(backend, logp.device, row.gate.name)
+    if rollout_logp is not None:
+        trained = logp.detach() if old_logp is None else old_logp
+        token_weight = _corrected(layout, trained, rollout_logp, segment_ids, token_weight, correction)
+    elif correction is not None:
+        raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
     batch = checked_batch(
         row, layout, logp.dtype, chosen, old_logp, advantages, token_weight, segment_ids, group_ids, aggregation,
         normalizer,
     )  # fmt: skip
+    extra = extra_terms(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
+    if entropy is None and entropy_coef != 0:
+        raise wrong("entropy", None, f"one entropy per token, {list(layout.shape)}; entropy_coef is {entropy_coef}")
     logp = layout.tokens("logp", logp)
-    loss, metrics = evaluate(chosen, layout, logp, logp.detach() if old_logp is None else batch.old_logp, batch)
-    return loss, Metrics(metrics)
+    if ref_logp is None and entropy is None:
+        old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+        loss, raw = evaluate(chosen, layout, logp, old_logp, batch)
+        return loss, Metrics(raw)
+    if entropy is not None:
+        entropy = layout.tokens("entropy", entropy, logp.dtype)
+    loss, raw = total(chosen, layout, logp, entropy, batch, extra)
+    return loss, TermMetrics(raw)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """An objective on a batch: checked, flat tensors. gate: that of the row, its tensors flat. old_logp None:
-    on-policy."""
-
-    row: Objective
-    gate: Gate
-    old_logp: Tensor | None
-    advantages: Tensor | None
-    token_weight: Tensor | None
-    starts: Tensor | None
-    weights: SpanWeights
-
-
-def evaluate(chosen, layout: Layout, logp: Tensor, old_logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(loss, raw metrics) on a backend."""
-    row, weights = batch.row, batch.weights
-    if chosen.namespace is None:
-        return reference.objective(
-            logp, old_logp, batch.advantages, layout.valid(), layout.cu_seqlens, batch.starts, weights.span_weight,
-            weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate, row.clamp, row.cap,
-            layout.width,
-        )  # fmt: skip
-    numbers, tensors = split_params(batch.gate.params())
-    loss, _, metrics = chosen.differentiable("objective")(
-        logp, old_logp, batch.advantages, layout.mask, layout.cu_seqlens, batch.starts, weights.span_weight,
-        weights.normalizer, batch.token_weight, row.statistic, row.flow, batch.gate.name, numbers, tensors, row.clamp,
-        row.cap,
-    )  # fmt: skip
-    return loss, metrics
-
-
-def split_params(params) -> tuple[list[float], list[Tensor | None]]:
-    """Gate parameters as the ops take them: a number each, or 0 and a tensor in its place."""
-    tensors = [p.contiguous() if isinstance(p, Tensor) else None for p in params]
-    return [0.0 if isinstance(p, Tensor) else float(p) for p in params], tensors
-
-
-def checked_batch(
-    row: Objective, layout: Layout, dtype: torch.dtype, chosen: backends.Backend, old_logp: Tensor | None,
-    advantages: Tensor | None, token_weight: Tensor | None, segment_ids: Tensor | None, group_ids: Tensor | None,
-    aggregation: str | None, normalizer: float | Tensor | None,
-) -> Batch:  # fmt: skip
-    if advantages is None and row.gate.uses_advantages:
-        raise wrong("advantages", None, f"one per sequence or one per token; {row.name!r} needs them")
-    for name, x in (("old_logp", old_logp), ("advantages", advantages), ("token_weight", token_weight)):
-        if x is not None and x.requires_grad:
-            raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); only logp gets a gradient")
-    if old_logp is not None:
-        check_floats("old_logp", old_logp)
-        old_logp = layout.tokens("old_logp", old_logp, dtype)
-    if advantages is not None:
-        advantages = layout.tokens_or_sequences("advantages", advantages, dtype)
-    if token_weight is not None:
-        token_weight = layout.tokens("token_weight", token_weight, dtype)
-    starts = None
-    if segment_ids is not None:
-        check_integers("segment_ids", segment_ids)
-        starts = statistics.span_starts(layout.tokens("segment_ids", segment_ids), layout)
-    gate = map_params(row.gate, lambda name, bound: layout.tokens(name, bound, dtype))
-    weights = span_weights(
-        aggregation or row.aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer,
-        backend=chosen,
-    )  # fmt: skip
-    return Batch(row, gate, old_logp, advantages, token_weight, starts, weights)
+def _corrected(
+    layout: Layout, logp: Tensor, rollout_logp: Tensor, segment_ids: Tensor | None, token_weight: Tensor | None,
+    correction: dict | None,
+) -> Tensor:  # fmt: skip
+    """token_weight times the importance weights."""
+    given = TRUNCATED if correction is None else correction
+    if given.get("level") == "segment":
+        given = {"segment_ids": segment_ids} | given
+    if logp.shape != layout.shape:
+        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
+    where = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
+    if layout.width is None:
+        where["cu_seqlens"] = layout.cu_seqlens
+    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
+    return weights if token_weight is None else torch.where(weights != 0, weights * token_weight, 0)

@@ -90,11 +90,12 @@ def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tenso
     return torch.stack([value.to(s.dtype) for value in sums])
 
 
-def prefix_statistic(
-    logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, statistic: str, flow: str, width: int | None
-) -> Tensor:
+def spread(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None, statistic: str, flow: str,
+    width: int | None,
+) -> Tensor:  # fmt: skip
     """The statistic of the log ratios, [N], zero in masked cells; see tokenrl/statistics.py."""
-    rows = Rows(logp.numel(), cu_seqlens, None, width)
+    rows = Rows(logp.numel(), cu_seqlens, starts, width)
     kept = torch.where(mask, logp, 0)
     valid = rows.matrix(mask)
     x = rows.matrix(kept - torch.where(mask, old_logp, 0))

@@ -53,7 +53,9 @@ def span_mean(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     return (x.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(x)
 
 
-STATISTICS = {f.__name__: f for f in (token, prefix_sum, prefix_mean, prefix_min, prefix_min_capped, span_sum, span_mean)}
+STATISTICS = {
+    f.__name__: f for f in (token, prefix_sum, prefix_mean, prefix_min, prefix_min_capped, span_sum, span_mean)
+}
 
 FLOWS = {  # a token has no other token to stop at; the prefix minimum is always detached
     "token": ("through",),

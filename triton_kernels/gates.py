@@ -30,6 +30,13 @@ def _weighted(logp, advantage, weight):
 
 
 @triton.jit
+def ratio(s, x, logp, advantage, t):
+    value = -advantage * exponential(s)
+    d_s = value
+    return value, d_s, 0.0, False, False, False
+
+
+@triton.jit
 def ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual):
     ratio, low, high, above = _bounded(advantage, exponential(s), 1 - eps_low, 1 + eps_high, dual)
     value = -advantage * ratio
@@ -236,8 +243,8 @@ def identity(s, x, logp, advantage, t):
 GATES = {
     gate.__name__: gate
     for gate in (
-        ppo_clip, ppo_ntp, log_band, sapo, dhpo, dhpo_branch, hapo, cispo, reinforce, quadratic, topr, vespo, dppo, dppo_tv,
-        dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased, identity,
+        ratio, ppo_clip, ppo_ntp, log_band, sapo, dhpo, dhpo_branch, hapo, cispo, reinforce, quadratic, topr, vespo,
+        dppo, dppo_tv, dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased, identity,
     )
 }  # fmt: skip
-NEED_POSITION = frozenset({"log_band"})
+NEED_POSITION = {"log_band"}  # those that read t

@@ -65,6 +65,7 @@ int main() {
   const double bounds[] = {0.7, 1.2}, tau[] = {1.0, 1.05}, ceiling[] = {0.3};
   const double ntp[] = {0.2, 0.28, 1.5, 0.1}, dhpo[] = {0.3, 0.1, 0.15, 0.2, 0.25};
   const double hapo_high[] = {0.1, 0.15, 1.5, 0.6, 1.0, 0.5}, hapo_low[] = {0.1, 0.15, 1.5, -0.6, 1.0, 0.5};
+  check_gate<Ratio>(nullptr);
   check_gate<PpoClip>(ppo);
   check_gate<PpoNtp>(ntp);
   check_gate<Dhpo>(dhpo);

@@ -1,0 +1,103 @@
+"""The base of forms: what an objective does around its row where tokens meet in other ways than through a statistic.
+
+A row of the table is s = S x, loss = sum_t w_t gate(s_t). A form changes what goes in: other log ratios x, computed in
+differentiable torch, or factors of the weights w, which are constants. It sees the batch flat, as Tokens, and runs the
+row on the call's backend as often as it needs. From hidden states a form takes two passes over the logits, since its
+coefficients wait for all log-probs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .gate import Gate, parametrised
+from .layout import Layout
+from .metrics import RAW
+from .spread import spread
+
+
+@parametrised
+class Form:
+    """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def evaluate(self, tokens: "Tokens") -> tuple[Tensor, Tensor]:
+        """(loss, raw metrics)."""
+        raise TypeError(f"{type(self).__name__} is no form: it defines no evaluate")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a call, flat [N]; logp carries the gradient. batch: see tokenrl/run.py."""
+
+    run_row: object
+    chosen: object
+    layout: Layout
+    batch: object
+    logp: Tensor
+    old_logp: Tensor
+
+    def run(
+        self, *, log_ratio: Tensor | None = None, factor: Tensor | None = None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, raw metrics) of the row. log_ratio: in place of logp - old_logp, for gates that read s alone; factor:
+        multiplies the weights; gate: in place of the row's."""
+        batch = self.batch
+        if factor is not None:
+            weight = factor if batch.token_weight is None else factor * batch.token_weight
+            batch = dataclasses.replace(batch, token_weight=weight)
+        if gate is not None:
+            batch = dataclasses.replace(batch, gate=gate)
+        if log_ratio is None:
+            return self.run_row(self.chosen, self.layout, self.logp, self.old_logp, batch)
+        return self.run_row(self.chosen, self.layout, log_ratio, torch.zeros_like(log_ratio), batch)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return self.layout.valid()
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The log ratios, clamped as the row's; 0 in masked cells; differentiable."""
+        clamp = self.batch.row.clamp
+        return torch.where(self.valid, self.logp - self.old_logp, 0).clamp(-clamp, clamp)
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        return reference.per_token(self.batch.advantages, self.layout.cu_seqlens, self.valid, self.logp.detach())
+
+    def spread(self, x: Tensor, statistic: str) -> Tensor:
+        """A statistic of x over each token's span, differentiable; x is 0 in masked cells."""
+        zero = torch.zeros_like(x)
+        return spread(self.chosen, self.layout, x, zero, self.batch.starts, statistic, "through")
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The number of valid tokens of each token's span, at least 1."""
+        return self.spread(self.valid.to(self.logp.dtype), "span_sum").clamp(min=1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The 1-based count of valid tokens in each token's span."""
+        return self.spread(self.valid.to(self.logp.dtype), "prefix_sum")
+
+    @cached_property
+    def span(self) -> Tensor:
+        """int64 [N]: a number for each token's span, rising from one to the next."""
+        first = torch.zeros(self.valid.numel() + 1, dtype=torch.int64, device=self.valid.device)
+        first[self.layout.cu_seqlens] = 1
+        first = first[:-1] if self.batch.starts is None else first[:-1] | self.batch.starts.long()
+        return first.cumsum(0) - 1
+
+    def counted(self, raw: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The metrics with other counts of tokens below and above a bound."""
+        raw = raw.clone()
+        for name, bound in (("clip_low", low), ("clip_high", high)):
+            raw[RAW.index(name)] = (bound & self.valid).sum()
+        return raw

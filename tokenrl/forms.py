@@ -1,0 +1,120 @@
+"""Forms that replace the log ratio (see tokenrl/form.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
+
+import torch
+from torch import Tensor
+
+from .errors import wrong
+from .form import Form, Tokens
+from .gate import parametrised
+
+
+@parametrised
+class Gmpo(Form):
+    """x' = min(x, eps_high) where A >= 0, max(x, -eps_low) where A < 0; then the row's mean over the span, e^mean(x').
+
+    GMPO, arXiv 2507.20673, the authors' code [C]; verl's geo_mean, TRL's GMPOTrainer [T]. Log space. The gradient goes
+    through the mean to every token that is not clipped. clip_low, clip_high count the clipped tokens.
+    """
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+
+    def _trimmed(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """(x', whether it is clipped from below, from above)."""
+        x, negative = tokens.x, tokens.advantages < 0
+        low, high = negative & (x < -self.eps_low), ~negative & (x > self.eps_high)
+        return torch.where(low, -self.eps_low, torch.where(high, self.eps_high, x)), low, high
+
+    def evaluate(self, tokens):
+        x, low, high = self._trimmed(tokens)
+        loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, x, 0))
+        return loss, tokens.counted(raw, low, high)
+
+
+@parametrised
+class Hmpo(Gmpo):
+    """The same with the harmonic mean of the ratios, n / sum_t e^-x'_t (the GMPO authors' code [C])."""
+
+    def evaluate(self, tokens):
+        x, low, high = self._trimmed(tokens)
+        mean = tokens.spread(torch.where(tokens.valid, torch.exp(-x), 0), "span_mean")
+        loss, raw = tokens.run(log_ratio=-torch.where(tokens.valid, mean, 1).log())
+        return loss, tokens.counted(raw, low, high)
+
+
+def _gated(x: Tensor, bound: float, n: Tensor) -> Tensor:
+    """FiberPO's gate for an aggregate x >= 0: x up to the bound, back to 0 with slope -n, then 0."""
+    rolled = (n + 1) * bound - n * x
+    return torch.where(x <= bound, x, torch.where(x < (1 + 1 / n) * bound, rolled, 0))
+
+
+@parametrised
+class FiberPo(Form):
+    """log G_t = g(S+, c_pos) - g(S-, c_neg) + clip(num_t) - clip(den_t), loss -A G; clip to [-eps, eps].
+
+        S+ = mean of max(x, 0), S- = mean of max(-x, 0) over the span's n tokens; sign l_t = + where x_t >= 0, else -
+        num_t = x_t - l_t S^(l_t), den_t = -l_t S^(-l_t)
+        g(S, C) = S for S <= C, (n + 1) C - n S for C < S < (1 + 1 / n) C, 0 beyond
+
+    FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 [P][V]. Everything is differentiated, the
+    aggregates S too. Where nothing is gated or clipped G = r. The numbers of the bounds are not published: c_pos, c_neg
+    and eps are our reading [R]. clip_low, clip_high count the tokens whose num is clipped.
+    """
+
+    c_pos: float = 0.12
+    c_neg: float = 0.08
+    eps: float = 0.05
+
+    def evaluate(self, tokens):
+        x, n = tokens.x, tokens.lengths
+        upwards = x >= 0
+        above = tokens.spread(torch.where(upwards & tokens.valid, x, 0), "span_mean")
+        below = tokens.spread(torch.where(upwards, 0, -x), "span_mean")
+        base = _gated(above, self.c_pos, n) - _gated(below, self.c_neg, n)
+        num = x - torch.where(upwards, above, -below)
+        den = torch.where(upwards, -below, above)
+        fibre = num.clamp(-self.eps, self.eps) - den.clamp(-self.eps, self.eps)
+        loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, base + fibre, 0))
+        return loss, tokens.counted(raw, num < -self.eps, num > self.eps)
+
+
+@parametrised
+class Real(Form):
+    """Of each group log(1 + sum_pos e^(-s_i / tau)) + log(1 + sum_neg e^(s_i / tau)), s_i the row's mean log ratio.
+
+    REAL, arXiv 2602.05630 (ms-swift) [T]: rewards as labels, A > 0 against the rest; full gradient through the mean. A
+    group without both kinds gives 0 and stays in the count that the loss is divided by. It needs group_ids, aggregates
+    by "group-mean" alone and takes no weights: a row has no tokens to weigh.
+    """
+
+    tau: float = 0.5
+
+    def evaluate(self, tokens):
+        batch, layout = tokens.batch, tokens.layout
+        if batch.aggregation != "group-mean":
+            raise wrong("aggregation", repr(batch.aggregation), "'group-mean', REAL's own")
+        for name, given in (("token_weight", batch.token_weight), ("segment_ids", batch.starts)):
+            if given is not None:
+                raise wrong(name, "a tensor", "None; REAL compares whole sequences")
+        counts = torch.segment_reduce(tokens.valid.to(tokens.x.dtype), "sum", lengths=layout.cu_seqlens.diff())
+        s = torch.segment_reduce(tokens.x, "sum", lengths=layout.cu_seqlens.diff()) / counts.clamp(min=1)
+        a = batch.advantages
+        if a.numel() == layout.num_tokens and a.numel() != layout.num_sequences:
+            raise wrong("advantages", "one per token", f"one per sequence, [{layout.num_sequences}]")
+        loss = self._groups(s, a > 0, counts > 0, batch.group_ids).sum()
+        normalizer = batch.weights.normalizer
+        loss = torch.where(normalizer > 0, loss / normalizer.to(loss.dtype), 0)
+        with torch.no_grad():
+            return loss.to(tokens.logp.dtype), tokens.run()[1]
+
+    def _groups(self, s: Tensor, positive: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:
+        """[S]: the loss of a group at its first sequence, 0 elsewhere."""
+        same = (group_ids[:, None] == group_ids[None, :]) & known[None, :]
+        index = torch.arange(s.numel(), device=s.device)
+        first = known & ~(same & (index[None, :] < index[:, None])).any(1)
+        both = (same & positive).any(1) & (same & ~positive).any(1)
+        loss = torch.zeros_like(s)
+        for members, sign in ((same & positive, -1), (same & ~positive, 1)):
+            terms = torch.where(members, sign * s[None, :] / self.tau, -torch.inf)
+            loss = loss + torch.cat([terms, torch.zeros_like(s)[:, None]], 1).logsumexp(1)
+        return torch.where(first & both, loss, 0)
