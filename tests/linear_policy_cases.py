@@ -6,6 +6,7 @@ from cases import device_of
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
+from tokenrl.gates_kl import KlGate
 from tokenrl.head import BYTES_PER_TILE
 from tokenrl.parity import close
 from tokenrl.products import sum_dtype
@@ -19,7 +20,7 @@ TOGETHER = {
     "sums": ("tokens", "ratio_sum", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares"),
     "range": ("ratio_min", "ratio_max"),
 } | {name: (name,) for name in HEAD}
-KL_ROWS = [name for name in tokenrl.OBJECTIVES if name.startswith("kl_")]
+KL_ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if isinstance(row.gate, KlGate)]
 # A log-prob from 16-bit logits errs by about 0.02.
 STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.02}
 

@@ -75,6 +75,7 @@ DETACHED = {
     "kimi15": quadratic(0.1),
     "topr": topr,
     "vespo": vespo,
+    "dppo_topk": dppo(lambda new, old, x: 0.0, 0.15),  # with divergences: test_dppo_with_a_given_divergence
     "dppo_tv": dppo(total_variation, 0.15),
     "dppo_kl": dppo(divergence, 0.05),
 }

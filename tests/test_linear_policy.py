@@ -31,14 +31,16 @@ def of_the_table(name, dtype):
     """A batch for a row of the table, far enough from its edges for the dtype."""
     row = tokenrl.OBJECTIVES[name]
     spread = 5.0 if isinstance(row.gate, Cispo) else 3.0 if dtype == torch.bfloat16 else 1.0
-    case = settled(name, functools.partial(make, spread=spread, **SMALL), dtype)
+    left_out = ("token_weight", "segment_ids") if name == "real" else ()
+    case = settled(name, lambda seed: without(make(seed, spread=spread, **SMALL), *left_out), dtype)
     return case if row.gate.uses_advantages else case | {"advantages": None}
 
 
 @pytest.mark.parametrize("name,backend,dtype", ROWS)
 def test_rows_of_the_table(name, backend, dtype):
     found = check(name, of_the_table(name, dtype), backend, dtype)
-    assert found["tokens"] > 5 and found["passes"] == 1 and found["left_out"] == 0
+    passes = 1 if tokenrl.OBJECTIVES[name].form is None else 2
+    assert found["tokens"] > 5 and found["passes"] == passes and found["left_out"] == 0
     assert all(found[tensor].any() for tensor in ("hidden", "weight", "bias"))
 
 

@@ -167,7 +167,7 @@ class KlCov(_Covariance):
     @torch.no_grad()
     def selected(self, tokens: Tokens) -> Tensor:
         covariance = torch.where(tokens.valid, self.covariance(tokens), -INF)
-        top = covariance.topk(min(self.budget(tokens), covariance.numel())).indices
+        top = covariance.argsort(descending=True, stable=True)[: self.budget(tokens)]
         return torch.zeros_like(tokens.valid).index_fill(0, top, True) & tokens.valid
 
     def evaluate(self, tokens):
