@@ -13,7 +13,7 @@ namespace tokenrl {
 
 using Gates =
     std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo,
-               Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity>;
+               Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlAbsUnbiased, KlK3Unbiased, Identity>;
 inline constexpr int kMaxParams = 6;
 
 }  // namespace tokenrl

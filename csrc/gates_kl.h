@@ -65,6 +65,17 @@ struct KlK1Unbiased : AnyPosition {
   }
 };
 
+struct KlAbsUnbiased : AnyPosition {
+  static constexpr const char* name = "kl_abs_unbiased";
+  static constexpr int num_params = 0;
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+    Gated<T> out = KlAbs::eval(in);
+    out.d_s = in.s;
+    return out;
+  }
+};
+
 struct KlK3Unbiased : AnyPosition {
   static constexpr const char* name = "kl_k3_unbiased";
   static constexpr int num_params = 1;  // ceiling

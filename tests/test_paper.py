@@ -154,6 +154,7 @@ PAPER = {
     "kl_k2": kl(k2, lambda s: s),
     "kl_k3": kl(k3, lambda s: -math.expm1(-s)),
     "kl_k1_unbiased": kl(lambda s: s, lambda s: s),
+    "kl_abs_unbiased": kl(abs, lambda s: s),
     "kl_k3_unbiased": kl(k3, lambda s: s),
     **DETACHED,
     **MIXED,

@@ -5,7 +5,7 @@ import torch
 
 from .gate import INF, Bound, Gate, clamp, parametrised, surrogate
 from .gates_adaptive import Dhpo, DhpoBranch, Hapo
-from .gates_kl import KlAbs, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_kl import KlAbs, KlAbsUnbiased, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 
 
@@ -115,6 +115,6 @@ GATES: dict[str, type[Gate]] = {
     gate.name: gate
     for gate in (
         Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo, Dppo,
-        DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlK3Unbiased, Identity,
+        DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlAbsUnbiased, KlK3Unbiased, Identity,
     )
 }  # fmt: skip

@@ -70,6 +70,16 @@ class KlK1Unbiased(KlGate):
 
 
 @parametrised
+class KlAbsUnbiased(KlGate):
+    """Value |s|, gradient of k2 (verl "abs+")."""
+
+    name = "kl_abs_unbiased"
+
+    def value(self, s, x, logp, advantages, t):
+        return _straight_through(s.abs(), s * s / 2)
+
+
+@parametrised
 class KlK3Unbiased(KlGate):
     """Value of k3, gradient of k2 (verl "k3+"). With token_weight = r it is the importance-corrected k3 (DeepSeek-V3.2,
     TRL use_bias_correction_kl): value r k3, gradient r s."""

@@ -11,7 +11,7 @@ from .forms_weighted import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gate import INF, Gate, check_params
 from .gates import LogBand, PpoClip, PpoNtp, Ratio, Sapo
 from .gates_adaptive import Dhpo, DhpoBranch, Hapo
-from .gates_kl import KlAbs, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_kl import KlAbs, KlAbsUnbiased, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
@@ -116,11 +116,12 @@ _ROWS = (
               form=FutureKl()),
     Objective("clip_cov", "token", PpoClip(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=ClipCov()),
     Objective("kl_cov", "token", Ratio(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=KlCov()),
-    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL),
+    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL + " (verl abs) [T]"),
     Objective("kl_k1", "token", KlK1(), "token-mean", _KL),
     Objective("kl_k2", "token", KlK2(), "token-mean", _KL),
     Objective("kl_k3", "token", KlK3(), "token-mean", _KL),
     Objective("kl_k1_unbiased", "token", KlK1Unbiased(), "token-mean", _KL + " (verl k1+) [T]"),
+    Objective("kl_abs_unbiased", "token", KlAbsUnbiased(), "token-mean", _KL + " (verl abs+) [T]"),
     Objective("kl_k3_unbiased", "token", KlK3Unbiased(), "token-mean", _KL + " (verl k3+) [T]"),
 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 gate(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
 s, x, logp, advantage, t: blocks of tokens (x: the own log ratio; t: the position, 1-based); parameters: numbers or
-blocks, as in params(). d_s, d_logp: partials with respect to the statistic and the own log-prob, x's part included; low, high, dual: where that bound is active.
+blocks, as in params(). d_s, d_logp: partials with respect to the statistic and the own log-prob, x's part in the
+latter; low, high, dual: where that bound is active.
 Each derivative stands on the line after its value.
 """
 
@@ -227,6 +228,13 @@ def kl_k1_unbiased(s, x, logp, advantage, t):
 
 
 @triton.jit
+def kl_abs_unbiased(s, x, logp, advantage, t):
+    value = tl.abs(s)
+    d_s = s
+    return value, d_s, 0.0, False, False, False
+
+
+@triton.jit
 def kl_k3_unbiased(s, x, logp, advantage, t, ceiling):
     value = smaller(k3_of(-s), ceiling)
     d_s = s
@@ -244,7 +252,8 @@ GATES = {
     gate.__name__: gate
     for gate in (
         ratio, ppo_clip, ppo_ntp, log_band, sapo, dhpo, dhpo_branch, hapo, cispo, reinforce, quadratic, topr, vespo,
-        dppo, dppo_tv, dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased, identity,
+        dppo, dppo_tv, dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_abs_unbiased,
+        kl_k3_unbiased, identity,
     )
 }  # fmt: skip
 NEED_POSITION = {"log_band"}  # those that read t

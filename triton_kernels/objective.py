@@ -58,9 +58,9 @@ def finish(partials, num_sequences, loss, metrics, TILE: tl.constexpr):
 @triton.jit
 def objective_kernel(
     spans, tokens, span_weight, normalizer, coef, scratch, counts, partials, ticket, loss, metrics, clamp: tl.float64,
-    cap: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64, p5: tl.float64, STATISTIC: tl.constexpr,
-    FLOW: tl.constexpr, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr, POSITION: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    cap: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64, p5: tl.float64,
+    STATISTIC: tl.constexpr, FLOW: tl.constexpr, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, PER_TOKEN: tl.constexpr,
+    POSITION: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = coef.dtype.element_ty
     i = tl.program_id(0)

@@ -25,7 +25,9 @@ Gated<T> at(const Point& point, const double* p) {
 // the value's slope in s.
 template <class Gate>
 double slope_in_s(const Point& point, const double* p) {
-  if constexpr (std::is_same_v<Gate, KlK1Unbiased> || std::is_same_v<Gate, KlK3Unbiased>) return point.s;
+  if constexpr (std::is_same_v<Gate, KlK1Unbiased> || std::is_same_v<Gate, KlAbsUnbiased> ||
+                std::is_same_v<Gate, KlK3Unbiased>)
+    return point.s;
   if constexpr (std::is_same_v<Gate, Cispo>) return 0;
   Point below = point, above = point;
   below.s -= kStep, above.s += kStep;
@@ -81,6 +83,7 @@ int main() {
   check_gate<KlK2>(nullptr);
   check_gate<KlK3>(ceiling);
   check_gate<KlK1Unbiased>(nullptr);
+  check_gate<KlAbsUnbiased>(nullptr);
   check_gate<KlK3Unbiased>(ceiling);
   check_gate<Identity>(nullptr);
   return report("gates");
