@@ -1,4 +1,4 @@
-"""The command line: doctor, unknown commands, missing packages."""
+"""The command line: doctor, objectives, unknown commands, missing packages."""
 
 import importlib.util
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import tokenrl
 from tokenrl import backends, cli
 
 
@@ -48,3 +49,30 @@ def test_a_missing_package_names_the_extra(monkeypatch, missing):
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "tokenrl.cli", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "doctor" in done.stdout and "demo" in done.stdout
+
+
+def test_objectives_lists_the_table():
+    outcome = called("objectives")
+    assert outcome.exit_code == 0
+    for name, row in tokenrl.OBJECTIVES.items():
+        line = next(line for line in outcome.output.splitlines() if line.split()[:1] == [name])
+        assert row.statistic in line and row.gate.name in line and row.flow in line
+
+
+@pytest.mark.parametrize("name", tokenrl.OBJECTIVES)
+def test_an_objective_in_full(name):
+    outcome, row = called("objectives", name), tokenrl.OBJECTIVES[name]
+    assert outcome.exit_code == 0
+    seen = outcome.output
+    assert row.source in seen and f"flow {row.flow!r}" in seen and f"w of {row.aggregation!r}" in seen
+    for part in row.parts.values():
+        assert type(part).__doc__.split("\n")[0] in seen
+        for parameter in part.names:
+            assert f"{parameter} = " in seen
+    assert all(f"[{letter}] " in seen for letter in row.certainty)
+    assert "runs on\n  cuda, cpu, triton, reference" in seen
+
+
+def test_a_mistyped_objective_names_the_nearest():
+    outcome = called("objectives", "cptp")
+    assert outcome.exit_code == 1 and "Did you mean 'ctpo'?" in outcome.output

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import tokenrl
-from tokenrl.docs import objectives_table
+from tokenrl.describe import objectives_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -132,6 +132,7 @@ BACKENDS = {
     ),
     "reference": Backend("reference", None, lambda device: None),
 }
+PACKAGED = tuple(BACKENDS)
 
 
 def register(namespace: str) -> None:

@@ -1,4 +1,4 @@
-"""The `tokenrl` command: `tokenrl demo` and `tokenrl doctor`."""
+"""The `tokenrl` command: `tokenrl demo`, `tokenrl doctor` and `tokenrl objectives`."""
 
 import importlib
 import importlib.metadata
@@ -43,6 +43,22 @@ def application():
         from rich.console import Console
 
         report_doctor(Console())
+
+    @app.command()
+    def objectives(
+        name: Annotated[str, typer.Argument(help="A row: its formula, parameters, source and gradient.")] = "",
+    ) -> None:
+        """The table of objectives, or one of its rows in full."""
+        from rich.console import Console
+
+        from .report import print_objective, print_objectives
+
+        if not name:
+            return print_objectives(Console())
+        try:
+            print_objective(name, Console())
+        except ValueError as error:
+            sys.exit(f"tokenrl: {error}")
 
     @app.command()
     def demo(

@@ -15,6 +15,15 @@ from .gates_kl import KlAbs, KlAbsUnbiased, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
+CERTAINTY = {
+    "C": "read in the authors' code",
+    "P": "read in the paper",
+    "N": "read in independent notes with the full text",
+    "T": "read in third-party trainers",
+    "R": "our reading, where the sources are silent",
+    "V": "checked numerically",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Objective:
@@ -23,8 +32,8 @@ class Objective:
     statistic, flow: see tokenrl/statistics.py. gate: see tokenrl/gates.py. form: what happens around the row, see
     tokenrl/form.py; None: nothing. aggregation: the method's own, used when a call names none. clamp: each token's log
     ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the statistic (zero gradient
-    above; inf: off). source: paper and certainty tag ([C] authors' code, [N] notes with the full text, [P] paper, [R]
-    our reading, [T] third-party trainers, [V] checked numerically).
+    above; inf: off). source: the paper, and in whose code it was read. certainty: how it is known, letters of
+    CERTAINTY; where R is among them, source says what is our reading.
     """
 
     name: str
@@ -36,6 +45,7 @@ class Objective:
     clamp: float = 20.0
     cap: float = INF
     form: Form | None = None
+    certainty: str = ""
 
     def __post_init__(self):
         check_statistic(self.statistic, self.flow)
@@ -56,73 +66,79 @@ _BAND = LogBand()
 _KL = "Schulman, Approximating KL divergence; old_logp is the reference's log-prob"
 
 _ROWS = (
-    Objective("ppo", "token", PpoClip(), "token-mean", "arXiv 1707.06347 [T]"),
-    Objective("grpo", "token", PpoClip(), "seq-mean-token-mean", "arXiv 2402.03300 [T]"),
-    Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783 [T]"),
-    Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476 [T]"),
-    Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch [T]"),
-    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077 [N]; A = 0 is left out [R]"),
+    Objective("ppo", "token", PpoClip(), "token-mean", "arXiv 1707.06347", certainty="T"),
+    Objective("grpo", "token", PpoClip(), "seq-mean-token-mean", "arXiv 2402.03300", certainty="T"),
+    Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783", certainty="T"),
+    Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476", certainty="T"),
+    Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch", certainty="T"),
+    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077; A = 0 is left out", certainty="NR"),
     Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
-              "arXiv 2507.18071, eq. 5 [T]", clamp=INF),
+              "arXiv 2507.18071, eq. 5", clamp=INF, certainty="T"),
     Objective("gspo_token", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
-              "arXiv 2507.18071, eq. 13 [T]", flow="local", clamp=INF, cap=10.0),
+              "arXiv 2507.18071, eq. 13", flow="local", clamp=INF, cap=10.0, certainty="T"),
     Objective("sspo", "span_mean", PpoClip(6e-3, 8e-3), "seq-mean-token-mean",
-              "arXiv 2511.04256, spans by segment_ids, bounds by tokenrl.bounds.entropy_bounds [R]", flow="local",
-              clamp=INF, cap=10.0),
+              "arXiv 2511.04256, spans by segment_ids, bounds by tokenrl.bounds.entropy_bounds", flow="local",
+              clamp=INF, cap=10.0, certainty="R"),
     Objective("dhpo", "span_mean", Dhpo(), "seq-mean-token-mean",
-              "arXiv 2601.05607 [N]; joint minimum and bounds are our reading [R]", flow="local"),
+              "arXiv 2601.05607; joint minimum and bounds are our reading", flow="local", certainty="NR"),
     Objective("dhpo_branch", "span_mean", DhpoBranch(), "seq-mean-token-mean",
-              "arXiv 2601.05607 [N]; a minimum per branch and bounds are our reading [R]", flow="local"),
-    Objective("gmpo", "span_mean", Ratio(), "seq-mean-token-mean", "arXiv 2507.20673 [C]; verl geo_mean, TRL [T]",
-              clamp=INF, form=Gmpo()),
-    Objective("hmpo", "token", Ratio(), "seq-mean-token-mean", "GMPO's authors' code [C]", clamp=60.0, form=Hmpo()),
+              "arXiv 2601.05607; a minimum per branch and bounds are our reading", flow="local", certainty="NR"),
+    Objective("gmpo", "span_mean", Ratio(), "seq-mean-token-mean", "arXiv 2507.20673; verl geo_mean, TRL",
+              clamp=INF, form=Gmpo(), certainty="CT"),
+    Objective("hmpo", "token", Ratio(), "seq-mean-token-mean", "GMPO's authors' code", clamp=60.0, form=Hmpo(),
+              certainty="C"),
     Objective("fiberpo", "token", Ratio(), "seq-mean-token-mean",
-              "arXiv 2603.08239, 2604.03044 [P][V]; the numbers of the bounds are our reading [R]", form=FiberPo()),
-    Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift) [T]", clamp=INF, form=Real()),
+              "arXiv 2603.08239, 2604.03044; the numbers of the bounds are our reading", form=FiberPo(),
+              certainty="PRV"),
+    Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift)", clamp=INF, form=Real(),
+              certainty="T"),
     Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",
-              "arXiv 2602.05261 (TRL) [T]", clamp=INF),
-    Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585 [T]"),
-    Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347 [T][V]"),
-    Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl [T]"),
-    Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl) [T]"),
+              "arXiv 2602.05261 (TRL)", clamp=INF, certainty="T"),
+    Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585", certainty="T"),
+    Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347", certainty="TV"),
+    Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl", certainty="T"),
+    Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl)", certainty="T"),
     Objective("dro", "token", Quadratic(), "token-mean",
-              "arXiv 2405.19107 (verl) [T]; the default of beta is our reading [R]", clamp=INF),
-    Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL) [T]", clamp=INF),
+              "arXiv 2405.19107 (verl); the default of beta is our reading", clamp=INF, certainty="TR"),
+    Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL)", clamp=INF, certainty="T"),
     Objective("topr", "span_sum", Topr(), "token-mean",
-              "arXiv 2503.14286; ROLL with statistic=token [T]; aggregation is our reading [R]"),
-    Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code [C][T][V]", cap=20.0),
-    Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV [C][T]"),
-    Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL [C][T]"),
+              "arXiv 2503.14286; ROLL with statistic=token; aggregation is our reading", certainty="TR"),
+    Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code", cap=20.0, certainty="CTV"),
+    Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV", certainty="CT"),
+    Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL", certainty="CT"),
     Objective("dppo_topk", "token", Dppo(), "seq-mean-token-sum-norm",
-              "arXiv 2602.04879, divergence by tokenrl.topk_divergence [C]"),
-    Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
+              "arXiv 2602.04879, divergence by tokenrl.topk_divergence", certainty="C"),
+    Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331", flow="local", cap=10.0,
+              certainty="CV"),
     Objective("ctpo_geomean", "prefix_mean", dataclasses.replace(_BAND, power=-0.5), "seq-mean-token-mean",
-              "arXiv 2605.07331 [C][V]", flow="local", cap=10.0),
+              "arXiv 2605.07331", flow="local", cap=10.0, certainty="CV"),
     Objective("ctpo_fixed", "prefix_sum", PpoClip(dual=3.0), "seq-mean-token-mean",
-              "arXiv 2605.07331, cum-token-cumprod [C]", flow="local", cap=10.0),
+              "arXiv 2605.07331, cum-token-cumprod", flow="local", cap=10.0, certainty="C"),
     Objective("ctpo_geomean_fixed", "prefix_mean", PpoClip(dual=3.0), "seq-mean-token-mean",
-              "arXiv 2605.07331, cum-token-geomean [C]", flow="local", cap=10.0),
+              "arXiv 2605.07331, cum-token-geomean", flow="local", cap=10.0, certainty="C"),
     Objective("minpro", "prefix_min", Cispo(eps_high=4.0, bound="relative"), "token-mean",
-              "arXiv 2601.22718 [N]; bounds are our reading [R]", flow="local"),
+              "arXiv 2601.22718; bounds are our reading", flow="local", certainty="NR"),
     Objective("minpro_capped", "prefix_min_capped", Cispo(eps_high=4.0, bound="relative"), "token-mean",
-              "arXiv 2601.22718 [N]; the cap at 1 and the bounds are our reading [R]", flow="local"),
+              "arXiv 2601.22718; the cap at 1 and the bounds are our reading", flow="local", certainty="NR"),
     Objective("minpro_clip", "prefix_min", PpoClip(), "token-mean",
-              "arXiv 2601.22718 [N]; PPO's clip of m_t r_t is our reading [R]", flow="local"),
-    Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591 [C]", clamp=INF),
+              "arXiv 2601.22718; PPO's clip of m_t r_t is our reading", flow="local", certainty="NR"),
+    Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591", clamp=INF, certainty="C"),
     Objective("rmt", "token", PpoNtp(), "token-mean",
-              "arXiv 2509.24375 [N]; how the two means are joined is our reading [R]"),
-    Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968 [P]; UniRL [T]", form=PrefixBudget()),
-    Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift) [T]", clamp=INF,
-              form=FutureKl()),
-    Objective("clip_cov", "token", PpoClip(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=ClipCov()),
-    Objective("kl_cov", "token", Ratio(), "token-mean", "arXiv 2505.22617 (verl) [T]", clamp=INF, form=KlCov()),
-    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL + " (verl abs) [T]"),
-    Objective("kl_k1", "token", KlK1(), "token-mean", _KL),
-    Objective("kl_k2", "token", KlK2(), "token-mean", _KL),
-    Objective("kl_k3", "token", KlK3(), "token-mean", _KL),
-    Objective("kl_k1_unbiased", "token", KlK1Unbiased(), "token-mean", _KL + " (verl k1+) [T]"),
-    Objective("kl_abs_unbiased", "token", KlAbsUnbiased(), "token-mean", _KL + " (verl abs+) [T]"),
-    Objective("kl_k3_unbiased", "token", KlK3Unbiased(), "token-mean", _KL + " (verl k3+) [T]"),
+              "arXiv 2509.24375; how the two means are joined is our reading", certainty="NR"),
+    Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968; UniRL", form=PrefixBudget(), certainty="PT"),
+    Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift)", clamp=INF,
+              form=FutureKl(), certainty="T"),
+    Objective("clip_cov", "token", PpoClip(), "token-mean", "arXiv 2505.22617 (verl)", clamp=INF, form=ClipCov(),
+              certainty="T"),
+    Objective("kl_cov", "token", Ratio(), "token-mean", "arXiv 2505.22617 (verl)", clamp=INF, form=KlCov(),
+              certainty="T"),
+    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL + " (verl abs)", certainty="T"),
+    Objective("kl_k1", "token", KlK1(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k2", "token", KlK2(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k3", "token", KlK3(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k1_unbiased", "token", KlK1Unbiased(), "token-mean", _KL + " (verl k1+)", certainty="T"),
+    Objective("kl_abs_unbiased", "token", KlAbsUnbiased(), "token-mean", _KL + " (verl abs+)", certainty="T"),
+    Objective("kl_k3_unbiased", "token", KlK3Unbiased(), "token-mean", _KL + " (verl k3+)", certainty="T"),
 )  # fmt: skip
 
 OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}

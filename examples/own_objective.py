@@ -1,0 +1,61 @@
+"""An objective of your own: a gate in torch, registered by name; then its Triton function, held to the torch value.
+
+    python examples/own_objective.py                        on a CPU: the reference backend
+    TRITON_INTERPRET=1 python examples/own_objective.py     the Triton kernel too, interpreted; on a GPU it is compiled
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+import tokenrl
+from tokenrl import backends, parity
+
+
+@tokenrl.parametrised
+class SoftBand(tokenrl.Gate):
+    """l = -A width tanh(s / width): the log ratio saturates smoothly, its gradient fades with the square of the tanh."""
+
+    name = "soft_band"
+    width: float = 0.2
+
+    def value(self, s, x, logp, advantages, t):
+        return -advantages * self.width * torch.tanh(s / self.width)
+
+
+@triton.jit
+def soft_band(s, x, logp, advantage, t, width):
+    tanh = 2 * tl.sigmoid(2 * s / width) - 1
+    value = -advantage * width * tanh
+    d_s = -advantage * (1 - tanh * tanh)
+    return value, d_s, 0.0, False, False, False
+
+
+# Any statistic will do: here the prefix sum of CTPO, with its gradient stopped in all tokens but the own one.
+tokenrl.register(
+    tokenrl.Objective("soft_ctpo", "prefix_sum", SoftBand(), "seq-mean-token-mean", "our own", flow="local", cap=10.0)
+)
+tokenrl.register_triton(SoftBand, soft_band)
+
+
+def gradient(backend: str | None, device: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    logp = -torch.rand(4, 300, dtype=torch.float64) * 3
+    old_logp = logp + 0.02 * torch.randn(4, 300, dtype=torch.float64)
+    mask = torch.arange(300) < torch.tensor([[300], [180], [77], [1]])
+    advantages = torch.tensor([1.0, -0.5, 0.25, -1.5], dtype=torch.float64)
+    logp = logp.to(device).requires_grad_()
+    objective = tokenrl.objective("soft_ctpo", width=0.3)
+    given = (x.to(device) for x in (old_logp, advantages))
+    loss, metrics = tokenrl.policy_loss(objective, logp, *given, mask=mask.to(device), backend=backend)
+    print(f"{backend or 'chosen'}: loss {loss.item():.6f}, mean ratio {metrics.ratio_mean:.4f}")
+    return torch.autograd.grad(loss, logp)[0].cpu()
+
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+truth = gradient("reference", device)
+if reason := backends.BACKENDS["triton"].why_not(torch.device(device)):
+    print(f"no Triton here: {reason}")
+else:
+    parity.close(gradient("triton", device), truth, truth, what="gradient of soft_ctpo")
+    print("the Triton kernel has the gradient of the reference")
