@@ -1,0 +1,275 @@
+"""Objectives whose tokens or sequences meet in the whole batch, and gates with one value per token: their formulas typed
+out in floats and loops, value and gradient, on every backend."""
+
+import math
+
+import pytest
+import torch
+from cases import backends_to_test, batch, device_of, packed
+
+import tokenrl
+
+EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
+
+
+def made(seed=0, **how):
+    """(a batch without segments and weights, its valid tokens as (row, column))."""
+    case = batch(seed, **how)
+    for name in ("segment_ids", "token_weight"):
+        del case[name]
+    return case, [tuple(cell) for cell in case["mask"].nonzero().tolist()]
+
+
+def called(objective, case, backend, **more):
+    """(loss, gradient, metrics)."""
+    case = {name: x.to(device_of(backend)) for name, x in case.items()} | more
+    logp = case.pop("logp").requires_grad_()
+    loss, metrics = tokenrl.policy_loss(
+        objective, logp, case.pop("old_logp"), case.pop("advantages"), backend=backend, **case
+    )
+    return loss.detach().cpu(), torch.autograd.grad(loss, logp)[0].cpu(), metrics
+
+
+def same(found, loss, gradient):
+    torch.testing.assert_close(found[0], torch.tensor(loss, dtype=torch.float64), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(found[1], gradient, rtol=1e-11, atol=1e-14)
+
+
+def ratios(case, cells):
+    return {cell: (case["logp"][cell] - case["old_logp"][cell]).item() for cell in cells}
+
+
+def clipped(r, a, low=0.8, high=1.2):
+    """(PPO's loss, its slope in the log ratio)."""
+    active = r <= high if a > 0 else r >= low
+    return max(-a * r, -a * min(max(r, low), high)), -a * r * active
+
+
+@EVERY_BACKEND
+def test_real(backend):
+    case, cells = made(rows=8)
+    d, a, groups, tau = ratios(case, cells), case["advantages"].tolist(), case["group_ids"].tolist(), 0.5
+    of_row = {i: [cell for cell in cells if cell[0] == i] for i in range(8)}
+    s = {i: sum(d[cell] for cell in own) / len(own) for i, own in of_row.items() if own}
+    loss, slope, known = 0.0, dict.fromkeys(s, 0.0), {groups[i] for i in s}
+    for group in known:
+        positive = [i for i in s if groups[i] == group and a[i] > 0]
+        negative = [i for i in s if groups[i] == group and a[i] <= 0]
+        if not positive or not negative:
+            continue
+        for members, sign in ((positive, -1), (negative, 1)):
+            terms = {i: math.exp(sign * s[i] / tau) for i in members}
+            total = 1 + sum(terms.values())
+            loss += math.log(total) / len(known)
+            for i, term in terms.items():
+                slope[i] += sign * term / (tau * total) / len(known)
+    gradient = torch.zeros_like(case["advantages"])[:, None].expand(case["mask"].shape).clone()
+    for i, own in of_row.items():
+        for cell in own:
+            gradient[cell] = slope[i] / len(own)
+    assert loss > 0 and gradient.any()
+    same(called("real", case, backend), loss, gradient)
+    flat = packed(case)
+    lengths = flat["cu_seqlens"].diff()
+    same(called("real", flat, backend), loss, gradient[torch.arange(gradient.shape[1]) < lengths[:, None]])
+
+
+@EVERY_BACKEND
+def test_real_takes_no_weights(backend):
+    case, _ = made(rows=4)
+    ones = torch.ones_like(case["logp"])
+    for more, message in (
+        ({"aggregation": "token-mean"}, "aggregation: got 'token-mean', accepted: 'group-mean'"),
+        ({"token_weight": ones}, "token_weight: got a tensor, accepted: None"),
+        ({"segment_ids": ones.long()}, "segment_ids: got a tensor, accepted: None"),
+        ({"advantages": ones}, "advantages: got one per token, accepted: one per sequence"),
+    ):
+        more = {name: x.to(device_of(backend)) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+        with pytest.raises(ValueError, match=f"^{message}"):
+            called("real", {**case, **({"advantages": ones} if "advantages" in more else {})}, backend, **{
+                name: x for name, x in more.items() if name != "advantages"
+            })  # fmt: skip
+
+
+@EVERY_BACKEND
+def test_fipo(backend):
+    case, cells = made(3)
+    d, a, half_life, ceiling = ratios(case, cells), case["advantages"].tolist(), 4.0, 1.6
+    loss, gradient, factors = 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64), set()
+    for i, t in cells:
+        future = sum(
+            2 ** (-(k - t) / half_life) * x for (j, k), x in d.items() if j == i and k >= t and math.exp(x) <= ceiling
+        )
+        factor = min(max(math.exp(future), 0.9), 1.3)
+        r = math.exp(d[i, t])
+        if a[i] < 0 and r > 1.4:
+            factor = min(max(factor, 0.8), 1.0)
+        value, slope = clipped(r, a[i], high=1.28)
+        loss += factor * value / len(cells)
+        gradient[i, t] = factor * slope / len(cells)
+        factors.add(round(factor, 6))
+    assert {0.9, 1.0, 1.3} < factors
+    row = tokenrl.objective("fipo", half_life=half_life, low=0.9, high=1.3, ceiling=ceiling, safety=1.4)
+    same(called(row, case, backend), loss, gradient)
+
+
+def covariances(case, cells):
+    a = {cell: case["advantages"][cell[0]].item() for cell in cells}
+    logp = {cell: case["logp"][cell].item() for cell in cells}
+    mean_a, mean_logp = sum(a.values()) / len(cells), sum(logp.values()) / len(cells)
+    return {cell: (a[cell] - mean_a) * (logp[cell] - mean_logp) for cell in cells}, mean_a, mean_logp
+
+
+@EVERY_BACKEND
+def test_kl_cov(backend):
+    case, cells = made(1)
+    d, (covariance, *_) = ratios(case, cells), covariances(case, cells)
+    top = sorted(cells, key=covariance.get)[-int(0.2 * len(cells)) :]
+    loss, gradient = 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64)
+    for cell in cells:
+        a, r = case["advantages"][cell[0]].item(), math.exp(d[cell])
+        loss += (-a * r + 0.3 * abs(d[cell]) * (cell in top)) / len(cells)
+        gradient[cell] = (-a * r + 0.3 * math.copysign(1, d[cell]) * (cell in top)) / len(cells)
+    same(called(tokenrl.objective("kl_cov", fraction=0.2, coef=0.3), case, backend), loss, gradient)
+
+
+def clip_cov_by_hand(case, cells, dropped):
+    d, loss = ratios(case, cells), 0.0
+    gradient = torch.zeros(case["mask"].shape, dtype=torch.float64)
+    for cell in cells:
+        if cell not in dropped:
+            value, slope = clipped(math.exp(d[cell]), case["advantages"][cell[0]].item())
+            loss += value / len(cells)
+            gradient[cell] = slope / len(cells)
+    return loss, gradient
+
+
+def candidates(case, cells, low=0.02, high=0.9):
+    d, (covariance, *_) = ratios(case, cells), covariances(case, cells)
+
+    def is_clipped(cell):
+        a, r = case["advantages"][cell[0]].item(), math.exp(d[cell])
+        return (a > 0 and r > 1.2) or (a < 0 and r < 0.8)
+
+    return [cell for cell in cells if low < covariance[cell] < high and not is_clipped(cell)]
+
+
+@EVERY_BACKEND
+def test_clip_cov(backend):
+    case, cells = made(2)
+    inside = candidates(case, cells)
+    assert 4 < len(inside) < len(cells) - 4
+    found = called(tokenrl.objective("clip_cov", fraction=1.0, low=0.02, high=0.9), case, backend)
+    same(found, *clip_cov_by_hand(case, cells, inside))
+    fraction = 3.5 / len(cells)  # three of them, at random
+    row = tokenrl.objective("clip_cov", fraction=fraction, low=0.02, high=0.9)
+    choices = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        found = called(row, case, backend)
+        whole = called("ppo", case, backend)
+        dropped = [cell for cell in inside if found[1][cell] == 0 and whole[1][cell] != 0]
+        assert len(dropped) == 3
+        same(found, *clip_cov_by_hand(case, cells, dropped))
+        choices.add(tuple(dropped))
+    assert len(choices) > 1
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
+def test_covariances_of_a_split_batch(name, backend):
+    """With the means and the count of the whole batch, its parts select what the whole does."""
+    case, cells = made(4, rows=6)
+    _, mean_a, mean_logp = covariances(case, cells)
+    wide = {"fraction": 1.0, "low": 0.1, "high": 0.9} if name == "clip_cov" else {"fraction": 1e-9, "coef": 0.0}
+    whole = called(tokenrl.objective(name, **wide), case, backend)
+    row = tokenrl.objective(name, **wide, mean_advantages=mean_a, mean_logp=mean_logp, count=len(cells))
+    loss, gradients = 0.0, []
+    for part in (slice(0, 2), slice(2, 6)):
+        own = {key: x[part] for key, x in case.items()}
+        value, gradient, _ = called(row, own, backend, normalizer=float(len(cells)))
+        loss += value
+        gradients.append(gradient)
+    torch.testing.assert_close(loss, whole[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat(gradients), whole[1], rtol=1e-12, atol=0)
+
+
+@EVERY_BACKEND
+def test_hapo(backend):
+    case, cells = made(5)
+    g = torch.Generator().manual_seed(1)
+    score = torch.rand(case["mask"].shape, generator=g, dtype=torch.float64) * 2 - 1
+    d, loss, gradient = ratios(case, cells), 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64)
+    for cell in cells:
+        a, h, r = case["advantages"][cell[0]].item(), score[cell].item(), math.exp(d[cell])
+        low, high = (0.2 * (1 - 0.7 * h), 0.25) if h <= 0 else (0.2, 0.25 * (1 + 0.7 * h))
+        inside = 1 - low / 2 < r < 1 + high / 2
+        if (h > 0 and not inside) or (h <= 0 and inside):
+            a *= 1 + 0.9 * h
+        value, slope = clipped(r, a, 1 - low, 1 + high)
+        if a < 0 and value > -a * 1.5:
+            value, slope = -a * 1.5, 0.0
+        loss += value / len(cells)
+        gradient[cell] = slope / len(cells)
+    row = tokenrl.objective(
+        "hapo", eps_low=0.2, eps_high=0.25, dual=1.5, alpha=0.7, beta=0.9, score=score.to(device_of(backend))
+    )
+    same(called(row, case, backend), loss, gradient)
+
+
+@EVERY_BACKEND
+def test_rmt(backend):
+    """Two sets of tokens in one pass: reinforcement on one, next-token prediction on the other."""
+    case, cells = made(6)
+    rl = torch.arange(case["mask"].shape[1]) % 2 == 0
+    case["advantages"] = torch.where(rl, case["advantages"][:, None], 0.0)
+    ntp = (0.1 * (~rl).double()).expand(case["mask"].shape).contiguous()
+    d, loss, gradient = ratios(case, cells), 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64)
+    for cell in cells:
+        value, slope = clipped(math.exp(d[cell]), case["advantages"][cell].item())
+        if not rl[cell[1]]:
+            assert slope == 0
+            value, slope = -0.1 * case["logp"][cell].item(), -0.1
+        loss += value / len(cells)
+        gradient[cell] = slope / len(cells)
+    same(called(tokenrl.objective("rmt", ntp=ntp.to(device_of(backend))), case, backend), loss, gradient)
+
+
+@EVERY_BACKEND
+def test_dppo_with_a_given_divergence(backend):
+    case, cells = made(7)
+    g = torch.Generator().manual_seed(2)
+    far = torch.rand(case["mask"].shape, generator=g, dtype=torch.float64) * 0.3
+    d, loss, gradient = ratios(case, cells), 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64)
+    dropped = 0
+    for cell in cells:
+        a, r, logp = case["advantages"][cell[0]].item(), math.exp(d[cell]), case["logp"][cell].item()
+        outwards = r > 1 if a > 0 else r < 1
+        w = 0.0 if outwards and far[cell] > (0.1 if a > 0 else 0.2) else min(r, 1.3)
+        dropped += w == 0
+        loss += -w * a * logp / len(cells)
+        gradient[cell] = -w * a / len(cells)
+    assert 0 < dropped < len(cells)
+    row = tokenrl.objective(
+        "dppo_topk", eps_low=0.2, eps_high=0.1, ceiling=1.3, divergence=far.to(device_of(backend)),
+        aggregation="token-mean",
+    )  # fmt: skip
+    same(called(row, case, backend), loss, gradient)
+
+
+@EVERY_BACKEND
+def test_cppo_with_a_given_divergence_is_dppo_without_a_budget(backend):
+    """delta_b so large that no prefix binds, w_min = 1: Z_t <= delta alone decides."""
+    case, _ = made(8)
+    far = (case["logp"].exp() - case["old_logp"].exp()).abs()
+    row = tokenrl.objective(
+        "cppo", delta=0.05, delta_b=1e9, w_min=1.0, quantile=None, divergence=far.to(device_of(backend))
+    )
+    found = called(row, case, backend)
+    mask, d = case["mask"], torch.where(case["mask"], case["logp"] - case["old_logp"], 0)
+    a = case["advantages"][:, None]
+    kept = mask & ((a * d <= 0) | (far <= 0.05))
+    n = mask.sum()
+    loss = torch.where(kept, -a * d.exp(), 0).sum() / n
+    same(found, loss.item(), torch.where(kept, -a * d.exp(), 0) / n)
+    assert 0 < kept.sum() < n
