@@ -107,8 +107,13 @@ def packed(case: dict) -> dict:
     return out | {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])}
 
 
+# Not these: REAL takes no weights; covariances are those of the batch, and clip_cov draws among them.
+WEIGHED = [name for name in tokenrl.OBJECTIVES if name not in ("real", "clip_cov", "kl_cov")]
+
+
 def run(objective, case: dict, backend: str, dtype: torch.dtype, **more):
-    """(loss, gradient, raw metrics) on a backend, the inputs cast to dtype."""
+    """(loss, gradient, raw metrics) on a backend, the inputs cast to dtype; clip_cov draws alike in each run."""
+    torch.manual_seed(0)
     device = device_of(backend)
     given = {k: (v.to(dtype) if v.is_floating_point() else v).to(device) for k, v in case.items()}
     logp = given.pop("logp").requires_grad_()

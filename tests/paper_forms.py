@@ -1,5 +1,6 @@
-"""Formulas typed out in floats and loops, for tests/test_paper.py: objectives that mix ratios, adapt their bounds, or have
-a form. Each takes the valid tokens of a row: d (log ratios), p (log-probs), a (advantages); see tests/paper_detached.py.
+"""Formulas typed out in floats and loops, for tests/test_paper.py: objectives that mix ratios or have a form.
+
+Each takes the valid tokens of a row: d (log ratios), p (log-probs), a (advantages); see tests/paper_detached.py.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Objectives whose tokens or sequences meet in the whole batch, and gates with one value per token: their formulas typed
-out in floats and loops, value and gradient, on every backend."""
+"""Objectives whose tokens or sequences meet in the whole batch, and gates with one value per token: their formulas
+typed out in floats and loops, value and gradient, on every backend."""
 
 import math
 
@@ -92,14 +92,15 @@ def test_real_takes_no_weights(backend):
 
 
 @EVERY_BACKEND
-def test_fipo(backend):
+@pytest.mark.parametrize("holes", ["skip", "count"])
+def test_fipo(holes, backend):
     case, cells = made(3)
+    place = {(i, t): t if holes == "count" else case["mask"][i, :t].sum().item() for i, t in cells}
     d, a, half_life, ceiling = ratios(case, cells), case["advantages"].tolist(), 4.0, 1.6
     loss, gradient, factors = 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64), set()
     for i, t in cells:
-        future = sum(
-            2 ** (-(k - t) / half_life) * x for (j, k), x in d.items() if j == i and k >= t and math.exp(x) <= ceiling
-        )
+        later = {(i, k): x for (j, k), x in d.items() if j == i and k >= t and math.exp(x) <= ceiling}
+        future = sum(2 ** (-(place[cell] - place[i, t]) / half_life) * x for cell, x in later.items())
         factor = min(max(math.exp(future), 0.9), 1.3)
         r = math.exp(d[i, t])
         if a[i] < 0 and r > 1.4:
@@ -109,7 +110,7 @@ def test_fipo(backend):
         gradient[i, t] = factor * slope / len(cells)
         factors.add(round(factor, 6))
     assert {0.9, 1.0, 1.3} < factors
-    row = tokenrl.objective("fipo", half_life=half_life, low=0.9, high=1.3, ceiling=ceiling, safety=1.4)
+    row = tokenrl.objective("fipo", half_life=half_life, low=0.9, high=1.3, ceiling=ceiling, safety=1.4, holes=holes)
     same(called(row, case, backend), loss, gradient)
 
 
@@ -157,6 +158,7 @@ def candidates(case, cells, low=0.02, high=0.9):
 @EVERY_BACKEND
 def test_clip_cov(backend):
     case, cells = made(2)
+    case["advantages"][1] = 0.4  # what is dropped is to be seen
     inside = candidates(case, cells)
     assert 4 < len(inside) < len(cells) - 4
     found = called(tokenrl.objective("clip_cov", fraction=1.0, low=0.02, high=0.9), case, backend)

@@ -1,4 +1,4 @@
-"""Objectives with a form, HAPO, DPPO with a given divergence and VESPO against the official implementations, in fp64."""
+"""Objectives with a form, HAPO, DPPO with a given divergence, VESPO, ms-swift: against official outputs, in fp64."""
 
 import math
 
@@ -216,7 +216,7 @@ def swift_objective(config):
         low, high = FIPO_RANGE[config["fipo_clip_high_only"]](config["fipo_clip_range"])
     return tokenrl.objective(
         "fipo", **bounds, dual=dual, half_life=config["fipo_decay_rate"], low=low, high=high, ceiling=dual,
-        safety=config["fipo_safety_threshold"],
+        safety=config["fipo_safety_threshold"], holes="count",
     )  # fmt: skip
 
 

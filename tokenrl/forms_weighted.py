@@ -1,12 +1,16 @@
 """Forms that weigh the tokens by what all log-probs say, without gradient (see tokenrl/form.py): CPPO, FIPO, clip_cov,
 kl_cov."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from .errors import unknown
 from .form import Form, Tokens
 from .gate import INF, Bound, parametrised
 from .gates_kl import KlAbs
+from .token_advantages import valid_tokens
 
 
 @parametrised
@@ -62,13 +66,17 @@ def _quantile(x: Tensor, tokens: Tokens, q: float) -> Tensor:
     return below + (rank - low).to(x.dtype) * (above - below)
 
 
+HOLES = ("skip", "count")
+
+
 @parametrised
 class FutureKl(Form):
-    """PPO's loss times a constant f_t = clip(exp F_t, low, high), F_t = sum_{k >= t} gamma^(k - t) x_k over the cells
-    up to the end of the sequence, gamma = 2^(-1 / half_life).
+    """PPO's loss times a constant f_t = clip(exp F_t, low, high), F_t = sum_{k >= t} gamma^(k - t) x_k up to the end of
+    the sequence, gamma = 2^(-1 / half_life).
 
-    FIPO, arXiv 2603.19835 (ms-swift) [T]. Masked cells add 0 and are counted as distance. Terms with r > ceiling add 0;
-    where A < 0 and r > safety, f is clipped to [0.8, 1]. The paper's range is [1, 1.2], ms-swift's other [0.8, 1.2].
+    FIPO, arXiv 2603.19835 (ms-swift) [T]. holes: what a masked cell is to the distance k - t: "skip" nothing [R],
+    "count" a step, as in ms-swift. Terms with r > ceiling add 0; where A < 0 and r > safety, f is clipped to [0.8, 1]. The
+    paper's range is [1, 1.2], ms-swift's other [0.8, 1.2].
     """
 
     half_life: float = 32.0
@@ -76,29 +84,25 @@ class FutureKl(Form):
     high: float = 1.2
     ceiling: float = INF
     safety: float = 4.0
+    holes: str = "skip"
+
+    def __post_init__(self):
+        if self.holes not in HOLES:
+            raise unknown("holes", self.holes, HOLES)
 
     @torch.no_grad()
     def factor(self, tokens: Tokens) -> Tensor:
-        ratio = tokens.x.exp()
-        future = _suffix_sums(torch.where(ratio > self.ceiling, 0, tokens.x), tokens, 2 ** (-1 / self.half_life))
+        ratio, gamma = tokens.x.exp(), 2 ** (-1 / self.half_life)
+        walked = valid_tokens(tokens.layout if self.holes == "skip" else replace(tokens.layout, mask=None))
+        terms = torch.where(ratio > self.ceiling, 0, tokens.x)
+        future = torch.zeros_like(terms)
+        future[walked.cells] = walked.suffix_sums(terms[walked.cells], gamma)
         factor = future.exp().clamp(self.low, self.high)
         risky = (tokens.advantages < 0) & (ratio > self.safety)
         return torch.where(risky, factor.clamp(0.8, 1.0), factor)
 
     def evaluate(self, tokens):
         return tokens.run(factor=self.factor(tokens))
-
-
-def _suffix_sums(x: Tensor, tokens: Tokens, factor: float) -> Tensor:
-    """y_t = x_t + factor y_{t+1} inside each sequence, in log2 steps."""
-    end = tokens.layout.cu_seqlens[1:].repeat_interleave(tokens.layout.cu_seqlens.diff(), output_size=x.numel())
-    left = end - torch.arange(x.numel(), device=x.device)
-    distance = 1
-    while distance < (tokens.layout.width or x.numel()):
-        following = torch.cat([x[distance:], torch.zeros_like(x[:distance])])[: x.numel()]
-        x = x + factor**distance * torch.where(left > distance, following, 0)
-        distance *= 2
-    return x
 
 
 @parametrised

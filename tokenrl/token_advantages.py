@@ -49,12 +49,15 @@ class _Valid:
         return x
 
 
-def _valid(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str) -> _Valid:
-    layout = layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name=name)
+def valid_tokens(layout: Layout) -> _Valid:
     cells = layout.valid().nonzero()[:, 0]
-    rows = torch.arange(layout.num_sequences, device=x.device)
+    rows = torch.arange(layout.num_sequences, device=cells.device)
     row = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=layout.num_tokens)
     return _Valid(layout, cells, row[cells])
+
+
+def _valid(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str) -> _Valid:
+    return valid_tokens(layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name=name))
 
 
 def _check_discount(name: str, value: float) -> None:
