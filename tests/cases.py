@@ -116,7 +116,7 @@ def run(objective, case: dict, backend: str, dtype: torch.dtype, **more):
     torch.manual_seed(0)
     device = device_of(backend)
     given = {k: (v.to(dtype) if v.is_floating_point() else v).to(device) for k, v in case.items()}
-    logp = given.pop("logp").requires_grad_()
+    logp = given.pop("logp").clone().requires_grad_()
     old_logp, advantages = given.pop("old_logp"), given.pop("advantages")
     loss, metrics = tokenrl.policy_loss(objective, logp, old_logp, advantages, backend=backend, **given, **more)
     (grad,) = torch.autograd.grad(loss, logp)

@@ -1,4 +1,4 @@
-"""An objective that a user writes: registered by name, on the reference and on Triton, and the example that shows it."""
+"""An objective that a user writes: registered by name, on the reference and on Triton; and its example."""
 
 import os
 import subprocess
