@@ -7,8 +7,6 @@ coefficients wait for all log-probs.
 """
 
 import dataclasses
-from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -32,16 +30,18 @@ class Form:
         raise TypeError(f"{type(self).__name__} is no form: it defines no evaluate")
 
 
-@dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call, flat [N]; logp carries the gradient. batch: see tokenrl/run.py."""
+    """The tokens of a call, flat [N]; logp carries the gradient. batch: see tokenrl/run.py.
 
-    run_row: object
-    chosen: object
-    layout: Layout
-    batch: object
-    logp: Tensor
-    old_logp: Tensor
+    valid: bool. x: the log ratios, clamped as the row's; 0 in masked cells; differentiable. advantages: one per token.
+    """
+
+    def __init__(self, run_row, chosen, layout: Layout, batch, logp: Tensor, old_logp: Tensor):
+        self.run_row, self.chosen, self.layout, self.batch = run_row, chosen, layout, batch
+        self.logp, self.old_logp, self.valid = logp, old_logp, layout.valid()
+        clamp = batch.row.clamp
+        self.x = torch.where(self.valid, logp - old_logp, 0).clamp(-clamp, clamp)
+        self.advantages = reference.per_token(batch.advantages, layout.cu_seqlens, self.valid, logp.detach())
 
     def run(
         self, *, log_ratio: Tensor | None = None, factor: Tensor | None = None, gate: Gate | None = None
@@ -58,36 +58,19 @@ class Tokens:
             return self.run_row(self.chosen, self.layout, self.logp, self.old_logp, batch)
         return self.run_row(self.chosen, self.layout, log_ratio, torch.zeros_like(log_ratio), batch)
 
-    @cached_property
-    def valid(self) -> Tensor:
-        return self.layout.valid()
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The log ratios, clamped as the row's; 0 in masked cells; differentiable."""
-        clamp = self.batch.row.clamp
-        return torch.where(self.valid, self.logp - self.old_logp, 0).clamp(-clamp, clamp)
-
-    @cached_property
-    def advantages(self) -> Tensor:
-        return reference.per_token(self.batch.advantages, self.layout.cu_seqlens, self.valid, self.logp.detach())
-
     def spread(self, x: Tensor, statistic: str) -> Tensor:
         """A statistic of x over each token's span, differentiable; x is 0 in masked cells."""
         zero = torch.zeros_like(x)
         return spread(self.chosen, self.layout, x, zero, self.batch.starts, statistic, "through")
 
-    @cached_property
     def lengths(self) -> Tensor:
         """The number of valid tokens of each token's span, at least 1."""
         return self.spread(self.valid.to(self.logp.dtype), "span_sum").clamp(min=1)
 
-    @cached_property
     def positions(self) -> Tensor:
         """The 1-based count of valid tokens in each token's span."""
         return self.spread(self.valid.to(self.logp.dtype), "prefix_sum")
 
-    @cached_property
     def span(self) -> Tensor:
         """int64 [N]: a number for each token's span, rising from one to the next."""
         first = torch.zeros(self.valid.numel() + 1, dtype=torch.int64, device=self.valid.device)

@@ -66,7 +66,7 @@ class FiberPo(Form):
     eps: float = 0.05
 
     def evaluate(self, tokens):
-        x, n = tokens.x, tokens.lengths
+        x, n = tokens.x, tokens.lengths()
         upwards = x >= 0
         above = tokens.spread(torch.where(upwards & tokens.valid, x, 0), "span_mean")
         below = tokens.spread(torch.where(upwards, 0, -x), "span_mean")

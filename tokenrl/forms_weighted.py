@@ -1,8 +1,6 @@
 """Forms that weigh the tokens by what all log-probs say, without gradient (see tokenrl/form.py): CPPO, FIPO, clip_cov,
 kl_cov."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from .errors import unknown
 from .form import Form, Tokens
 from .gate import INF, Bound, parametrised
 from .gates_kl import KlAbs
-from .token_advantages import valid_tokens
+from .layout import Layout
 
 
 @parametrised
@@ -37,8 +35,8 @@ class PrefixBudget(Form):
         if divergence is None:
             divergence = (tokens.logp.exp() - (tokens.logp - tokens.x).exp()).abs()
         divergence = torch.where(tokens.valid, divergence, 0)
-        n = tokens.lengths
-        w = torch.where(tokens.valid, 1 - (1 - self.w_min) * (tokens.positions - 1) / (n - 1).clamp(min=1), 0)
+        n = tokens.lengths()
+        w = torch.where(tokens.valid, 1 - (1 - self.w_min) * (tokens.positions() - 1) / (n - 1).clamp(min=1), 0)
         spent = w * divergence
         before = {name: tokens.spread(x, "prefix_sum") - x for name, x in (("spent", spent), ("w", w))}
         budget = torch.full_like(w, self.delta_b)
@@ -56,11 +54,11 @@ class PrefixBudget(Form):
 
 def _quantile(x: Tensor, tokens: Tokens, q: float) -> Tensor:
     """[N]: the quantile of x over the valid tokens of each token's span, interpolated linearly."""
-    span = tokens.span
+    span = tokens.span()
     order = torch.where(tokens.valid, x, INF).argsort(stable=True)
     order = order[span[order].argsort(stable=True)]
     starts = torch.searchsorted(span, span)  # spans are runs of tokens
-    rank = q * (tokens.lengths - 1).to(torch.float64)
+    rank = q * (tokens.lengths() - 1).to(torch.float64)
     low = rank.floor()
     below, above = (torch.where(tokens.valid, x, 0)[order[starts + at.long()]] for at in (low, rank.ceil()))
     return below + (rank - low).to(x.dtype) * (above - below)
@@ -75,8 +73,8 @@ class FutureKl(Form):
     the sequence, gamma = 2^(-1 / half_life).
 
     FIPO, arXiv 2603.19835 (ms-swift) [T]. holes: what a masked cell is to the distance k - t: "skip" nothing [R],
-    "count" a step, as in ms-swift. Terms with r > ceiling add 0; where A < 0 and r > safety, f is clipped to [0.8, 1]. The
-    paper's range is [1, 1.2], ms-swift's other [0.8, 1.2].
+    "count" a step, as in ms-swift. Terms with r > ceiling add 0; where A < 0 and r > safety, f is clipped to [0.8, 1].
+    The paper's range is [1, 1.2], ms-swift's other [0.8, 1.2].
     """
 
     half_life: float = 32.0
@@ -93,16 +91,29 @@ class FutureKl(Form):
     @torch.no_grad()
     def factor(self, tokens: Tokens) -> Tensor:
         ratio, gamma = tokens.x.exp(), 2 ** (-1 / self.half_life)
-        walked = valid_tokens(tokens.layout if self.holes == "skip" else replace(tokens.layout, mask=None))
         terms = torch.where(ratio > self.ceiling, 0, tokens.x)
-        future = torch.zeros_like(terms)
-        future[walked.cells] = walked.suffix_sums(terms[walked.cells], gamma)
+        steps = tokens.valid if self.holes == "skip" else torch.ones_like(tokens.valid)
+        future = _suffix_sums(terms, torch.where(steps, terms.new_tensor(gamma), 1), tokens.layout)
         factor = future.exp().clamp(self.low, self.high)
         risky = (tokens.advantages < 0) & (ratio > self.safety)
         return torch.where(risky, factor.clamp(0.8, 1.0), factor)
 
     def evaluate(self, tokens):
         return tokens.run(factor=self.factor(tokens))
+
+
+def _suffix_sums(x: Tensor, entry: Tensor, layout: Layout) -> Tensor:
+    """y_t = x_t + entry_{t+1} y_{t+1} inside each sequence, in log2 steps."""
+    first = torch.zeros(x.numel() + 1, dtype=torch.bool, device=x.device).index_fill(0, layout.cu_seqlens, True)
+    x, factor = torch.cat([x, x.new_zeros(1)]), torch.where(first, 0, torch.cat([entry, entry.new_zeros(1)]))
+    factor = torch.cat([factor[1:], factor.new_zeros(1)])
+    distance = 1
+    while distance < (layout.width or x.numel()):
+        nothing = x.new_zeros(min(distance, x.numel()))
+        x = x + factor * torch.cat([x[distance:], nothing])
+        factor = factor * torch.cat([factor[distance:], nothing])
+        distance *= 2
+    return x[:-1]
 
 
 @parametrised
@@ -143,7 +154,7 @@ class ClipCov(_Covariance):
     def dropped(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens that are dropped, PPO's clip from below, from above)."""
         below, above, _ = tokens.batch.gate.clipped(
-            tokens.x, tokens.x, tokens.logp, tokens.advantages, tokens.positions
+            tokens.x, tokens.x, tokens.logp, tokens.advantages, tokens.positions()
         )
         below, above = below & tokens.valid, above & tokens.valid
         covariance = self.covariance(tokens)
