@@ -184,6 +184,23 @@ def head(logits, ids, old_logp, advantages, mask, backend):
     return loss - 0.01 * tokenrl.group_aggregate(entropy, "token-mean", mask=mask, backend=backend), metrics.raw
 
 
+@pytest.mark.parametrize("name", [name for name, row in tokenrl.OBJECTIVES.items() if row.form is not None])
+def test_forms_compile_into_one_graph(name):
+    case = batch(3, rows=4, width=6, poison=False)
+    case = {key: x for key, x in case.items() if key not in ("segment_ids", "token_weight")}
+
+    def loss(logp, old_logp, advantages, mask, group_ids):
+        return tokenrl.policy_loss(name, logp, old_logp, advantages, mask=mask, group_ids=group_ids)[0]
+
+    logp = case.pop("logp").requires_grad_()
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        value = run(logp, **case)
+        results.append((value, torch.autograd.grad(value, logp)[0]))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("backend", backends_to_test())
 def test_compiles_into_one_graph(backend):
     device = device_of(backend)

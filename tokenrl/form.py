@@ -56,7 +56,9 @@ class Tokens:
             batch = dataclasses.replace(batch, gate=gate)
         if log_ratio is None:
             return self.run_row(self.chosen, self.layout, self.logp, self.old_logp, batch)
-        return self.run_row(self.chosen, self.layout, log_ratio, torch.zeros_like(log_ratio), batch)
+        loss, raw = self.run_row(self.chosen, self.layout, log_ratio, torch.zeros_like(log_ratio), batch)
+        x = self.x.detach()
+        return loss, self._with(raw, kl_sum=(torch.expm1(x) - x).sum())  # of the token's own ratio
 
     def spread(self, x: Tensor, statistic: str) -> Tensor:
         """A statistic of x over each token's span, differentiable; x is 0 in masked cells."""
@@ -80,7 +82,10 @@ class Tokens:
 
     def counted(self, raw: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The metrics with other counts of tokens below and above a bound."""
+        return self._with(raw, clip_low=(low & self.valid).sum(), clip_high=(high & self.valid).sum())
+
+    def _with(self, raw: Tensor, **entries: Tensor) -> Tensor:
         raw = raw.clone()
-        for name, bound in (("clip_low", low), ("clip_high", high)):
-            raw[RAW.index(name)] = (bound & self.valid).sum()
+        for name, value in entries.items():
+            raw[RAW.index(name)] = value
         return raw
