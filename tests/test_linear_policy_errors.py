@@ -10,7 +10,7 @@ import tokenrl
 
 EVERY_KERNEL = pytest.mark.parametrize("backend", kernel_backends())
 INT, META = torch.int64, torch.device("meta")
-KL_ROWS = "kl_k1, kl_k2, kl_k3, kl_k1_unbiased, kl_k3_unbiased"
+KL_ROWS = "kl_abs, kl_k1, kl_k2, kl_k3, kl_k1_unbiased, kl_abs_unbiased, kl_k3_unbiased"
 
 
 def call(objective="ppo", backend="reference", **changes):

@@ -88,6 +88,23 @@ def test_rollout_log_probs_weigh_the_loss(on_policy, correction, layout, backend
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=0)
 
 
+def test_rollout_log_probs_from_hidden_states():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((2, 5, 8), (11, 8)))
+    ids, a = torch.randint(0, 11, (2, 5), generator=g), torch.tensor([1.0, -1.0])
+    logp = tokenrl.linear_token_logprobs(hidden, weight, ids).logp
+    old, rollout = (logp.detach() + 0.2 * torch.randn(2, 5, generator=g) for _ in range(2))
+    expected, _ = tokenrl.policy_loss("ppo", logp, old, a, rollout_logp=rollout, correction={"high": 1.1})
+    found, _ = tokenrl.linear_policy_loss(
+        "ppo", hidden, weight, ids, old, a, rollout_logp=rollout, correction={"high": 1.1}
+    )
+    torch.testing.assert_close(found, expected)
+    for got, truth in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(got, truth)
+    with pytest.raises(ValueError, match="^old_logp: got None, accepted: log-probs to compare rollout_logp with"):
+        tokenrl.linear_policy_loss("ppo", hidden, weight, ids, None, a, rollout_logp=rollout)
+
+
 X = torch.zeros(2, 3)
 A = torch.ones(2)
 

@@ -15,7 +15,7 @@ from .objectives import Objective
 from .objectives import objective as find
 from .products import sum_dtype
 from .run import Batch, checked_batch, split_params
-from .terms import ExtraTerms, extra_terms, token_weights, total
+from .terms import ExtraTerms, corrected, extra_terms, token_weights, total
 
 
 def linear_policy_loss(
@@ -23,10 +23,11 @@ def linear_policy_loss(
     advantages: Tensor | None, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
     softcap: float | None = None, logit_scale: float = 1.0, keep_mask: Tensor | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None, group_ids: Tensor | None = None,
-    token_weight: Tensor | None = None, aggregation: str | None = None, normalizer: float | Tensor | None = None,
-    ref_logp: Tensor | None = None, kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0,
-    ignore_index: int = IGNORED, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None,
-    main_grad: Tensor | None = None, on_policy: bool = False, backend: str | None = None,
+    rollout_logp: Tensor | None = None, correction: dict | None = None, token_weight: Tensor | None = None,
+    aggregation: str | None = None, normalizer: float | Tensor | None = None, ref_logp: Tensor | None = None,
+    kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0, ignore_index: int = IGNORED,
+    compute_dtype: torch.dtype | None = None, memory_budget: int | None = None, main_grad: Tensor | None = None,
+    on_policy: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, LinearMetrics]:  # fmt: skip
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
@@ -35,7 +36,8 @@ def linear_policy_loss(
     hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
     here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
     keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, mask to normalizer: as for
-    policy_loss. on_policy (or old_logp None): old_logp is the current policy's own and is not read.
+    policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and is
+    not read.
     ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
     entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
 
@@ -67,8 +69,10 @@ def linear_policy_loss(
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
     layout = dataclasses.replace(layout, mask=layout.valid() & (ids.reshape(-1) != ignore_index))
     dtype = sum_dtype(head.like.dtype)
+    old_logp = None if on_policy else old_logp
+    token_weight = corrected(layout, old_logp, rollout_logp, segment_ids, token_weight, correction)
     batch = checked_batch(
-        row, layout, dtype, chosen, None if on_policy else old_logp, advantages, token_weight, segment_ids, group_ids,
+        row, layout, dtype, chosen, old_logp, advantages, token_weight, segment_ids, group_ids,
         aggregation, normalizer,
     )  # fmt: skip
     extra = extra_terms(layout, dtype, ref_logp, kl, kl_coef, entropy_coef)

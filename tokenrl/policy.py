@@ -1,19 +1,15 @@
 """policy_loss: a row of the table of objectives, run on a batch."""
 
-import torch
 from torch import Tensor
 
 from . import backends
-from .corrections import importance_weights
 from .errors import wrong
-from .layout import Layout, check_floats, layout_of
+from .layout import check_floats, layout_of
 from .metrics import Metrics, TermMetrics
 from .objectives import Objective
 from .objectives import objective as find
 from .run import checked_batch, evaluate
-from .terms import extra_terms, total
-
-TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
+from .terms import corrected, extra_terms, total
 
 
 def policy_loss(
@@ -57,11 +53,8 @@ def policy_loss(
     row, layout = find(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
     chosen = backends.choose(backend, logp.device, row.gate.name)
-    if rollout_logp is not None:
-        trained = logp.detach() if old_logp is None else old_logp
-        token_weight = _corrected(layout, trained, rollout_logp, segment_ids, token_weight, correction)
-    elif correction is not None:
-        raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
+    trained = logp.detach() if old_logp is None else old_logp
+    token_weight = corrected(layout, trained, rollout_logp, segment_ids, token_weight, correction)
     batch = checked_batch(
         row, layout, logp.dtype, chosen, old_logp, advantages, token_weight, segment_ids, group_ids, aggregation,
         normalizer,
@@ -78,20 +71,3 @@ def policy_loss(
         entropy = layout.tokens("entropy", entropy, logp.dtype)
     loss, raw = total(chosen, layout, logp, entropy, batch, extra)
     return loss, TermMetrics(raw)
-
-
-def _corrected(
-    layout: Layout, logp: Tensor, rollout_logp: Tensor, segment_ids: Tensor | None, token_weight: Tensor | None,
-    correction: dict | None,
-) -> Tensor:  # fmt: skip
-    """token_weight times the importance weights."""
-    given = TRUNCATED if correction is None else correction
-    if given.get("level") == "segment":
-        given = {"segment_ids": segment_ids} | given
-    if logp.shape != layout.shape:
-        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
-    where = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
-    if layout.width is None:
-        where["cu_seqlens"] = layout.cu_seqlens
-    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
-    return weights if token_weight is None else torch.where(weights != 0, weights * token_weight, 0)

@@ -1,4 +1,5 @@
-"""What a policy loss is made of beside its objective: a KL penalty and an entropy bonus, under the same weights.
+"""What a policy loss is made of beside its objective: a KL penalty and an entropy bonus under the same weights, and the
+correction of the rollout in these.
 
 loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t)
 """
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .corrections import importance_weights
 from .errors import unknown, wrong
 from .gates_kl import KlGate
 from .layout import Layout
 from .objectives import OBJECTIVES, Objective
 from .objectives import objective as find
 from .run import Batch, evaluate
+
+TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,26 @@ def token_weights(layout: Layout, batch: Batch, like: Tensor) -> Tensor:
     return reference.token_weights(
         weights.span_weight, weights.normalizer, batch.token_weight, layout.cu_seqlens, layout.valid(), like
     )
+
+
+def corrected(
+    layout: Layout, logp: Tensor | None, rollout_logp: Tensor | None, segment_ids: Tensor | None,
+    token_weight: Tensor | None, correction: dict | None,
+) -> Tensor | None:  # fmt: skip
+    """token_weight times the importance weights of logp to the rollout's, if that is given."""
+    if rollout_logp is None:
+        if correction is not None:
+            raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
+        return token_weight
+    if logp is None:
+        raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
+    given = TRUNCATED if correction is None else correction
+    if given.get("level") == "segment":
+        given = {"segment_ids": segment_ids} | given
+    if logp.shape != layout.shape:
+        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
+    where = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
+    if layout.width is None:
+        where["cu_seqlens"] = layout.cu_seqlens
+    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
+    return weights if token_weight is None else torch.where(weights != 0, weights * token_weight, 0)
