@@ -194,9 +194,9 @@ def test_forms_compile_into_one_graph(name):
 
     logp = case.pop("logp").requires_grad_()
     results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(0)
-        value = run(logp, **case)
+        value = function(logp, **case)
         results.append((value, torch.autograd.grad(value, logp)[0]))
     torch.testing.assert_close(*results)
 

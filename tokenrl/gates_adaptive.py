@@ -12,7 +12,8 @@ class DhpoGate(Gate):
 
     Fixed by the source [N]: clipping before mixing, constant w, q the length-normalised ratio of the sequence. Our
     reading [R]: joint minimum (dhpo) or one minimum per branch (dhpo_branch), the bounds, and which branch a high
-    entropy favours: mix is 1/2 ("averaged") or tokenrl.entropy_mix(entropy), high entropy -> token ("entropy-guided").
+    entropy favours: mix is 1/2 ("averaged") or tokenrl.entropy_mix(entropy), high entropy -> token
+    ("entropy-guided").
     """
 
     mix: Bound = 0.5
@@ -70,7 +71,7 @@ class DhpoBranch(DhpoGate):
 
 @parametrised
 class Hapo(Gate):
-    """PPO's clip with bounds and advantages that follow the token's entropy score h in [-1, 1] (tokenrl.hapo_score).
+    """PPO's clip whose bounds and advantages follow the token's entropy score h in [-1, 1] (tokenrl.bounds.hapo_score).
 
         h <= 0: eps_low' = eps_low (1 - alpha h);   h > 0: eps_high' = eps_high (1 + alpha h)
         A' = A (1 + beta h) where h > 0 and r lies outside (1 - eps_low' / 2, 1 + eps_high' / 2), or h <= 0 and inside
