@@ -1,0 +1,46 @@
+"""The table of objectives as a table: what each row must have, and how a row is changed."""
+
+import pytest
+
+import tokenrl
+from tokenrl.forms import Gmpo
+from tokenrl.gates import GATES, PpoClip
+from tokenrl.objectives import CERTAINTY
+
+ROWS = tokenrl.OBJECTIVES
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_complete(name):
+    row = ROWS[name]
+    assert row.name == name and GATES[row.gate.name] is type(row.gate)
+    assert row.certainty and set(row.certainty) <= set(CERTAINTY)
+    assert ("our reading" in row.source) == ("R" in row.certainty)
+    parameters = [parameter for part in row.parts.values() for parameter in part.names]
+    assert len(parameters) == len(set(parameters))  # one name sets one thing
+    assert row.source and all(type(part).__doc__ for part in row.parts.values())
+
+
+def test_parameters_go_to_the_gate_or_to_the_form():
+    row = tokenrl.objective("fipo", eps_low=0.1, half_life=8.0, clamp=5.0)
+    assert (row.gate.eps_low, row.form.half_life, row.clamp) == (0.1, 8.0, 5.0)
+    assert (ROWS["fipo"].gate.eps_low, ROWS["fipo"].form.half_life) == (0.2, 32.0)
+    assert tokenrl.objective("gmpo", form=None).form is None
+    with pytest.raises(ValueError, match="^parameter of 'gmpo': got 'eps_hi', accepted: eps_low, eps_high, .*'eps_high'"):
+        tokenrl.objective("gmpo", eps_hi=0.1)
+    with pytest.raises(ValueError, match="^form: got a new form and eps_low, accepted: one of the two"):
+        tokenrl.objective("gmpo", form=Gmpo(), eps_low=0.1)
+    with pytest.raises(ValueError, match="^gate: got a new gate and eps_low, accepted: one of the two"):
+        tokenrl.objective("ppo", gate=PpoClip(), eps_low=0.1)
+
+
+@pytest.mark.parametrize(
+    "name,parameters,message",
+    [
+        ("fipo", {"holes": "fill"}, "holes: got 'fill', accepted: skip, count"),
+        ("cppo", {"delta": float("nan")}, "delta: got nan, accepted: a number"),
+    ],
+)
+def test_wrong_parameters_of_forms(name, parameters, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tokenrl.objective(name, **parameters)
