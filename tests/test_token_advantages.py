@@ -1,11 +1,12 @@
-"""Advantages per token against their formulas in loops, and their edges; verl's outputs: test_advantages.py."""
+"""Advantages over tokens against their formulas in loops, and their edges; verl's outputs: test_advantages.py."""
 
 import math
 import statistics
 
 import pytest
 import torch
-from test_advantages import REWARDS, of, same
+from golden_data import INDEX, arrays, near
+from test_advantages import IDS, LENGTHS, REWARDS, members, of, same
 
 from tokenrl import advantages as adv
 
@@ -29,6 +30,21 @@ def gae_by_hand(r, v, mask, gamma, lam):
                 next_value = float(v[i, j])
                 a[i, j] = last
     return a
+
+
+def test_gae_that_counts_the_cells_of_holes():
+    r, v, mask = token_batch()
+    every = torch.ones_like(mask)
+    a, returns = adv.gae(r, v, mask, 0.9, 0.8, whiten=False, holes="count")
+    expected = gae_by_hand(r.nan_to_num(0.0), v.nan_to_num(0.0), every, 0.9, 0.8)
+    same(a, torch.where(mask, expected, 0.0))
+    same(returns, torch.where(mask, expected + v, 0.0))
+    same(adv.gae(r, v, mask, 0.9, 0.8, holes="count")[0], whitened_by_hand(expected, mask))
+    same(adv.gae(r[2:3], v[2:3], mask[2:3], 0.9, 0.8, holes="count")[0], adv.gae(r[2:3], v[2:3], None, 0.9, 0.8)[0])
+    flat, cu = [x.reshape(-1) for x in (r, v, mask)], torch.arange(6) * 37
+    same(adv.gae(*flat, 0.9, 0.8, whiten=False, holes="count", cu_seqlens=cu)[0].view(5, 37), a)
+    with pytest.raises(ValueError, match="holes: got 'stop', accepted: skip, count"):
+        adv.gae(r, v, mask, holes="stop")
 
 
 def whitened_by_hand(x, mask):
@@ -112,3 +128,90 @@ def test_a_long_row_does_not_lose_its_end_to_small_powers():
     found = adv.discounted_returns(r, None, 0.9)
     same(found[0, -300:], [0.9 ** (299 - j) for j in range(300)])
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [c for c in INDEX["hapo"]["cases"] if c.startswith("advantage.")])
+def test_golden_hapo(case):
+    x, config = arrays("hapo", case), INDEX["hapo"]["cases"][case]["config"]
+    scale = "std" if config["norm_adv_by_std_in_grpo"] else "none"
+    for width in (None, x["mask"].shape[1]):
+        a = adv.hapo(
+            x["rewards"].sum(1), x["mask"].sum(1), x["group_id"], scale=scale, eps=config["epsilon"], width=width
+        )
+        near(a[:, None] * x["mask"], x["advantages_out"], case)
+
+
+def hapo_by_hand(rewards, lengths, limit, scale="std", width=None, eps=1e-6):
+    out = []
+    for i, reward in enumerate(rewards):
+        own = [rewards[j] for j in members(i) for _ in range(lengths[j])]
+        mean, std = (statistics.mean(own), statistics.pstdev(own)) if own else (0.0, 0.0)
+        divisor = std + eps if scale == "std" else 1.0
+        cells = list(own)
+        if width is not None and any(lengths[j] < width for j in members(i)):
+            cells.append(0.0)
+        if len(members(i)) == 1 or lengths[i] == 0 or any(abs(x - mean) >= limit * divisor for x in cells):
+            rows = [rewards[j] for j in members(i)]
+            mean, std = (statistics.mean(rows), statistics.stdev(rows)) if len(rows) > 1 else (0.0, 1.0)
+            divisor = std + eps if scale == "std" else 1.0
+        out.append((reward - mean) / divisor)
+    return out
+
+
+# The largest |A| of the groups are 1.134, 0.99999 and three times 0; of padding in the second, 1.67. Undivided, 1.125.
+@pytest.mark.parametrize("scale, limit, width", [
+    ("std", 5.0, None), ("std", 1.1, None), ("std", 0.5, None), ("none", 1.0, None), ("std", 1.2, 6), ("none", 0.5, 3),
+])  # fmt: skip
+def test_hapo(scale, limit, width):
+    x, n, ids = of(REWARDS), torch.tensor(LENGTHS), torch.tensor(IDS)
+    expected = hapo_by_hand(REWARDS, LENGTHS, limit, scale, width)
+    same(adv.hapo(x, n, ids, scale=scale, limit=limit, width=width), expected, rtol=1e-9)
+    narrow = adv.hapo(x.float(), n.int(), ids.int(), scale=scale, limit=limit, width=width)
+    assert narrow.dtype == torch.float32
+    same(narrow, expected, rtol=1e-4)
+
+
+def test_hapo_falls_back_group_by_group():
+    x, n, ids = of(REWARDS), torch.tensor(LENGTHS), torch.tensor(IDS)
+    never, always = adv.hapo(x, n, ids, limit=math.inf), adv.grpo(x, ids)
+    far = [(never[ids == g][n[ids == g] > 0]).abs().max() >= 1.1 for g in IDS]
+    assert {bool(f) for f, g in zip(far, IDS, strict=True) if IDS.count(g) > 1} == {False, True}
+    same(adv.hapo(x, n, ids, limit=1.1), torch.where(torch.tensor(far) | (n == 0), always, never))
+    ones = torch.ones_like(n)
+    same(adv.hapo(x, ones, ids, limit=math.inf), adv.grpo(x, ids, unbiased=False))
+    # The reward 0 of padding is far from rewards that are all about 1.
+    near_one, pair, lengths = of([1.0, 1.01]), torch.tensor([0, 0]), torch.tensor([3, 4])
+    assert not torch.equal(adv.hapo(near_one, lengths, pair), adv.grpo(near_one, pair))
+    same(adv.hapo(near_one, lengths, pair, width=4), adv.grpo(near_one, pair))
+    full = torch.tensor([4, 4])
+    same(adv.hapo(near_one, full, pair, width=4), adv.hapo(near_one, full, pair))
+
+
+def test_hapo_in_parts_with_the_statistics_of_the_whole():
+    x, n, ids = of(REWARDS), torch.tensor(LENGTHS), torch.tensor(IDS)
+    for options in ({}, {"limit": 1.1}, {"scale": "none"}):
+        whole, s = adv.hapo(x, n, ids, **options), adv.hapo_statistics(x, n, ids, **options)
+        scale = {"scale": options.get("scale", "std")}
+        parts = [adv.hapo(x[p], mean=s.mean[p], std=s.std[p], **scale) for p in (slice(5), slice(5, 12))]
+        assert torch.equal(torch.cat(parts), whole)
+    assert adv.hapo(x[:0], n[:0], ids[:0]).shape == (0,)
+
+
+def test_hapo_edges():
+    x, ids = of([0.1, 0.1, 0.1, 0.7]), torch.tensor([3, 3, 3, 8])
+    a = adv.hapo(x, torch.tensor([3, 0, 5, 2]), ids)
+    assert torch.equal(a[:3], torch.zeros(3, dtype=torch.float64)) and a[3] == adv.grpo(x, ids)[3]
+    assert adv.hapo(x, torch.tensor([3, 0, 5, 2]), ids, singleton="zero")[3] == 0.0
+    assert adv.hapo(x, torch.zeros(4).long(), ids).isfinite().all()
+    x[0] = torch.nan
+    assert adv.hapo(x, torch.tensor([3, 0, 5, 2]), ids).isnan().tolist() == [True] * 3 + [False]
+    for call, message in (
+        (lambda: adv.hapo(x, ids, ids, scale="batch"), "scale: got 'batch', accepted: std, none"),
+        (lambda: adv.hapo(x, None, ids), "lengths: got None"),
+        (lambda: adv.hapo(x, x, ids), "lengths: got dtype torch.float64"),
+        (lambda: adv.hapo(x, ids), "group_ids: got None"),
+        (lambda: adv.hapo(x, ids, ids, limit=0.0), "limit: got 0.0"),
+        (lambda: adv.hapo(x, mean=x), "std: got None, accepted: both of mean and std"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

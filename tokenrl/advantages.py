@@ -26,16 +26,31 @@ from .reward_groups import (
     moments,
     statistics_of,
 )
-from .token_advantages import discounted_returns, gae, otb, reinforce_plus_plus, reinforce_plus_plus_baseline, whiten
+from .spo import SpoCuts, SpoEdges, spo_chain, spo_cutpoints, spo_mask, spo_tree
+from .tempo import tempo
+from .token_advantages import (
+    discounted_returns,
+    gae,
+    hapo,
+    hapo_statistics,
+    otb,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    whiten,
+)
 
 __all__ = [
     "GroupStatistics",
+    "SpoCuts",
+    "SpoEdges",
     "discounted_returns",
     "gae",
     "gdpo",
     "gpg",
     "group_statistics",
     "grpo",
+    "hapo",
+    "hapo_statistics",
     "opo",
     "otb",
     "pass_at_k",
@@ -43,6 +58,11 @@ __all__ = [
     "reinforce_plus_plus_baseline",
     "remax",
     "rloo",
+    "spo_chain",
+    "spo_cutpoints",
+    "spo_mask",
+    "spo_tree",
+    "tempo",
     "whiten",
 ]
 SCALES = ("std", "none", "batch")

@@ -1,15 +1,27 @@
-"""Advantages per token, without gradient: returns, whitening, GAE and the optimal token baseline, over valid tokens."""
+"""Advantages over valid tokens, without gradient: returns, whitening, GAE, the optimal token baseline, the average of a
+group's tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import unknown, wrong
 from .layout import Layout, layout_of
-from .reward_groups import checked, checked_rewards, groups_from, groups_of, moments, statistics_of
+from .reward_groups import (
+    GroupStatistics,
+    checked,
+    checked_lengths,
+    checked_rewards,
+    groups_from,
+    groups_of,
+    moments,
+    statistics_of,
+)
 
 POSITIONS = ("column", "valid")
+HOLES = ("skip", "count")
+SCALES = ("std", "none")
 
 
 @dataclass(frozen=True)
@@ -115,18 +127,26 @@ def reinforce_plus_plus_baseline(
 
 def gae(
     token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
-    whiten: bool = True, *, cu_seqlens: Tensor | None = None,
+    whiten: bool = True, *, holes: str = "skip", cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """GAE over valid tokens: (advantages, returns), [B, T] each. arXiv 1506.02438, verl [T].
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; t + 1 is the next valid
-    token, so a tool's output costs no discount; V = A = 0 after the last. whiten: the advantages only, over all tokens.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
+    holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next cell,
+    and a masked one has r = V = 0 (OpenRLHF, RTO [C]). whiten: the advantages only, over all tokens.
     """
     _check_discount("gamma", gamma)
     _check_discount("lam", lam)
+    if holes not in HOLES:
+        raise unknown("holes", holes, HOLES)
     valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
-    r, v = valid.take("token_rewards", token_rewards), valid.take("values", values)
-    a = valid.suffix_sums(r + gamma * valid.following(v) - v, gamma * lam)
+    walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
+    r, v = (
+        walked.take(name, valid.put(valid.take(name, x), torch.float64))
+        for name, x in (("token_rewards", token_rewards), ("values", values))
+    )
+    a = walked.suffix_sums(r + gamma * walked.following(v) - v, gamma * lam)
+    a, v = (x if walked is valid else x[valid.cells] for x in (a, v))
     out = _whitened(a, None, None, 1e-8) if whiten else a
     return valid.put(out, token_rewards.dtype), valid.put(a + v, token_rewards.dtype)
 
@@ -163,3 +183,54 @@ def otb(
     bare = groups.sum((lengths > 0).double())[row] < 2
     bare |= zero_tail & alone[row] & (t >= second[row])
     return valid.put(torch.where(bare, returns, returns - baseline), token_rewards.dtype)
+
+
+def hapo_statistics(
+    rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6, limit: float = 5.0,
+    width: int | None = None, singleton: str = "raw",
+) -> GroupStatistics:  # fmt: skip
+    """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    if not limit > 0:
+        raise wrong("limit", limit, "a positive number, inf to turn the fallback off")
+    x, groups = checked_rewards(rewards), groups_from(group_ids, rewards)
+    n, plain = checked_lengths(lengths, x), statistics_of(x, groups, True, singleton)
+    mean = groups.mean(x, n)
+    std = (groups.sum(n * (x - mean) ** 2) / groups.sum(n).clamp(min=1)).sqrt()
+    over = std + eps if scale == "std" else torch.ones_like(x)
+    far = (n > 0) & ((x - mean).abs() / over >= limit)
+    if width is not None:
+        far |= (n < width) & (mean.abs() / over >= limit)
+    fallback = (groups.sum(far.double()) > 0) | (plain.count == 1) | (n == 0)
+    return GroupStatistics(torch.where(fallback, plain.mean, mean), torch.where(fallback, plain.std, std), plain.count)
+
+
+def hapo(
+    rewards: Tensor, lengths: Tensor | None = None, group_ids: Tensor | None = None, *, scale: str = "std",
+    eps: float = 1e-6, limit: float = 5.0, width: int | None = None, singleton: str = "raw",
+    mean: Tensor | None = None, std: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """HAPO's token-level group average, A = (R - mean) / (std + eps), one for all tokens of a row: [S], lengths n [S]
+    -> [S]. arXiv 2509.16591 [C].
+
+    mean and std (over n) are those of the group's tokens, a row counting n_i times. A group in which any row with
+    tokens has |A| >= limit has those of grpo in their place; so have a group of one row, by singleton, and a row
+    without tokens [R].
+    scale: "none" does not divide, and limit bounds R - mean. width: T of a padded batch; the authors' code also tests
+    the masked cells, whose reward is 0, as this then does. None [R]: padding does not matter.
+    mean, std: [S], both or neither, of hapo_statistics over all rows of the groups; nothing else but eps is then used.
+    """
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    if (mean is None) != (std is None):
+        raise wrong("std" if std is None else "mean", None, "both of mean and std, or neither")
+    x = checked_rewards(rewards)
+    if mean is None:
+        if lengths is None:
+            raise wrong("lengths", None, f"one integer per sequence, [{x.numel()}], or the statistics of the groups")
+        mean, std, _ = hapo_statistics(
+            rewards, lengths, group_ids, scale=scale, eps=eps, limit=limit, width=width, singleton=singleton
+        )
+    centred, spread = x - checked("mean", mean, x.shape, x), checked("std", std, x.shape, x)
+    return (centred / (spread + eps) if scale == "std" else centred).to(rewards.dtype)
