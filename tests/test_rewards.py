@@ -123,6 +123,24 @@ def test_length_reward_and_the_mix():
     assert torch.equal(rew.rmt_reward(correct, found.double(), 1.0), found.double())
 
 
+@pytest.mark.parametrize("name", ["kl_k1", "kl_abs", "kl_k2", "kl_k3"])
+def test_kl_in_the_reward_is_verls(name):
+    """The values of verl's kl_penalty; masked cells give 0 whatever they hold."""
+    kinds = {"kl_k1": "k1", "kl_abs": "abs", "kl_k2": "k2", "kl_k3": "k3"}
+    cases = INDEX["verl_kl_penalty"]["cases"]
+    names = [c for c, entry in cases.items() if entry["config"]["kl_penalty"] == kinds[name]]
+    assert names
+    for case in names:
+        x = arrays("verl_kl_penalty", case)
+        found = rew.kl_estimate(x["logp"], x["ref_logp"], kl=name)
+        inside = ((x["logp"] - x["ref_logp"]).abs() < 20) & (x["kl"] < 10)  # clamps differ beyond
+        assert inside.float().mean() > 0.5
+        near(found[inside], x["kl"][inside], name)
+    mask = torch.rand(x["logp"].shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    dirty = [torch.where(mask, y, math.nan) for y in (x["logp"], x["ref_logp"])]
+    near(rew.kl_estimate(*dirty, mask, kl=name), torch.where(mask, found, 0.0), "masked")
+
+
 R, N = torch.zeros(2, 3), torch.tensor([1, 2])
 ERRORS = [
     (lambda: rew.rto(R, R, R[0], R[:, 0]), r"old_logp: got shape \[3\] without cu_seqlens"),
@@ -131,6 +149,8 @@ ERRORS = [
     (lambda: rew.rto(R, R, R, R), r"rewards: got shape \[2, 3\], accepted: shape \[2\]"),
     (lambda: rew.rto(R, R, R, R[:, 0], clip=0.0), "clip: got 0.0, accepted: a positive number, or None"),
     (lambda: rew.rto(R, R, R, R[:, 0], kl_coef=-1.0), "kl_coef: got -1.0"),
+    (lambda: rew.kl_estimate(R, R, kl="ppo"), "kl: got 'ppo', accepted: kl_abs, kl_k1"),
+    (lambda: rew.kl_estimate(R, R.clone().requires_grad_()), "ref_logp: got a tensor that requires grad"),
     (lambda: rew.overlong_penalty(N.float(), max_length=4, buffer=2), "lengths: got dtype torch.float32"),
     (lambda: rew.overlong_penalty(R.long(), max_length=4, buffer=2), r"lengths: got shape \[2, 3\]"),
     (lambda: rew.overlong_penalty(N, max_length=4, buffer=0), "buffer: got 0, .*at most max_length, 4"),

@@ -7,7 +7,9 @@ do, [N] independent notes, [R] our reading.
 import torch
 from torch import Tensor
 
-from .errors import wrong
+from .errors import unknown, wrong
+from .gates_kl import KlGate
+from .objectives import OBJECTIVES, objective
 from .reward_groups import checked, checked_lengths, checked_rewards
 from .token_advantages import _valid
 
@@ -49,6 +51,23 @@ def _float_lengths(lengths: Tensor) -> Tensor:
     if lengths.dim() != 1:
         raise wrong("lengths", f"shape {list(lengths.shape)}", "[S], one per sequence")
     return checked_lengths(lengths, lengths)
+
+
+def kl_estimate(
+    logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None, *, kl: str = "kl_k1", cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The estimate of KL(pi || ref) of each token, of logp's shape and dtype, for a KL in the reward: r - coef kl.
+
+    logp (of the sampling policy), ref_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens. kl: a row kl_* of the table of
+    objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1" [T].
+    """
+    row = objective(kl)
+    if not isinstance(row.gate, KlGate):
+        raise unknown("kl", row.name, [name for name, known in OBJECTIVES.items() if isinstance(known.gate, KlGate)])
+    valid = _valid(logp, mask, cu_seqlens, "logp")
+    own, ref = valid.take("logp", logp), valid.take("ref_logp", ref_logp)
+    x = (own - ref).clamp(-row.clamp, row.clamp)
+    return valid.put(row.gate.value(x, x, own, torch.zeros_like(x), torch.ones_like(x)), logp.dtype)
 
 
 def overlong_penalty(
