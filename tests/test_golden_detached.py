@@ -24,7 +24,11 @@ def verl_objective(family, config):
     return tokenrl.objective(name, **bounds, ceiling=config["clip_ratio_c"], **clamp)
 
 
-@pytest.mark.parametrize("family,case,backend", grid(*VERL))
+# Divergences that are given: tests/test_golden_forms.py.
+BINARY = [param for param in grid(*VERL) if "topk" not in param.values[1]]
+
+
+@pytest.mark.parametrize("family,case,backend", BINARY)
 def test_verl(family, case, backend):
     entry = INDEX[family]["cases"][case]
     x, logp = leaf(arrays(family, case), backend)

@@ -259,10 +259,10 @@ def test_a_batch_without_signal_has_loss_zero(backend, computed):
 @pytest.mark.parametrize("name", [name for name, gate in GATES.items() if gate.uses_advantages and gate.vanishes])
 def test_a_gate_that_vanishes_is_zero_without_advantage(name):
     """In value and derivative, on every branch."""
-    s, logp = (torch.linspace(-6, 4, 401, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    s, x, logp = (torch.linspace(-6, 4, 401, dtype=torch.float64, requires_grad=True) for _ in range(3))
     t = torch.arange(1.0, 402, dtype=torch.float64)
-    value = gates_under_test()[name].value(s, logp, torch.zeros(401, dtype=torch.float64), t)
-    grads = torch.autograd.grad(value.sum(), (s, logp), allow_unused=True)
+    value = gates_under_test()[name].value(s, x, logp, torch.zeros(401, dtype=torch.float64), t)
+    grads = torch.autograd.grad(value.sum(), (s, x, logp), allow_unused=True)
     assert value.count_nonzero() == 0
     assert all(grad is None or grad.count_nonzero() == 0 for grad in grads)
 
