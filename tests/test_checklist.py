@@ -178,6 +178,23 @@ def test_12_micro_batches(mode, backend):
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("mode", ["balanced", "group-mean", "seq-mean-token-mean"])
+def test_12_groups_that_micro_batches_split(mode, backend):
+    """The weights of the whole batch, handed to its parts."""
+    x, a = [[0.1, -0.1, 0.2], [0.3, 0.0, 0.1], [0.0, 0.2, 0.1], [0.1, 0.1, -0.3]], [1.0, -1.0, 0.5, -0.5]
+    mask, groups = [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], torch.tensor([0, 1, 1, 0])
+    whole = gradient("ppo", x, a, backend, mask=mask, group_ids=groups, aggregation=mode)
+    w = tokenrl.aggregation_weights(
+        mode, mask=torch.tensor(mask, dtype=torch.bool), advantages=torch.tensor(a, dtype=torch.float64), group_ids=groups
+    )
+    parts = [
+        gradient("ppo", x[at], a[at], backend, mask=mask[at], token_weight=w[at].double(), aggregation="token-sum")
+        for at in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0)
+
+
+@EVERY_BACKEND
 def test_13_the_dual_clip_of_ctpo_grows_with_the_position(backend):
     row = tokenrl.objective(
         "ctpo", eps_high=9.0, eps_low=9.0, eps_dual=0.1, power=1.0, statistic="token", flow="through"

@@ -22,8 +22,7 @@ from .layout import Layout, check_constant, check_integers, layout_of
 @dataclass(frozen=True)
 class Aggregation:
     """A mode: its span weight, what its normaliser counts (None: the normaliser is 1), and whether it is also divided
-    by the
-    padded width T."""
+    by the padded width T."""
 
     span: str
     unit: str | None
@@ -106,11 +105,9 @@ def aggregation_weights(
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
     "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
-    (Balanced
-    Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage; sequences
-    with
-    advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens, R sequences and
-    G groups with any.
+    (Balanced Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage;
+    sequences with advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens,
+    R sequences and G groups with any.
     mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
     group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G).
     Returns fp32 of the mask's shape, zero in masked cells.

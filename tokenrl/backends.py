@@ -19,8 +19,8 @@ _BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates.h; more may b
 @dataclass(frozen=True)
 class Backend:
     """One way to run the ops. namespace: of its ops under torch.ops, None for the reference. why_not: the reason why
-    it cannot run
-    on a device, or None. automatic: whether a call that names no backend may get it."""
+    it cannot run on a device, or None. automatic: whether a call that names no backend may get it. gates: the names of
+    those it has kernels of."""
 
     name: str
     namespace: str | None

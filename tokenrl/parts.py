@@ -52,8 +52,8 @@ def position_adaptive_clip(
     """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens (CTPO, arXiv 2605.07331 [C]).
 
     log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power:
-    numbers or tensors of
-    that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0 outside.
+    numbers or tensors of that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0
+    outside.
     """
     layout = layout_of(log_ratio, mask=mask, cu_seqlens=cu_seqlens, name="log_ratio")
     check_floats("log_ratio", log_ratio)
@@ -84,8 +84,7 @@ def group_aggregate(
     """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them.
 
     values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns
-    a 0-d tensor;
-    the gradient with respect to values is w. Masked cells may hold anything.
+    a 0-d tensor; the gradient with respect to values is w. Masked cells may hold anything.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, name="values")
     check_floats("values", values)
