@@ -13,7 +13,8 @@ class Metrics:
 
     tokens: their count. ratio_mean, ratio_min, ratio_max: of the objective's own ratio e^s. clip_low, clip_high,
     clip_dual: the fraction of tokens on which that bound is active. approx_kl: mean of e^x - 1 - x, x the token's log
-    ratio (k3 of KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1]. All nan when there is no token.
+    ratio (k3 of KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1]. All nan when
+    there is no token.
     """
 
     NAMES: tuple[str, ...] = (
