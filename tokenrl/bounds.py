@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .corrections import _spans
 from .errors import unknown, wrong
-from .layout import check_constant, check_integers, layout_of
+from .layout import check_integers, layout_of
 from .reward_groups import Groups
-from .token_advantages import _Valid, _valid
+from .spans import spans_of
+from .valid import ValidTokens, constant, valid_of
 
 KINDS = ("tv", "chi2", "kl")
 SCOPES = ("sequence", "batch")
@@ -58,7 +58,7 @@ def bandpo(
     _check_number("eps_low", eps_low, 0, 1)
     _check_number("eps_high", eps_high, 0)
     _check_number("ceiling", ceiling, 1)
-    valid = _valid(old_logp, mask, cu_seqlens, "old_logp")
+    valid = valid_of(old_logp, mask, cu_seqlens, "old_logp")
     logp = valid.take("old_logp", old_logp)
     low, high = _band(kind, delta, logp.exp(), -logp.expm1())
     if relax:
@@ -110,7 +110,7 @@ def segment_ids(
     marks = torch.as_tensor(delimiters if isinstance(delimiters, Tensor) else list(delimiters), device=ids.device)
     if marks.numel():
         check_integers("delimiters", marks)
-    valid, rows = layout.valid(), _spans("sequence", layout).index
+    valid, rows = layout.valid(), spans_of("sequence", layout).index
     ends = valid & torch.isin(layout.tokens("ids", ids, torch.int64), marks.to(torch.int64))
     before = torch.cat([ends.new_zeros(1), ends]).cumsum(0)
     number = before[:-1] - before[layout.cu_seqlens[:-1]][rows]
@@ -129,12 +129,12 @@ def entropy_range(
 
 def _span_means(
     entropy: Tensor, segment_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[_Valid, Tensor]:
+) -> tuple[ValidTokens, Tensor]:
     """The valid tokens and, for each, the mean of its span."""
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x = valid.take("entropy", entropy)
     check_integers("segment_ids", segment_ids)
-    spans = _spans("segment", valid.layout, valid.layout.tokens("segment_ids", segment_ids))
+    spans = spans_of("segment", valid.layout, valid.layout.tokens("segment_ids", segment_ids))
     return valid, Groups(spans.index[valid.cells], spans.number).mean(x, torch.ones_like(x))
 
 
@@ -181,16 +181,7 @@ def _given_range(
         raise wrong("lowest" if lowest is None else "highest", None, "both of lowest and highest, or neither")
     if scope != "batch":
         raise wrong("lowest", lowest, f"None for scope {scope!r} (scope='batch' uses it)")
-    return _constant("lowest", lowest, like), _constant("highest", highest, like)
-
-
-def _constant(name: str, x: float | Tensor, like: Tensor) -> Tensor:
-    """A number or 0-d tensor as fp64, 0-d."""
-    if isinstance(x, Tensor):
-        check_constant(name, x)
-        if x.numel() != 1:
-            raise wrong(name, f"a tensor of shape {list(x.shape)}", "a number or a 0-d tensor")
-    return torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(())
+    return constant("lowest", lowest, like), constant("highest", highest, like)
 
 
 class HapoStatistics(NamedTuple):
@@ -206,7 +197,7 @@ def hapo_statistics(
     entropy: Tensor, *, quantile: float = 0.8, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> HapoStatistics:
     """What hapo_score normalises with, of all valid tokens: for a batch in parts, call this on the whole of it."""
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     return _hapo_statistics(valid.take("entropy", entropy), quantile)
 
 
@@ -234,11 +225,11 @@ def hapo_score(
     quantile; the authors take those of each micro-batch. compat_sign_bug: |h|, what the authors' code computes (and ran
     with): it divides by min z, not by its magnitude. h is kept in [-1, 1].
     """
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x = valid.take("entropy", entropy)
     given = _hapo_statistics(x, quantile) if statistics is None else statistics
     pivot, std, largest, smallest = (
-        _constant(f"statistics.{name}", value, x) for name, value in zip(HapoStatistics._fields, given, strict=True)
+        constant(f"statistics.{name}", value, x) for name, value in zip(HapoStatistics._fields, given, strict=True)
     )
     z = (x.clamp(min=FLOOR).log() - pivot) / std
     h = (z / torch.where(z > 0, largest, -smallest)).clamp(-1, 1)

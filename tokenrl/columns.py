@@ -9,7 +9,7 @@ from .errors import wrong
 from .layout import layout_of
 from .linear import DEFAULT_BUDGET, linear_token_logprobs
 from .logprobs import DTYPES, token_logprobs
-from .token_advantages import _Valid, valid_tokens
+from .valid import ValidTokens, valid_tokens
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class HeadColumns:
         return z.to(self.dtype).div_(self.temperature)
 
 
-def logit_columns(logits: Tensor, valid: _Valid, ids: Tensor | None = None) -> tuple[LogitColumns, Tensor]:
+def logit_columns(logits: Tensor, valid: ValidTokens, ids: Tensor | None = None) -> tuple[LogitColumns, Tensor]:
     """(the source, lse of the valid tokens [M]); no copy of logits whose tokens lie at one distance, as logits[:, :-1]
     do. ids are checked against the vocabulary, and else not used."""
     ids = valid.cells.new_zeros(logits.shape[:-1]) if ids is None else ids
@@ -103,7 +103,7 @@ def logit_columns(logits: Tensor, valid: _Valid, ids: Tensor | None = None) -> t
 
 
 def head_columns(
-    hidden: Tensor, weight: Tensor, valid: _Valid, bias: Tensor | None, compute_dtype: torch.dtype | None,
+    hidden: Tensor, weight: Tensor, valid: ValidTokens, bias: Tensor | None, compute_dtype: torch.dtype | None,
     memory_budget: int | None, temperature: float = 1.0, ids: Tensor | None = None,
 ) -> tuple[HeadColumns, Tensor]:  # fmt: skip
     """As logit_columns."""
@@ -116,7 +116,7 @@ def head_columns(
     return HeadColumns(flat, weight, bias, compute_dtype or hidden.dtype, temperature), lse
 
 
-def tokens_of(x: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Valid:
+def tokens_of(x: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
     last = "V" if name == "logits" else "D"
     if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
         accepted = f"[B, T, {last}], or [N, {last}] with cu_seqlens, {last} >= 1"

@@ -12,11 +12,11 @@ no division by conflict_lengths. Groups must be whole in a call. Tensors are pad
 import torch
 from torch import Tensor
 
-from .corrections import _spans
 from .errors import wrong
 from .layout import check_integers
 from .reward_groups import checked, groups_from, groups_of
-from .token_advantages import _Valid, _valid
+from .spans import spans_of
+from .valid import ValidTokens, valid_of
 
 
 def conflict_weights(
@@ -51,11 +51,11 @@ def conflict_lengths(
 
 def _runs(
     ids: Tensor, advantages: Tensor, group_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[_Valid, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+) -> tuple[ValidTokens, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The M valid tokens, the signs of their A [M], and from the left and from the right: positions [M], lengths of the
     runs [S]."""
     check_integers("ids", ids)
-    valid = _valid(ids, mask, cu_seqlens, "ids")
+    valid = valid_of(ids, mask, cu_seqlens, "ids")
     rows = valid.layout.num_sequences
     signs = checked("advantages", advantages, (rows,), ids).sign()
     sign, group = signs[valid.row], groups_from(group_ids, signs).index[valid.row]
@@ -86,8 +86,8 @@ def entropy_shaped_advantages(
         raise wrong("scale", scale, "a number, at least 0")
     if not threshold >= 0:
         raise wrong("threshold", threshold, "a number, at least 0 (inf: no row is dropped)")
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     a = checked("advantages", advantages, (valid.layout.num_sequences,), entropy)
     x = valid.put(valid.take("entropy", entropy), a.dtype)
-    mean = _spans("sequence", valid.layout).mean(x.reshape(-1))
+    mean = spans_of("sequence", valid.layout).mean(x.reshape(-1))
     return torch.where(mean > threshold, 0.0, a - scale * mean).to(advantages.dtype)

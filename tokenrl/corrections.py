@@ -23,14 +23,13 @@ computed in fp64. Tags: [T] what trainers do, [R] our reading.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import unknown, wrong
 from .layout import Layout, check_constant, check_floats, check_integers, layout_of
-from .statistics import span_starts
+from .spans import Spans, spans_of
 
 LEVELS = {  # the span that shares a weight, and what is taken of its log ratios
     "token": ("token", "sum"),
@@ -51,47 +50,6 @@ REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
 }
 CLAMP = 20.0
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """index: int64 [N], the span of a token; valid: bool [N]; number: a bound of the index, as the spans themselves
-    could only be counted with a host sync."""
-
-    index: Tensor
-    valid: Tensor
-    number: int
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.number).index_add_(0, self.index, x)
-
-    def mean(self, x: Tensor) -> Tensor:
-        return self.sum(x) / self.counts().clamp(min=1)
-
-    def max(self, x: Tensor) -> Tensor:
-        """Of divergences: as none is below zero, the zeros of masked cells and of empty spans are the lowest."""
-        return x.new_zeros(self.number).scatter_reduce_(0, self.index, x, "amax")
-
-    def counts(self) -> Tensor:
-        """float64 [number]: the valid tokens of each span."""
-        return self.sum(self.valid.double())
-
-    def take(self, what: str, x: Tensor) -> Tensor:
-        """[number] of x [N], zero in masked cells; what: "sum", "mean" or "max"."""
-        return getattr(self, what)(x)
-
-
-def _spans(kind: str, layout: Layout, segment_ids: Tensor | None = None) -> _Spans:
-    tokens, device = layout.num_tokens, layout.cu_seqlens.device
-    if kind == "token":
-        return _Spans(torch.arange(tokens, device=device), layout.valid(), tokens)
-    rows = torch.arange(layout.num_sequences, device=device)
-    rows = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=tokens)
-    if kind == "sequence":
-        return _Spans(rows, layout.valid(), layout.num_sequences)
-    new = span_starts(segment_ids, layout)
-    new[1:] |= rows[1:] != rows[:-1]
-    return _Spans(new.long().cumsum(0), layout.valid(), tokens + 1)
 
 
 def _log_ratios(logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
@@ -134,7 +92,7 @@ def _bounded(weight: Tensor, bound: str, low: float | None, high: float | None) 
     return torch.where(outside, 0.0, weight)
 
 
-def _over_mean(weight: Tensor, spans: _Spans) -> Tensor:
+def _over_mean(weight: Tensor, spans: Spans) -> Tensor:
     filled = spans.counts() > 0
     mean = torch.where(filled, weight, 0.0).sum() / filled.sum().clamp(min=1)
     # A batch whose weights are all 0 keeps them.
@@ -167,7 +125,7 @@ def importance_weights(
         raise wrong("clamp", clamp, "a positive number, or None")
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
     kind, what = LEVELS[level]
-    spans = _spans(kind, layout, _segments(level, segment_ids, layout))
+    spans = spans_of(kind, layout, _segments(level, segment_ids, layout))
     s = spans.take(what, q)
     weight = _bounded((s if clamp is None else s.clamp(-clamp, clamp)).exp(), bound, low, high)
     if normalize == "batch":
@@ -207,7 +165,7 @@ def rejection_mask(
         raise wrong("high", None, f"a number for {statistic!r}")
     _check_range(low, high)
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
-    spans = _spans(kind, layout)
+    spans = spans_of(kind, layout)
     found = spans.take(what, DIVERGENCES[k](q.clamp(-CLAMP, CLAMP)))
     if k == "k1":
         low, high = (_log(x, none) for x, none in ((low, -torch.inf), (high, torch.inf)))
@@ -238,7 +196,7 @@ def off_policy_sequence_mask(
     check_constant("advantages", advantages)
     per_token = advantages.shape == layout.shape
     advantages = layout.tokens_or_sequences("advantages", advantages, torch.float64)
-    rows = _spans("sequence", layout)
+    rows = spans_of("sequence", layout)
     near = (rows.mean(-q) <= threshold)[rows.index]
     positive = (advantages if per_token else advantages[rows.index]) >= 0
     return ((near | positive) & layout.valid()).view(layout.shape)

@@ -15,7 +15,7 @@ from .columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_c
 from .errors import unknown, wrong
 from .layout import Layout
 from .reward_groups import Groups, groups_from
-from .token_advantages import _Valid
+from .valid import ValidTokens
 
 POSITIONS = ("all", "valid")
 CLAMP = 11.0
@@ -41,7 +41,7 @@ class _Slots:
         return self.counts[at], self.missing[at, None].to(dtype), self.size[at, None].to(dtype)
 
 
-def _slots(valid: _Valid, groups: Groups) -> _Slots:
+def _slots(valid: ValidTokens, groups: Groups) -> _Slots:
     positions = max(valid.layout.num_tokens, 1)
     key = groups.index[valid.row] * positions + valid.cells - valid.layout.cu_seqlens[valid.row]
     key, order = key.sort(stable=True)
@@ -91,7 +91,9 @@ def _tile_size(source: LogitColumns | HeadColumns, largest: int, budget: int) ->
 
 
 @torch.no_grad()
-def _divergences(source: LogitColumns | HeadColumns, lse: Tensor, valid: _Valid, slots: _Slots, budget: int) -> Tensor:
+def _divergences(
+    source: LogitColumns | HeadColumns, lse: Tensor, valid: ValidTokens, slots: _Slots, budget: int
+) -> Tensor:
     """d, fp64 [K], by tiles of the vocabulary and of slots."""
     found = lse.new_zeros(slots.counts.numel(), dtype=torch.float64)
     if not found.numel():
@@ -111,7 +113,7 @@ def _divergences(source: LogitColumns | HeadColumns, lse: Tensor, valid: _Valid,
 
 
 def _weights(
-    d: Tensor, valid: _Valid, slots: _Slots, groups: Groups, alpha: float, positions: str, width: int | None,
+    d: Tensor, valid: ValidTokens, slots: _Slots, groups: Groups, alpha: float, positions: str, width: int | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     same = Groups(slots.group, groups.number)
@@ -137,7 +139,7 @@ def _width(layout: Layout, width: int | None) -> int:
 def _batch(
     x: Tensor, name: str, group_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, alpha: float,
     positions: str, width: int | None, memory_budget: int | None,
-) -> tuple[_Valid, Groups, _Slots, int]:  # fmt: skip
+) -> tuple[ValidTokens, Groups, _Slots, int]:  # fmt: skip
     """Checked; x: [B, T, .] or [N, .]."""
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)

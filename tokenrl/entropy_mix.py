@@ -1,12 +1,9 @@
 """DHPO's weight of the token ratio against the sequence ratio."""
 
-import torch
 from torch import Tensor
 
-from .errors import wrong
-from .layout import check_constant
 from .reward_groups import Groups
-from .token_advantages import _Valid, _valid
+from .valid import per_token, valid_of
 
 
 def entropy_mix(
@@ -22,19 +19,8 @@ def entropy_mix(
     own, a number, 0-d, or one per sequence [S] (of whole responses, where they come in parts); weights outside are cut
     to [0, 1].
     """
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x, rows = valid.take("entropy", entropy), Groups(valid.row, valid.layout.num_sequences)
-    low = -rows.max(-x) if lowest is None else _per_token("lowest", lowest, valid)
-    high = rows.max(x) if highest is None else _per_token("highest", highest, valid)
+    low = -rows.max(-x) if lowest is None else per_token("lowest", lowest, valid)
+    high = rows.max(x) if highest is None else per_token("highest", highest, valid)
     return valid.put(((x - low) / (high - low + eps)).clamp(0, 1), entropy.dtype)
-
-
-def _per_token(name: str, x: float | Tensor, valid: _Valid) -> Tensor:
-    """fp64, [M] or 0-d."""
-    if not isinstance(x, Tensor):
-        return torch.tensor(float(x), dtype=torch.float64, device=valid.cells.device)
-    check_constant(name, x)
-    rows = valid.layout.num_sequences
-    if x.shape not in ((), (rows,)) or x.device != valid.cells.device:
-        raise wrong(name, f"shape {list(x.shape)} on {x.device}", f"a number, 0-d or [{rows}], on the tokens' device")
-    return x.double()[valid.row] if x.dim() else x.double()

@@ -103,7 +103,8 @@ class FutureKl(Form):
 
 
 def _suffix_sums(x: Tensor, entry: Tensor, layout: Layout) -> Tensor:
-    """y_t = x_t + entry_{t+1} y_{t+1} inside each sequence, in log2 steps."""
+    """y_t = x_t + entry_{t+1} y_{t+1} inside each sequence, in log2 steps, on all cells: their number is known to a
+    trace, unlike that of the valid tokens."""
     first = torch.zeros(x.numel() + 1, dtype=torch.bool, device=x.device).index_fill(0, layout.cu_seqlens, True)
     x, factor = torch.cat([x, x.new_zeros(1)]), torch.where(first, 0, torch.cat([entry, entry.new_zeros(1)]))
     factor = torch.cat([factor[1:], factor.new_zeros(1)])

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from .columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_columns, tokens_of
-from .entropy_mix import _per_token
 from .errors import unknown, wrong
 from .head import split
 from .layout import check_constant, check_integers
 from .reward_groups import Groups, groups_from
-from .token_advantages import _Valid, _valid
+from .valid import ValidTokens, per_token, valid_of
 
 VOCABULARIES = ("group", "full")
 PAIRS = ("all", "distinct", "others")
@@ -83,7 +82,7 @@ def _influence(
     hidden: Tensor, weight: Tensor | None, ids: Tensor, correct: Tensor, group_ids: Tensor, logits: Tensor | None,
     bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, vocabulary: str, pairs: str, normalize: bool,
     memory_budget: int | None,
-) -> tuple[_Valid, Tensor]:  # fmt: skip
+) -> tuple[ValidTokens, Tensor]:  # fmt: skip
     """(the M valid tokens, sum over the correct rows' tokens u of <t, u>, fp64 [M])."""
     if vocabulary not in VOCABULARIES:
         raise unknown("vocabulary", vocabulary, VOCABULARIES)
@@ -148,7 +147,7 @@ class _Group:
     share: Tensor
 
 
-def _groups(valid: _Valid, groups: Groups, correct: Tensor, normalize: bool) -> Iterator[_Group]:
+def _groups(valid: ValidTokens, groups: Groups, correct: Tensor, normalize: bool) -> Iterator[_Group]:
     """The groups with a correct row, without rows that have no tokens."""
     lengths = torch.bincount(valid.row, minlength=valid.layout.num_sequences)
     starts = lengths.cumsum(0) - lengths
@@ -214,7 +213,7 @@ def thr_threshold(
     source has "the mean influence of one correct response's tokens on the other correct responses" [N]; that it is a
     sum over the others (as thr is), a mean over tokens and one number per group is our reading [R].
     """
-    valid = _valid(thr, mask, cu_seqlens, "thr")
+    valid = valid_of(thr, mask, cu_seqlens, "thr")
     _check_correct(correct, valid)
     groups, x = groups_from(group_ids, correct), valid.take("thr", thr)
     total, count = (_of_rows(valid, torch.where(correct[valid.row], t, 0.0)) for t in (x, torch.ones_like(x)))
@@ -232,9 +231,9 @@ def thr_advantages(
     """
     if not abs(p) < torch.inf:
         raise wrong("p", p, "a finite number (0.1 or -0.1)")
-    valid = _valid(thr, mask, cu_seqlens, "thr")
+    valid = valid_of(thr, mask, cu_seqlens, "thr")
     x, a = valid.take("thr", thr), _advantages(valid, advantages)
-    kept = x.abs() > _per_token("tau", tau, valid)
+    kept = x.abs() > per_token("tau", tau, valid)
     return valid.put(torch.where(kept, (1 + x.sign() * p) * a, 0.0), advantages.dtype)
 
 
@@ -244,7 +243,7 @@ def nthr_statistics(
 ) -> NthrStatistics:  # fmt: skip
     """tau = beta min_i mean_t nthr_t over the correct rows i of the group, inf if it has none; eta = 2 |1/2 - p|, p the
     fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only [R]."""
-    valid = _valid(nthr, mask, cu_seqlens, "nthr")
+    valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     _check_correct(correct, valid)
     groups, x = groups_from(group_ids, correct), valid.take("nthr", nthr)
     total, count = (_of_rows(valid, t) for t in (x, torch.ones_like(x)))
@@ -264,26 +263,26 @@ def nthr_advantages(
 
     advantages: [S], or of nthr's shape. tau, eta: of nthr_statistics, or numbers.
     """
-    valid = _valid(nthr, mask, cu_seqlens, "nthr")
+    valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     _check_correct(correct, valid)
     x, a = valid.take("nthr", nthr), _advantages(valid, advantages)
-    hit = ~correct[valid.row] & (x > _per_token("tau", tau, valid))
-    return valid.put(torch.where(hit, _per_token("eta", eta, valid) * a, a), advantages.dtype)
+    hit = ~correct[valid.row] & (x > per_token("tau", tau, valid))
+    return valid.put(torch.where(hit, per_token("eta", eta, valid) * a, a), advantages.dtype)
 
 
-def _of_rows(valid: _Valid, x: Tensor) -> Tensor:
+def _of_rows(valid: ValidTokens, x: Tensor) -> Tensor:
     """[S]"""
     return x.new_zeros(valid.layout.num_sequences).index_add_(0, valid.row, x)
 
 
-def _advantages(valid: _Valid, advantages: Tensor) -> Tensor:
+def _advantages(valid: ValidTokens, advantages: Tensor) -> Tensor:
     """fp64 [M]"""
     check_constant("advantages", advantages)
     a = valid.layout.tokens_or_sequences("advantages", advantages, torch.float64)
     return a[valid.cells] if advantages.shape == valid.layout.shape else a[valid.row]
 
 
-def _check_correct(correct: Tensor, valid: _Valid) -> None:
+def _check_correct(correct: Tensor, valid: ValidTokens) -> None:
     if correct.dtype != torch.bool:
         raise wrong("correct", f"dtype {correct.dtype}", "torch.bool, whether a row was rewarded")
     valid.layout.sequences("correct", correct, torch.bool)

@@ -11,7 +11,7 @@ from .errors import unknown, wrong
 from .gates_kl import KlGate
 from .objectives import OBJECTIVES, objective
 from .reward_groups import checked, checked_lengths, checked_rewards
-from .token_advantages import _valid
+from .valid import valid_of
 
 
 def rto(
@@ -33,7 +33,7 @@ def rto(
             raise wrong(name, bound, "a positive number, or None")
     if not kl_coef >= 0:
         raise wrong("kl_coef", kl_coef, "a number, at least 0")
-    valid = _valid(old_logp, mask, cu_seqlens, "old_logp")
+    valid = valid_of(old_logp, mask, cu_seqlens, "old_logp")
     dpo, ref, old = (
         valid.take(name, x) for name, x in (("dpo_logp", dpo_logp), ("ref_logp", ref_logp), ("old_logp", old_logp))
     )
@@ -64,7 +64,7 @@ def kl_estimate(
     row = objective(kl)
     if not isinstance(row.gate, KlGate):
         raise unknown("kl", row.name, [name for name, known in OBJECTIVES.items() if isinstance(known.gate, KlGate)])
-    valid = _valid(logp, mask, cu_seqlens, "logp")
+    valid = valid_of(logp, mask, cu_seqlens, "logp")
     own, ref = valid.take("logp", logp), valid.take("ref_logp", ref_logp)
     x = (own - ref).clamp(-row.clamp, row.clamp)
     return valid.put(row.gate.value(x, x, own, torch.zeros_like(x), torch.ones_like(x)), logp.dtype)

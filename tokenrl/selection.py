@@ -13,11 +13,11 @@ defaults. Tags: [N] independent notes, [R] our reading.
 import torch
 from torch import Tensor
 
-from .bounds import SCOPES, _constant
+from .bounds import SCOPES
 from .errors import unknown, wrong
 from .layout import check_constant
 from .reward_groups import checked_rewards
-from .token_advantages import _Valid, _valid
+from .valid import ValidTokens, constant, valid_of
 
 TIE = 1e-12
 
@@ -97,7 +97,7 @@ def advantage_entropy_mask(
     if threshold is not None:
         if scope != "batch":
             raise wrong("threshold", threshold, f"None for scope {scope!r} (scope='batch' uses it)")
-        kept = scores >= _constant("threshold", threshold, scores)
+        kept = scores >= constant("threshold", threshold, scores)
     else:
         within = valid.row if scope == "sequence" else torch.zeros_like(valid.row)
         kept = scores >= _thresholds(scores, within, valid.layout.num_sequences, fraction)[within]
@@ -106,9 +106,9 @@ def advantage_entropy_mask(
 
 def _scores(
     advantages: Tensor, entropy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[_Valid, Tensor]:
+) -> tuple[ValidTokens, Tensor]:
     """The valid tokens and their |A| H."""
-    valid = _valid(entropy, mask, cu_seqlens, "entropy")
+    valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     check_constant("advantages", advantages)
     a = valid.layout.tokens_or_sequences("advantages", advantages, torch.float64)
     own = a[valid.cells] if advantages.shape == valid.layout.shape else a[valid.row]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import unknown, wrong
 from .layout import check_constant, check_floats, check_integers, layout_of
 from .reward_groups import Groups, checked, checked_rewards
-from .token_advantages import _Valid, _valid
+from .valid import ValidTokens, valid_of
 
 METHODS = ("rloo", "grpo")
 INNER = ("mean", "given")
@@ -73,7 +73,7 @@ def spo_cutpoints(
     if not isinstance(interval, int) or interval < 1:
         raise wrong("interval", interval, "an integer, at least 1")
     unsure = spo_mask(old_logp, mask, threshold=threshold, cu_seqlens=cu_seqlens)
-    tokens = _valid(old_logp, mask, cu_seqlens, "old_logp")
+    tokens = valid_of(old_logp, mask, cu_seqlens, "old_logp")
     at, row, start = unsure.reshape(-1)[tokens.cells], tokens.row, tokens.layout.cu_seqlens
     cut = at & ((_count(at, tokens) - 1) % interval == 0)
     segment = _count(cut, tokens) - 1
@@ -85,7 +85,7 @@ def spo_cutpoints(
     return SpoCuts(positions, ids.view(tokens.layout.shape))
 
 
-def _count(which: Tensor, tokens: _Valid) -> Tensor:
+def _count(which: Tensor, tokens: ValidTokens) -> Tensor:
     """int64 [M]: how many tokens of the row are so, up to and including this one."""
     total = which.long().cumsum(0)
     of_row = total.new_zeros(tokens.layout.num_sequences).index_add_(0, tokens.row, which.long())
@@ -105,7 +105,7 @@ def spo_chain(
     """
     if threshold is not None:
         _check_threshold(threshold)
-    tokens = _valid(old_logp, mask, cu_seqlens, "old_logp")
+    tokens = valid_of(old_logp, mask, cu_seqlens, "old_logp")
     check_integers("segment_ids", segment_ids)
     segment = tokens.layout.tokens("segment_ids", segment_ids, torch.int64)[tokens.cells]
     row, size = tokens.row, tokens.layout.num_sequences

@@ -6,7 +6,8 @@ from torch import Tensor
 from .errors import unknown
 from .layout import check_integers
 from .reward_groups import Groups, checked, checked_rewards, groups_from, statistics_of
-from .token_advantages import SCALES, _Valid, _valid
+from .token_advantages import SCALES
+from .valid import ValidTokens, valid_of
 
 HOLES = ("stop", "skip")
 ENDS = ("valid", "cells")
@@ -39,7 +40,7 @@ def tempo(
         if value not in accepted:
             raise unknown(name, value, accepted)
     check_integers("ids", ids)
-    valid = _valid(ids, mask, cu_seqlens, "ids")
+    valid = valid_of(ids, mask, cu_seqlens, "ids")
     x = valid.layout.sequences("rewards", checked_rewards(rewards), torch.float64)
     groups = groups_from(group_ids, x)
     own = statistics_of(x, groups, unbiased, singleton)
@@ -49,7 +50,7 @@ def tempo(
     return valid.put(a / (width + eps)[valid.row] if scale == "std" else a, rewards.dtype)
 
 
-def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: _Valid, holes: str, ends: str) -> Tensor:
+def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: ValidTokens, holes: str, ends: str) -> Tensor:
     """float64 [N]: V(S_t) - V(S_{t-1}) where the walk of the row passes, 0 elsewhere."""
     steps = x.new_zeros(valid.layout.num_tokens)
     if steps.numel() == 0:
@@ -71,7 +72,7 @@ def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: _Valid, holes: s
     return steps
 
 
-def _lengths(valid: _Valid, ends: str) -> Tensor:
+def _lengths(valid: ValidTokens, ends: str) -> Tensor:
     """int64 [S]: the cells of a row that are compared."""
     boundaries = valid.layout.cu_seqlens
     if ends == "cells":
@@ -81,7 +82,7 @@ def _lengths(valid: _Valid, ends: str) -> Tensor:
     return torch.where(past.diff() > 0, last + 1 - boundaries[:-1], 0)
 
 
-def _first_masked(valid: _Valid) -> Tensor:
+def _first_masked(valid: ValidTokens) -> Tensor:
     """int64 [S]: the position of a row's first masked cell, the row's length if there is none."""
     boundaries = valid.layout.cu_seqlens
     masked = valid.layout.valid().logical_not().nonzero()[:, 0]

@@ -1,13 +1,12 @@
 """Advantages over valid tokens, without gradient: returns, whitening, GAE, the optimal token baseline, the average of a
 group's tokens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .errors import unknown, wrong
-from .layout import Layout, layout_of
 from .reward_groups import (
     GroupStatistics,
     checked,
@@ -18,58 +17,11 @@ from .reward_groups import (
     moments,
     statistics_of,
 )
+from .valid import ValidTokens, valid_of, valid_tokens
 
 POSITIONS = ("column", "valid")
 HOLES = ("skip", "count")
 SCALES = ("std", "none")
-
-
-@dataclass(frozen=True)
-class _Valid:
-    """The M valid tokens of a batch in order. cells: int64 [M], where they are among all N; row: [M], whose they are.
-    What a masked cell holds is never read."""
-
-    layout: Layout
-    cells: Tensor
-    row: Tensor
-
-    def take(self, name: str, x: Tensor) -> Tensor:
-        self.layout.tokens(name, x)
-        return checked(name, x, self.layout.shape, self.cells).reshape(-1)[self.cells]
-
-    def put(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.zeros(self.layout.num_tokens, dtype=dtype, device=x.device)
-        out[self.cells] = x.to(dtype)
-        return out.view(self.layout.shape)
-
-    def following(self, x: Tensor, distance: int = 1) -> Tensor:
-        """x of the valid token `distance` further in the same sequence, 0 past its end."""
-        out = torch.zeros_like(x)
-        same = self.row[distance:] == self.row[:-distance]
-        out[: x.numel() - distance] = torch.where(same, x[distance:], 0.0)
-        return out
-
-    def suffix_sums(self, x: Tensor, factor: float) -> Tensor:
-        """y_t = x_t + factor y_{t+1} inside each sequence, in log2 steps: after the step of `distance`, y_t holds its
-        first 2 distance terms. Only products with powers, no division by them, so that factor 0.9 over 10k tokens is
-        exact."""
-        longest = min(self.layout.width or x.numel(), x.numel())
-        distance = 1
-        while distance < longest:
-            x = x + factor**distance * self.following(x, distance)
-            distance *= 2
-        return x
-
-
-def valid_tokens(layout: Layout) -> _Valid:
-    cells = layout.valid().nonzero()[:, 0]
-    rows = torch.arange(layout.num_sequences, device=cells.device)
-    row = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=layout.num_tokens)
-    return _Valid(layout, cells, row[cells])
-
-
-def _valid(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str) -> _Valid:
-    return valid_tokens(layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name=name))
 
 
 def _check_discount(name: str, value: float) -> None:
@@ -91,7 +43,7 @@ def whiten(
 ) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T]. verl masked_whiten [T]
     (which adds 1e-8 to N, and raises for one token; here that is 0 [R]). mean, var: of a larger batch."""
-    valid = _valid(values, mask, cu_seqlens, "values")
+    valid = valid_of(values, mask, cu_seqlens, "values")
     return valid.put(_whitened(valid.take("values", values), mean, var, eps), values.dtype)
 
 
@@ -100,7 +52,7 @@ def discounted_returns(
 ) -> Tensor:
     """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount [T verl]."""
     _check_discount("gamma", gamma)
-    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
 
 
@@ -109,7 +61,7 @@ def reinforce_plus_plus(
 ) -> Tensor:
     """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. arXiv 2501.03262, verl [T]."""
     _check_discount("gamma", gamma)
-    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
     return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
 
@@ -119,7 +71,7 @@ def reinforce_plus_plus_baseline(
 ) -> Tensor:
     """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T]. arXiv
     2501.03262, verl [T]."""
-    x, valid = checked_rewards(rewards), _valid(mask, mask, cu_seqlens, "mask")
+    x, valid = checked_rewards(rewards), valid_of(mask, mask, cu_seqlens, "mask")
     valid.layout.sequences("rewards", rewards, x.dtype)
     centred = x - statistics_of(x, groups_from(group_ids, x), True, singleton).mean
     return valid.put(_whitened(centred[valid.row], None, None, 1e-8), rewards.dtype)
@@ -139,7 +91,7 @@ def gae(
     _check_discount("lam", lam)
     if holes not in HOLES:
         raise unknown("holes", holes, HOLES)
-    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
     r, v = (
         walked.take(name, valid.put(valid.take(name, x), torch.float64))
@@ -166,11 +118,11 @@ def otb(
     """
     if position not in POSITIONS:
         raise unknown("position", position, POSITIONS)
-    valid = _valid(token_rewards, mask, cu_seqlens, "token_rewards")
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
     w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)
     w = w if is_weights is None else w * valid.take("is_weights", is_weights) ** 2
-    w = _Valid(valid.layout, valid.cells, row.flip(0)).suffix_sums(w.flip(0), 1.0).flip(0)
+    w = ValidTokens(valid.layout, valid.cells, row.flip(0)).suffix_sums(w.flip(0), 1.0).flip(0)
     t = valid.cells - valid.layout.cu_seqlens[row]
     lengths = returns.new_zeros(valid.layout.num_sequences).index_add_(0, row, torch.ones_like(returns))
     if position == "valid":

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .errors import unknown, wrong
 from .layout import check_constant, check_floats, check_integers, layout_of
-from .token_advantages import _Valid, valid_tokens
+from .valid import ValidTokens, valid_tokens
 
 KINDS = ("tv", "kl")
 FLOOR = 1e-8
@@ -51,7 +51,7 @@ def topk_divergence(
     return valid.put(found, logp_topk.dtype)
 
 
-def _checked(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Valid:
+def _checked(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
     dims = "[B, T, K]" if cu_seqlens is None else "[N, K] with cu_seqlens"
     for name, x in (("logp_topk", logp_topk), ("old_logp_topk", old_logp_topk)):
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
@@ -65,7 +65,7 @@ def _checked(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_s
 
 
 def _with_sampled(
-    valid: _Valid, x: Tensor, y: Tensor, ids_topk: Tensor, ids: Tensor, logp: Tensor, old_logp: Tensor
+    valid: ValidTokens, x: Tensor, y: Tensor, ids_topk: Tensor, ids: Tensor, logp: Tensor, old_logp: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-probs with a bucket more, of probability 0 where the sampled token is among the K."""
     check_integers("ids", ids)
