@@ -114,8 +114,14 @@ def test_names_are_taken_once(hinge):
         name = "ppo_clip"
 
     with pytest.raises(ValueError, match="^gate: got Impostor of the name 'ppo_clip'"):
-        tokenrl.register(tokenrl.Objective("other", "token", Impostor(), "token-mean", ""))
-    assert "other" not in tokenrl.OBJECTIVES
+        tokenrl.Objective("other", "token", Impostor(), "token-mean", "")
+
+    @tokenrl.parametrised
+    class Wider(gates.PpoClip):
+        eps_high: float = 0.5
+
+    with pytest.raises(ValueError, match="^gate: got Wider of the name 'ppo_clip', accepted: a name of its own"):
+        tokenrl.objective("ppo", gate=Wider())
 
 
 @pytest.mark.skipif(backends.TRITON_REASON is not None, reason=str(backends.TRITON_REASON))

@@ -9,7 +9,7 @@ from .form import Form
 from .forms import FiberPo, Gmpo, Hmpo, Real
 from .forms_weighted import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gate import INF, Gate, check_params
-from .gates import LogBand, PpoClip, PpoNtp, Ratio, Sapo
+from .gates import GATES, LogBand, PpoClip, PpoNtp, Ratio, Sapo
 from .gates_adaptive import Dhpo, DhpoBranch, Hapo
 from .gates_kl import KlAbs, KlAbsUnbiased, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
@@ -53,6 +53,9 @@ class Objective:
             raise unknown("aggregation", self.aggregation, AGGREGATIONS)
         if not self.clamp > 0:
             raise wrong("clamp", self.clamp, "a positive number, inf to turn it off")
+        if GATES.get(self.gate.name, type(self.gate)) is not type(self.gate):  # its kernels would run another formula
+            given = f"{type(self.gate).__name__} of the name {self.gate.name!r}"
+            raise wrong("gate", given, f"a name of its own, that one is {GATES[self.gate.name].__name__}'s")
         for part in self.parts.values():
             check_params(part)
 
