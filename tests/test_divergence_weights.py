@@ -168,7 +168,8 @@ def test_tiles_and_views(monkeypatch):
     for view in (wide.transpose(0, 1).contiguous().transpose(0, 1), wide.transpose(1, 2).contiguous().transpose(1, 2)):
         assert torch.equal(tw_grpo_weights(view[:, 1:7], IDS, mask=mask), whole)
     steady = logits[:, 1:2].nan_to_num(1.0).expand(-1, 6, -1)
-    assert torch.equal(tw_grpo_weights(steady, IDS), tw_grpo_weights(steady.contiguous(), IDS))
+    repeated = tw_grpo_weights(steady, IDS, mask=mask)
+    assert torch.equal(repeated, tw_grpo_weights(steady.contiguous(), IDS, mask=mask)) and (repeated[mask] != 1).any()
     tiles, formula = [], dw._tile
 
     def counted(z, *rest):

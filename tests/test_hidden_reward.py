@@ -200,6 +200,8 @@ def test_statistics_and_advantages_of_nthr():
     none = hr.nthr_statistics(s[:2], torch.zeros(2, dtype=torch.bool), IDS[:2], mask=mask[:2])
     assert none.tau.tolist() == [math.inf] * 2 and none.eta.tolist() == [1.0, 1.0]
     assert hr.nthr_statistics(s, CORRECT, IDS, beta=0.0, mask=mask).tau[IDS == 5].isinf().all()
+    at_tau = hr.nthr_advantages(torch.zeros(1, 2), torch.ones(1), CORRECT[2:3], tau=0.0, eta=0.5)
+    assert (at_tau == 1).all(), "the bound itself does not count"
 
 
 @pytest.mark.parametrize("rows, width", [(0, 4), (3, 0), (3, 4)])
