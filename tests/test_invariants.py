@@ -137,3 +137,13 @@ def test_real_of_two_rows_pushes_them_apart(backend):
     loss, grad, _ = run("real", case, backend, torch.float64, group_ids=group)
     assert loss.item() == pytest.approx(2 * math.log(2))
     assert grad.tolist() == [pytest.approx([-0.5] * 2), pytest.approx([0.5] * 2)]  # 1/2 of 1 / tau, over two tokens
+
+
+@EVERY_BACKEND
+def test_a_dropped_token_may_have_any_weight(backend):
+    """CPPO's factor of 0 hides an infinite weight, as a mask would."""
+    logp = torch.full((1, 2), -0.1, dtype=torch.float64)
+    case = {"logp": logp, "old_logp": logp - torch.tensor([2.0, 0.0]), "advantages": torch.ones(1)}
+    case["token_weight"] = torch.tensor([[math.inf, 1.0]])
+    loss, grad, _ = run("cppo", case, backend, torch.float64)
+    assert loss.item() == -0.5 and grad.tolist() == [[0.0, -0.5]]

@@ -66,19 +66,8 @@ def formula(row: Objective) -> str:
 
 def objectives_table() -> str:
     """Markdown, one line per row of OBJECTIVES."""
-    columns = (
-        "name",
-        "statistic",
-        "flow",
-        "gate",
-        "form",
-        "parameters",
-        "aggregation",
-        "source",
-        "certainty",
-        "backends",
-    )
-    lines = [columns, ("---",) * len(columns)]
+    columns = "name statistic flow gate form parameters aggregation source certainty backends".split()
+    lines = [columns, ["---"] * len(columns)]
     for row in OBJECTIVES.values():
         form = "" if row.form is None else type(row.form).__name__
         given = ", ".join(f"{name}={shown(value)}" for name, value in parameters(row).items())

@@ -50,7 +50,9 @@ class Tokens:
         multiplies the weights; gate: in place of the row's."""
         batch = self.batch
         if factor is not None:
-            weight = factor if batch.token_weight is None else factor * batch.token_weight
+            weight = factor
+            if batch.token_weight is not None:  # a factor of 0 hides even an infinite weight
+                weight = torch.where(factor != 0, factor * batch.token_weight, 0)
             batch = dataclasses.replace(batch, token_weight=weight)
         if gate is not None:
             batch = dataclasses.replace(batch, gate=gate)

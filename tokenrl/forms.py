@@ -108,13 +108,11 @@ class Real(Form):
             return loss.to(tokens.logp.dtype), tokens.run()[1]
 
     def _groups(self, s: Tensor, positive: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:
-        """[S]: the loss of a group at its first sequence, 0 elsewhere."""
+        """[S]: of each known sequence an equal share of its group's loss, 0 of the others."""
         same = (group_ids[:, None] == group_ids[None, :]) & known[None, :]
-        index = torch.arange(s.numel(), device=s.device)
-        first = known & ~(same & (index[None, :] < index[:, None])).any(1)
         both = (same & positive).any(1) & (same & ~positive).any(1)
         loss = torch.zeros_like(s)
         for members, sign in ((same & positive, -1), (same & ~positive, 1)):
             terms = torch.where(members, sign * s[None, :] / self.tau, -torch.inf)
             loss = loss + torch.cat([terms, torch.zeros_like(s)[:, None]], 1).logsumexp(1)
-        return torch.where(first & both, loss, 0)
+        return torch.where(known & both, loss / same.sum(1).clamp(min=1), 0)

@@ -9,6 +9,7 @@ from .form import Form, Tokens
 from .gate import INF, Bound, parametrised
 from .gates_kl import KlAbs
 from .layout import Layout
+from .valid import HOLES
 
 
 @parametrised
@@ -62,9 +63,6 @@ def _quantile(x: Tensor, tokens: Tokens, q: float) -> Tensor:
     low = rank.floor()
     below, above = (torch.where(tokens.valid, x, 0)[order[starts + at.long()]] for at in (low, rank.ceil()))
     return below + (rank - low).to(x.dtype) * (above - below)
-
-
-HOLES = ("skip", "count")
 
 
 @parametrised

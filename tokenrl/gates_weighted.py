@@ -117,6 +117,10 @@ class DppoGate(Gate):
     the rollout's log-probs: hand them in as old_logp. clip_high, clip_low: dropped by either bound.
     """
 
+    eps_low: Bound = 0.15
+    eps_high: Bound = 0.15
+    ceiling: Bound = 20.0
+
     def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Bound:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no distance")
 
@@ -140,9 +144,6 @@ class Dppo(DppoGate):
     """DPPO with a divergence given per token, as tokenrl.topk_divergence computes it from the top-K. See DppoGate."""
 
     name = "dppo"
-    eps_low: Bound = 0.15
-    eps_high: Bound = 0.15
-    ceiling: Bound = 20.0
     divergence: Bound = 0.0
 
     def distance(self, p, mu, s):
@@ -154,9 +155,6 @@ class DppoTv(DppoGate):
     """DPPO with the total variation of taking the token or not, |p - mu|. See DppoGate."""
 
     name = "dppo_tv"
-    eps_low: Bound = 0.15
-    eps_high: Bound = 0.15
-    ceiling: Bound = 20.0
 
     def distance(self, p, mu, s):
         return (p - mu).abs()
@@ -170,7 +168,6 @@ class DppoKl(DppoGate):
     name = "dppo_kl"
     eps_low: Bound = 0.05
     eps_high: Bound = 0.05
-    ceiling: Bound = 20.0
 
     def distance(self, p, mu, s):
         return -mu * s + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))

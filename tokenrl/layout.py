@@ -37,6 +37,11 @@ class Layout:
             return torch.ones(self.num_tokens, dtype=torch.bool, device=self.cu_seqlens.device)
         return self.mask
 
+    def rows(self) -> Tensor:
+        """int64 [N]: the sequence of each token."""
+        index = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+        return index.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+
     def tokens(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A per-token argument, checked and flattened to a contiguous [N]."""
         if x.shape != self.shape:

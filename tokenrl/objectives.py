@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .aggregate import AGGREGATIONS
 from .errors import unknown, wrong
 from .form import Form
@@ -11,7 +13,7 @@ from .forms_weighted import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gate import INF, Gate, check_params
 from .gates import GATES, LogBand, PpoClip, PpoNtp, Ratio, Sapo
 from .gates_adaptive import Dhpo, DhpoBranch, Hapo
-from .gates_kl import KlAbs, KlAbsUnbiased, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates_kl import KlAbs, KlAbsUnbiased, KlGate, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
 from .gates_weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
@@ -178,3 +180,13 @@ def objective(name: str | Objective, **parameters) -> Objective:
         if own:
             changes[field] = dataclasses.replace(part, **own)
     return dataclasses.replace(row, **changes) if changes else row
+
+
+def kl_estimator(name: str | Objective) -> Objective:
+    """A row that estimates a KL divergence token by token: kl_*, with any of its numbers changed."""
+    row = objective(name)
+    if not isinstance(row.gate, KlGate) or row.statistic != "token":
+        raise unknown("kl", row.name, [known.name for known in OBJECTIVES.values() if isinstance(known.gate, KlGate)])
+    if any(isinstance(p, Tensor) for p in row.gate.params()):
+        raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
+    return row

@@ -7,9 +7,8 @@ do, [N] independent notes, [R] our reading.
 import torch
 from torch import Tensor
 
-from .errors import unknown, wrong
-from .gates_kl import KlGate
-from .objectives import OBJECTIVES, objective
+from .errors import wrong
+from .objectives import kl_estimator
 from .reward_groups import checked, checked_lengths, checked_rewards
 from .valid import valid_of
 
@@ -61,9 +60,7 @@ def kl_estimate(
     logp (of the sampling policy), ref_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens. kl: a row kl_* of the table of
     objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1" [T].
     """
-    row = objective(kl)
-    if not isinstance(row.gate, KlGate):
-        raise unknown("kl", row.name, [name for name, known in OBJECTIVES.items() if isinstance(known.gate, KlGate)])
+    row = kl_estimator(kl)
     valid = valid_of(logp, mask, cu_seqlens, "logp")
     own, ref = valid.take("logp", logp), valid.take("ref_logp", ref_logp)
     x = (own - ref).clamp(-row.clamp, row.clamp)

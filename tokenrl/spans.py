@@ -41,8 +41,7 @@ def spans_of(kind: str, layout: Layout, segment_ids: Tensor | None = None) -> Sp
     tokens, device = layout.num_tokens, layout.cu_seqlens.device
     if kind == "token":
         return Spans(torch.arange(tokens, device=device), layout.valid(), tokens)
-    rows = torch.arange(layout.num_sequences, device=device)
-    rows = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=tokens)
+    rows = layout.rows()
     if kind == "sequence":
         return Spans(rows, layout.valid(), layout.num_sequences)
     new = span_starts(segment_ids, layout)

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from . import backends, reference
 from .corrections import importance_weights
-from .errors import unknown, wrong
-from .gates_kl import KlGate
+from .errors import wrong
 from .layout import Layout
-from .objectives import OBJECTIVES, Objective
-from .objectives import objective as find
+from .objectives import Objective, kl_estimator
 from .run import Batch, evaluate
 
 TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
@@ -41,11 +39,7 @@ def extra_terms(
     entropy_coef: float,
 ) -> ExtraTerms:  # fmt: skip
     """The terms, checked and flat."""
-    kl = find(kl)
-    if not isinstance(kl.gate, KlGate) or kl.statistic != "token":
-        raise unknown("kl", kl.name, [name for name, row in OBJECTIVES.items() if isinstance(row.gate, KlGate)])
-    if any(isinstance(p, Tensor) for p in kl.gate.params()):
-        raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
+    kl = kl_estimator(kl)
     if ref_logp is None and kl_coef != 0:
         raise wrong("ref_logp", None, f"one log-prob per token, {list(layout.shape)}; kl_coef is {kl_coef}")
     if ref_logp is not None:

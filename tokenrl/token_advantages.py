@@ -17,10 +17,9 @@ from .reward_groups import (
     moments,
     statistics_of,
 )
-from .valid import ValidTokens, valid_of, valid_tokens
+from .valid import HOLES, ValidTokens, valid_of, valid_tokens
 
 POSITIONS = ("column", "valid")
-HOLES = ("skip", "count")
 SCALES = ("std", "none")
 
 

@@ -9,6 +9,8 @@ from .errors import wrong
 from .layout import Layout, check_constant, layout_of
 from .reward_groups import checked
 
+HOLES = ("skip", "count")  # what a masked cell is to a distance in tokens: nothing, or a step
+
 
 @dataclass(frozen=True)
 class ValidTokens:
@@ -49,9 +51,7 @@ class ValidTokens:
 
 def valid_tokens(layout: Layout) -> ValidTokens:
     cells = layout.valid().nonzero()[:, 0]
-    rows = torch.arange(layout.num_sequences, device=cells.device)
-    row = rows.repeat_interleave(layout.cu_seqlens.diff(), output_size=layout.num_tokens)
-    return ValidTokens(layout, cells, row[cells])
+    return ValidTokens(layout, cells, layout.rows()[cells])
 
 
 def valid_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str) -> ValidTokens:

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../cpp_host/definition.h"
 #include "check.h"
 #include "cpu/kernels.h"
 
@@ -13,22 +14,6 @@ using namespace tokenrl;
 namespace {
 
 constexpr double kClamp = 0.9, kCap = 0.8;
-
-struct Pair {
-  Statistic statistic;
-  bool through;
-};
-constexpr Pair kPairs[] = {{Statistic::token, true},
-                           {Statistic::prefix_sum, false},
-                           {Statistic::prefix_sum, true},
-                           {Statistic::prefix_mean, false},
-                           {Statistic::prefix_mean, true},
-                           {Statistic::prefix_min, false},
-                           {Statistic::prefix_min_capped, false},
-                           {Statistic::span_sum, false},
-                           {Statistic::span_sum, true},
-                           {Statistic::span_mean, false},
-                           {Statistic::span_mean, true}};
 
 const cpu::Threads kInline{
     [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }};
@@ -122,17 +107,9 @@ double log_ratio(const Batch& batch, int64_t token) {
 }
 
 double statistic_at(const Batch& batch, const Span& span, Statistic statistic, size_t k) {
-  const auto x = [&](size_t j) { return log_ratio(batch, span.tokens[j]); };
-  double sum = 0, least = 0;
-  for (size_t j = 0; j < k; ++j) least = j == 0 ? x(0) : std::fmin(least, x(j));
-  if (statistic == Statistic::token) return x(k);
-  if (statistic == Statistic::prefix_min) return least + x(k);
-  if (statistic == Statistic::prefix_min_capped) return std::fmin(least, 0.0) + x(k);
-  const bool prefix = statistic == Statistic::prefix_sum || statistic == Statistic::prefix_mean;
-  const size_t n = prefix ? k + 1 : span.tokens.size();
-  for (size_t j = 0; j < n; ++j) sum += x(j);
-  const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
-  return mean ? sum / static_cast<double>(n) : sum;
+  std::vector<double> x;
+  for (const int64_t token : span.tokens) x.push_back(log_ratio(batch, token));
+  return tokenrl::statistic_at(statistic, x, k);
 }
 
 struct Expected {
@@ -148,17 +125,6 @@ Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
   for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
   const double t = static_cast<double>(k + 1);
   return Gate::eval(GateInput<double>{s, x, logp, advantage, position_power<Gate>(t, p), p});
-}
-
-// d/dx_j of s_k.
-double entry(Statistic statistic, size_t k, size_t j, size_t n) {
-  switch (statistic) {
-    case Statistic::prefix_sum: return j <= k;
-    case Statistic::prefix_mean: return j <= k ? 1 / static_cast<double>(k + 1) : 0;
-    case Statistic::span_sum: return 1;
-    case Statistic::span_mean: return 1 / static_cast<double>(n);
-    default: return j == k;
-  }
 }
 
 // The definition: s_t's own effect on l_t (local), or that of x_t on all of its span (through), one product per pair of
@@ -196,7 +162,8 @@ void check_differences(const Batch& given, Pair pair, const std::vector<double>&
   const std::string name = Gate::name;
   // Stopped gradients have no difference.
   const auto stopped = [&](const char* part) { return name.find(part) != std::string::npos; };
-  if (!pair.through || stopped("cispo") || stopped("topr") || stopped("vespo") || stopped("dppo") || stopped("unbiased"))
+  if (!pair.through || stopped("cispo") || stopped("topr") || stopped("vespo") || stopped("dppo") ||
+      stopped("unbiased"))
     return;
   Batch batch(name);
   int compared = 0;

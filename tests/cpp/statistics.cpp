@@ -28,7 +28,7 @@ struct Batch {
     args.advantages = advantages.data();
     args.span_weight = span_weight.data();
     args.normalizer = normalizer.data();
-    const double params[] = {0.02, 0.03, 0.5, 0.5};
+    const double params[kMaxParams] = {0.02, 0.03, 0.5, 0.5};
     for (int k = 0; k < kMaxParams; ++k) args.params[k] = {nullptr, params[k]};
     if (std::string(gate) == "sapo") args.params[0].value = args.params[1].value = 1.0;
     args.clamp = 20;
