@@ -81,16 +81,14 @@ def test_05_positions_count_valid_tokens_from_one(power, backend):
     for t in range(1, 4):
         edge = 0.1 * t**power
         for x, active in ((edge - 1e-6, True), (edge + 1e-6, False)):
-            cells = [9.0, 0.0, *[0.0, 0.0][: t - 1], x][-(t + 1) :]
             mask = [0] + [1] * t
             slope = gradient(row, [9.0, *[0.0] * (t - 1), x], 1.0, backend, mask=mask)[0, -1]
-            assert (slope != 0) == active, (t, x, cells)
+            assert (slope != 0) == active, (t, x)
 
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("name", [n for n in tokenrl.OBJECTIVES if tokenrl.OBJECTIVES[n].gate.uses_advantages])
 def test_06_padding_may_hold_anything(name, backend):
-    torch.manual_seed(0)
     how = {"group_ids": torch.zeros(2, dtype=torch.int64)}
     mask = [[1, 1, 0], [1, 0, 0]]
     clean = [[0.02, -0.3, 0.0], [0.25, 0.0, 0.0]]

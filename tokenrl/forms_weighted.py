@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .errors import unknown
 from .form import Form, Tokens
-from .gate import INF, Bound, parametrised
+from .gate import INF, parametrised
 from .gates_kl import KlAbs
 from .layout import Layout
 from .valid import HOLES
@@ -121,8 +121,8 @@ class _Covariance(Form):
     global batch, with count its number of tokens)."""
 
     fraction: float = 2e-4
-    mean_advantages: Bound | None = None
-    mean_logp: Bound | None = None
+    mean_advantages: float | None = None
+    mean_logp: float | None = None
     count: float | None = None
 
     def covariance(self, tokens: Tokens) -> Tensor:
