@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -194,7 +194,7 @@ class BuildNative(build_ext):
 
 setup(
     version=VERSION,
-    packages=["tokenrl", "tokenrl.demo", "tokenrl.triton_kernels"],
+    packages=[*find_packages(include=["tokenrl*"]), "tokenrl.triton_kernels"],
     package_dir={"tokenrl": "tokenrl", "tokenrl.triton_kernels": "triton_kernels"},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])

@@ -9,7 +9,7 @@ import torch
 import typer
 from typer import Option
 
-from tokenrl import backends
+from tokenrl.ops import backends
 
 from . import report
 from .case import Spec

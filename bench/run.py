@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tokenrl import backends
+from tokenrl.ops import backends
 
 from .case import Case
 from .check import Truth, Verdict, truth, verdict

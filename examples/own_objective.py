@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 import tokenrl
-from tokenrl import backends, parity
+from tokenrl import parity
+from tokenrl.ops import backends
 
 
 @tokenrl.parametrised

@@ -90,8 +90,9 @@ def steady_loop(ptx: str) -> dict:
 
 def objectives():
     """Every statistic x flow, with and without segments; the gates take turns. A batch of 4 x 2000 tokens."""
-    from tokenrl.gates import GATES, LogBand
-    from tokenrl.statistics import FLOWS
+    from tokenrl.objectives.gates import GATES
+    from tokenrl.objectives.gates.bounded import LogBand
+    from tokenrl.objectives.statistics import FLOWS
 
     pairs = [(s, f, segmented) for s, flows in FLOWS.items() for f in flows for segmented in (False, True)]
     x, flags, s = torch.zeros(8000), torch.zeros(8000, dtype=torch.bool), torch.zeros(4, dtype=torch.float64)
@@ -122,7 +123,7 @@ def objectives():
 
 def parts():
     """The statistics, their adjoints, the clip and the aggregation weights."""
-    from tokenrl.statistics import STATISTICS
+    from tokenrl.objectives.statistics import STATISTICS
 
     x, flags, cu = torch.zeros(8000), torch.zeros(8000, dtype=torch.bool), torch.arange(5) * 2000
     for name in STATISTICS:

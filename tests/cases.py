@@ -7,25 +7,15 @@ import sim
 import torch
 
 import tokenrl
-from tokenrl import backends
-from tokenrl.gates import (
-    GATES,
-    Cispo,
-    Dhpo,
-    DhpoBranch,
-    Dppo,
-    DppoKl,
-    DppoTv,
-    Hapo,
-    KlK3,
-    KlK3Unbiased,
-    LogBand,
-    PpoClip,
-    PpoNtp,
-    Topr,
-)
-from tokenrl.parity import close
-from tokenrl.statistics import FLOWS
+from tokenrl.instruments.parity import close
+from tokenrl.objectives.gates import GATES
+from tokenrl.objectives.gates.adaptive import Dhpo, DhpoBranch, Hapo
+from tokenrl.objectives.gates.bounded import LogBand, PpoClip, PpoNtp
+from tokenrl.objectives.gates.kl import KlK3, KlK3Unbiased
+from tokenrl.objectives.gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Topr
+from tokenrl.objectives.metrics import RAW
+from tokenrl.objectives.statistics import FLOWS
+from tokenrl.ops import backends
 
 CPU = torch.device("cpu")
 PAIRS = [(statistic, flow) for statistic, flows in FLOWS.items() for flow in flows]
@@ -48,7 +38,7 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def gates_under_test() -> dict[str, tokenrl.gates.Gate]:
+def gates_under_test() -> dict[str, tokenrl.Gate]:
     """Each gate with parameters that make every branch fire on random log ratios."""
     special = {
         "ppo_clip": PpoClip(0.2, 0.28, dual=1.5),
@@ -142,7 +132,7 @@ def check(objective, case: dict, backend: str, dtype: torch.dtype, **more) -> No
     kernel = run(objective, case, backend, dtype, **more)
     for name, *values in zip(("loss", "gradient", "metrics"), kernel, truth, base, strict=True):
         if name == "metrics":
-            for i, entry in enumerate(tokenrl.metrics.RAW):
+            for i, entry in enumerate(RAW):
                 close(*(v[i] for v in values), what=f"{backend} {entry}")
         else:
             close(*values, what=f"{backend} {name}")

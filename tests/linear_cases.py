@@ -6,8 +6,8 @@ from cases import device_of
 from logit_cases import DIFFERENTIABLE, EXACT, held, long_logits, long_statistics, on, upstream, weighted
 
 import tokenrl
-from tokenrl.head import FEWEST
-from tokenrl.logprobs import OUTPUTS
+from tokenrl.logprobs.from_logits import OUTPUTS
+from tokenrl.ops.linear.head import FEWEST
 
 # Rounded logits may rank differently from those of the truth: the order is compared where the GEMM is exact.
 VALUES = tuple(name for name in OUTPUTS if name not in EXACT)

@@ -6,14 +6,15 @@ from cases import device_of
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
-from tokenrl.gates_kl import KlGate
-from tokenrl.head import BYTES_PER_TILE
-from tokenrl.parity import close
-from tokenrl.products import sum_dtype
+from tokenrl.instruments.parity import close
+from tokenrl.objectives.gates.kl import KlGate
+from tokenrl.objectives.metrics import RAW
+from tokenrl.ops.linear.gemm import sum_dtype
+from tokenrl.ops.linear.head import BYTES_PER_TILE
 
 HEAD = ("hidden", "weight", "bias")
 TRANSFORM = ("temperature", "softcap", "logit_scale", "keep_mask")
-RESULTS = ("loss", *tokenrl.metrics.RAW, "kl", "entropy")
+RESULTS = ("loss", *RAW, "kl", "entropy")
 # One number may be exact in the base by chance: what is summed over the same tokens is compared together.
 TOGETHER = {
     "loss": ("loss", "kl", "entropy"),

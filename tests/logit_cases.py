@@ -5,8 +5,8 @@ import torch
 from cases import device_of
 
 import tokenrl
-from tokenrl.logprobs import OUTPUTS
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.logprobs.from_logits import OUTPUTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DIFFERENTIABLE = ("logp", "entropy", "lse", "log_sum_sq_probs")

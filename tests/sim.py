@@ -7,7 +7,7 @@ from pathlib import Path
 import host_build
 import torch
 
-from tokenrl import backends
+from tokenrl.ops import backends
 
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-O1", "-fPIC"]

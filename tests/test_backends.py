@@ -5,7 +5,8 @@ import torch
 from cases import CPU
 
 import tokenrl
-from tokenrl import _versions, backends
+from tokenrl import _versions
+from tokenrl.ops import backends
 
 
 def loss(**more):

@@ -10,7 +10,8 @@ from golden_data import INDEX, arrays, near
 
 import tokenrl
 from tokenrl import bounds
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.methods.sspo import SCOPES
 
 VALID = torch.tensor(
     [[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0]]
@@ -125,7 +126,7 @@ def loop_bounds(entropy, scope, eps, low_factor, high_factor):
     return out
 
 
-@pytest.mark.parametrize("scope", bounds.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_entropy_bounds_are_their_formula(scope):
     for seed, (low_factor, high_factor) in itertools.product(range(4), ((0.5, 1.5), (0.0, 3.0), (1.0, 1.0))):
         entropy = entropies(seed)

@@ -8,7 +8,8 @@ from cases import backends_to_test, device_of
 
 import tokenrl
 from tokenrl import advantages as adv
-from tokenrl.gates import PpoClip
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates.bounded import PpoClip
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 NAN = math.nan
@@ -103,7 +104,7 @@ def test_06_padding_may_hold_anything(name, backend):
 @EVERY_BACKEND
 def test_07_nothing_to_divide_by(backend):
     logp = torch.zeros(2, 3, device=device_of(backend), requires_grad=True)
-    for mode in tokenrl.aggregate.AGGREGATIONS:
+    for mode in AGGREGATIONS:
         loss, _ = tokenrl.policy_loss(
             "ppo", logp, None, torch.ones(2, device=logp.device), mask=torch.zeros_like(logp, dtype=torch.bool),
             group_ids=torch.zeros(2, dtype=torch.int64, device=logp.device), aggregation=mode, backend=backend,

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import tokenrl
-from tokenrl import backends, cli
+from tokenrl import cli
+from tokenrl.ops import backends
 
 
 def called(*arguments: str):

@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 
-import tokenrl
 from tokenrl import compat
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.ops import backends
 
-NATIVE = tokenrl.backends.choose(None, torch.device("cpu")).namespace is not None
+NATIVE = backends.choose(None, torch.device("cpu")).namespace is not None
 NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 INPLACE = pytest.mark.skipif(not NATIVE, reason="the reference backend never writes in place")

@@ -5,11 +5,11 @@ import torch
 from cases import backends_to_test, batch, device_of, kernel_backends, run
 
 import tokenrl
-from tokenrl import backends, composed, contract
-from tokenrl.logprobs import OUTPUTS
+from tokenrl.logprobs.from_logits import OUTPUTS
+from tokenrl.ops import backends, kernel_ops, linear_ops
 
 KERNELS = kernel_backends()
-SCHEMAS = contract.SCHEMAS | composed.SCHEMAS
+SCHEMAS = kernel_ops.SCHEMAS | linear_ops.SCHEMAS
 
 
 def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
@@ -107,7 +107,7 @@ LINEAR = [
     (case, backend)
     for backend in KERNELS
     for case in linear_arguments(backend)
-    if backend == KERNELS[0] or case in composed.SCHEMAS
+    if backend == KERNELS[0] or case in linear_ops.SCHEMAS
 ]
 
 
@@ -123,7 +123,7 @@ def test_opcheck_from_hidden_states(case, backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("op", contract.SCHEMAS)
+@pytest.mark.parametrize("op", kernel_ops.SCHEMAS)
 def test_opcheck(op, backend):
     found = getattr(backends.BACKENDS[backend].ops, op).default
     values = arguments(device=device_of(backend))[op]

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tokenrl
-from tokenrl import backends, cli, demo
-from tokenrl.demo import parity, task, train
+from tokenrl import cli, demo
+from tokenrl.demo import loss_head, task, train
+from tokenrl.ops import backends
 
 TINY = demo.Settings(
     steps=3, prompts=6, rollouts=4, minibatches=2, warm_up_steps=10, warm_up_batch=32, held_out=32, learning_rate=1e-3,
@@ -120,7 +121,7 @@ def test_the_recorded_rollouts_come_back(run):
 
 
 def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
-    rows = parity.parity(run.recording, ("grpo", "ctpo"))
+    rows = loss_head.parity(run.recording, ("grpo", "ctpo"))
     assert {row.backend for row in rows} == set(backends.BACKENDS)
     for row in rows:
         assert row.reason or all(error < 1e-4 for error in row.errors.values()), row
@@ -129,9 +130,9 @@ def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
 
 @pytest.mark.parametrize("name", ["grpo", "ctpo"])
 def test_the_eager_spelling_is_the_same_loss(run, name):
-    heads = parity.loss_head, parity.eager_loss_head
-    ours, eager = (parity.gradient(head, name, run.recording, torch.float32) for head in heads)
-    assert ours.abs().max() > 0 and parity.relative_error(eager, ours.double()) < 1e-4
+    heads = loss_head.loss_head, loss_head.eager_loss_head
+    ours, eager = (loss_head.gradient(head, name, run.recording, torch.float32) for head in heads)
+    assert ours.abs().max() > 0 and loss_head.relative_error(eager, ours.double()) < 1e-4
 
 
 def test_the_same_seed_gives_the_same_run(run):

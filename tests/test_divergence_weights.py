@@ -9,7 +9,7 @@ from golden_data import INDEX, arrays, near
 
 import tokenrl
 from tokenrl import divergence_weights as dw
-from tokenrl.divergence_weights import linear_tw_grpo_weights, tw_grpo_weights
+from tokenrl.methods.tw_grpo import linear_tw_grpo_weights, tw_grpo_weights
 
 CASES = [f"tw.{i}" for i in range(5)]
 SAME = "tw.4"  # a group of equal rows: the authors' rounding noise over 1e-8

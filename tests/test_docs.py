@@ -8,19 +8,21 @@ from pathlib import Path
 import torch
 
 import tokenrl
-from tokenrl.describe import objectives_table
+from tokenrl.instruments.objective_tables import objectives_table
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates import GATES
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_table_of_objectives_is_the_table():
     written = re.search(r"<!-- objectives -->\n(.*?)\n<!-- /objectives -->", README, re.S)[1]
-    assert written == objectives_table(), "python -m tokenrl.docs README.md writes it anew"
+    assert written == objectives_table(), "python -m tokenrl.instruments.objective_tables README.md writes it anew"
 
 
 def test_the_examples_run(capsys):
     torch.manual_seed(0)
-    names, tables = {}, (tokenrl.OBJECTIVES, tokenrl.gates.GATES)
+    names, tables = {}, (tokenrl.OBJECTIVES, GATES)
     before = [dict(table) for table in tables]
     for example in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(example, names)
@@ -52,5 +54,5 @@ def test_every_name_that_readme_calls_exists():
 
 
 def test_every_aggregation_and_objective_is_named():
-    for name in (*tokenrl.aggregate.AGGREGATIONS, *tokenrl.OBJECTIVES):
+    for name in (*AGGREGATIONS, *tokenrl.OBJECTIVES):
         assert f"`{name}`" in README, name

@@ -7,7 +7,7 @@ import torch
 from cases import backends_to_test, device_of
 
 import tokenrl
-from tokenrl.aggregate import AGGREGATIONS
+from tokenrl.objectives.aggregations import AGGREGATIONS
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 INT = torch.int64

@@ -6,8 +6,9 @@ from cases import backends_to_test, device_of
 from golden_data import INDEX, arrays, near
 
 import tokenrl
-from tokenrl.gates import INF as OFF
-from tokenrl.gates import Cispo, PpoClip, Sapo
+from tokenrl.objectives.gates.base import INF as OFF
+from tokenrl.objectives.gates.bounded import PpoClip, Sapo
+from tokenrl.objectives.gates.weighted import Cispo
 
 DETACHED = (  # tests/test_golden_detached.py
     "verl_gpg", "verl_reinforce", "verl_dro", "verl_dppo_tv", "verl_dppo_kl", "dppo_official", "trl_luspo", "trl_vespo",

@@ -6,7 +6,8 @@ from golden_data import INDEX, arrays, near
 from test_golden import DETACHED, grid, leaf, weight
 
 import tokenrl
-from tokenrl.gates import INF as OFF
+from tokenrl.objectives.gates.base import INF as OFF
+from tokenrl.objectives.gates.weighted import Vespo
 
 TRL = ("trl_luspo", "trl_vespo")
 VERL = tuple(family for family in DETACHED if family not in TRL)
@@ -46,7 +47,7 @@ def test_verl(family, case, backend):
 
 def trl_objective(config):
     if config["loss_type"] == "vespo":
-        return tokenrl.objective("vespo", **{name: config[f"vespo_{name}"] for name in tokenrl.gates.Vespo.names})
+        return tokenrl.objective("vespo", **{name: config[f"vespo_{name}"] for name in Vespo.names})
     delta = OFF if config["delta"] is None else config["delta"]
     bounds = {"eps_low": config["epsilon_low"], "eps_high": config["epsilon_high"]}
     return tokenrl.objective("luspo", **bounds, dual=delta)

@@ -9,7 +9,8 @@ from test_golden import grid, leaf, weight
 
 import tokenrl
 from tokenrl import corrections
-from tokenrl.gates import INF as OFF
+from tokenrl.objectives.gates.base import INF as OFF
+from tokenrl.objectives.gates.weighted import Vespo
 
 
 def some(family, *prefixes):
@@ -164,7 +165,7 @@ def test_vespo_official(family, case, backend):
     if "is_weights" in x:  # they enter the sequence's ratio, each as a shift of the old log-prob
         old_logp = old_logp - x["is_weights"].clamp(min=1e-8).log()
     advantages = x["advantages"][:, 0] if x["advantages"].dim() == 2 else x["advantages"]
-    row = tokenrl.objective("vespo", **{name: config[name] for name in tokenrl.gates.Vespo.names})
+    row = tokenrl.objective("vespo", **{name: config[name] for name in Vespo.names})
     loss, _ = tokenrl.policy_loss(
         row, logp, old_logp, advantages, mask=mask, aggregation=config["loss_agg_mode"], backend=backend
     )

@@ -6,8 +6,8 @@ from cases import backends_to_test, device_of
 from golden_data import INDEX, arrays, near
 
 import tokenrl
-from tokenrl.logprobs import OUTPUTS
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.logprobs.from_logits import OUTPUTS
 
 BACKENDS = backends_to_test()
 RECORDED = {"logp": "logp", "entropy": "entropy", "lse": "lse", "log_sum_sq_probs": "log_sum_sq"}

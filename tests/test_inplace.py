@@ -6,7 +6,7 @@ from cases import device_of, kernel_backends
 from logit_cases import DTYPES, make, on
 
 import tokenrl
-from tokenrl.logprobs import OUTPUTS
+from tokenrl.logprobs.from_logits import OUTPUTS
 
 KERNELS = kernel_backends()
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)

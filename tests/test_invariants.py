@@ -7,7 +7,7 @@ import torch
 from cases import backends_to_test, batch, device_of, run
 
 import tokenrl
-from tokenrl.gates import PpoClip, Ratio
+from tokenrl.objectives.gates.bounded import PpoClip, Ratio
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 OFF = math.inf

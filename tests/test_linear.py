@@ -7,9 +7,9 @@ from linear_cases import VALUES, budget_of, check, make, make_exact, run
 from logit_cases import DIFFERENTIABLE, DTYPES
 
 import tokenrl
-from tokenrl import tiles
-from tokenrl.logprobs import OUTPUTS
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.logprobs.from_logits import OUTPUTS
+from tokenrl.ops.linear import token_logprobs
 
 KERNELS = kernel_backends()
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
@@ -106,8 +106,8 @@ def test_rows_without_upstream_gradient(pulled, backend):
 
 def seen_tiles(monkeypatch):
     """The tiles that every later call chooses, in order."""
-    seen, choose = [], tiles.tiles_of
-    monkeypatch.setattr(tiles, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
+    seen, choose = [], token_logprobs.tiles_of
+    monkeypatch.setattr(token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
     return seen
 
 

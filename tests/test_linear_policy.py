@@ -9,8 +9,10 @@ from cases import PAIRS, device_of, gates_under_test, kernel_backends
 from linear_policy_cases import KL_ROWS, budget_of, check, check_parts, make, packed, run, settled, without
 
 import tokenrl
-from tokenrl.aggregate import AGGREGATIONS
-from tokenrl.gates import GATES, Cispo
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates import GATES
+from tokenrl.objectives.gates.weighted import Cispo
+from tokenrl.ops.linear import policy_loss
 
 KERNELS = kernel_backends()
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
@@ -177,7 +179,7 @@ def test_on_policy_is_an_old_logp_equal_to_its_own(objective, backend):
 @COMPILED
 @pytest.mark.parametrize("objective", [*FAMILIES, "gspo_token"])
 def test_on_policy_spans_need_one_pass_over_any_chunks(objective, backend, monkeypatch):
-    monkeypatch.setattr(tokenrl.chunks, "FEWEST_TOKENS", 2)
+    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
     case = make() | {"old_logp": None}
     found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, 3), **BOTH)
     assert found["passes"] == 1

@@ -8,8 +8,8 @@ from cases import device_of, gates_under_test, kernel_backends
 from linear_policy_cases import budget_of, check, check_parts, make, packed, run, settled, valid, without
 
 import tokenrl
-from tokenrl import chunks
-from tokenrl.gates import GATES
+from tokenrl.objectives.gates import GATES
+from tokenrl.ops.linear import policy_loss
 
 KERNELS = kernel_backends()
 # Chunks are written once over the kernels: a few calls show that the interpreted and simulated ones can be cut.
@@ -29,16 +29,16 @@ def named(objective):
 @pytest.fixture
 def cut(monkeypatch):
     """How every later call was cut: slices of its active tokens, or None for two passes."""
-    found, choose = [], chunks._chunks
-    monkeypatch.setattr(chunks, "FEWEST_TOKENS", 2)
-    monkeypatch.setattr(chunks, "_chunks", lambda *inputs: [found.append(choose(*inputs)), found[-1]][1])
+    found, choose = [], policy_loss._chunks
+    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
+    monkeypatch.setattr(policy_loss, "_chunks", lambda *inputs: [found.append(choose(*inputs)), found[-1]][1])
     return found
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """The number of tokens in each chunk of every later call, in the forward and, where some leave, the backward."""
-    found, made, keep = {"forward": [], "kept": []}, chunks.Chunk.__init__, chunks.Chunk._keep
+    found, made, keep = {"forward": [], "kept": []}, policy_loss.Chunk.__init__, policy_loss.Chunk._keep
 
     def init(chunk, *inputs):
         made(chunk, *inputs)
@@ -48,8 +48,8 @@ def computed(monkeypatch):
         keep(chunk, index)
         found["kept"].append(chunk.states.shape[0])
 
-    monkeypatch.setattr(chunks.Chunk, "__init__", init)
-    monkeypatch.setattr(chunks.Chunk, "_keep", kept)
+    monkeypatch.setattr(policy_loss.Chunk, "__init__", init)
+    monkeypatch.setattr(policy_loss.Chunk, "_keep", kept)
     return found
 
 
@@ -124,10 +124,10 @@ def test_a_sequence_that_does_not_fit_takes_two_passes(objective, backend, cut):
 
 @FAST
 @pytest.mark.parametrize("objective", ("grpo", "ctpo", "gspo"))
-@pytest.mark.parametrize("rows,passes", [(chunks.FEWEST_TOKENS - 1, 2), (chunks.FEWEST_TOKENS, 1)])
+@pytest.mark.parametrize("rows,passes", [(policy_loss.FEWEST_TOKENS - 1, 2), (policy_loss.FEWEST_TOKENS, 1)])
 def test_chunks_of_few_tokens_take_two_passes(rows, passes, objective, backend):
     case = settled(objective, functools.partial(make, rows=16, width=12))
-    assert valid(case).sum() > chunks.FEWEST_TOKENS
+    assert valid(case).sum() > policy_loss.FEWEST_TOKENS
     found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, rows), **BOTH)
     assert found["passes"] == passes
 
@@ -141,7 +141,7 @@ def test_chunks_of_another_dtype(passes, dtype, objective, cut, monkeypatch):
     case = settled(objective, functools.partial(make, rows=8, spread=6.0, dim=4), dtype)
     assert longest(case) < ENOUGH < 1.5 * ENOUGH < valid(case).sum()
     if passes == 2:
-        monkeypatch.setattr(chunks, "FEWEST_TOKENS", 2 * ENOUGH)
+        monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2 * ENOUGH)
     found = check(objective, case, "cpu", dtype, memory_budget=budget_of(case, ENOUGH, dtype), **BOTH)
     assert found["passes"] == passes and (cut[-1] is None if passes == 2 else len(cut[-1]) > 1)
 
@@ -209,7 +209,7 @@ def test_tokens_that_are_left_out_may_hold_anything(rows, passes, backend, cut, 
     clean, dirty = make(dim=4, poison=False), make(dim=4)
     assert dirty["hidden"].isnan().any() and not clean["hidden"].isnan().any()
     if passes == 2:
-        monkeypatch.setattr(chunks, "FEWEST_TOKENS", 2 * ENOUGH)
+        monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2 * ENOUGH)
     results = []
     for case in (clean, dirty):
         computed["forward"].clear()

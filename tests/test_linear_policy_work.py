@@ -8,8 +8,8 @@ from linear_policy_cases import valid as active
 
 import tokenrl
 from bench.measure import peak_memory
-from tokenrl import chunks
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.ops.linear import policy_loss
 
 KERNELS = kernel_backends()
 COMPILED = pytest.mark.parametrize("backend", [name for name in KERNELS if name not in ("triton", "sim")])
@@ -110,7 +110,7 @@ def test_a_frozen_weight_takes_no_memory():
 @pytest.mark.parametrize("rows", [9, 200])
 def test_main_grad_gets_what_weight_grad_does_not(rows, dtype, backend, monkeypatch):
     """The gradient times the upstream one is added, by each backward, in fp32 whatever the weight is in."""
-    monkeypatch.setattr(chunks, "FEWEST_TOKENS", 2)
+    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
     case = settled("ctpo", lambda seed: make(seed, rows=4, width=6, spread=5.0), dtype)
     truth, base = (run("ctpo", case, "reference", of)["weight"] for of in (torch.float64, dtype))
     wide = torch.promote_types(dtype, torch.float32)
@@ -186,7 +186,7 @@ def test_one_traced_graph_gives_the_same_numbers(shape, objective, backend):
 @COMPILED
 @pytest.mark.parametrize("rows", [5, 200])
 def test_the_same_call_gives_the_same_bits(rows, backend, monkeypatch):
-    monkeypatch.setattr(chunks, "FEWEST_TOKENS", 2)
+    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
     case = make(rows=9, width=20)
     more = {"memory_budget": budget_of(case, rows)} | BOTH
     first, second = (run("ctpo", case, backend, torch.float32, **more) for _ in range(2))

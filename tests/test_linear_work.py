@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
 from bench.measure import peak_memory
-from tokenrl import tiles
-from tokenrl.logprobs import OUTPUTS
-from tokenrl.parity import close, errors
+from tokenrl.instruments.parity import close, errors
+from tokenrl.logprobs.from_logits import OUTPUTS
+from tokenrl.ops.linear import token_logprobs
 
 KERNELS = kernel_backends()
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
@@ -166,8 +166,8 @@ def test_many_small_gradients_add_up_in_fp32(monkeypatch):
     """1e5 tokens whose gradients point the same way: in bf16 most of them would round to nothing."""
     hidden, weight, _, ids = make(TOKENS, width=8, vocab=64, dtype=torch.bfloat16)
     hidden, ids = hidden.abs(), ids * 0
-    seen, choose = [], tiles.tiles_of
-    monkeypatch.setattr(tiles, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
+    seen, choose = [], token_logprobs.tiles_of
+    monkeypatch.setattr(token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
 
     def gradient(backend, hidden, weight, ids, **more):
         leaf = weight.clone().requires_grad_()
@@ -184,7 +184,7 @@ def test_many_small_gradients_add_up_in_fp32(monkeypatch):
     close(main_grad, truth, base)
     close(rounded, truth, base)
     in_bf16 = torch.zeros_like(weight)
-    for some in tiles.split(TOKENS, rows):
+    for some in token_logprobs.split(TOKENS, rows):
         in_bf16 += gradient("reference", hidden[some], weight, ids[some])
     worst = [max(error for _, error, _ in errors(x, truth, base)) for x in (rounded, in_bf16)]
     assert worst[1] > 10 * worst[0]

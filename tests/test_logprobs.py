@@ -10,7 +10,7 @@ from logit_cases import DIFFERENTIABLE, DTYPES, check, make, run
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
-from tokenrl.logprobs import OUTPUTS
+from tokenrl.logprobs.from_logits import OUTPUTS
 
 KERNELS = kernel_backends()
 SUBSETS = [names for n in range(1, 5) for names in itertools.combinations(DIFFERENTIABLE, n)]

@@ -5,7 +5,7 @@ import torch
 from cases import kernel_backends
 from logit_cases import DTYPES, check, make, run
 
-from tokenrl.logprobs import OUTPUTS
+from tokenrl.logprobs.from_logits import OUTPUTS
 
 EVERY_KERNEL = pytest.mark.parametrize("backend", kernel_backends())
 # The interpreter multiplies -inf by 0 before it selects.

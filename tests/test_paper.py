@@ -9,7 +9,8 @@ from paper_detached import DETACHED, clip, diagonal
 from paper_forms import MIXED, surrogate
 
 import tokenrl
-from tokenrl.gates import LogBand, PpoClip
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates.bounded import LogBand, PpoClip
 
 INF = math.inf
 MASK = [[1, 1, 0, 1, 1], [1, 0, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 1, 0, 0]]
@@ -246,7 +247,7 @@ def test_every_row_has_its_formula():
 
 # inside the band of GSPO, inside that of PPO, across, beyond clamp and cap
 @pytest.mark.parametrize("scale", [5e-4, 0.11, 1.0, 27.0])
-@pytest.mark.parametrize("mode", tokenrl.aggregate.AGGREGATIONS)
+@pytest.mark.parametrize("mode", AGGREGATIONS)
 @pytest.mark.parametrize("name", PAPER)
 def test_paper(name, mode, scale):
     per_token = [[x] * 5 for x in SEQUENCE_ADVANTAGES]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
 
 
 def one_token_wrong(g):

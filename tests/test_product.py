@@ -5,8 +5,9 @@ import torch
 from cases import PAIRS, away_from_edges, batch, check, gates_under_test, kernel_backends, packed, run
 
 import tokenrl
-from tokenrl.gates import LogBand, PpoClip
-from tokenrl.parity import close
+from tokenrl.instruments.parity import close
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates.bounded import LogBand, PpoClip
 
 GATES = gates_under_test()
 
@@ -55,7 +56,7 @@ def test_bounds_per_token_and_advantages_per_token(statistic, flow, backend):
 
 
 @pytest.mark.parametrize("backend", kernel_backends())
-@pytest.mark.parametrize("aggregation", tokenrl.aggregate.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations(aggregation, backend):
     objective = made("sapo", "token", "through")
     check(objective, batch(4, rows=8), backend, torch.float32, aggregation=aggregation)

@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokenrl
-from tokenrl.aggregate import AGGREGATIONS
-from tokenrl.statistics import FLOWS
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.statistics import FLOWS
 
 GATES = gates_under_test()
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())

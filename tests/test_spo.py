@@ -10,7 +10,7 @@ from golden_data import INDEX, arrays, near
 
 import tokenrl
 from tokenrl import advantages as adv
-from tokenrl.gates import INF as OFF
+from tokenrl.objectives.gates.base import INF as OFF
 
 CASES = INDEX["spo"]["cases"]
 

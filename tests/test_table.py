@@ -3,9 +3,10 @@
 import pytest
 
 import tokenrl
-from tokenrl.forms import Gmpo
-from tokenrl.gates import GATES, PpoClip
-from tokenrl.objectives import CERTAINTY
+from tokenrl.objectives.forms.ratios import Gmpo
+from tokenrl.objectives.gates import GATES
+from tokenrl.objectives.gates.bounded import PpoClip
+from tokenrl.objectives.policy import CERTAINTY
 
 ROWS = tokenrl.OBJECTIVES
 

@@ -7,7 +7,7 @@ import torch
 from golden_data import INDEX, arrays, near
 
 from tokenrl import advantages as adv
-from tokenrl import tempo as module
+from tokenrl.advantages import prefix_tree as module
 
 WAYS = list(itertools.product(module.HOLES, module.ENDS))
 

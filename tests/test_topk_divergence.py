@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_data import near
 
-from tokenrl.entropy_mix import entropy_mix
-from tokenrl.topk_divergence import KINDS, topk_divergence
+from tokenrl.methods.dhpo import entropy_mix
+from tokenrl.methods.topk_divergence import KINDS, topk_divergence
 
 VOCAB = 11
 

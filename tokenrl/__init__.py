@@ -1,33 +1,32 @@
 """tokenrl: fused kernels for the loss head of RL post-training."""
 
+import sys
+
 from ._versions import check_versions
 
 check_versions()
 
-from . import (  # noqa: E402
-    advantages,
-    bounds,
-    compat,
-    conflicts,
-    corrections,
-    divergence_weights,
-    hidden_reward,
-    parity,
-    rewards,
-    selection,
-)
-from .aggregate import aggregation_weights  # noqa: E402
-from .entropy_mix import entropy_mix  # noqa: E402
-from .gate import Gate, parametrised  # noqa: E402
-from .linear import linear_token_logprobs  # noqa: E402
-from .linear_policy import linear_policy_loss  # noqa: E402
-from .logprobs import TokenStats, token_logprobs  # noqa: E402
-from .metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
-from .objectives import OBJECTIVES, Objective, objective  # noqa: E402
-from .parts import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
-from .policy import policy_loss  # noqa: E402
-from .registry import register, register_triton  # noqa: E402
-from .topk_divergence import topk_divergence  # noqa: E402
+from . import advantages, compat  # noqa: E402
+from .advantages import rewards  # noqa: E402
+from .instruments import parity  # noqa: E402
+from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
+from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
+from .losses import rollout_correction as corrections  # noqa: E402
+from .losses.aggregation import aggregation_weights  # noqa: E402
+from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
+from .losses.linear_policy import linear_policy_loss  # noqa: E402
+from .losses.policy import policy_loss  # noqa: E402
+from .methods import bounds  # noqa: E402
+from .methods import d3s as selection  # noqa: E402
+from .methods import gtpo as conflicts  # noqa: E402
+from .methods import thr as hidden_reward  # noqa: E402
+from .methods import tw_grpo as divergence_weights  # noqa: E402
+from .methods.dhpo import entropy_mix  # noqa: E402
+from .methods.topk_divergence import topk_divergence  # noqa: E402
+from .objectives.gates.base import Gate, parametrised  # noqa: E402
+from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
+from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
+from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
     "OBJECTIVES",
@@ -62,3 +61,9 @@ __all__ = [
     "token_logprobs",
     "topk_divergence",
 ]
+
+# Rooms move, import paths stay: `import tokenrl.rewards` and `from tokenrl.rewards import rto` find these too.
+for _name in (
+    "bounds", "conflicts", "corrections", "divergence_weights", "hidden_reward", "parity", "rewards", "selection",
+):  # fmt: skip
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name]

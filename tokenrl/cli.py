@@ -1,18 +1,9 @@
 """The `tokenrl` command: `tokenrl demo`, `tokenrl doctor` and `tokenrl objectives`."""
 
-import importlib
-import importlib.metadata
 import importlib.util
-import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
-
-import torch
-
-from . import _versions
-from .backends import BACKENDS
 
 NEEDED = {"demo": ("transformers", "safetensors", "matplotlib"), "any command": ("typer", "rich")}
 
@@ -42,7 +33,9 @@ def application():
         """Versions, and each backend: whether it can run here, or why not."""
         from rich.console import Console
 
-        report_doctor(Console())
+        from .instruments.doctor import print_doctor
+
+        print_doctor(Console())
 
     @app.command()
     def objectives(
@@ -51,7 +44,7 @@ def application():
         """The table of objectives, or one of its rows in full."""
         from rich.console import Console
 
-        from .report import print_objective, print_objectives
+        from .instruments.objective_tables import print_objective, print_objectives
 
         if not name:
             return print_objectives(Console())
@@ -86,60 +79,6 @@ def run_demo(out: Path, **settings) -> None:
         moves = (f"{name} {result.trained[name].before['sampled']:.3f} -> {result.trained[name].after['sampled']:.3f}"
                  for name in result.not_risen())  # fmt: skip
         sys.exit(f"tokenrl demo: the sampled reward on held-out problems did not rise by 0.1: {', '.join(moves)}")
-
-
-def package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def versions() -> list[tuple[str, str, str]]:
-    """(what, version or place, supported)."""
-    ranges = {name: " to ".join(".".join(map(str, v)) for v in span)
-              for name, span in (("Python", _versions.PYTHON), ("torch", _versions.TORCH))}  # fmt: skip
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [
-        ("tokenrl", package_version("tokenrl"), ""),
-        ("Python", platform.python_version(), ranges["Python"]),
-        ("torch", torch.__version__, ranges["torch"]),
-        ("triton", package_version("triton"), "optional"),
-        ("numpy", package_version("numpy"), ""),
-        ("C++ compiler", shutil.which("c++") or shutil.which("g++") or "not found", "to build"),
-        ("nvcc", shutil.which("nvcc") or "not found", "optional, to build for CUDA"),
-        ("GPU", gpu, "optional"),
-    ]
-
-
-def build_info() -> dict[str, object]:
-    """What the native extension says about its build; the reason where it is missing."""
-    if importlib.util.find_spec("tokenrl._bindings") is None:
-        built = importlib.import_module("tokenrl._build") if importlib.util.find_spec("tokenrl._build") else None
-        return {"tokenrl._bindings": getattr(built, "BINDINGS_REASON", None) or "not built"}
-    try:
-        return dict(importlib.import_module("tokenrl._bindings").build_info())
-    except ImportError as error:
-        return {"tokenrl._bindings": f"does not import: {error}"}
-
-
-def report_doctor(console) -> None:
-    """Prints the versions, the build and the table of backends."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("", "here", "supported", box=box.SIMPLE_HEAD)
-    for row in versions():
-        table.add_row(*map(escape, row))
-    console.print(table, highlight=False)
-    lines = (f"    {key}: {value}" for key, value in build_info().items())
-    console.print("  build", *lines, sep="\n", highlight=False, markup=False)
-    devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
-    table = Table("backend", *(f"on {device.type}" for device in devices), box=box.SIMPLE_HEAD)
-    for name, backend in BACKENDS.items():
-        table.add_row(name, *(escape(backend.why_not(device) or "can run") for device in devices))
-    console.print(table, highlight=False)
 
 
 if __name__ == "__main__":

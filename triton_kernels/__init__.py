@@ -1,11 +1,11 @@
-"""Triton backend: defines torch.ops.tokenrl_triton with the schemas of tokenrl/contract.py.
+"""Triton backend: defines torch.ops.tokenrl_triton with the schemas of tokenrl/ops/kernel_ops.py.
 
 Registered for CUDA, and for CPU tensors where Triton interprets (TRITON_INTERPRET=1).
 """
 
 import torch
 
-from ..contract import SCHEMAS
+from ..ops.kernel_ops import SCHEMAS
 from .aggregate import aggregation_weights
 from .clip import position_adaptive_clip
 from .objective import objective

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import ALWAYS, logprob_results
+from ..ops.kernel_ops import ALWAYS, logprob_results
 from . import launch
 from .row_state import empty, over_lanes, walk
 from .vocabulary import IGNORED, factors, keep_arguments, load_own, part_of, row_begin, row_scale, transformed, vector
@@ -162,7 +162,7 @@ def token_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The results that tokenrl/contract.py names, in its order; those neither in ALWAYS nor in outputs are empty."""
+    """The results that tokenrl/ops/kernel_ops.py names, in its order; those neither in ALWAYS nor in outputs are empty."""
     results = logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
     _, time, vocab = logits.shape
     rows, per_row = ids.shape[0] * time, ids.shape[-1]

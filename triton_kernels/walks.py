@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def no_sums(BLOCK: tl.constexpr, T: tl.constexpr):
-    """Per lane of a block: the metrics in the order of tokenrl/metrics.py, then the loss."""
+    """Per lane of a block: the metrics in the order of tokenrl/objectives/metrics.py, then the loss."""
     none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), T), tl.full((BLOCK,), float("inf"), T)
     return none, zero, inf, -inf, none, none, none, zero, zero, zero
 

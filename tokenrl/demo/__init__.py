@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config; nothing is ever downloaded
 
-from .. import backends  # noqa: E402
-from . import parity, plots, report  # noqa: E402
+from ..ops import backends  # noqa: E402
+from . import loss_head, plots, report  # noqa: E402
 from .model import build  # noqa: E402
 from .report import OBJECTIVES, Result, Trained  # noqa: E402
 from .train import Settings, evaluate, reinforce, warm_up  # noqa: E402
@@ -29,11 +29,11 @@ def run(out: Path, settings: Settings, console: Console) -> Result:
     torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
     result.warm_up_steps, result.trained = _train(settings, device, console)
     torch.set_num_threads(threads)
-    for recording, repeats in ((result.recording, 100), (parity.widened(result.recording), 7)):
+    for recording, repeats in ((result.recording, 100), (loss_head.widened(result.recording), 7)):
         vocabulary = recording.logits.shape[-1]
         for name in OBJECTIVES:
-            result.timings[name, vocabulary] = parity.timings(name, recording, repeats)
-    result.parity = parity.parity(result.recording, OBJECTIVES)
+            result.timings[name, vocabulary] = loss_head.timings(name, recording, repeats)
+    result.parity = loss_head.parity(result.recording, OBJECTIVES)
     rollouts, figure = out / "rollouts.safetensors", out / "curves.png"
     result.paths = [report.save_rollouts(result, rollouts), plots.curves(result, figure)]
     result.wall, result.cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]

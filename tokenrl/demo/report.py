@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 import tokenrl
 
-from .parity import Parity
+from .loss_head import Parity
 from .train import History, Recording, Settings
 
 OBJECTIVES = ("grpo", "ctpo")

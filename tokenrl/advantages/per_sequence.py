@@ -1,0 +1,132 @@
+"""Advantages per sequence from the rewards of its group, without gradient (see tokenrl/advantages/__init__.py)."""
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import as_float64, as_lengths, as_rewards
+from ..batch.groups import groups_from, moments, statistics_of
+from ..errors import unknown, wrong
+from .per_token import discounted_returns
+
+SCALES = ("std", "none", "batch")
+
+
+def grpo(
+    rewards: Tensor, group_ids: Tensor | None = None, *, scale: str = "std", eps: float = 1e-6, unbiased: bool = True,
+    singleton: str = "raw", mean: Tensor | None = None, std: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S]. verl core_algos [T]: n - 1, eps 1e-6; TRL has eps 1e-4.
+
+    scale: "std"; "none", Dr.GRPO, A = R - mean_g (arXiv 2503.20783) [T]; "batch", std of all rewards of the call [T
+    TRL]. mean, std: [S], what to use instead of the statistics of the rows of this call; with both (or mean and scale
+    "none") group_ids are not needed.
+    """
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    x = as_rewards(rewards)
+    own = None
+    if mean is None or (std is None and scale == "std"):
+        own = statistics_of(x, groups_from(group_ids, x), unbiased, singleton)
+    centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
+    if scale == "none":
+        return centred.to(rewards.dtype)
+    if std is not None:
+        width = as_float64("std", std, x.shape, x)
+    else:
+        width = own.std if scale == "std" else moments(x, torch.ones_like(x), unbiased)[1].sqrt()
+    return (centred / (width + eps)).to(rewards.dtype)
+
+
+def rloo(
+    rewards: Tensor, group_ids: Tensor | None = None, *, singleton: str = "zero", mean: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S]. arXiv 2402.14740, verl [T].
+
+    singleton: "zero" as verl's rloo_vectorized, "raw" as its rloo. mean, count: [S] floats, of the whole group.
+    """
+    x = as_rewards(rewards)
+    if (mean is None) != (count is None):
+        raise wrong("count" if count is None else "mean", None, "both of mean and count, or neither")
+    if mean is None:
+        mean, _, count = statistics_of(x, groups_from(group_ids, x), True, singleton)
+    n, centred = as_float64("count", count, x.shape, x), x - as_float64("mean", mean, x.shape, x)
+    return (torch.where(n > 1, n / (n - 1), 1.0) * centred).to(rewards.dtype)
+
+
+def opo(rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str = "raw") -> Tensor:
+    """OPO, A = R - sum_i n_i R_i / sum_i n_i of the group: [S], lengths n [S] -> [S]. arXiv 2505.23585, verl [T].
+
+    Groups without a token stay finite (verl: NaN) [R].
+    """
+    x, groups = as_rewards(rewards), groups_from(group_ids, rewards)
+    single = statistics_of(x, groups, True, singleton)
+    baseline = torch.where(single.count > 1, groups.mean(x, as_lengths(lengths, x)), single.mean)
+    return (x - baseline).to(rewards.dtype)
+
+
+def remax(rewards: Tensor, greedy_rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """ReMax, A = R - R_greedy: [S], [S] -> [S]. arXiv 2310.10505 [T].
+
+    With rewards [B, T] and mask, as verl: A_t = sum_{j >= t} r_j - R_greedy over valid tokens, [B, T].
+    """
+    if rewards.dim() == 1:
+        x = as_rewards(rewards)
+        return (x - as_float64("greedy_rewards", greedy_rewards, x.shape, x)).to(rewards.dtype)
+    to_go = discounted_returns(rewards, mask).double()
+    greedy = as_float64("greedy_rewards", greedy_rewards, rewards.shape[:1], rewards)[:, None]
+    return (to_go - (greedy if mask is None else torch.where(mask, greedy, 0.0))).to(rewards.dtype)
+
+
+def gpg(
+    rewards: Tensor, group_ids: Tensor | None = None, *, f_norm: float = 1.0, alpha: float | None = None,
+    singleton: str = "raw", mean: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S]. arXiv 2504.02546, verl [T].
+
+    alpha: S / max(rewards that are not 0, 1) of the call if not given; as verl has it, this counts values, not groups,
+    so it means what the paper says for rewards of 0 and 1 only.
+    """
+    x = as_rewards(rewards)
+    own = statistics_of(x, groups_from(group_ids, x), True, singleton).mean if mean is None else mean
+    factor = x.numel() / (x != 0).double().sum().clamp(min=1) if alpha is None else alpha
+    return (factor * (x - as_float64("mean", own, x.shape, x)) / f_norm).to(rewards.dtype)
+
+
+def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6) -> Tensor:
+    """A = r_max - r_2nd for the best rollout of a group, 0 for the others: [S] -> [S]. arXiv 2503.19595, verl
+    grpo_passk [T].
+
+    scale: "std" divides by std_g + eps, "none" does not. A shared maximum gives 0; so does a group of one [R] (verl
+    raises).
+    """
+    if scale not in SCALES[:2]:
+        raise unknown("scale", scale, SCALES[:2])
+    x, groups = as_rewards(rewards), groups_from(group_ids, rewards)
+    statistics = statistics_of(x, groups, True, "zero")
+    alone, second = groups.top_two(x)
+    gap = torch.where(alone & (statistics.count > 1), x - second, 0.0)
+    gap = torch.where(statistics.mean.isnan(), torch.nan, gap)
+    return (gap / (statistics.std + eps) if scale == "std" else gap).to(rewards.dtype)
+
+
+def gdpo(
+    rewards: Tensor, group_ids: Tensor, *, weights: Tensor | None = None, lengths: Tensor | None = None,
+    eps: float = 1e-6, singleton: str = "raw",
+) -> Tensor:  # fmt: skip
+    """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S]. arXiv 2601.05242 [T].
+
+    Whitening is (x - mean) / sqrt(var + 1e-8), variance over n - 1, over tokens if lengths [S] are given (each
+    sequence counts n_i times, as verl), else over sequences (as TRL, which has / (std + 1e-4)).
+    """
+    x = as_rewards(rewards, dims="[S, K]")
+    groups, w = groups_from(group_ids, x), x.new_ones(x.shape[1])
+    if weights is not None:
+        w = as_float64("weights", weights, w.shape, x)
+    total = torch.zeros_like(x[:, 0])
+    for k, reward in enumerate(x.unbind(1)):
+        own = statistics_of(reward, groups, True, singleton)
+        total += w[k] * (reward - own.mean) / (own.std + eps)
+    count = torch.ones_like(total) if lengths is None else as_lengths(lengths, x)
+    mean, var = moments(total, count)
+    return ((total - mean) * (var + 1e-8).rsqrt()).to(rewards.dtype)

@@ -1,0 +1,126 @@
+"""Advantages over valid tokens, without gradient: returns, whitening, GAE, the optimal token baseline."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import as_rewards
+from ..batch.groups import groups_from, groups_of, moments, statistics_of
+from ..batch.valid_tokens import HOLES, ValidTokens, valid_of, valid_tokens
+from ..errors import unknown, wrong
+
+POSITIONS = ("column", "valid")
+
+
+def _check_discount(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise wrong(name, value, "a number in [0, 1]")
+
+
+def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
+    if (mean is None) != (var is None):
+        raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
+    if mean is None:
+        mean, var = moments(x, torch.ones_like(x))
+    return (x - mean) * torch.as_tensor(var + eps, dtype=x.dtype, device=x.device).rsqrt()
+
+
+def whiten(
+    values: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+    mean: Tensor | float | None = None, var: Tensor | float | None = None, eps: float = 1e-8,
+) -> Tensor:  # fmt: skip
+    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T]. verl masked_whiten [T]
+    (which adds 1e-8 to N, and raises for one token; here that is 0 [R]). mean, var: of a larger batch."""
+    valid = valid_of(values, mask, cu_seqlens, "values")
+    return valid.put(_whitened(valid.take("values", values), mean, var, eps), values.dtype)
+
+
+def discounted_returns(
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount [T verl]."""
+    _check_discount("gamma", gamma)
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
+
+
+def reinforce_plus_plus(
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. arXiv 2501.03262, verl [T]."""
+    _check_discount("gamma", gamma)
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
+    return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Tensor, group_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, singleton: str = "raw"
+) -> Tensor:
+    """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T]. arXiv
+    2501.03262, verl [T]."""
+    x, valid = as_rewards(rewards), valid_of(mask, mask, cu_seqlens, "mask")
+    valid.layout.flat_sequences("rewards", rewards, x.dtype)
+    centred = x - statistics_of(x, groups_from(group_ids, x), True, singleton).mean
+    return valid.put(_whitened(centred[valid.row], None, None, 1e-8), rewards.dtype)
+
+
+def gae(
+    token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
+    whiten: bool = True, *, holes: str = "skip", cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GAE over valid tokens: (advantages, returns), [B, T] each. arXiv 1506.02438, verl [T].
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
+    holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next cell,
+    and a masked one has r = V = 0 (OpenRLHF, RTO [C]). whiten: the advantages only, over all tokens.
+    """
+    _check_discount("gamma", gamma)
+    _check_discount("lam", lam)
+    if holes not in HOLES:
+        raise unknown("holes", holes, HOLES)
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
+    r, v = (
+        walked.take(name, valid.put(valid.take(name, x), torch.float64))
+        for name, x in (("token_rewards", token_rewards), ("values", values))
+    )
+    a = walked.suffix_sums(r + gamma * walked.following(v) - v, gamma * lam)
+    a, v = (x if walked is valid else x[valid.cells] for x in (a, v))
+    out = _whitened(a, None, None, 1e-8) if whiten else a
+    return valid.put(out, token_rewards.dtype), valid.put(a + v, token_rewards.dtype)
+
+
+def otb(
+    token_rewards: Tensor, group_ids: Tensor, logp: Tensor, sum_pi_squared: Tensor, mask: Tensor | None = None, *,
+    is_weights: Tensor | None = None, position: str = "column", zero_tail: bool = True, eps: float = 1e-8,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T]. verl
+    [T].
+
+    G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens.
+    position: what t is, "column" (verl optimal_token_baseline) or the count of valid tokens, "valid" (its multi-turn
+    one). zero_tail: no baseline for the longest sequence past the length of the second. Nor for a sequence alone in
+    its group; sequences without tokens do not count [R].
+    """
+    if position not in POSITIONS:
+        raise unknown("position", position, POSITIONS)
+    valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
+    w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)
+    w = w if is_weights is None else w * valid.take("is_weights", is_weights) ** 2
+    w = ValidTokens(valid.layout, valid.cells, row.flip(0)).suffix_sums(w.flip(0), 1.0).flip(0)
+    t = valid.cells - valid.layout.cu_seqlens[row]
+    lengths = returns.new_zeros(valid.layout.num_sequences).index_add_(0, row, torch.ones_like(returns))
+    if position == "valid":
+        t = torch.arange(row.numel(), device=row.device) - (lengths.cumsum(0) - lengths)[row].long()
+    groups = groups_from(group_ids, lengths)
+    # One id for each pair of group and position: positions lie below the number of tokens.
+    pairs = groups_of(groups.index[row] * valid.layout.num_tokens + t)
+    baseline = pairs.sum(returns * w) / (pairs.sum(w) + eps)
+    alone, second = groups.top_two(lengths)
+    bare = groups.sum((lengths > 0).double())[row] < 2
+    bare |= zero_tail & alone[row] & (t >= second[row])
+    return valid.put(torch.where(bare, returns, returns - baseline), token_rewards.dtype)

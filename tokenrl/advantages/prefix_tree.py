@@ -1,0 +1,155 @@
+"""TEMPO: advantages per token from the prefix tree that the responses to a prompt form, without gradient."""
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import as_float64, as_rewards, check_integers
+from ..batch.groups import SCALES, Groups, groups_from, statistics_of
+from ..batch.valid_tokens import ValidTokens, valid_of
+from ..errors import unknown
+
+HOLES = ("stop", "skip")
+ENDS = ("valid", "cells")
+BLOCK = 512  # positions compared at a time: most pairs part in the first block
+CELLS = 1 << 21  # cells compared at a time, which bounds the memory
+
+
+def tempo(
+    rewards: Tensor, group_ids: Tensor, ids: Tensor, mask: Tensor | None = None, *, scale: str = "std",
+    eps: float = 1e-6, unbiased: bool = True, singleton: str = "raw", holes: str = "stop", ends: str = "valid",
+    mean: Tensor | None = None, std: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """TEMPO (P2T), A_t = (R - mean_g + V(S_t) - V(S_{t-1})) / (std_g + eps): [S] -> [B, T]. arXiv 2509.18314 [C].
+
+    S_t: the responses of the group whose tokens up to t are those of this one (S_{-1}: all of them), V(S) the mean of
+    their rewards. So a token at which the tree does not branch has the advantage of grpo, and where it branches the
+    change of the expected reward is added.
+
+    rewards: fp32 or fp64 [S]; group_ids: integers [S]; the rows of a group must be in one call, as the tree is made of
+    them. ids: integers [B, T], or [N] with cu_seqlens [S + 1], the tokens of the responses, tool output included: what
+    lies in a hole of the mask (bool, of the shape of ids) is part of the prefix and is compared.
+    holes: "stop" [C], tokens after the first masked cell of a row have the advantage of grpo; "skip" [R], they go on
+    with the walk; a branch inside a hole was not the policy's, and its change of V is nobody's.
+    ends: "valid" [R], a response ends with its last valid token, where it leaves those that go on; what masked cells
+    after it hold does not matter. "cells" [C], all cells of a row are compared, so that a response which ended shares
+    a prefix with one that samples the id of the padding.
+    scale, eps, unbiased, singleton, mean, std [S]: as in grpo; V always is of the rewards of the call.
+    """
+    for name, value, accepted in (("scale", scale, SCALES), ("holes", holes, HOLES), ("ends", ends, ENDS)):
+        if value not in accepted:
+            raise unknown(name, value, accepted)
+    check_integers("ids", ids)
+    valid = valid_of(ids, mask, cu_seqlens, "ids")
+    x = valid.layout.flat_sequences("rewards", as_rewards(rewards), torch.float64)
+    groups = groups_from(group_ids, x)
+    own = statistics_of(x, groups, unbiased, singleton)
+    centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
+    width = own.std if std is None else as_float64("std", std, x.shape, x)
+    a = centred[valid.row] + _value_steps(x, groups, ids, valid, holes, ends)[valid.cells]
+    return valid.put(a / (width + eps)[valid.row] if scale == "std" else a, rewards.dtype)
+
+
+def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: ValidTokens, holes: str, ends: str) -> Tensor:
+    """float64 [N]: V(S_t) - V(S_{t-1}) where the walk of the row passes, 0 elsewhere."""
+    steps = x.new_zeros(valid.layout.num_tokens)
+    if steps.numel() == 0:
+        return steps
+    start, length = valid.layout.cu_seqlens[:-1], _lengths(valid, ends)
+    limit = _first_masked(valid) if holes == "stop" else length
+    order = groups.index.argsort(stable=True)
+    start, length, limit, group = start[order], length[order], limit[order], groups.index[order]
+    sizes = torch.bincount(group, minlength=groups.number)
+    first = (sizes.cumsum(0) - sizes)[group]
+    members = first[:, None] + torch.arange(int(sizes.max()), device=x.device)
+    present = members < (first + sizes[group])[:, None]
+    leaves = _leaves(ids.reshape(-1), start, length, group, torch.where(present, members, -1))
+    # Around the minimum of the group, so that equal rewards have differences of exactly 0.
+    above = torch.where(present, (x + groups.max(-x))[order][members.clamp(max=x.numel() - 1)], 0.0)
+    leaves, step = _steps_by_leaving(leaves, above, present)
+    passed = leaves < limit[:, None]
+    steps[(start[:, None] + leaves)[passed]] = step[passed]
+    return steps
+
+
+def _lengths(valid: ValidTokens, ends: str) -> Tensor:
+    """int64 [S]: the cells of a row that are compared."""
+    boundaries = valid.layout.cu_seqlens
+    if ends == "cells":
+        return boundaries.diff()
+    past = torch.searchsorted(valid.cells, boundaries)
+    last = torch.cat([valid.cells.new_full((1,), -1), valid.cells])[past[1:]]
+    return torch.where(past.diff() > 0, last + 1 - boundaries[:-1], 0)
+
+
+def _first_masked(valid: ValidTokens) -> Tensor:
+    """int64 [S]: the position of a row's first masked cell, the row's length if there is none."""
+    boundaries = valid.layout.cu_seqlens
+    masked = valid.layout.valid().logical_not().nonzero()[:, 0]
+    first = torch.cat([masked, boundaries[-1:]])[torch.searchsorted(masked, boundaries[:-1])]
+    return torch.minimum(first, boundaries[1:]) - boundaries[:-1]
+
+
+def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: Tensor) -> Tensor:
+    """int64 [S, G]: the position at which each member of a row's group leaves the row; the number of all tokens for the
+    row itself and for members of -1.
+
+    A class is a set of rows that share their first cells. In a round all its rows are compared with its first row only:
+    two that leave that row at different positions leave each other at the earlier one, and two that leave it at the
+    same position with different ids do so there. Those with the same id are a class of the next round.
+    """
+    never, rows = ids.numel(), torch.arange(start.numel(), device=ids.device)
+    leaves, left = torch.full_like(members, never), torch.full_like(start, never)
+    kind, shared = group.clone(), torch.zeros_like(start)
+    alive = rows[(members >= 0).sum(1) > 1]
+    blocks = torch.nn.functional.pad(ids, (0, BLOCK)).unfold(0, BLOCK, 1)
+    while alive.numel():
+        _, index = kind[alive].unique(return_inverse=True)
+        leader = torch.full_like(rows, never).scatter_reduce_(0, index, alive, "amin")[index]
+        led = leader != alive
+        left[leader] = never
+        left[alive[led]] = _common(blocks, start, length, shared, alive[led], leader[led])
+        others = members[alive]
+        met = (others >= 0) & (kind[others] == kind[alive, None]) & (others != alive[:, None])
+        leaves[alive] = torch.where(met, torch.minimum(left[others], left[alive, None]), leaves[alive])
+        on = left[alive] < length[alive]
+        going, at = alive[on], left[alive[on]]
+        keys = torch.stack([kind[going], at, ids[start[going] + at].long()], 1)
+        _, index, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
+        company = counts[index] > 1
+        # Whoever is done is in no class that a later round numbers.
+        kind[alive] = -1 - alive
+        alive = going[company]
+        kind[alive], shared[alive] = index[company], at[company]
+    return leaves
+
+
+def _common(blocks: Tensor, start: Tensor, length: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """int64 [P]: how many cells the rows left and right of a pair share from their start; the first shared[left] are
+    known to be. blocks: [N + 1, BLOCK], the ids from each cell on."""
+    common, done = torch.minimum(length[left], length[right]), shared[left]
+    together = (common > done).nonzero()[:, 0]
+    while together.numel():
+        still = []
+        for pairs in together.split(CELLS // BLOCK):
+            at = done[pairs]
+            differ = blocks[start[left[pairs]] + at] != blocks[start[right[pairs]] + at]
+            parted = differ.any(1)
+            # A difference may lie past the end of a row, in what is not its own.
+            found = at[parted] + differ[parted].view(torch.uint8).argmax(1)
+            common[pairs[parted]] = torch.minimum(common[pairs[parted]], found)
+            still.append(pairs[~parted])
+        together = torch.cat(still)
+        done[together] += BLOCK
+        together = together[common[together] > done[together]]
+    return common
+
+
+def _steps_by_leaving(leaves: Tensor, above: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """(leaves in order [S, G], the change of V at each): those that leave at or after a position are the set before it,
+    those that leave later the set after it."""
+    leaves, by = leaves.sort(1)
+    total = above.gather(1, by).flip(1).cumsum(1).flip(1)
+    value = total / present.double().gather(1, by).flip(1).cumsum(1).flip(1).clamp(min=1)
+    before = torch.searchsorted(leaves, leaves)
+    after = torch.searchsorted(leaves, leaves, right=True).clamp(max=leaves.shape[1] - 1)
+    return leaves, value.gather(1, after) - value.gather(1, before)

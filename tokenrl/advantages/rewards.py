@@ -1,0 +1,130 @@
+"""Rewards made of lengths and log-probs, without gradient, for the estimators of tokenrl.advantages.
+
+Results that come of integers alone have torch's default dtype. Tags: [C] authors' code, [P] paper, [T] what trainers
+do, [N] independent notes, [R] our reading.
+"""
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import as_float64, as_lengths, as_rewards
+from ..batch.valid_tokens import valid_of
+from ..errors import wrong
+from ..objectives.policy import kl_estimator
+
+
+def rto(
+    dpo_logp: Tensor, ref_logp: Tensor, old_logp: Tensor, rewards: Tensor, mask: Tensor | None = None, *,
+    scale: float = 0.05, clip: float | None = 0.05, kl_coef: float = 0.01, reward_clip: float | None = 10.0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """RTO, token rewards for gae: [B, T] of old_logp's dtype, or [N] with cu_seqlens. arXiv 2404.18922 [C].
+
+        r_t = clamp(scale (dpo_logp - ref_logp), +-clip) - kl_coef (old_logp - ref_logp)
+              + clamp(rewards, +-reward_clip) on the last valid token
+
+    dpo_logp, ref_logp, old_logp: fp32 or fp64, of a DPO policy, its reference and the sampling policy. rewards: [S], of
+    the responses. clip, reward_clip: None turns a clamp off. A response without tokens gets none of its reward. The
+    authors' GAE is gae(r, values, mask, 1.0, 0.95, whiten=False, holes="count").
+    """
+    for name, bound in (("clip", clip), ("reward_clip", reward_clip)):
+        if bound is not None and not bound > 0:
+            raise wrong(name, bound, "a positive number, or None")
+    if not kl_coef >= 0:
+        raise wrong("kl_coef", kl_coef, "a number, at least 0")
+    valid = valid_of(old_logp, mask, cu_seqlens, "old_logp")
+    dpo, ref, old = (
+        valid.take(name, x) for name, x in (("dpo_logp", dpo_logp), ("ref_logp", ref_logp), ("old_logp", old_logp))
+    )
+    final = as_float64("rewards", rewards, (valid.layout.num_sequences,), old_logp)
+    last = valid.following(torch.ones_like(old)) == 0
+    r = _clamped(scale * (dpo - ref), clip) - kl_coef * (old - ref)
+    return valid.put(r + torch.where(last, _clamped(final, reward_clip)[valid.row], 0.0), old_logp.dtype)
+
+
+def _clamped(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def _float_lengths(lengths: Tensor) -> Tensor:
+    if lengths.dim() != 1:
+        raise wrong("lengths", f"shape {list(lengths.shape)}", "[S], one per sequence")
+    return as_lengths(lengths, lengths)
+
+
+def kl_estimate(
+    logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None, *, kl: str = "kl_k1", cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The estimate of KL(pi || ref) of each token, of logp's shape and dtype, for a KL in the reward: r - coef kl.
+
+    logp (of the sampling policy), ref_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens. kl: a row kl_* of the table of
+    objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1" [T].
+    """
+    row = kl_estimator(kl)
+    valid = valid_of(logp, mask, cu_seqlens, "logp")
+    own, ref = valid.take("logp", logp), valid.take("ref_logp", ref_logp)
+    x = (own - ref).clamp(-row.clamp, row.clamp)
+    return valid.put(row.gate.value(x, x, own, torch.zeros_like(x), torch.ones_like(x)), logp.dtype)
+
+
+def overlong_penalty(
+    lengths: Tensor, *, max_length: int, buffer: int, factor: float = 1.0, floor: float | None = -1.0
+) -> Tensor:
+    """DAPO's soft overlong punishment, to be added to the rewards: integers n [S] -> [S]. arXiv 2503.14476 [P].
+
+    factor max(min((max_length - buffer - n) / buffer, 0), floor): 0 up to max_length - buffer, then linear down to
+    -factor at max_length. floor: the paper's -1; None for verl [T], which goes on falling beyond max_length.
+    """
+    if not 0 < buffer <= max_length:
+        raise wrong("buffer", buffer, f"a number above 0 and at most max_length, {max_length}")
+    if floor is not None and not floor <= 0:
+        raise wrong("floor", floor, "a number, at most 0, or None")
+    over = (max_length - buffer - _float_lengths(lengths)) / buffer
+    return (factor * over.clamp(min=floor, max=0.0)).to(torch.get_default_dtype())
+
+
+def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None = None) -> Tensor:
+    """Overlong filtering: bool [S], False for the responses that were cut off, to be joined to the mask of the loss,
+    mask & kept[:, None]. DAPO [P]; TRL mask_truncated_completions, ms-swift overlong_filter [T].
+
+    A response is cut off that has max_length tokens or more, unless finished (bool [S]) says that it ended of itself,
+    with an end-of-sequence token, as in TRL.
+    """
+    kept = _float_lengths(lengths) < max_length
+    if finished is None:
+        return kept
+    if finished.dtype != torch.bool or finished.shape != kept.shape:
+        raise wrong("finished", f"{finished.dtype} {list(finished.shape)}", f"torch.bool {list(kept.shape)}")
+    return kept | finished
+
+
+def reasoning_budget(progress: float, *, initial: float = 800, minimum: int = 1, gamma: float = 0.2) -> int:
+    """RMT's budget of thinking tokens, max(minimum, floor(initial gamma^progress)), progress the fraction of training
+    done. arXiv 2509.24375 [N]."""
+    if not 0 <= progress <= 1:
+        raise wrong("progress", progress, "a number in [0, 1]: step / steps")
+    if not 0 < gamma <= 1:
+        raise wrong("gamma", gamma, "a number above 0, at most 1")
+    if not minimum >= 1:
+        raise wrong("minimum", minimum, "an integer, at least 1")
+    return max(minimum, int(initial * gamma**progress))
+
+
+def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
+    """RMT's reward of a response's length, a triangle: r_max n / budget up to the budget, then down to 0 at twice the
+    budget, and 0 beyond: integers n [S] -> [S]. arXiv 2509.24375 [N]; the notes have no number for r_max."""
+    if not budget > 0:
+        raise wrong("budget", budget, "a positive number")
+    n = _float_lengths(lengths)
+    return (r_max * (1 - (n / budget - 1).abs()).clamp(min=0.0)).to(torch.get_default_dtype())
+
+
+def rmt_reward(correct: Tensor, length_rewards: Tensor, weight: float) -> Tensor:
+    """RMT's reward, (1 - weight) correct + weight length_rewards: bool [S], fp32 or fp64 [S] -> [S]. arXiv 2509.24375
+    [N]; the notes have no number for weight."""
+    if not 0 <= weight <= 1:
+        raise wrong("weight", weight, "a number in [0, 1]")
+    extra = as_rewards(length_rewards, "length_rewards")
+    if correct.dtype != torch.bool or correct.shape != extra.shape:
+        raise wrong("correct", f"{correct.dtype} {list(correct.shape)}", f"torch.bool {list(extra.shape)}")
+    return ((1 - weight) * correct.double() + weight * extra).to(length_rewards.dtype)

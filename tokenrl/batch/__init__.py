@@ -1,0 +1,1 @@
+"""Where tokens lie: padded or packed, which of them count, in which spans and groups."""

@@ -1,0 +1,68 @@
+"""What an argument must be: check_* raises, as_* converts what it has checked."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import wrong
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    """Ids are compared for equality: floats would be cut to integers, and different ids would meet."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise wrong(name, f"dtype {x.dtype}", "integers (int64)")
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """Only log-probs and the values of a loss get gradients; in silence any other would get none."""
+    if x.requires_grad:
+        raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); it gets no gradient")
+
+
+def check_floats(name: str, x: Tensor) -> None:
+    """Log-probs and everything derived from them are fp32 or fp64: a bf16 ratio is noise."""
+    if x.dtype not in FLOATS:
+        raise wrong(
+            name, f"dtype {x.dtype}", "float32 or float64 (compute log-probs in fp32: tokenrl.token_logprobs does)"
+        )
+
+
+def as_float64(name: str, x: Tensor, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """fp64 of a checked argument; integers are refused, as half of them are counts or masks in the wrong place."""
+    if x.dtype not in FLOATS:
+        raise wrong(name, f"dtype {x.dtype}", f"float32 or float64 ({name}.float())")
+    check_constant(name, x)
+    if tuple(x.shape) != tuple(shape):
+        raise wrong(name, f"shape {list(x.shape)}", f"shape {list(shape)}")
+    if x.device != like.device:
+        raise wrong(name, f"device {x.device}", f"the device of the rewards, {like.device}")
+    return x.double()
+
+
+def as_rewards(rewards: Tensor, name: str = "rewards", dims: str = "[S]") -> Tensor:
+    if rewards.dim() != dims.count(",") + 1 or (rewards.dim() == 2 and rewards.shape[1] == 0):
+        raise wrong(name, f"shape {list(rewards.shape)}", f"{dims}, a row per sequence")
+    return as_float64(name, rewards, rewards.shape, rewards)
+
+
+def as_lengths(lengths: Tensor, x: Tensor) -> Tensor:
+    check_integers("lengths", lengths)
+    return as_float64("lengths", lengths.double(), x.shape[:1], x)
+
+
+def as_scalar(name: str, x: float | Tensor, like: Tensor) -> Tensor:
+    """A number or 0-d tensor, 0-d, of the dtype of `like`."""
+    if isinstance(x, Tensor):
+        check_constant(name, x)
+        if x.numel() != 1:
+            raise wrong(name, f"a tensor of shape {list(x.shape)}", "a number or a 0-d tensor")
+    return torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(())
+
+
+def check_number(name: str, x: float, least: float, most: float = math.inf) -> None:
+    if not least <= x <= most:
+        accepted = f"a number, at least {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+        raise wrong(name, x, accepted)

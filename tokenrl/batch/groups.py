@@ -1,0 +1,93 @@
+"""Groups of sequences: sums, maxima and statistics of rewards per group."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown, wrong
+from .checks import as_rewards, check_integers
+
+SINGLETONS = ("raw", "zero")
+SCALES = ("std", "none")  # what a centred reward is divided by
+
+
+class GroupStatistics(NamedTuple):
+    """Of each sequence's group, fp64 [S] each: mean and std of its rewards, number of its sequences."""
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """index: int64 [S], the group of a sequence in [0, number). Sums and maxima come back per sequence, [S]."""
+
+    index: Tensor
+    number: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.number).index_add_(0, self.index, x)[self.index]
+
+    def max(self, x: Tensor) -> Tensor:
+        return x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax")[self.index]
+
+    def mean(self, x: Tensor, weight: Tensor) -> Tensor:
+        """sum(w x) / sum(w) of the group, around its minimum, so that equal values have exactly their own as mean."""
+        low, total = -self.max(-x), self.sum(weight)
+        return low + torch.where(total > 0, self.sum(weight * (x - low)) / total, 0.0)
+
+    def top_two(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether a sequence alone holds the maximum of its group, the maximum of the others; -inf if there is none).
+        Where the maximum is shared nobody holds it alone."""
+        best = x == self.max(x)
+        alone = best & (self.sum(best.to(x.dtype)) == 1)
+        return alone, self.max(torch.where(best, -torch.inf, x))
+
+
+def groups_from(group_ids: Tensor | None, rewards: Tensor) -> Groups:
+    rows = rewards.shape[0]
+    if group_ids is None:
+        raise wrong("group_ids", None, f"one integer per sequence, [{rows}], or the statistics of the groups")
+    check_integers("group_ids", group_ids)
+    if group_ids.shape != (rows,) or group_ids.device != rewards.device:
+        raise wrong(
+            "group_ids", f"{list(group_ids.shape)} on {group_ids.device}", f"shape [{rows}] on {rewards.device}"
+        )
+    return groups_of(group_ids)
+
+
+def groups_of(ids: Tensor) -> Groups:
+    distinct, index = ids.unique(return_inverse=True)
+    return Groups(index, distinct.numel())
+
+
+def statistics_of(x: Tensor, groups: Groups, unbiased: bool, singleton: str) -> GroupStatistics:
+    if singleton not in SINGLETONS:
+        raise unknown("singleton", singleton, SINGLETONS)
+    ones = torch.ones_like(x)
+    count, mean = groups.sum(ones), groups.mean(x, ones)
+    std = (groups.sum((x - mean) ** 2) / (count - (1 if unbiased else 0)).clamp(min=1)).sqrt()
+    if singleton == "raw":
+        mean, std = torch.where(count > 1, mean, 0.0), torch.where(count > 1, std, 1.0)
+    return GroupStatistics(mean, std, count)
+
+
+def group_statistics(
+    rewards: Tensor, group_ids: Tensor, *, unbiased: bool = True, singleton: str = "raw"
+) -> GroupStatistics:
+    """Mean, std (over n - 1, or n if not unbiased) and count of each sequence's group, fp64 [S]: gather the rewards of
+    all ranks, call this, and hand the own slice to grpo, rloo, gpg as mean=, std=, count=."""
+    x = as_rewards(rewards)
+    return statistics_of(x, groups_from(group_ids, x), unbiased, singleton)
+
+
+def moments(x: Tensor, weight: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
+    """0-d mean and variance of x, every entry counted weight times; variance 0 where the denominator would be 0."""
+    everyone = Groups(torch.zeros_like(x, dtype=torch.int64), 1)
+    # The empty batch has no first entry to read the statistics from; it has nothing to scale either.
+    mean = everyone.mean(x, weight)[:1].sum()
+    over = (weight.sum() - (1 if unbiased else 0)).clamp(min=1)
+    return mean, (weight * (x - mean) ** 2).sum() / over

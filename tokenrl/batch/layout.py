@@ -1,0 +1,122 @@
+"""Padded and packed batches, seen as one thing: flat tokens and the boundaries of their sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import wrong
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch lie in its flat tokens.
+
+    shape: of a token tensor as the caller gave it, [B, T] or [N]. cu_seqlens: int64 [S + 1]. mask: bool [N] or None
+    (every token takes part). width: T of a padded batch, None for a packed one.
+    """
+
+    shape: torch.Size
+    cu_seqlens: Tensor
+    mask: Tensor | None
+    width: int | None
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape.numel()
+
+    def valid(self) -> Tensor:
+        """bool [N]: the tokens that take part."""
+        if self.mask is None:
+            return torch.ones(self.num_tokens, dtype=torch.bool, device=self.cu_seqlens.device)
+        return self.mask
+
+    def rows(self) -> Tensor:
+        """int64 [N]: the sequence of each token."""
+        index = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+        return index.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+
+    def check_tokens(self, name: str, x: Tensor) -> None:
+        if x.shape != self.shape:
+            raise wrong(name, f"shape {list(x.shape)}", f"one value per token, {list(self.shape)}")
+        self._check_device(name, x)
+
+    def flat_tokens(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A per-token argument, checked, as a contiguous [N]."""
+        self.check_tokens(name, x)
+        return x.reshape(-1).to(dtype or x.dtype).contiguous()
+
+    def flat_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A per-sequence argument, checked, as a contiguous [S]."""
+        if x.shape != (self.num_sequences,):
+            raise wrong(name, f"shape {list(x.shape)}", f"one value per sequence, [{self.num_sequences}]")
+        self._check_device(name, x)
+        return x.to(dtype).contiguous()
+
+    def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
+        if x.shape == self.shape:
+            return self.flat_tokens(name, x, dtype)
+        if x.shape == (self.num_sequences,):
+            return self.flat_sequences(name, x, dtype)
+        raise wrong(
+            name,
+            f"shape {list(x.shape)}",
+            f"one per sequence, [{self.num_sequences}], or per token, {list(self.shape)}",
+        )
+
+    def _check_device(self, name: str, x: Tensor) -> None:
+        if x.device != self.cu_seqlens.device:
+            raise wrong(name, f"device {x.device}", f"the device of the other tensors, {self.cu_seqlens.device}")
+
+
+def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
+    """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise wrong(
+                name, f"shape {list(x.shape)} without cu_seqlens", "padded [B, T], or packed [N] with cu_seqlens"
+            )
+        rows, width = x.shape
+        cu_seqlens = torch.arange(rows + 1, device=x.device) * width
+    else:
+        if x.dim() != 1:
+            raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
+        cu_seqlens, width = _checked_boundaries(cu_seqlens, x), None
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
+        if mask.shape != x.shape:
+            raise wrong("mask", f"shape {list(mask.shape)}", f"the shape of {name}, {list(x.shape)}")
+        if mask.device != x.device:
+            raise wrong("mask", f"device {mask.device}", f"the device of {name}, {x.device}")
+        mask = mask.reshape(-1).contiguous()
+    return Layout(x.shape, cu_seqlens, mask, width)
+
+
+def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
+    if cu_seqlens.device != x.device:
+        raise wrong("cu_seqlens", f"device {cu_seqlens.device}", f"the device of the tokens, {x.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU this would be a host sync; there the kernels clamp every boundary to [0, N] instead.
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.numel() or (steps < 0).any():
+            raise wrong(
+                "cu_seqlens", cu_seqlens.tolist(), f"non-decreasing from 0 to the number of tokens, {x.numel()}"
+            )
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """[S] or [N] -> [N], zero in masked cells."""
+    if values is None:
+        return torch.zeros_like(like, requires_grad=False)
+    if values.numel() != mask.numel():
+        values = values.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
+    return torch.where(mask, values, 0).to(like.dtype)

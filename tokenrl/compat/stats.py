@@ -1,0 +1,28 @@
+"""token_logprobs behind the signatures of others."""
+
+import torch
+
+from ..errors import wrong
+from ..logprobs.from_logits import TokenStats, token_logprobs
+from ..ops.kernel_ops import IGNORED
+
+
+def stats_of(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    temperature: float,
+    row_mask: torch.Tensor | None,
+    outputs: tuple[str, ...],
+    inplace_backward: bool = False,
+) -> TokenStats:
+    rows = logits.shape[:-1]
+    if index.shape[: len(rows)] != rows or index.dim() > logits.dim():
+        raise wrong("index", f"shape {list(index.shape)}", f"one id per row of logits, {list(rows)}, or K of them")
+    if row_mask is not None:
+        if row_mask.shape != index.shape:
+            raise wrong("row_mask", f"shape {list(row_mask.shape)}", f"the shape of index, {list(index.shape)}")
+        index = index.masked_fill(row_mask == 0, IGNORED)
+    if logits.dim() not in (2, 3):
+        index = index.reshape(rows.numel(), *index.shape[len(rows) :])
+        logits = logits.reshape(rows.numel(), logits.shape[-1])
+    return token_logprobs(logits, index, temperature=temperature, outputs=outputs, inplace_backward=inplace_backward)

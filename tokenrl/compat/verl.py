@@ -1,0 +1,20 @@
+"""What verl calls (verl.utils.torch_functional), computed by token_logprobs; see tokenrl/compat/__init__.py."""
+
+import torch
+
+from ..logprobs.from_logits import why_not_inplace
+from ..ops import backends
+from .stats import stats_of
+
+
+def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
+    """verl: the log-probs of labels, in their shape.
+
+    inplace_backward permits the gradient to lie in the memory of the logits. It is used where the logits are an
+    operation's output, or a view of one, that the operation does not need for its own backward, their elements do not
+    overlap, their last stride is 1, the call runs eagerly and on a kernel backend; elsewhere the gradient is fresh. An
+    operation beside this one that saved the logits then raises in its backward, as autograd does after any write.
+    """
+    chosen = backends.choose(None, logits.device)
+    inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None
+    return stats_of(logits, labels, 1.0, None, ("logp",), inplace_backward).logp.view(labels.shape)

@@ -1,0 +1,1 @@
+"""To measure and to prove, a file per command."""

@@ -1,0 +1,129 @@
+"""What the table of objectives says about itself: `tokenrl objectives`, and README's table, which
+`python -m tokenrl.instruments.objective_tables README.md` writes there."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from ..objectives.forms.base import Form
+from ..objectives.gates.base import INF, Gate
+from ..objectives.policy import CERTAINTY, OBJECTIVES, Objective, objective
+from ..objectives.statistics import STATISTICS
+from ..ops.backends import BACKENDS, PACKAGED
+
+FLOWS = {
+    "through": "the true derivative, through the statistic to every token of the ratio",
+    "local": "stopped in all tokens but the own one: ds_t / dlogp_t = 1, no other",
+}
+
+
+def parameters(row: Objective) -> dict[str, object]:
+    """Name -> value of the parameters of the row's parts, and of clamp and cap where they are not the usual ones."""
+    found = {name: getattr(part, name) for part in row.parts.values() for name in part.names}
+    if row.cap != INF:
+        found["cap"] = row.cap
+    if row.clamp != 20:
+        found["clamp"] = row.clamp
+    return found
+
+
+def kernels(row: Objective) -> list[str]:
+    """The backends whose kernels know the row's gate."""
+    return [name for name in PACKAGED if BACKENDS[name].why_not_gate(row.gate.name) is None]
+
+
+def certainty(row: Objective) -> str:
+    return f"[{row.certainty}]" if row.certainty else ""
+
+
+def text_of(part: Gate | Form) -> str:
+    """The docstring of a gate or form, with those it refers to."""
+    lines = [inspect.cleandoc(cls.__doc__) for cls in type(part).__mro__ if cls.__doc__ and cls not in _BASES]
+    return "\n\n".join(lines)
+
+
+_BASES = {Gate, Form, *Gate.__mro__, *Form.__mro__}
+
+
+def shown(value: object) -> str:
+    return "one per token" if isinstance(value, Tensor) else f"{value}"
+
+
+def formula(row: Objective) -> str:
+    """The row from log ratio to loss, one step a line."""
+    statistic = inspect.cleandoc(STATISTICS[row.statistic].__doc__)
+    clamped = "" if row.clamp == INF else f", clamped to +-{row.clamp:g}"
+    capped = "" if row.cap == INF else f", at most {row.cap:g}"
+    steps = [
+        f"x_t = logp_t - old_logp_t{clamped}",
+        f"{statistic.splitlines()[0].rstrip('.')}{capped}",
+        f"l_t = {row.gate.name}(s_t, x_t, logp_t, A_t, t)",
+        f"L = sum_t w_t l_t, w of {row.aggregation!r}",
+    ]
+    if row.form is not None:
+        steps.insert(0, f"around it the form {type(row.form).__name__}, below")
+    return "\n".join(steps)
+
+
+def objectives_table() -> str:
+    """Markdown, one line per row of OBJECTIVES."""
+    columns = "name statistic flow gate form parameters aggregation source certainty backends".split()
+    lines = [columns, ["---"] * len(columns)]
+    for row in OBJECTIVES.values():
+        form = "" if row.form is None else type(row.form).__name__
+        given = ", ".join(f"{name}={shown(value)}" for name, value in parameters(row).items())
+        lines.append(
+            (f"`{row.name}`", row.statistic, row.flow, row.gate.name, form, given, row.aggregation, row.source,
+             certainty(row), ", ".join(kernels(row)))
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def certainty_of(row: Objective) -> list[str]:
+    """What its letters say."""
+    return [f"[{letter}] {CERTAINTY[letter]}" for letter in row.certainty]
+
+
+def print_objectives(console: Console) -> None:
+    """One line per row."""
+    table = Table("name", "statistic", "flow", "gate", "aggregation", "source", "", box=box.SIMPLE_HEAD)
+    for row in OBJECTIVES.values():
+        gate = row.gate.name if row.form is None else f"{row.gate.name} in {type(row.form).__name__}"
+        cells = (row.name, row.statistic, row.flow, gate, row.aggregation, row.source, certainty(row))
+        table.add_row(*map(escape, cells))
+    console.print(table, highlight=False)
+
+
+def print_objective(name: str, console: Console) -> None:
+    """Formula, parameters, source and the gradient's flow of a row."""
+    row = objective(name)
+
+    def section(title: str, text: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]")
+        console.print(
+            "\n".join(f"  {line}" for line in text.splitlines()), highlight=False, markup=False, soft_wrap=True
+        )
+
+    section(row.name, formula(row))
+    for title, part in row.parts.items():
+        section(f"{title} {part.name if title == 'gate' else type(part).__name__}", text_of(part))
+    values = parameters(row).items()
+    section("parameters", "\n".join(f"{key} = {shown(value)}" for key, value in values) or "none")
+    section("gradient", f"flow {row.flow!r}: {FLOWS[row.flow]}")
+    section("source", "\n".join([row.source, *certainty_of(row)]))
+    section("runs on", ", ".join(kernels(row)))
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    between = f"<!-- objectives -->\n{objectives_table()}\n<!-- /objectives -->"
+    path.write_text(
+        re.sub(r"<!-- objectives -->\n.*?<!-- /objectives -->", lambda _: between, path.read_text(), flags=re.S)
+    )

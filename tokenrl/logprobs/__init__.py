@@ -1,0 +1,1 @@
+"""Per-token statistics of the vocabulary, from logits or from hidden states."""

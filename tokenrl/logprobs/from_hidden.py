@@ -1,0 +1,144 @@
+"""linear_token_logprobs: the statistics of token_logprobs from hidden states, without the logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import wrong
+from ..ops import backends, dispatch, kernel_ops
+from ..ops.linear.head import HeadInputs
+from . import from_logits
+from .from_logits import DTYPES, IGNORED, TokenStats
+
+# Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.
+DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True)
+class HeadArguments:
+    """The arguments that describe a head, checked, as the ops of tokenrl/ops/linear_ops.py take them.
+
+    like: stands for the logits [.., V] that never exist: their shape, dtype and device on one number."""
+
+    like: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: tuple
+    compute_dtype: str
+    memory_budget: int
+    main_grad: Tensor | None
+
+    def inputs(self, ids: Tensor, row_mask: Tensor | None, ignore_index: int) -> HeadInputs:
+        """With ids and hidden flat, [N, K] and [N, D]."""
+        ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like).flatten(0, -2)
+        return HeadInputs(
+            self.hidden, self.weight, self.bias, ids, *self.transform, self.compute_dtype, self.memory_budget
+        )
+
+
+def head_arguments(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None,
+    logit_scale: float, keep_mask: Tensor | None, compute_dtype: torch.dtype | None, memory_budget: int | None,
+    main_grad: Tensor | None,
+) -> HeadArguments:  # fmt: skip
+    _check_head(hidden, weight, bias, compute_dtype, main_grad)
+    dtype = compute_dtype or hidden.dtype
+    if memory_budget is None:
+        memory_budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"])
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
+        raise wrong("memory_budget", memory_budget, "a positive number of bytes")
+    like = hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
+    number, per_row, *bend, keep = from_logits.transform_arguments(temperature, softcap, logit_scale, keep_mask, like)
+    keep = None if keep is None else keep.reshape(-1, like.shape[-1]) if keep.dim() > 1 else keep[None]
+    return HeadArguments(
+        like, hidden.reshape(-1, hidden.shape[-1]), weight, bias,
+        (number, None if per_row is None else per_row.reshape(-1), *bend, keep),
+        str(dtype).removeprefix("torch."), memory_budget, main_grad,
+    )  # fmt: skip
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    outputs: Sequence[str] = ("logp", "entropy"),
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    main_grad: Tensor | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """token_logprobs of the logits hidden @ weight^T + bias, which are never held: only tiles of them are.
+
+    hidden: [N, D] or [B, T, D]. weight: the head's, [V, D]; bias: [V]. bf16, fp16, fp32 or fp64, all of one dtype, or
+    of any beside compute_dtype, the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32
+    head). ids, temperature, softcap, logit_scale, keep_mask (padding of the vocabulary), row_mask, ignore_index,
+    outputs, result: as for token_logprobs. Autocast is not followed: compute_dtype says what is computed in what.
+
+    Rows that are ignored or masked, and in the backward rows whose upstream gradient is zero, enter no GEMM and may
+    hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what
+    token_logprobs saves, its backward computes the logits again: 8 N D V flops in all. Gradients are summed in fp32
+    (fp64 for fp64) and rounded to the dtype of their tensor at the end.
+    main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none.
+    memory_budget: bytes that a forward or a backward may hold beyond inputs and results, at most; None: 256 MiB on a
+    CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on top. Tiles are
+    of some rows and, unless is_top1 or rank are asked for, of some columns.
+    Errors: ValueError naming the argument, what was given and what is accepted.
+    """
+    head = head_arguments(
+        hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+    )
+    from_logits.check_ids(head.like, ids, outputs)
+    chosen = backends.choose(backend, hidden.device)
+    check_main_grad_backend(main_grad, chosen)
+    asked = [name for name in outputs if name not in kernel_ops.ALWAYS]
+    found = dispatch.linear_token_logprobs(chosen, head.inputs(ids, row_mask, ignore_index), asked, main_grad)
+    return from_logits.token_stats(found, ids, head.like, outputs)
+
+
+def _check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None, main_grad: Tensor | None
+) -> None:
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
+        raise wrong("hidden", f"shape {list(hidden.shape)}", "[N, D] or [B, T, D] with D >= 1")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise wrong("weight", f"shape {list(weight.shape)}", f"[V, {hidden.shape[-1]}] for this hidden, V >= 1")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise wrong("bias", f"shape {list(bias.shape)}", f"[{weight.shape[0]}]")
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise wrong("compute_dtype", compute_dtype, ", ".join(map(str, DTYPES)))
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise wrong(name, f"device {x.device}", f"the device of hidden, {hidden.device}")
+        if x is not None and x.dtype not in DTYPES:
+            raise wrong(name, f"dtype {x.dtype}", ", ".join(map(str, DTYPES)))
+        if x is not None and x.dtype != hidden.dtype and compute_dtype is None:
+            raise wrong(name, f"dtype {x.dtype}", f"that of hidden, {hidden.dtype}, or any beside compute_dtype")
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight)
+
+
+def _check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
+    accepted = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad.shape != weight.shape or main_grad.dtype != accepted or main_grad.device != weight.device:
+        given = f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        raise wrong("main_grad", given, f"{accepted} {list(weight.shape)} on {weight.device}")
+    if not main_grad.is_contiguous():
+        raise wrong("main_grad", f"strides {main_grad.stride()}", "a contiguous tensor")
+    if torch.compiler.is_compiling():
+        raise wrong("main_grad", "a tensor while torch.compile traces", "None: a traced graph may not write to it")
+
+
+def check_main_grad_backend(main_grad: Tensor | None, chosen: backends.Backend) -> None:
+    if main_grad is not None and chosen.namespace is None:
+        raise wrong("main_grad", "a tensor", "None: the reference backend leaves its backward to autograd")

@@ -1,0 +1,209 @@
+"""token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown, wrong
+from ..ops import backends, dispatch, kernel_ops
+from ..ops.kernel_ops import IGNORED
+
+OUTPUTS = tuple(name for name in kernel_ops.RESULTS if name != "lse_rest")
+PER_ID = ("logp", "is_top1", "rank")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class TokenStats:
+    """What token_logprobs was asked for: attributes named like the outputs; iterates in the order asked for."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        values = self.__dict__.get("_values", {})
+        if name in values:
+            return values[name]
+        raise AttributeError(f"TokenStats has no {name!r}; this call asked for outputs {', '.join(values)}")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._values.values())
+
+    def __repr__(self) -> str:
+        return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
+
+
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    outputs: Sequence[str] = ("logp", "entropy"),
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Statistics of softmax(z) per token, z = softcap tanh(logit_scale logits / softcap) / temperature.
+
+        lse = log sum_v e^z_v                    d lse / d z_v = p_v
+        logp = z_id - lse                        d logp / d z_v = 1[v = id] - p_v
+        entropy = -sum_v p_v log p_v             d entropy / d z_v = -p_v (log p_v + entropy)
+        log_sum_sq_probs = log sum_v p_v^2       d log_sum_sq_probs / d z_v = 2 (p_v^2 e^-log_sum_sq_probs - p_v)
+        mean_logit = mean_v z_v                  no gradient, like the three below
+        max_prob = max_v p_v
+        is_top1 = id is the first maximum
+        rank = 1 + #{v: logits_v > logits_id}
+
+    logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last stride
+    is 1. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here), or K of them per
+    row, [N, K] or [B, T, K]; then logp, is_top1 and rank are [..., K]. An id of ignore_index gives 0 and no gradient; a
+    row that row_mask (bool, [N] or [B, T]) leaves out, or all of whose ids are ignored, gives zeros and is never read.
+    temperature: a positive number, or one per row, fp32 or fp64. softcap, logit_scale: positive numbers.
+    keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
+    mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
+    outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
+    autograd would notice.
+    Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
+    results only; the backward recomputes p from lse. On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
+    """
+    check_ids(logits, ids, outputs)
+    chosen = backends.choose(backend, logits.device)
+    if inplace_backward:
+        _check_inplace(logits, chosen)
+    *transform, keep = transform_arguments(temperature, softcap, logit_scale, keep_mask, logits)
+    results = dispatch.token_logprobs(
+        chosen,
+        _unit_stride(logits if logits.dim() == 3 else logits.unsqueeze(0)),
+        aligned_ids(ids, row_mask, ignore_index, logits),
+        *transform,
+        None if keep is None else keep.expand(_batched(logits)),
+        [name for name in outputs if name not in kernel_ops.ALWAYS],
+        inplace_backward,
+    )
+    return token_stats(results, ids, logits, outputs)
+
+
+def token_stats(results: tuple[Tensor, ...], ids: Tensor, logits: Tensor, outputs: Sequence[str]) -> TokenStats:
+    """The op's results that were asked for, in the shapes of the caller's tensors."""
+    values = dict(zip(kernel_ops.RESULTS, results, strict=True))
+    rows = logits.shape[:-1]
+    return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
+
+
+def _batched(logits: Tensor) -> tuple[int, ...]:
+    """[B, T, V]"""
+    return (1,) * (3 - logits.dim()) + tuple(logits.shape)
+
+
+def transform_arguments(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None, logits: Tensor
+) -> tuple:
+    """(temperature, temperatures [B, T], softcap, logit_scale, keep_mask [V] or [B, T, V]), checked."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None:
+            _check_positive(name, value)
+    shape = _batched(logits)
+    number, per_row = _temperature(temperature, logits, shape)
+    if keep_mask is not None:
+        keep_mask = _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
+    return number, per_row, float("inf") if softcap is None else float(softcap), float(logit_scale), keep_mask
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
+    """int64 [B, T, K], -100 where ignored; checked against the vocabulary where that costs no sync."""
+    shape = _batched(logits)
+    ids = ids.to(torch.int64)
+    if ignore_index != IGNORED:
+        ids = torch.where(ids == ignore_index, IGNORED, ids)
+    if row_mask is not None:
+        if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
+            given = f"{row_mask.dtype} {list(row_mask.shape)}"
+            raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
+        ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if ((ids != IGNORED) & ((ids < 0) | (ids >= shape[-1]))).any():
+            accepted = f"0 to {shape[-1] - 1}, or {ignore_index} to ignore a row"
+            raise wrong("ids", f"values from {ids.min()} to {ids.max()}", accepted)
+    per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
+    return ids.reshape(*shape[:-1], per_row).contiguous()
+
+
+def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> tuple[float, Tensor | None]:
+    """(number, None), or (1, one per row) in the precision of the results."""
+    if not isinstance(temperature, Tensor):
+        _check_positive("temperature", temperature)
+        return float(temperature), None
+    if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
+        accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
+        raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
+    if temperature.requires_grad:
+        raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
+        raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return 1.0, temperature.detach().to(logits.device, dtype).reshape(shape[:-1]).contiguous()
+
+
+def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
+    if logits.dtype not in DTYPES:
+        raise wrong("logits", f"dtype {logits.dtype}", ", ".join(map(str, DTYPES)))
+    if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+        raise wrong("logits", f"shape {list(logits.shape)}", "[N, V] or [B, T, V] with V >= 1")
+    rows = logits.shape[:-1]
+    if ids.shape != rows and (ids.dim() != logits.dim() or ids.shape[:-1] != rows or ids.shape[-1] == 0):
+        accepted = f"one id per row of logits, {list(rows)}, or K of them, {[*rows, 'K']}"
+        raise wrong("ids", f"shape {list(ids.shape)}", accepted)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise wrong("ids", f"dtype {ids.dtype}", "int64 or int32")
+    if ids.device != logits.device:
+        raise wrong("ids", f"device {ids.device}", f"the device of logits, {logits.device}")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise unknown("outputs", name, OUTPUTS)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+        raise wrong(name, value, "a positive finite number")
+
+
+def _check_keep(keep_mask: Tensor, logits: Tensor) -> Tensor:
+    if keep_mask.dtype != torch.bool or keep_mask.shape not in (logits.shape, logits.shape[-1:]):
+        accepted = f"bool [{logits.shape[-1]}] or {list(logits.shape)}"
+        raise wrong("keep_mask", f"{keep_mask.dtype} {list(keep_mask.shape)}", accepted)
+    if keep_mask.device != logits.device:
+        raise wrong("keep_mask", f"device {keep_mask.device}", f"the device of logits, {logits.device}")
+    return keep_mask
+
+
+def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:
+    if reason := why_not_inplace(logits, chosen):
+        raise wrong("inplace_backward", f"True, but {reason}", "False here")
+
+
+def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
+    """Why a gradient in the logits' memory would be noticed by autograd or miss that memory; None where it may go."""
+    owner = logits if logits._base is None else logits._base
+    if chosen.namespace is None:
+        return "the reference backend leaves its backward to autograd"
+    if torch.compiler.is_compiling():
+        return "a traced graph may not write to what it saved"
+    if logits.requires_grad and owner.is_leaf:
+        return "logits is a leaf or a view of one, whose values would be lost: pass the output of an operation"
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        return "logits is expanded: several of its elements share memory"
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return "the last stride of logits is not 1, so the kernel reads a copy"
+    for made in (logits, owner):
+        saved = getattr(made.grad_fn, "_saved_result", None)
+        if isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
+            return f"{made.grad_fn.name()}, which made the logits, needs them for its own backward"
+    return None

@@ -1,0 +1,94 @@
+"""Masks, lengths, groups and signs -> the weights of a mode (tokenrl/objectives/aggregations.py), on a backend."""
+
+
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_constant, check_integers
+from ..batch.layout import Layout, layout_of
+from ..errors import unknown, wrong
+from ..objectives.aggregations import AGGREGATIONS, Aggregation
+from ..ops import backends, dispatch
+from ..ops.dispatch import SpanWeights
+
+
+def span_weights(
+    aggregation: str, layout: Layout, *, advantages: Tensor | None, group_ids: Tensor | None,
+    normalizer: float | Tensor | None, backend: backends.Backend,
+) -> SpanWeights:  # fmt: skip
+    """The two factors of a mode's weights. advantages: flat [S] or [N] (a sequence's sign is that of their sum)."""
+    if aggregation not in AGGREGATIONS:
+        raise unknown("aggregation", aggregation, AGGREGATIONS)
+    mode = AGGREGATIONS[aggregation]
+    if mode.by_group and group_ids is None:
+        raise wrong(
+            "group_ids",
+            None,
+            f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it",
+        )
+    if mode.span == "balanced" and advantages is None:
+        raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
+    if mode.over_width and normalizer is None and layout.width is None:
+        raise wrong(
+            "normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
+        )
+    if mode.by_group:
+        check_integers("group_ids", group_ids)
+    groups = layout.flat_sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
+    signs = advantages if mode.span == "balanced" else None
+    weight, count = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, mode.unit or "tokens")
+    return SpanWeights(weight, _normalizer(normalizer, mode, count, layout))
+
+
+def _normalizer(given: float | Tensor | None, mode: Aggregation, count: Tensor, layout: Layout) -> Tensor:
+    if isinstance(given, Tensor):
+        check_constant("normalizer", given)
+        if given.numel() != 1:
+            raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
+        return given.to(count.device, torch.float64).reshape(())
+    if given is not None:
+        if not given > 0:
+            raise wrong("normalizer", given, "a positive number (the global count that the mode divides by)")
+        return torch.full((), given, dtype=torch.float64, device=count.device)
+    if mode.unit is None:
+        return torch.ones((), dtype=torch.float64, device=count.device)
+    return count.to(torch.float64) * (layout.width if mode.over_width else 1)
+
+
+def aggregation_weights(
+    aggregation: str, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, advantages: Tensor | None = None,
+    group_ids: Tensor | None = None, normalizer: float | Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The weight of each token, w, so that a loss is sum_t w_t l_t.
+
+    aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
+    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
+    (Balanced Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage;
+    sequences with advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens,
+    R sequences and G groups with any.
+    mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
+    group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G).
+    Returns fp32 of the mask's shape, zero in masked cells.
+    """
+    if mask is None and cu_seqlens is None:
+        raise wrong("mask", None, "a bool [B, T], or cu_seqlens [S + 1] of a packed batch")
+    tokens = mask if mask is not None else _packed_like(cu_seqlens)
+    layout = layout_of(tokens, mask=mask, cu_seqlens=cu_seqlens, name="mask")
+    if advantages is not None:
+        check_constant("advantages", advantages)
+        advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float32)
+    chosen = backends.choose(backend, tokens.device)
+    weights = span_weights(
+        aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
+    )
+    per_sequence = torch.where(weights.normalizer > 0, weights.span_weight / weights.normalizer, 0.0).float()
+    lengths = layout.cu_seqlens.diff()
+    per_token = per_sequence.repeat_interleave(lengths, output_size=layout.num_tokens)
+    return torch.where(layout.valid(), per_token, 0.0).view(layout.shape)
+
+
+def _packed_like(cu_seqlens: Tensor) -> Tensor:
+    # Boundaries of a wrong shape or order get an error that names them from layout_of, not one from here.
+    total = int(cu_seqlens[-1]) if cu_seqlens.dim() == 1 and cu_seqlens.numel() else 0
+    return torch.empty(max(total, 0), dtype=torch.bool, device=cu_seqlens.device)

@@ -1,0 +1,97 @@
+"""linear_policy_loss: policy_loss from hidden states and the head, without the logits."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..batch.layout import Layout, layout_of
+from ..errors import wrong
+from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
+from ..logprobs.from_logits import IGNORED, check_ids
+from ..objectives.metrics import LinearMetrics
+from ..objectives.policy import Objective, find_objective
+from ..ops import backends, dispatch
+from ..ops.linear.gemm import sum_dtype
+from .policy_arguments import policy_loss_inputs
+from .regularizers import regularizers_of
+from .rollout_correction import corrected_weights
+
+
+def linear_policy_loss(
+    objective: str | Objective, hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor | None,
+    advantages: Tensor | None, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+    softcap: float | None = None, logit_scale: float = 1.0, keep_mask: Tensor | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None, group_ids: Tensor | None = None,
+    rollout_logp: Tensor | None = None, correction: dict | None = None, token_weight: Tensor | None = None,
+    aggregation: str | None = None, normalizer: float | Tensor | None = None, ref_logp: Tensor | None = None,
+    kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0, ignore_index: int = IGNORED,
+    compute_dtype: torch.dtype | None = None, memory_budget: int | None = None, main_grad: Tensor | None = None,
+    on_policy: bool = False, backend: str | None = None,
+) -> tuple[Tensor, LinearMetrics]:  # fmt: skip
+    """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
+
+        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias
+
+    hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
+    here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
+    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, mask to normalizer: as for
+    policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and is
+    not read.
+    ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
+    entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
+
+    The loss carries the gradients of hidden, weight and bias, each computed in the forward only where it is required;
+    the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
+    many tokens as memory_budget allows (bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU). Where several chunks
+    add to a 16-bit weight gradient, its fp32 sums, 4 V D bytes, come on top; one chunk of all tokens may take as much
+    instead.
+    One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
+    token, prefixes with flow "local", on-policy); for the others chunks end with sequences. Where a sequence does not
+    fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops, and objectives with a
+    form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
+    Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
+    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
+    coefficient is zero enter no GEMM of the backward.
+    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none.
+
+    Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
+    given and what is accepted.
+    """
+    row, head = find_objective(objective), head_arguments(
+        hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+    )  # fmt: skip
+    check_ids(head.like, ids, ())
+    if ids.dim() != hidden.dim() - 1:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
+    chosen = backends.choose(backend, hidden.device, row.gate.name)
+    check_main_grad_backend(main_grad, chosen)
+    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
+    layout = dataclasses.replace(layout, mask=layout.valid() & (ids.reshape(-1) != ignore_index))
+    dtype = sum_dtype(head.like.dtype)
+    old_logp = None if on_policy else old_logp
+    token_weight = corrected_weights(layout, old_logp, rollout_logp, segment_ids, token_weight, correction)
+    inputs = policy_loss_inputs(
+        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
+        segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,
+        regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
+    )  # fmt: skip
+    valid = layout.valid()
+    flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
+    if row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted:
+        layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
+    loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
+    left_out = (valid.sum() - layout.mask.sum()).to(raw.dtype)
+    return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
+
+
+def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
+    """bool [N]: the valid tokens of sequences with an advantage other than zero."""
+    lengths = layout.cu_seqlens.diff()
+    if advantages.numel() == layout.num_tokens:
+        some = (layout.valid() & (advantages != 0)).cumsum(0)
+        before = torch.cat([some.new_zeros(1), some])[layout.cu_seqlens]
+        signal = before.diff() > 0
+    else:
+        signal = advantages != 0
+    return layout.valid() & signal.repeat_interleave(lengths, output_size=layout.num_tokens)

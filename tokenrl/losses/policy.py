@@ -1,0 +1,70 @@
+"""policy_loss: a row of the table of objectives, run on a batch."""
+
+from torch import Tensor
+
+from ..batch.checks import check_floats
+from ..batch.layout import layout_of
+from ..errors import wrong
+from ..objectives.metrics import Metrics, TermMetrics
+from ..objectives.policy import Objective, find_objective
+from ..ops import backends, dispatch
+from .policy_arguments import policy_loss_inputs
+from .regularizers import regularizers_of
+from .rollout_correction import corrected_weights
+
+
+def policy_loss(
+    objective: str | Objective, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None, *,
+    mask: Tensor | None = None, cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None,
+    group_ids: Tensor | None = None, entropy: Tensor | None = None, rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None, aggregation: str | None = None, normalizer: float | Tensor | None = None,
+    ref_logp: Tensor | None = None, kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    correction: dict | None = None, backend: str | None = None,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
+    """The loss of a policy objective and its metrics.
+
+        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   s a statistic of the log ratios
+
+    objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
+    logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
+    logp gets a gradient, and entropy. old_logp None means on-policy: logp without its gradient. For kl_* it is the
+    reference model's log-prob.
+    advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many
+    tokens as sequences they are read as one per token.
+    mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
+    hole (tool output) inside a sequence adds nothing to a prefix and does not advance the position.
+    segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
+    of over the sequence.
+    group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
+    token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
+    aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
+    that the mode divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
+    ref_logp: log-probs of the reference model, of logp's shape; kl: a row kl_* of the table, kl_coef its weight.
+    entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
+    rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
+    tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
+    bound, low, high, ...; None: of single tokens, truncated at 2.
+    backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
+
+    Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
+    the backward is one multiplication; forms (tokenrl/objectives/forms/base.py) and the terms add torch's own. Differentiating twice
+    raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every
+    backend's reason when none can run the call.
+    """
+    row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    check_floats("logp", logp)
+    chosen = backends.choose(backend, logp.device, row.gate.name)
+    trained = logp.detach() if old_logp is None else old_logp
+    token_weight = corrected_weights(layout, trained, rollout_logp, segment_ids, token_weight, correction)
+    regularizers = regularizers_of(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
+    inputs = policy_loss_inputs(
+        row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
+        segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,
+        regularizers=regularizers,
+    )  # fmt: skip
+    if entropy is None and entropy_coef != 0:
+        raise wrong("entropy", None, f"one entropy per token, {list(layout.shape)}; entropy_coef is {entropy_coef}")
+    if entropy is not None:
+        entropy = layout.flat_tokens("entropy", entropy, logp.dtype)
+    loss, raw = dispatch.policy_loss(chosen, layout, layout.flat_tokens("logp", logp), entropy, inputs)
+    return loss, Metrics(raw) if ref_logp is None and entropy is None else TermMetrics(raw)

@@ -1,0 +1,232 @@
+"""Rollout/training mismatch -> factors of the loss's token_weight and masks, without gradient.
+
+The engine that sampled the tokens and the trainer give them different log-probs: q_t = logp_t - rollout_logp_t, logp
+being the trainer's (old_logp where the loss has a ratio of its own to it). What trainers call the remedies:
+
+    truncated importance sampling: TIS, verl rollout_is, TRL *_truncate   bound="truncate", high=2
+    masked importance sampling: MIS, TRL sequence_mask, verl "0.5_3"      bound="mask", level="sequence", high=3
+    IcePop: MIS of single tokens, TRL token_mask, verl "0.5_5"            bound="mask", level="token", low=0.5, high=5
+    "sequence" of verl, TRL, ROLL: the product of a row's ratios          level="sequence"
+    "sequence" of swift, NeMo, OpenRLHF; "geometric" of ROLL: their mean  level="geometric"
+    verl rollout_rs                                                       rejection_mask, joined by &
+    seq-mask-tis of NeMo, OpenRLHF, swift: token weights of the rows whose geometric mean lies in [low, high]
+        importance_weights(..., bound="none") * rejection_mask(..., statistic="seq_mean_k1", low=1 / high, high=1 / low)
+    OPSM of DeepSeek-V3.2, TRL off_policy_mask_threshold                  off_policy_sequence_mask
+    80/20 rule, TRL top_entropy_quantile                                  top_entropy_mask
+
+Weights and masks multiply: policy_loss(..., token_weight=weights * kept). Rejected tokens then stay in the count that
+the loss is divided by (as in slime and AReaL); handed in as the loss's mask they leave it, and the ratios too.
+
+Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; results have that shape, and are 0 or
+False in masked cells, which may hold anything. A NaN elsewhere stays NaN in weights and is False in masks. All is
+computed in fp64. Tags: [T] what trainers do, [R] our reading.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_constant, check_floats, check_integers
+from ..batch.layout import Layout, layout_of
+from ..batch.spans import Spans, spans_of
+from ..errors import unknown, wrong
+from ..methods.top_entropy import entropy_threshold, top_entropy_mask
+
+__all__ = [
+    "entropy_threshold", "importance_weights", "off_policy_sequence_mask", "rejection_mask", "top_entropy_mask",
+]  # fmt: skip
+
+LEVELS = {  # the span that shares a weight, and what is taken of its log ratios
+    "token": ("token", "sum"),
+    "sequence": ("sequence", "sum"),
+    "geometric": ("sequence", "mean"),
+    "segment": ("segment", "mean"),
+}
+BOUNDS = ("truncate", "mask", "none")
+NORMALIZATIONS = ("none", "batch")
+DIVERGENCES = {  # of x = q clamped to +-CLAMP; k1 is the log of rollout / train
+    "k1": lambda x: -x,
+    "k2": lambda x: 0.5 * x.square(),
+    "k3": lambda x: x.expm1() - x,
+}
+REJECTIONS = {  # statistic -> span, what is taken over it, divergence
+    **{f"token_{k}": ("token", "sum", k) for k in ("k1", "k2", "k3")},
+    **{f"seq_{taken}_{k}": ("sequence", taken, k) for taken in ("sum", "mean") for k in ("k1", "k2", "k3")},
+    **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
+}
+CLAMP = 20.0
+TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
+
+
+def _log_ratios(logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+    """(layout, float64 [N] q = logp - rollout_logp with zeros in masked cells)."""
+    layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    for name, x in (("logp", logp), ("rollout_logp", rollout_logp)):
+        check_floats(name, x)
+        check_constant(name, x)
+    flat = layout.flat_tokens("logp", logp, torch.float64) - layout.flat_tokens("rollout_logp", rollout_logp, torch.float64)
+    return layout, torch.where(layout.valid(), flat, 0.0)
+
+
+def _check_range(low: float | None, high: float | None, least: float = 0.0) -> None:
+    for name, x in (("low", low), ("high", high)):
+        if x is not None and not x >= least:
+            raise wrong(name, x, f"a number, at least {least:g}, or None")
+    if low is not None and high is not None and low > high:
+        raise wrong("low", low, f"at most high, {high}")
+
+
+def _check_bounds(bound: str, low: float | None, high: float | None) -> None:
+    if bound not in BOUNDS:
+        raise unknown("bound", bound, BOUNDS)
+    if bound == "none" and (low is not None or high is not None):
+        raise wrong("low" if high is None else "high", low if high is None else high, "None where bound is 'none'")
+    if bound == "truncate" and high is None:
+        raise wrong("high", None, "a number for bound 'truncate' (verl: 2), or bound='none'")
+    if bound == "mask" and low is None and high is None:
+        raise wrong("high", None, "low, high or both for bound 'mask' (TRL: high=3), or bound='none'")
+    _check_range(low, high)
+
+
+def _bounded(weight: Tensor, bound: str, low: float | None, high: float | None) -> Tensor:
+    if bound == "none":
+        return weight
+    if bound == "truncate":
+        return weight.clamp(min=low, max=high)
+    # The weights outside are named, not those inside: a NaN is in neither, and must stay.
+    outside = (weight < (0.0 if low is None else low)) | (weight > (torch.inf if high is None else high))
+    return torch.where(outside, 0.0, weight)
+
+
+def _over_mean(weight: Tensor, spans: Spans) -> Tensor:
+    filled = spans.counts() > 0
+    mean = torch.where(filled, weight, 0.0).sum() / filled.sum().clamp(min=1)
+    # A batch whose weights are all 0 keeps them.
+    return weight / torch.where(mean == 0, 1.0, mean)
+
+
+def importance_weights(
+    logp: Tensor, rollout_logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    level: str = "token", segment_ids: Tensor | None = None, bound: str = "truncate", low: float | None = None,
+    high: float | None = None, clamp: float | None = CLAMP, normalize: str = "none",
+) -> Tensor:  # fmt: skip
+    """Importance weights of the rollout's tokens, w_t = bound(exp(clamp(s_t))), of logp's shape and dtype.
+
+    logp, rollout_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; q = logp - rollout_logp. mask: bool of that shape.
+    level: s_t is "token" q_t, "sequence" sum of q over the row, "geometric" mean of q over the row, "segment" mean of q
+    over the token's segment: a run of equal segment_ids (integers of logp's shape) among the row's valid tokens.
+    bound: "truncate" min(w, high), and max(., low) if given; "mask" w where low <= w <= high (either may be None), else
+    0; "none" w.
+    clamp: s is clamped to [-clamp, clamp] before exp (the sum or mean, not its terms), None does not.
+    normalize: "batch" divides the bounded weights by their mean over the spans (tokens, sequences or segments) with a
+    valid token; the only option that looks beyond a row, so a split batch gives other weights.
+    [T] verl rollout_correction for "token" and "sequence"; TRL, ROLL for the bounds and the other levels.
+    """
+    if level not in LEVELS:
+        raise unknown("level", level, LEVELS)
+    if normalize not in NORMALIZATIONS:
+        raise unknown("normalize", normalize, NORMALIZATIONS)
+    _check_bounds(bound, low, high)
+    if clamp is not None and not clamp > 0:
+        raise wrong("clamp", clamp, "a positive number, or None")
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    kind, what = LEVELS[level]
+    spans = spans_of(kind, layout, _segments(level, segment_ids, layout))
+    s = spans.take(what, q)
+    weight = _bounded((s if clamp is None else s.clamp(-clamp, clamp)).exp(), bound, low, high)
+    if normalize == "batch":
+        weight = _over_mean(weight, spans)
+    return torch.where(layout.valid(), weight[spans.index], 0.0).to(logp.dtype).view(layout.shape)
+
+
+def _segments(level: str, segment_ids: Tensor | None, layout: Layout) -> Tensor | None:
+    if level != "segment":
+        if segment_ids is not None:
+            raise wrong("segment_ids", "a tensor", f"None where level is {level!r} (level='segment' uses them)")
+        return None
+    if segment_ids is None:
+        raise wrong("segment_ids", None, f"one integer per token, {list(layout.shape)}; level 'segment' needs it")
+    check_integers("segment_ids", segment_ids)
+    return layout.flat_tokens("segment_ids", segment_ids)
+
+
+def rejection_mask(
+    logp: Tensor, rollout_logp: Tensor, *, statistic: str, low: float | None = None, high: float | None = None,
+    mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds [T verl].
+
+    With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. statistic: "token_k1" ..
+    "token_k3", "seq_sum_k1" .. "seq_sum_k3", "seq_mean_k1" .. "seq_mean_k3", "seq_max_k2", "seq_max_k3".
+    *_k1: low <= exp(statistic) <= high, either may be None. This ratio is rollout / train, the inverse of what
+    importance_weights gives, as in verl: to keep train / rollout in [a, b], low=1 / b, high=1 / a.
+    *_k2, *_k3: statistic <= high. Both ends are kept. Several criteria: the & of several calls.
+    """
+    if statistic not in REJECTIONS:
+        raise unknown("statistic", statistic, REJECTIONS)
+    kind, what, k = REJECTIONS[statistic]
+    if k != "k1" and low is not None:
+        raise wrong("low", low, f"None for {statistic!r}: a divergence has an upper bound only")
+    if high is None and low is None:
+        raise wrong("high", None, f"a number for {statistic!r}")
+    _check_range(low, high)
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    spans = spans_of(kind, layout)
+    found = spans.take(what, DIVERGENCES[k](q.clamp(-CLAMP, CLAMP)))
+    if k == "k1":
+        low, high = (_log(x, none) for x, none in ((low, -torch.inf), (high, torch.inf)))
+        kept = (found >= low) & (found <= high)
+    else:
+        kept = found <= high
+    return (kept[spans.index] & layout.valid()).view(layout.shape)
+
+
+def _log(x: float | None, none: float) -> float:
+    if x is None:
+        return none
+    return math.log(x) if x > 0 else -torch.inf
+
+
+def off_policy_sequence_mask(
+    logp: Tensor, rollout_logp: Tensor, advantages: Tensor, *, threshold: float, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
+
+    advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
+    threshold: nats per token. DeepSeek-V3.2 (arXiv 2512.02556), TRL off_policy_mask_threshold (0.5) [T].
+    """
+    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+        raise wrong("threshold", threshold, "a number, in nats per token")
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    check_constant("advantages", advantages)
+    per_token = advantages.shape == layout.shape
+    advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
+    rows = spans_of("sequence", layout)
+    near = (rows.mean(-q) <= threshold)[rows.index]
+    positive = (advantages if per_token else advantages[rows.index]) >= 0
+    return ((near | positive) & layout.valid()).view(layout.shape)
+
+
+def corrected_weights(
+    layout: Layout, logp: Tensor | None, rollout_logp: Tensor | None, segment_ids: Tensor | None,
+    token_weight: Tensor | None, correction: dict | None,
+) -> Tensor | None:  # fmt: skip
+    """token_weight times the importance weights of logp to the rollout's, if that is given."""
+    if rollout_logp is None:
+        if correction is not None:
+            raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
+        return token_weight
+    if logp is None:
+        raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
+    given = TRUNCATED if correction is None else correction
+    if given.get("level") == "segment":
+        given = {"segment_ids": segment_ids} | given
+    if logp.shape != layout.shape:
+        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
+    where = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
+    if layout.width is None:
+        where["cu_seqlens"] = layout.cu_seqlens
+    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
+    return weights if token_weight is None else torch.where(weights != 0, weights * token_weight, 0)

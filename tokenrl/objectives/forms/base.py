@@ -1,0 +1,109 @@
+"""The base of forms: what an objective does around its row where tokens meet in other ways than through a statistic.
+
+A row of the table is s = S x, loss = sum_t w_t gate(s_t). A form changes what goes in: other log ratios x, computed in
+differentiable torch, or factors of the weights w, which are constants. It sees the batch flat, as FormInputs, and runs the
+row on the call's backend as often as it needs. From hidden states a form takes two passes over the logits, since its
+coefficients wait for all log-probs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...batch.layout import Layout, per_token
+from ..gates.base import Gate, parametrised
+from ..metrics import RAW
+
+
+@parametrised
+class Form:
+    """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def evaluate(self, tokens: "FormInputs") -> tuple[Tensor, Tensor]:
+        """(loss, raw metrics)."""
+        raise TypeError(f"{type(self).__name__} is no form: it defines no evaluate")
+
+
+@dataclass(frozen=True)
+class FormInputs:
+    """The tokens of a call, flat [N]; logp carries the gradient. What a form may run comes with them, as a call's
+    backend computes it.
+
+    per_row: advantages as they were given, [S] or [N], None where the row uses none. aggregation: the call's mode.
+    run_row(logp, old_logp, gate, token_weight): (loss, raw metrics) of the row. statistic_of(x, name): a statistic of x
+    over each token's span, differentiable; x is 0 in masked cells.
+    """
+
+    layout: Layout
+    logp: Tensor
+    old_logp: Tensor
+    per_row: Tensor | None
+    token_weight: Tensor | None
+    starts: Tensor | None
+    group_ids: Tensor | None
+    aggregation: str
+    normalizer: Tensor
+    gate: Gate
+    clamp: float
+    run_row: Callable[[Tensor, Tensor, Gate, Tensor | None], tuple[Tensor, Tensor]]
+    statistic_of: Callable[[Tensor, str], Tensor]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [N]."""
+        return self.layout.valid()
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The log ratios, clamped as the row's; 0 in masked cells; differentiable."""
+        return torch.where(self.valid, self.logp - self.old_logp, 0).clamp(-self.clamp, self.clamp)
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        """One per token."""
+        return per_token(self.per_row, self.layout.cu_seqlens, self.valid, self.logp.detach())
+
+    def run(
+        self, *, log_ratio: Tensor | None = None, factor: Tensor | None = None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, raw metrics) of the row. log_ratio: in place of logp - old_logp, for gates that read s alone; factor:
+        multiplies the weights; gate: in place of the row's."""
+        weight = self.token_weight
+        if factor is not None:  # a factor of 0 hides even an infinite weight
+            weight = factor if weight is None else torch.where(factor != 0, factor * weight, 0)
+        if log_ratio is None:
+            return self.run_row(self.logp, self.old_logp, gate or self.gate, weight)
+        loss, raw = self.run_row(log_ratio, torch.zeros_like(log_ratio), gate or self.gate, weight)
+        x = self.x.detach()
+        return loss, self._with(raw, kl_sum=(torch.expm1(x) - x).sum())  # of the token's own ratio
+
+    def lengths(self) -> Tensor:
+        """The number of valid tokens of each token's span, at least 1."""
+        return self.statistic_of(self.valid.to(self.logp.dtype), "span_sum").clamp(min=1)
+
+    def positions(self) -> Tensor:
+        """The 1-based count of valid tokens in each token's span."""
+        return self.statistic_of(self.valid.to(self.logp.dtype), "prefix_sum")
+
+    def span(self) -> Tensor:
+        """int64 [N]: a number for each token's span, rising from one to the next."""
+        first = torch.zeros(self.valid.numel() + 1, dtype=torch.int64, device=self.valid.device)
+        first[self.layout.cu_seqlens] = 1
+        first = first[:-1] if self.starts is None else first[:-1] | self.starts.long()
+        return first.cumsum(0) - 1
+
+    def counted(self, raw: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The metrics with other counts of tokens below and above a bound."""
+        return self._with(raw, clip_low=(low & self.valid).sum(), clip_high=(high & self.valid).sum())
+
+    def _with(self, raw: Tensor, **entries: Tensor) -> Tensor:
+        raw = raw.clone()
+        for name, value in entries.items():
+            raw[RAW.index(name)] = value
+        return raw

@@ -1,0 +1,117 @@
+"""Forms that replace the log ratio (see tokenrl/objectives/forms/base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
+
+import torch
+from torch import Tensor
+
+from ...errors import wrong
+from ..gates.base import parametrised
+from .base import Form, FormInputs
+
+
+@parametrised
+class Gmpo(Form):
+    """x' = min(x, eps_high) where A >= 0, max(x, -eps_low) where A < 0; then the row's mean over the span, e^mean(x').
+
+    GMPO, arXiv 2507.20673, the authors' code [C]; verl's geo_mean, TRL's GMPOTrainer [T]. Log space. The gradient goes
+    through the mean to every token that is not clipped. clip_low, clip_high count the clipped tokens.
+    """
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+
+    def _trimmed(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """(x', whether it is clipped from below, from above)."""
+        x, negative = tokens.x, tokens.advantages < 0
+        low, high = negative & (x < -self.eps_low), ~negative & (x > self.eps_high)
+        return torch.where(low, -self.eps_low, torch.where(high, self.eps_high, x)), low, high
+
+    def evaluate(self, tokens):
+        x, low, high = self._trimmed(tokens)
+        loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, x, 0))
+        return loss, tokens.counted(raw, low, high)
+
+
+@parametrised
+class Hmpo(Gmpo):
+    """The same with the harmonic mean of the ratios, n / sum_t e^-x'_t (the GMPO authors' code [C])."""
+
+    def evaluate(self, tokens):
+        x, low, high = self._trimmed(tokens)
+        mean = tokens.statistic_of(torch.where(tokens.valid, torch.exp(-x), 0), "span_mean")
+        loss, raw = tokens.run(log_ratio=-torch.where(tokens.valid, mean, 1).log())
+        return loss, tokens.counted(raw, low, high)
+
+
+def _gated(x: Tensor, bound: float, n: Tensor) -> Tensor:
+    """FiberPO's gate for an aggregate x >= 0: x up to the bound, back to 0 with slope -n, then 0."""
+    rolled = (n + 1) * bound - n * x
+    return torch.where(x <= bound, x, torch.where(x < (1 + 1 / n) * bound, rolled, 0))
+
+
+@parametrised
+class FiberPo(Form):
+    """log G_t = g(S+, c_pos) - g(S-, c_neg) + clip(num_t) - clip(den_t), loss -A G; clip to [-eps, eps].
+
+        S+ = mean of max(x, 0), S- = mean of max(-x, 0) over the span's n tokens; sign l_t = + where x_t >= 0, else -
+        num_t = x_t - l_t S^(l_t), den_t = -l_t S^(-l_t)
+        g(S, C) = S for S <= C, (n + 1) C - n S for C < S < (1 + 1 / n) C, 0 beyond
+
+    FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 [P][V]. Everything is differentiated, the
+    aggregates S too. Where nothing is gated or clipped G = r. The numbers of the bounds are not published: c_pos, c_neg
+    and eps are our reading [R]. clip_low, clip_high count the tokens whose num is clipped.
+    """
+
+    c_pos: float = 0.12
+    c_neg: float = 0.08
+    eps: float = 0.05
+
+    def evaluate(self, tokens):
+        x, n = tokens.x, tokens.lengths()
+        upwards = x >= 0
+        above = tokens.statistic_of(torch.where(upwards & tokens.valid, x, 0), "span_mean")
+        below = tokens.statistic_of(torch.where(upwards, 0, -x), "span_mean")
+        base = _gated(above, self.c_pos, n) - _gated(below, self.c_neg, n)
+        num = x - torch.where(upwards, above, -below)
+        den = torch.where(upwards, -below, above)
+        fibre = num.clamp(-self.eps, self.eps) - den.clamp(-self.eps, self.eps)
+        loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, base + fibre, 0))
+        return loss, tokens.counted(raw, num < -self.eps, num > self.eps)
+
+
+@parametrised
+class Real(Form):
+    """Of each group log(1 + sum_pos e^(-s_i / tau)) + log(1 + sum_neg e^(s_i / tau)), s_i the row's mean log ratio.
+
+    REAL, arXiv 2602.05630 (ms-swift) [T]: rewards as labels, A > 0 against the rest; full gradient through the mean. A
+    group without both kinds gives 0 and stays in the count that the loss is divided by. It needs group_ids, aggregates
+    by "group-mean" alone and takes no weights: a row has no tokens to weigh.
+    """
+
+    tau: float = 0.5
+
+    def evaluate(self, tokens):
+        layout, a = tokens.layout, tokens.per_row
+        if tokens.aggregation != "group-mean":
+            raise wrong("aggregation", repr(tokens.aggregation), "'group-mean', REAL's own")
+        for name, given in (("token_weight", tokens.token_weight), ("segment_ids", tokens.starts)):
+            if given is not None:
+                raise wrong(name, "a tensor", "None; REAL compares whole sequences")
+        counts = torch.segment_reduce(tokens.valid.to(tokens.x.dtype), "sum", lengths=layout.cu_seqlens.diff())
+        s = torch.segment_reduce(tokens.x, "sum", lengths=layout.cu_seqlens.diff()) / counts.clamp(min=1)
+        if a.numel() == layout.num_tokens and a.numel() != layout.num_sequences:
+            raise wrong("advantages", "one per token", f"one per sequence, [{layout.num_sequences}]")
+        loss = self._groups(s, a > 0, counts > 0, tokens.group_ids).sum()
+        normalizer = tokens.normalizer
+        loss = torch.where(normalizer > 0, loss / normalizer.to(loss.dtype), 0)
+        with torch.no_grad():
+            return loss.to(tokens.logp.dtype), tokens.run()[1]
+
+    def _groups(self, s: Tensor, positive: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:
+        """[S]: of each known sequence an equal share of its group's loss, 0 of the others."""
+        same = (group_ids[:, None] == group_ids[None, :]) & known[None, :]
+        both = (same & positive).any(1) & (same & ~positive).any(1)
+        loss = torch.zeros_like(s)
+        for members, sign in ((same & positive, -1), (same & ~positive, 1)):
+            terms = torch.where(members, sign * s[None, :] / self.tau, -torch.inf)
+            loss = loss + torch.cat([terms, torch.zeros_like(s)[:, None]], 1).logsumexp(1)
+        return torch.where(known & both, loss / same.sum(1).clamp(min=1), 0)

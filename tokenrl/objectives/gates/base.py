@@ -1,0 +1,84 @@
+"""The base of all gates, and what their definitions share. Each gate gives its parameters, its formula, its source,
+and its value in torch.
+
+A gate turns the statistic `s` (a log ratio) of one token into that token's loss:
+
+    value(s, x, logp, advantages, t) -> l        differentiable in s, x and logp
+    clipped(s, x, logp, advantages, t) -> low, high, dual      which bound is active (bool), for the metrics
+
+x is the token's own log ratio, whose derivative with respect to the own logp is 1 under every flow. t is the position:
+the 1-based count of valid tokens in the statistic's span. All arguments broadcast; parameters are
+numbers or tensors with one value per token. Derivatives are autograd's here, hand-written in csrc/gates/ and
+triton_kernels/gates.py. The kernels' own tensors never hold gradients for parameters.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import wrong
+
+Bound = float | Tensor
+INF = float("inf")
+
+
+def parametrised(cls):
+    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not)."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    cls.names = tuple(field.name for field in dataclasses.fields(cls))
+    return cls
+
+
+@parametrised
+class Gate:
+    """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order.
+
+    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0."""
+
+    name: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+    uses_advantages: ClassVar[bool] = True
+    vanishes: ClassVar[bool] = True
+
+    def params(self) -> tuple[Bound, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
+
+    def clipped(
+        self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        never = torch.zeros_like(s, dtype=torch.bool)
+        return never, never, never
+
+
+def clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
+    return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
+
+
+def surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor) -> Tensor:
+    """max(-A r, -A clip(r)), and for A < 0 at most -A ceiling (dual clip)."""
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    return torch.minimum(loss, torch.where(advantages < 0, -advantages * ceiling, INF))
+
+
+def map_params(gate: Gate, change) -> Gate:
+    """The same gate with `change(name, tensor)` applied to each of its tensor parameters."""
+    values = {name: getattr(gate, name) for name in gate.names}
+    if not any(isinstance(value, Tensor) for value in values.values()):
+        return gate
+    return type(gate)(**{name: change(name, v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def check_params(gate: Gate) -> None:
+    """Numbers must be numbers, and no parameter may expect a gradient."""
+    for name in gate.names:
+        value = getattr(gate, name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
+        if isinstance(value, float) and value != value:
+            raise wrong(name, "nan", "a number or a tensor with one value per token")

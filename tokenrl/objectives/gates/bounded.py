@@ -1,0 +1,107 @@
+"""Gates that bound a ratio (see tokenrl/objectives/gates/base.py)."""
+
+import torch
+
+from .base import INF, Bound, Gate, clamp, parametrised, surrogate
+
+
+@parametrised
+class Ratio(Gate):
+    """l = -A r: the importance-weighted policy gradient, nothing bounded."""
+
+    name = "ratio"
+
+    def value(self, s, x, logp, advantages, t):
+        return -advantages * s.exp()
+
+
+@parametrised
+class PpoClip(Gate):
+    """l = max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high)); A < 0: l <= -A dual.   r = exp(s)
+
+    PPO, arXiv 1707.06347 eq. 7; dual clip, arXiv 1912.09729 eq. 5 (dual > 1; inf turns it off). Ratio space.
+    """
+
+    name = "ppo_clip"
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
+    dual: Bound = INF
+
+    def value(self, s, x, logp, advantages, t):
+        ratio = s.exp()
+        return surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
+
+    def clipped(self, s, x, logp, advantages, t):
+        ratio, negative = s.exp(), advantages < 0
+        low, high = ratio < 1 - self.eps_low, ratio > 1 + self.eps_high
+        return negative & low, (advantages > 0) & high, negative & (ratio > self.dual)
+
+
+@parametrised
+class PpoNtp(PpoClip):
+    """l = PPO's - ntp logp: tokens that reinforcement trains beside tokens that are only to be predicted.
+
+    RMT, arXiv 2509.24375 [N]: L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that
+    reinforcement leaves out. ntp is lambda on these tokens and 0 on the others, in units of the loss's own weights; the
+    advantages of these tokens are 0 [R: the paper leaves open how the two means are taken].
+    """
+
+    name = "ppo_ntp"
+    vanishes = False
+    ntp: Bound = 0.0
+
+    def value(self, s, x, logp, advantages, t):
+        return PpoClip.value(self, s, x, logp, advantages, t) - self.ntp * logp
+
+
+@parametrised
+class LogBand(Gate):
+    """Position-adaptive clip in log space: width u = t^power, band [-eps_low u, eps_high u].
+
+    l = max(-A e^s, -A e^clip(s, -eps_low u, eps_high u)); A < 0: l <= -A e^(eps_dual u).
+    CTPO, arXiv 2605.07331, and the authors' code (cum-token-*-la) [C][V]. eps_dual = inf turns the dual clip off.
+    """
+
+    name = "log_band"
+    eps_low: Bound = 0.025
+    eps_high: Bound = 0.05
+    eps_dual: Bound = 0.05
+    power: Bound = 0.5
+
+    def value(self, s, x, logp, advantages, t):
+        width = t**self.power
+        ceiling = torch.exp(self.eps_dual * width)
+        return surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
+
+    def clipped(self, s, x, logp, advantages, t):
+        width, negative = t**self.power, advantages < 0
+        low, high = s < -self.eps_low * width, s > self.eps_high * width
+        return negative & low, (advantages > 0) & high, negative & (s > self.eps_dual * width)
+
+
+@parametrised
+class Sapo(Gate):
+    """l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg.
+
+    SAPO, arXiv 2511.20347; TRL, verl, ms-swift, SkyRL, AReaL and Liger agree [T][V].
+    """
+
+    name = "sapo"
+    tau_pos: Bound = 1.0
+    tau_neg: Bound = 1.05
+
+    def value(self, s, x, logp, advantages, t):
+        tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
+        tau = torch.where(advantages > 0, tau_pos, tau_neg)
+        return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
+
+
+@parametrised
+class Identity(Gate):
+    """l = logp: what the aggregation of a hand-written loss needs."""
+
+    name = "identity"
+    uses_advantages = False
+
+    def value(self, s, x, logp, advantages, t):
+        return logp

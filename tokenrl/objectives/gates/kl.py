@@ -1,0 +1,91 @@
+"""Estimators of KL(pi || ref) as gates (see tokenrl/objectives/gates/base.py)."""
+
+import torch
+from torch import Tensor
+
+from .base import INF, Bound, Gate, clamp, parametrised
+
+
+@parametrised
+class KlGate(Gate):
+    """Base of the estimators of KL(pi || ref): the statistic is logp - ref_logp, so `old_logp` is the reference's."""
+
+    uses_advantages = False
+
+
+@parametrised
+class KlK1(KlGate):
+    """l = s. Schulman's k1: right value; as a loss its expected gradient is zero."""
+
+    name = "kl_k1"
+
+    def value(self, s, x, logp, advantages, t):
+        return s
+
+
+@parametrised
+class KlAbs(KlGate):
+    """l = |s| (verl "abs"). As a loss its gradient is a sign, 0 at s = 0."""
+
+    name = "kl_abs"
+
+    def value(self, s, x, logp, advantages, t):
+        return s.abs()
+
+
+@parametrised
+class KlK2(KlGate):
+    """l = s^2 / 2. Schulman's k2: on-policy its gradient is that of the reverse KL."""
+
+    name = "kl_k2"
+
+    def value(self, s, x, logp, advantages, t):
+        return s * s / 2
+
+
+@parametrised
+class KlK3(KlGate):
+    """l = min(e^-s + s - 1, ceiling). Schulman's k3, non-negative; verl clamps it at ceiling = 10 (zero gradient
+    above), TRL does not."""
+
+    name = "kl_k3"
+    ceiling: Bound = INF
+
+    def value(self, s, x, logp, advantages, t):
+        return clamp(torch.expm1(-s) + s, -INF, self.ceiling)
+
+
+def _straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    return carrier + (value - carrier).detach()
+
+
+@parametrised
+class KlK1Unbiased(KlGate):
+    """Value of k1, gradient of k2 (verl "k1+")."""
+
+    name = "kl_k1_unbiased"
+
+    def value(self, s, x, logp, advantages, t):
+        return _straight_through(s, s * s / 2)
+
+
+@parametrised
+class KlAbsUnbiased(KlGate):
+    """Value |s|, gradient of k2 (verl "abs+")."""
+
+    name = "kl_abs_unbiased"
+
+    def value(self, s, x, logp, advantages, t):
+        return _straight_through(s.abs(), s * s / 2)
+
+
+@parametrised
+class KlK3Unbiased(KlGate):
+    """Value of k3, gradient of k2 (verl "k3+"). With token_weight = r it is the importance-corrected k3 (DeepSeek-V3.2,
+    TRL use_bias_correction_kl): value r k3, gradient r s."""
+
+    name = "kl_k3_unbiased"
+    ceiling: Bound = INF
+
+    def value(self, s, x, logp, advantages, t):
+        return _straight_through(clamp(torch.expm1(-s) + s, -INF, self.ceiling), s * s / 2)

@@ -1,0 +1,173 @@
+"""Gates that weigh the policy gradient, l = -sg[w] A logp; Quadratic adds a pull towards the old policy."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import unknown
+from .base import INF, Bound, Gate, clamp, parametrised
+
+LOG_FLOOR = math.log(1e-8)
+
+
+@parametrised
+class Cispo(Gate):
+    """l = -sg[clip(r, low, high)] A logp: no token is dropped, its weight is bounded.
+
+    CISPO, MiniMax-M1, arXiv 2506.13585 [T]. bound="raw": low = eps_low, high = eps_high are the bounds themselves
+    (TRL, Liger, ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL).
+    eps_low=None: no lower bound. clip_high counts tokens of either sign of A, as verl does; TRL counts A > 0 only.
+    """
+
+    name = "cispo"
+    eps_low: Bound | None = None
+    eps_high: Bound = 5.0
+    bound: str = "raw"
+
+    def __post_init__(self):
+        if self.bound not in ("raw", "relative"):
+            raise unknown("bound", self.bound, ("raw", "relative"))
+
+    def params(self):
+        low = 0.0 if self.eps_low is None else self.eps_low
+        if self.bound == "raw":
+            return low, self.eps_high
+        return 0.0 if self.eps_low is None else 1 - low, 1 + self.eps_high
+
+    def value(self, s, x, logp, advantages, t):
+        return -clamp(s.exp(), *self.params()).detach() * advantages * logp
+
+    def clipped(self, s, x, logp, advantages, t):
+        ratio, (low, high) = s.exp(), self.params()
+        return ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool)
+
+
+@parametrised
+class Reinforce(Gate):
+    """l = -A logp: no ratio. REINFORCE; GPG, arXiv 2504.02546, is the same loss with its own advantages [T]."""
+
+    name = "reinforce"
+
+    def value(self, s, x, logp, advantages, t):
+        return -advantages * logp
+
+
+@parametrised
+class Quadratic(Gate):
+    """l = -A logp + beta / 2 s^2: a policy gradient held near the old policy by its squared log ratio.
+
+    DRO, arXiv 2405.19107 (verl) [T]; Kimi k1.5, arXiv 2501.12599, with tau for beta (ROLL) [T].
+    """
+
+    name = "quadratic"
+    vanishes = False
+    beta: Bound = 1.0
+
+    def value(self, s, x, logp, advantages, t):
+        return -advantages * logp + self.beta / 2 * s * s
+
+
+@parametrised
+class Topr(Gate):
+    """l = -sg[w] A logp, w = 1 where A > 0, else min(r, ceiling): only what was wrong is importance-weighted.
+
+    TOPR, arXiv 2503.14286 [T]: the paper's ratio is the trajectory's, ROLL's the token's. clip_low: A <= 0 and r above
+    the ceiling.
+    """
+
+    name = "topr"
+    ceiling: Bound = 1.0
+
+    def value(self, s, x, logp, advantages, t):
+        weight = torch.where(advantages > 0, 1, clamp(s.exp(), -INF, self.ceiling))
+        return -weight.detach() * advantages * logp
+
+    def clipped(self, s, x, logp, advantages, t):
+        low = (advantages <= 0) & (s.exp() > self.ceiling)
+        return low, torch.zeros_like(low), torch.zeros_like(low)
+
+
+@parametrised
+class Vespo(Gate):
+    """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios, at least 1e-8.
+
+    VESPO, the authors' code [C][T][V]; k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
+    """
+
+    name = "vespo"
+    k_pos: Bound = 2.0
+    lambda_pos: Bound = 3.0
+    k_neg: Bound = 3.0
+    lambda_neg: Bound = 2.0
+
+    def value(self, s, x, logp, advantages, t):
+        k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
+        k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
+        log_ratio = clamp(s, LOG_FLOOR, INF)
+        return -torch.exp(decay + k * log_ratio - decay * log_ratio.exp()).detach() * advantages * logp
+
+
+@parametrised
+class DppoGate(Gate):
+    """Base of DPPO's masks, arXiv 2602.04879: l = -sg[min(r, ceiling)] A logp where the token is kept, else 0.
+
+    p = e^logp, mu = e^(logp - s), the old policy's. Dropped: A > 0 and the divergence upwards is above eps_high, A <= 0
+    and downwards above eps_low. Authors' code and verl [C][T]; the gradient is through logp alone. The paper anchors on
+    the rollout's log-probs: hand them in as old_logp. clip_high, clip_low: dropped by either bound.
+    """
+
+    eps_low: Bound = 0.15
+    eps_high: Bound = 0.15
+    ceiling: Bound = 20.0
+
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Bound:
+        raise TypeError(f"{type(self).__name__} is no gate: it defines no distance")
+
+    def _dropped(self, s, logp, advantages):
+        p, mu = logp.exp().clamp(max=1), (logp - s).exp().clamp(max=1)
+        far, positive = self.distance(p, mu, s), advantages > 0
+        return ~positive & (p < mu) & (far > self.eps_low), positive & (p > mu) & (far > self.eps_high)
+
+    def value(self, s, x, logp, advantages, t):
+        low, high = self._dropped(s.detach(), logp.detach(), advantages)
+        weight = torch.where(low | high, 0, clamp(s.exp(), -INF, self.ceiling))
+        return -weight.detach() * advantages * logp
+
+    def clipped(self, s, x, logp, advantages, t):
+        low, high = self._dropped(s, logp, advantages)
+        return low, high, torch.zeros_like(low)
+
+
+@parametrised
+class Dppo(DppoGate):
+    """DPPO with a divergence given per token, as tokenrl.topk_divergence computes it from the top-K. See DppoGate."""
+
+    name = "dppo"
+    divergence: Bound = 0.0
+
+    def distance(self, p, mu, s):
+        return torch.as_tensor(self.divergence, dtype=s.dtype)
+
+
+@parametrised
+class DppoTv(DppoGate):
+    """DPPO with the total variation of taking the token or not, |p - mu|. See DppoGate."""
+
+    name = "dppo_tv"
+
+    def distance(self, p, mu, s):
+        return (p - mu).abs()
+
+
+@parametrised
+class DppoKl(DppoGate):
+    """DPPO with the KL divergence of taking the token or not, mu log(mu / p) + (1 - mu) log((1 - mu) / (1 - p)), 1e-8
+    added to both of the latter. See DppoGate."""
+
+    name = "dppo_kl"
+    eps_low: Bound = 0.05
+    eps_high: Bound = 0.05
+
+    def distance(self, p, mu, s):
+        return -mu * s + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))

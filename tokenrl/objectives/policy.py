@@ -1,0 +1,212 @@
+"""THE table of policy objectives: name = statistic x flow x gate x default aggregation, with its paper."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import unknown, wrong
+from .aggregations import AGGREGATIONS
+from .forms.base import Form
+from .forms.ratios import FiberPo, Gmpo, Hmpo, Real
+from .forms.weights import ClipCov, FutureKl, KlCov, PrefixBudget
+from .gates import GATES
+from .gates.adaptive import Dhpo, DhpoBranch, Hapo
+from .gates.base import INF, Gate, check_params
+from .gates.bounded import LogBand, PpoClip, PpoNtp, Ratio, Sapo
+from .gates.kl import KlAbs, KlAbsUnbiased, KlGate, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
+from .gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
+from .statistics import check_statistic
+
+CERTAINTY = {
+    "C": "read in the authors' code",
+    "P": "read in the paper",
+    "N": "read in independent notes with the full text",
+    "T": "read in third-party trainers",
+    "R": "our reading, where the sources are silent",
+    "V": "checked numerically",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """One policy objective.
+
+    statistic, flow: see tokenrl/objectives/statistics.py. gate: see tokenrl/objectives/gates/bounded.py. form: what happens around the row, see
+    tokenrl/objectives/forms/base.py; None: nothing. aggregation: the method's own, used when a call names none. clamp: each token's log
+    ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the statistic (zero gradient
+    above; inf: off). source: the paper, and in whose code it was read. certainty: how it is known, letters of
+    CERTAINTY; where R is among them, source says what is our reading.
+    """
+
+    name: str
+    statistic: str
+    gate: Gate
+    aggregation: str
+    source: str
+    flow: str = "through"
+    clamp: float = 20.0
+    cap: float = INF
+    form: Form | None = None
+    certainty: str = ""
+
+    def __post_init__(self):
+        check_statistic(self.statistic, self.flow)
+        if self.aggregation not in AGGREGATIONS:
+            raise unknown("aggregation", self.aggregation, AGGREGATIONS)
+        if not self.clamp > 0:
+            raise wrong("clamp", self.clamp, "a positive number, inf to turn it off")
+        if GATES.get(self.gate.name, type(self.gate)) is not type(self.gate):  # its kernels would run another formula
+            given = f"{type(self.gate).__name__} of the name {self.gate.name!r}"
+            raise wrong("gate", given, f"a name of its own, that one is {GATES[self.gate.name].__name__}'s")
+        for part in self.parts.values():
+            check_params(part)
+
+    @property
+    def parts(self) -> dict[str, Gate | Form]:
+        """What holds the parameters: the gate and, where there is one, the form."""
+        return {"gate": self.gate} | ({} if self.form is None else {"form": self.form})
+
+
+_BAND = LogBand()
+_KL = "Schulman, Approximating KL divergence; old_logp is the reference's log-prob"
+
+_ROWS = (
+    Objective("ppo", "token", PpoClip(), "token-mean", "arXiv 1707.06347", certainty="T"),
+    Objective("grpo", "token", PpoClip(), "seq-mean-token-mean", "arXiv 2402.03300", certainty="T"),
+    Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783", certainty="T"),
+    Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476", certainty="T"),
+    Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch", certainty="T"),
+    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077; leaving out A = 0 is our reading",
+              certainty="NR"),
+    Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
+              "arXiv 2507.18071, eq. 5", clamp=INF, certainty="T"),
+    Objective("gspo_token", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
+              "arXiv 2507.18071, eq. 13", flow="local", clamp=INF, cap=10.0, certainty="T"),
+    Objective("sspo", "span_mean", PpoClip(6e-3, 8e-3), "seq-mean-token-mean",
+              "arXiv 2511.04256; the formula and the bounds are our reading", flow="local",
+              clamp=INF, cap=10.0, certainty="R"),
+    Objective("dhpo", "span_mean", Dhpo(), "seq-mean-token-mean",
+              "arXiv 2601.05607; joint minimum and bounds are our reading", flow="local", certainty="NR"),
+    Objective("dhpo_branch", "span_mean", DhpoBranch(), "seq-mean-token-mean",
+              "arXiv 2601.05607; a minimum per branch and bounds are our reading", flow="local", certainty="NR"),
+    Objective("gmpo", "span_mean", Ratio(), "seq-mean-token-mean", "arXiv 2507.20673; verl geo_mean, TRL",
+              clamp=INF, form=Gmpo(), certainty="CT"),
+    Objective("hmpo", "token", Ratio(), "seq-mean-token-mean", "GMPO's authors' code", clamp=60.0, form=Hmpo(),
+              certainty="C"),
+    Objective("fiberpo", "token", Ratio(), "seq-mean-token-mean",
+              "arXiv 2603.08239, 2604.03044; the numbers of the bounds are our reading", form=FiberPo(),
+              certainty="PRV"),
+    Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift)", clamp=INF, form=Real(),
+              certainty="T"),
+    Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",
+              "arXiv 2602.05261 (TRL)", clamp=INF, certainty="T"),
+    Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585", certainty="T"),
+    Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347", certainty="TV"),
+    Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl", certainty="T"),
+    Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl)", certainty="T"),
+    Objective("dro", "token", Quadratic(), "token-mean",
+              "arXiv 2405.19107 (verl); the default of beta is our reading", clamp=INF, certainty="TR"),
+    Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL)", clamp=INF, certainty="T"),
+    Objective("topr", "span_sum", Topr(), "token-mean",
+              "arXiv 2503.14286; ROLL with statistic=token; aggregation is our reading", certainty="TR"),
+    Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code", cap=20.0, certainty="CTV"),
+    Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV", certainty="CT"),
+    Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL", certainty="CT"),
+    Objective("dppo_topk", "token", Dppo(), "seq-mean-token-sum-norm",
+              "arXiv 2602.04879, divergence by tokenrl.topk_divergence", certainty="C"),
+    Objective("ctpo", "prefix_sum", _BAND, "seq-mean-token-mean", "arXiv 2605.07331", flow="local", cap=10.0,
+              certainty="CV"),
+    Objective("ctpo_geomean", "prefix_mean", dataclasses.replace(_BAND, power=-0.5), "seq-mean-token-mean",
+              "arXiv 2605.07331", flow="local", cap=10.0, certainty="CV"),
+    Objective("ctpo_fixed", "prefix_sum", PpoClip(dual=3.0), "seq-mean-token-mean",
+              "arXiv 2605.07331, cum-token-cumprod", flow="local", cap=10.0, certainty="C"),
+    Objective("ctpo_geomean_fixed", "prefix_mean", PpoClip(dual=3.0), "seq-mean-token-mean",
+              "arXiv 2605.07331, cum-token-geomean", flow="local", cap=10.0, certainty="C"),
+    Objective("minpro", "prefix_min", Cispo(eps_high=4.0, bound="relative"), "token-mean",
+              "arXiv 2601.22718; bounds are our reading", flow="local", certainty="NR"),
+    Objective("minpro_capped", "prefix_min_capped", Cispo(eps_high=4.0, bound="relative"), "token-mean",
+              "arXiv 2601.22718; the cap at 1 and the bounds are our reading", flow="local", certainty="NR"),
+    Objective("minpro_clip", "prefix_min", PpoClip(), "token-mean",
+              "arXiv 2601.22718; PPO's clip of m_t r_t is our reading", flow="local", certainty="NR"),
+    Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591", clamp=INF, certainty="C"),
+    Objective("rmt", "token", PpoNtp(), "token-mean",
+              "arXiv 2509.24375; how the two means are joined is our reading", certainty="NR"),
+    Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968; UniRL", form=PrefixBudget(), certainty="PT"),
+    Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift)", clamp=INF,
+              form=FutureKl(), certainty="T"),
+    Objective("clip_cov", "token", PpoClip(), "token-mean", "arXiv 2505.22617 (verl)", clamp=INF, form=ClipCov(),
+              certainty="T"),
+    Objective("kl_cov", "token", Ratio(), "token-mean", "arXiv 2505.22617 (verl)", clamp=INF, form=KlCov(),
+              certainty="T"),
+    Objective("kl_abs", "token", KlAbs(), "token-mean", _KL + " (verl abs)", certainty="T"),
+    Objective("kl_k1", "token", KlK1(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k2", "token", KlK2(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k3", "token", KlK3(), "token-mean", _KL, certainty="T"),
+    Objective("kl_k1_unbiased", "token", KlK1Unbiased(), "token-mean", _KL + " (verl k1+)", certainty="T"),
+    Objective("kl_abs_unbiased", "token", KlAbsUnbiased(), "token-mean", _KL + " (verl abs+)", certainty="T"),
+    Objective("kl_k3_unbiased", "token", KlK3Unbiased(), "token-mean", _KL + " (verl k3+)", certainty="T"),
+)  # fmt: skip
+
+OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}
+
+
+def find_objective(name: str | Objective) -> Objective:
+    """The row of that name, or the row itself."""
+    if isinstance(name, Objective):
+        return name
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
+
+
+_CHANGEABLE = ("statistic", "flow", "gate", "form", "aggregation", "clamp", "cap")
+
+
+def objective(name: str | Objective, **parameters) -> Objective:
+    """A row of the table, with any of its parameters changed.
+
+    parameters: those of the row's gate and of its form in the method's own terms (eps_low, eps_high, dual, eps_dual,
+    power, bound, tau_pos, tau_neg, ceiling, ...: numbers, or tensors with one value per token) and of the Objective
+    itself (statistic, flow, gate, form, aggregation, clamp, cap). Unknown names raise, naming the nearest.
+
+        tokenrl.objective("ctpo", eps_low=0.03, power=0.5)
+    """
+    row = find_objective(name)
+    changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
+    known = [parameter for part in row.parts.values() for parameter in part.names]
+    for key in parameters:
+        if key not in (*known, *_CHANGEABLE):
+            raise unknown(f"parameter of {row.name!r}", key, (*known, *_CHANGEABLE))
+    for field, part in row.parts.items():
+        own = {key: value for key, value in parameters.items() if key in part.names}
+        if own and field in changes:
+            raise wrong(field, f"a new {field} and {', '.join(own)}", f"one of the two: set them on the new {field}")
+        if own:
+            changes[field] = dataclasses.replace(part, **own)
+    return dataclasses.replace(row, **changes) if changes else row
+
+
+def kl_estimator(name: str | Objective) -> Objective:
+    """A row that estimates a KL divergence token by token: kl_*, with any of its numbers changed."""
+    row = find_objective(name)
+    if not isinstance(row.gate, KlGate) or row.statistic != "token":
+        raise unknown("kl", row.name, [known.name for known in OBJECTIVES.values() if isinstance(known.gate, KlGate)])
+    if any(isinstance(p, Tensor) for p in row.gate.params()):
+        raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
+    return row
+
+
+def register(row: Objective) -> Objective:
+    """Adds a row to the table of objectives: its name is then accepted wherever an objective's is. Returns the row.
+
+    Its gate may be of a class of your own: a subclass of tokenrl.Gate, decorated with tokenrl.parametrised, with a name
+    and a value in torch. It runs at once on the reference backend, with autograd's derivative, and calls that name no
+    backend get that one. Given its Triton function (register_triton) it runs on Triton too. The C++ backends run the
+    gates of csrc/gates.h alone, and say so.
+    """
+    if row.name in OBJECTIVES:
+        raise wrong("name", repr(row.name), "a name that is not in the table yet")
+    GATES.setdefault(row.gate.name, type(row.gate))
+    OBJECTIVES[row.name] = row
+    return row

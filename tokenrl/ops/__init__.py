@@ -1,0 +1,1 @@
+"""Who computes it: the ops, their backends, and the choice between them."""

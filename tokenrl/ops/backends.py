@@ -1,0 +1,162 @@
+"""Which code runs a call: the backends, the reasons why one cannot run, and the choice."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import unknown, wrong
+from ..objectives.gates import GATES
+from ..objectives.gates.base import Gate
+from . import kernel_ops, linear_ops
+
+_BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates/table.h; more may be registered
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops. namespace: of its ops under torch.ops, None for the reference. why_not: the reason why
+    it cannot run on a device, or None. automatic: whether a call that names no backend may get it. gates: the names of
+    those it has kernels of."""
+
+    name: str
+    namespace: str | None
+    why_not: Callable[[torch.device], str | None]
+    automatic: Callable[[torch.device], bool] = lambda device: True
+    gates: Callable[[], Collection[str]] = lambda: _BUILT_IN
+
+    def why_not_gate(self, gate: str | None) -> str | None:
+        """Why a gate of that name cannot run on it, or None."""
+        if gate is None or self.namespace is None or gate in self.gates():
+            return None
+        return f"it has no kernel of the gate {gate!r}"
+
+    @property
+    def ops(self):
+        return getattr(torch.ops, self.namespace)
+
+
+def choose(name: str | None, device: torch.device, gate: str | None = None) -> Backend:
+    """The backend for a call on `device`, of an objective with that gate: the named one, else TOKENRL_BACKEND, else the
+    first that can run it."""
+    name = name or os.environ.get("TOKENRL_BACKEND") or None
+    if name is not None:
+        if name not in BACKENDS:
+            raise unknown("backend", name, BACKENDS)
+        reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_gate(gate)
+        if reason is None:
+            return BACKENDS[name]
+        raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}\n{reasons(device, gate)}")
+    for backend in BACKENDS.values():
+        if backend.automatic(device) and backend.why_not(device) is None and backend.why_not_gate(gate) is None:
+            return backend
+    raise RuntimeError(f"no backend can run on {device.type}:\n{reasons(device, gate)}")
+
+
+def reasons(device: torch.device, gate: str | None = None) -> str:
+    """One line per backend: whether it can run on `device`, or why not."""
+    found = {name: b.why_not(device) or b.why_not_gate(gate) for name, b in BACKENDS.items()}
+    return "\n".join(f"  {name}: {reason or 'can run'}" for name, reason in found.items())
+
+
+def _load_native() -> str | None:
+    """Loads the C++ op library; the reason if there is none."""
+    library = Path(__file__).parents[1] / "_ops.so"
+    if not library.exists():
+        built = importlib.util.find_spec("tokenrl._build")
+        reason = getattr(importlib.import_module("tokenrl._build"), "NATIVE_REASON", None) if built else None
+        return reason or f"the extension is not built ({library.name} is missing; pip install . builds it)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def _load_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        from .. import triton_kernels  # noqa: F401  (defines torch.ops.tokenrl_triton)
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+NATIVE_REASON = _load_native()
+TRITON_REASON = _load_triton()
+TRITON_GATES = {} if TRITON_REASON else importlib.import_module("tokenrl.triton_kernels.gates").GATES
+
+
+def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
+    missing = NATIVE_REASON
+    if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key("tokenrl::objective", kind.upper()):
+        missing = "built without CUDA (no nvcc was found, or TOKENRL_CUDA=0)"
+
+    def why_not(device: torch.device) -> str | None:
+        if missing:
+            return missing
+        return None if device.type == kind else f"runs {kind} tensors, these are on {device.type}"
+
+    return why_not
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if TRITON_REASON:
+        return TRITON_REASON
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    return f"runs cuda tensors, these are on {device.type} (the interpreter, TRITON_INTERPRET=1, runs cpu tensors)"
+
+
+BACKENDS = {
+    "cuda": Backend("cuda", "tokenrl", _why_not_native("cuda")),
+    "cpu": Backend("cpu", "tokenrl", _why_not_native("cpu")),
+    "triton": Backend(
+        "triton", "tokenrl_triton", _why_not_triton, lambda device: device.type == "cuda", lambda: TRITON_GATES
+    ),
+    "reference": Backend("reference", None, lambda device: None),
+}
+PACKAGED = tuple(BACKENDS)
+
+
+def register(namespace: str) -> None:
+    """Gives the kernels of a namespace their fakes and derivatives, and the ops that are made of them."""
+    kernel_ops.register(namespace)
+    linear_ops.register(namespace)
+
+
+if NATIVE_REASON is None:
+    register("tokenrl")
+if TRITON_REASON is None:
+    register("tokenrl_triton")
+
+
+def register_triton(gate: type[Gate], function) -> None:
+    """The kernel of a registered gate: a @triton.jit function
+
+        function(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
+
+    of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. It is held
+    to the gate's value by tokenrl.parity or the tests' rule; nothing derives one from the other.
+    """
+    if TRITON_REASON:
+        raise RuntimeError(f"gate {gate.name!r} gets no Triton kernel: {TRITON_REASON}")
+    from ..triton_kernels.gates import NEED_POSITION
+    from ..triton_kernels.objective import MAX_PARAMS
+
+    if GATES.get(gate.name) is not gate:
+        raise wrong("gate", gate.__name__, "a gate of a registered objective (tokenrl.register)")
+    if gate.name in TRITON_GATES:
+        raise wrong("gate", repr(gate.name), "a gate that has no Triton function yet")
+    if len(gate().params()) > MAX_PARAMS:
+        raise wrong("gate", f"{len(gate().params())} parameters", f"at most {MAX_PARAMS} in a kernel")
+    TRITON_GATES[gate.name] = function
+    NEED_POSITION.add(gate.name)

@@ -1,0 +1,240 @@
+"""One function per op: the reference, or a backend's kernels, with their derivative. What is above here knows neither.
+
+Tensors are checked and flat; a layout says where they lie (tokenrl/batch/layout.py).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..batch.layout import Layout, per_token
+from ..objectives.forms.base import Form, FormInputs
+from ..objectives.gates.base import Gate
+from ..objectives.policy import Objective
+from . import reference
+from .backends import Backend
+from .derivatives import call
+from .kernel_ops import IGNORED, ObjectiveInputs
+from .linear.gemm import sum_dtype
+from .linear.head import HeadInputs
+from .linear.policy_loss import LinearPolicyLossInputs
+from .reference import regularized
+
+
+@dataclass(frozen=True)
+class SpanWeights:
+    """span_weight: float64 [S]. normalizer: float64, 0-d; the weight of a sequence's tokens is their quotient."""
+
+    span_weight: Tensor
+    normalizer: Tensor
+
+
+@dataclass(frozen=True)
+class Regularizers:
+    """What a loss has beside its objective, under the same weights. kl: a row of the table; ref_logp None: no KL
+    term."""
+
+    ref_logp: Tensor | None
+    kl: Objective
+    kl_coef: float
+    entropy_coef: float
+
+    @property
+    def wanted(self) -> bool:
+        return self.entropy_coef != 0 or (self.ref_logp is not None and self.kl_coef != 0)
+
+
+@dataclass(frozen=True)
+class PolicyLossInputs:
+    """An objective on a batch: checked, flat tensors. gate, form: those of the row, their tensors flat. old_logp None:
+    on-policy. advantages: [S] or [N]."""
+
+    row: Objective
+    gate: Gate
+    form: Form | None
+    old_logp: Tensor | None
+    advantages: Tensor | None
+    token_weight: Tensor | None
+    starts: Tensor | None
+    group_ids: Tensor | None
+    aggregation: str
+    weights: SpanWeights
+    regularizers: Regularizers
+
+    def token_weights(self, layout: Layout, like: Tensor) -> Tensor:
+        """w [N]."""
+        spans = (self.weights.span_weight, self.weights.normalizer)
+        return reference.token_weights(*spans, self.token_weight, layout.cu_seqlens, layout.valid(), like)
+
+    def kl(self) -> "PolicyLossInputs":
+        """The KL term, as an objective on the same batch."""
+        kl = self.regularizers.kl
+        return replace(self, row=kl, gate=kl.gate, form=None, advantages=None, starts=None)
+
+
+class _Statistic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, old_logp, mask, cu_seqlens, starts, statistic, flow, ops):
+        ctx.save_for_backward(mask, cu_seqlens, starts)
+        ctx.rest = statistic, flow, ops
+        return ops.statistic(logp, old_logp, mask, cu_seqlens, starts, statistic)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        statistic, flow, ops = ctx.rest
+        grad_logp = ops.statistic_backward(grad.contiguous(), *ctx.saved_tensors, statistic, flow)
+        return grad_logp, None, None, None, None, None, None, None
+
+
+def statistic(
+    chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, starts: Tensor | None, statistic: str, flow: str
+) -> Tensor:
+    """The statistic of logp - old_logp over each token's span, flat [N], zero in masked cells."""
+    if chosen.namespace is None:
+        return reference.statistic(
+            logp, old_logp, layout.valid(), layout.cu_seqlens, starts, statistic, flow, layout.width
+        )
+    return _Statistic.apply(logp, old_logp, layout.mask, layout.cu_seqlens, starts, statistic, flow, chosen.ops)
+
+
+def position_adaptive_clip(chosen: Backend, layout: Layout, log_ratio: Tensor, eps_low, eps_high, power) -> Tensor:
+    """clip(x_t, -eps_low t^power, eps_high t^power), flat [N], zero in masked cells."""
+    if chosen.namespace is None:
+        mask, cu_seqlens = layout.valid(), layout.cu_seqlens
+        return reference.position_adaptive_clip(log_ratio, mask, cu_seqlens, eps_low, eps_high, power, layout.width)
+    numbers, tensors = _split((eps_low, eps_high, power))
+    op = "position_adaptive_clip"
+    clipped, _ = call(chosen.namespace, op, log_ratio, layout.mask, layout.cu_seqlens, numbers, tensors)
+    return clipped
+
+
+def aggregation_weights(
+    chosen: Backend, layout: Layout, advantages: Tensor | None, group_ids: Tensor | None, span: str, unit: str
+) -> tuple[Tensor, Tensor]:
+    """(span_weight float64 [S], count int64); advantages flat [S] or [N]."""
+    run = reference.aggregation_weights if chosen.namespace is None else chosen.ops.aggregation_weights
+    return run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit)
+
+
+def token_logprobs(chosen: Backend, *inputs) -> tuple[Tensor, ...]:
+    """The results of op token_logprobs, in its order."""
+    if chosen.namespace is None:
+        return reference.token_logprobs(*inputs)
+    return call(chosen.namespace, "token_logprobs", *inputs)
+
+
+def linear_token_logprobs(
+    chosen: Backend, head: HeadInputs, outputs: list[str], main_grad: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The results of op token_logprobs from hidden states."""
+    if chosen.namespace is None:
+        return reference.linear_token_logprobs(*head, outputs, main_grad)
+    return call(chosen.namespace, "linear_token_logprobs", *head, outputs, main_grad)
+
+
+def policy_loss(
+    chosen: Backend, layout: Layout, logp: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics [9] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
+    sum_t w_t entropy_t, [11])."""
+    extra = inputs.regularizers
+    loss, raw = _objective(chosen, layout, logp, logp.detach() if inputs.old_logp is None else inputs.old_logp, inputs)
+    if entropy is None and extra.ref_logp is None:
+        return loss, raw
+    kl = bonus = None
+    if extra.ref_logp is not None:
+        kl, _ = _row(chosen, layout, logp, extra.ref_logp, inputs.kl())
+    if entropy is not None:
+        weights = inputs.token_weights(layout, logp)
+        bonus = torch.where(weights != 0, weights * entropy, 0).sum()
+    zero = raw.new_zeros(())
+    sums = torch.stack([zero if x is None else x.detach() for x in (kl, bonus)])
+    return regularized(loss, kl, extra.kl_coef, bonus, extra.entropy_coef), torch.cat([raw, sums])
+
+
+def _objective(
+    chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics) of the row, and of the form around it."""
+    if inputs.form is None:
+        return _row(chosen, layout, logp, old_logp, inputs)
+
+    def run_row(logp: Tensor, old_logp: Tensor, gate: Gate, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _row(chosen, layout, logp, old_logp, replace(inputs, gate=gate, token_weight=token_weight))
+
+    def statistic_of(x: Tensor, name: str) -> Tensor:
+        return statistic(chosen, layout, x, torch.zeros_like(x), inputs.starts, name, "through")
+
+    return inputs.form.evaluate(
+        FormInputs(
+            layout, logp, old_logp, inputs.advantages, inputs.token_weight, inputs.starts, inputs.group_ids,
+            inputs.aggregation, inputs.weights.normalizer, inputs.gate, inputs.row.clamp, run_row, statistic_of,
+        )  # fmt: skip
+    )
+
+
+def _row(
+    chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
+    row, weights = inputs.row, inputs.weights
+    if chosen.namespace is None:
+        return reference.objective(
+            logp, old_logp, inputs.advantages, layout.valid(), layout.cu_seqlens, inputs.starts, weights.span_weight,
+            weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate, row.clamp, row.cap,
+            layout.width,
+        )  # fmt: skip
+    numbers, tensors = _split(inputs.gate.params())
+    loss, _, metrics = call(
+        chosen.namespace, "objective", *ObjectiveInputs(
+            logp, old_logp, inputs.advantages, layout.mask, layout.cu_seqlens, inputs.starts, weights.span_weight,
+            weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name, numbers, tensors,
+            row.clamp, row.cap,
+        )
+    )  # fmt: skip
+    return loss, metrics
+
+
+def _split(params) -> tuple[list[float], list[Tensor | None]]:
+    """Gate parameters as the ops take them: a number each, or 0 and a tensor in its place."""
+    tensors = [p.contiguous() if isinstance(p, Tensor) else None for p in params]
+    return [0.0 if isinstance(p, Tensor) else float(p) for p in params], tensors
+
+
+def linear_policy_loss(
+    chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
+    """(loss, raw metrics [12]) of policy_loss from hidden states, with the number of passes over the logits."""
+    one_op = chosen.namespace is not None and inputs.form is None
+    return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)
+
+
+def _one_op(chosen, layout, head, main_grad, inputs):
+    tensors = (head.hidden, head.weight, head.bias)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
+    like = head.hidden.new_empty((), dtype=sum_dtype(head.dtype))
+    advantages = inputs.advantages
+    if advantages is not None:
+        advantages = per_token(advantages, layout.cu_seqlens, layout.mask, like)
+    numbers, bounds = _split(inputs.gate.params())
+    kl_numbers, _ = _split(extra.kl.gate.params())
+    loss, raw, *_ = call(
+        chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(
+            *head, wanted, main_grad, inputs.old_logp, inputs.token_weights(layout, like), advantages, layout.mask,
+            layout.cu_seqlens, inputs.starts, weights.span_weight, weights.normalizer, inputs.token_weight,
+            row.statistic, row.flow, inputs.gate.name, numbers, bounds, row.clamp, row.cap, extra.ref_logp,
+            extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl.cap, extra.kl_coef, extra.entropy_coef,
+        )
+    )  # fmt: skip
+    return loss, raw
+
+
+def _two_ops(chosen, layout, head, main_grad, inputs):
+    """By way of the log-probs of all tokens, in differentiable torch around the ops."""
+    head = replace(head, ids=torch.where(layout.mask[:, None], head.ids, IGNORED))
+    logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad)
+    loss, raw = policy_loss(chosen, layout, logp.squeeze(1), entropy, inputs)
+    passes = 2 if loss.requires_grad and chosen.namespace is not None else 1
+    return loss, torch.cat([raw, raw.new_full((1,), passes)])

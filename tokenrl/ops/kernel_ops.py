@@ -1,0 +1,209 @@
+"""The ops that every kernel backend implements: their arguments, fakes and derivatives.
+
+Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are [B, T, V] with ids [B, T, K]; where a
+token has one id, K is 1. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arguments import OpArguments, schema
+from .derivatives import register_derivative
+
+IGNORED = -100  # an id without a result
+# Of token_logprobs, in order; those after ALWAYS are empty unless they are asked for. lse_rest is what lse lost when it
+# was rounded: with large logits the backward needs it.
+RESULTS = (
+    "logp", "entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank",
+)  # fmt: skip
+ALWAYS = RESULTS[:4]
+
+
+@dataclass(frozen=True)
+class LogRatio(OpArguments):
+    logp: Tensor
+    old_logp: Tensor
+
+
+@dataclass(frozen=True)
+class RowInputs(OpArguments):
+    """A row of the table on a batch, beside its log-probs. params: a number each, or 0 and a tensor [N] in its place in
+    param_tensors."""
+
+    advantages: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    starts: Tensor | None
+    span_weight: Tensor
+    normalizer: Tensor
+    token_weight: Tensor | None
+    statistic: str
+    flow: str
+    gate: str
+    params: list[float]
+    param_tensors: list[Tensor | None]
+    clamp: float
+    cap: float
+
+
+@dataclass(frozen=True)
+class ObjectiveInputs(RowInputs, LogRatio):
+    """Of op objective."""
+
+
+@dataclass(frozen=True)
+class Transform(OpArguments):
+    """z = softcap tanh(logit_scale x / softcap) / temperature. An infinite softcap is none; temperatures are one per
+    token."""
+
+    temperature: float
+    temperatures: Tensor | None
+    softcap: float
+    logit_scale: float
+    keep_mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Upstream(OpArguments):
+    grad_logp: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+    grad_log_sum_sq_probs: Tensor | None
+
+
+@dataclass(frozen=True)
+class SavedStatistics(OpArguments):
+    ids: Tensor
+    lse: Tensor
+    lse_rest: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+
+
+STATISTICS = "(" + ", ".join(f"Tensor {name}" for name in RESULTS) + ")"
+SCHEMAS = {
+    "objective": schema(ObjectiveInputs, returns="(Tensor loss, Tensor coef, Tensor metrics)"),
+    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) "
+    "-> Tensor",
+    "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) "
+    "-> Tensor",
+    "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
+    "Tensor?[] param_tensors) -> (Tensor clipped, Tensor inside)",
+    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, "
+    "str span, str unit) -> (Tensor span_weight, Tensor count)",
+    "token_logprobs": schema(
+        "Tensor logits, Tensor ids", Transform, "str[] outputs, bool inplace_backward", returns=STATISTICS
+    ),
+    "token_logprobs_backward": schema(Upstream, "Tensor logits", SavedStatistics, Transform, returns="Tensor"),
+    "token_logprobs_backward_": schema(Upstream, "Tensor(a!) logits", SavedStatistics, Transform, returns="()"),
+}
+
+
+def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9)
+
+
+def _fake_weights(mask, cu_seqlens, *rest):
+    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
+        (), dtype=torch.int64
+    )
+
+
+def logprob_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Memory for the results of token_logprobs, ids [..., K]; (0,) for those that are not asked for."""
+    per_id = {"logp": dtype, "is_top1": torch.bool, "rank": ids.dtype}
+
+    def made(name: str) -> Tensor:
+        shape = ids.shape if name in per_id else ids.shape[:-1]
+        return ids.new_empty(shape if name in (*ALWAYS, *outputs) else (0,), dtype=per_id.get(name, dtype))
+
+    return tuple(made(name) for name in RESULTS)
+
+
+def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward):
+    return logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
+
+
+FAKES = {
+    "objective": _fake_objective,
+    "statistic": lambda logp, *rest: torch.empty_like(logp),
+    "statistic_backward": lambda grad, *rest: torch.empty_like(grad),
+    "position_adaptive_clip": lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
+    "aggregation_weights": _fake_weights,
+    "token_logprobs": _fake_logprobs,
+    "token_logprobs_backward": lambda g1, g2, g3, g4, logits, *rest: logits.new_empty(logits.shape),
+    "token_logprobs_backward_": lambda *args: None,
+}
+
+
+def _save_objective(ctx, inputs, output):
+    _, coef, metrics = output
+    ctx.mark_non_differentiable(coef, metrics)
+    ctx.save_for_backward(coef)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
+    (coef,) = ctx.saved_tensors
+    return (None if grad_loss is None else grad_loss * coef,)
+
+
+def _save_clip(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _clip_backward(ctx, grad, _):
+    (inside,) = ctx.saved_tensors
+    return (torch.where(inside != 0, grad, 0),)
+
+
+def mark_constants(ctx, output) -> None:
+    """The results of token_logprobs that carry no gradient, log_sum_sq_probs among them where it is not asked for."""
+    _, entropy, _, lse_rest, log_sum_sq_probs, *constants = output
+    if log_sum_sq_probs.shape != entropy.shape:
+        constants.append(log_sum_sq_probs)
+    ctx.mark_non_differentiable(lse_rest, *constants)
+
+
+def _save_logprobs(ctx, inputs, output):
+    logits, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask, _, ctx.inplace = inputs
+    _, entropy, lse, lse_rest, log_sum_sq_probs, *_ = output
+    mark_constants(ctx, output)
+    ctx.save_for_backward(logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, keep_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _logprobs_backward(namespace: str):
+    @once_differentiable
+    def backward(ctx, *upstream):
+        grad_logp, grad_entropy, grad_lse, _, grad_log_sum_sq_probs, *_ = upstream
+        wanted = (grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs)
+        if all(g is None for g in wanted):
+            return (None,)
+        logits, *saved, temperatures, keep_mask = ctx.saved_tensors
+        grads = [g if g is None else g.contiguous() for g in wanted]
+        transform = (ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask)
+        ops = getattr(torch.ops, namespace)
+        if not ctx.inplace:
+            return (ops.token_logprobs_backward(*grads, logits, *saved, *transform),)
+        ops.token_logprobs_backward_(*grads, logits.detach(), *saved, *transform)
+        # Whoever else saved these logits, a second backward of this call included, must not take them for logits.
+        torch.autograd.graph.increment_version(logits)
+        return (logits.detach(),)
+
+    return backward
+
+
+def register(namespace: str) -> None:
+    """Gives the ops of a namespace their fakes and derivatives."""
+    for op, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{op}", fake)
+    register_derivative(namespace, "objective", _save_objective, _objective_backward)
+    register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward)
+    register_derivative(namespace, "token_logprobs", _save_logprobs, _logprobs_backward(namespace))

@@ -1,0 +1,245 @@
+"""linear_policy_loss: loss and gradients from hidden states in one pass over chunks of tokens.
+
+A chunk's logits give its log-probs, these the objective's coefficients, these the gradient of its logits in their own
+place, and that its share of the gradients of hidden and weight: 6 N D V flops, where recomputing the logits takes 8.
+That needs a coefficient to depend on no later chunk. Statistics of a token or a prefix with flow "local" never do;
+for the others chunks end where sequences do. Where a sequence does not fit into a chunk, or hardly any row into the
+budget, two passes over tiles do the same (tokenrl/ops/linear/token_logprobs.py).
+
+The scan is carried from chunk to chunk by the log-probs: the objective's kernel walks the tokens up to the end of each
+chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take microseconds per token.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import OpArguments
+from ..kernel_ops import IGNORED, ObjectiveInputs, RowInputs
+from ..reference import regularized
+from . import token_logprobs
+from .gemm import ProductSum, add_product, column_sums, sum_dtype
+from .head import Head, HeadInputs, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
+from .token_logprobs import Gradients
+
+FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
+WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
+
+
+class Evaluated(NamedTuple):
+    """A loss, its raw metrics [11], and its gradients by the log-probs and the entropies of the tokens, [N]."""
+
+    loss: Tensor
+    metrics: Tensor
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Gradients(OpArguments):
+    """wanted: of hidden, weight, bias. main_grad: only its dtype matters here. old_logp None: on-policy. weights: the w
+    of each token."""
+
+    wanted: list[bool]
+    main_grad: Tensor | None
+    old_logp: Tensor | None
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class _Regularizers(OpArguments):
+    """ref_logp None: no KL term. kl_*: the row that estimates it, a statistic of single tokens."""
+
+    ref_logp: Tensor | None
+    kl_gate: str
+    kl_params: list[float]
+    kl_clamp: float
+    kl_cap: float
+    kl_coef: float
+    entropy_coef: float
+
+
+@dataclass(frozen=True)
+class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
+    """Of op linear_policy_loss; its advantages are one per token, its mask is given, its ids are [N, 1]."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token's coefficient may depend on the log-probs of later tokens of its sequence."""
+        local = self.statistic == "token" or (self.statistic.startswith("prefix") and self.flow == "local")
+        return not local and self.old_logp is not None
+
+    def objective(self, logp: Tensor, old_logp: Tensor, end: int) -> ObjectiveInputs:
+        """Of op objective, the tokens before `end`."""
+
+        def until(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:end]
+
+        return ObjectiveInputs(
+            logp[:end], old_logp[:end], until(self.advantages), until(self.mask), self.cu_seqlens.clamp(max=end),
+            until(self.starts), self.span_weight, self.normalizer, until(self.token_weight), self.statistic, self.flow,
+            self.gate, self.params, [until(p) for p in self.param_tensors], self.clamp, self.cap,
+        )  # fmt: skip
+
+    def kl(self, inputs: ObjectiveInputs) -> ObjectiveInputs:
+        """Of op objective, for the KL term beside it."""
+        return replace(
+            inputs, old_logp=self.ref_logp[: inputs.logp.numel()], advantages=None, statistic="token", flow="through",
+            gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params), clamp=self.kl_clamp,
+            cap=self.kl_cap,
+        )  # fmt: skip
+
+    def evaluate(self, ops, logp: Tensor, entropy: Tensor, end: int) -> "Evaluated":
+        """The loss of the tokens before `end`."""
+        inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp, end)
+        loss, coef, metrics = ops.objective(*inputs)
+        kl = kl_grad = None
+        if self.ref_logp is not None:
+            kl, kl_grad, _ = ops.objective(*self.kl(inputs))
+        weights = self.weights[:end]
+        bonus = torch.where(weights != 0, weights * entropy[:end], 0).sum()
+        loss = regularized(loss, kl, self.kl_coef, bonus, self.entropy_coef)
+        grad_logp = regularized(coef, kl_grad, self.kl_coef, None, self.entropy_coef)
+        grad_entropy = -self.entropy_coef * weights if self.entropy_coef != 0 else None
+        kl = torch.zeros_like(bonus) if kl is None else kl
+        return Evaluated(loss, torch.cat([metrics, torch.stack([kl, bonus])]), grad_logp, grad_entropy)
+
+
+class Chunk:
+    """Some tokens' logits in `memory`, their log-probs [n] and entropies [n], and then their gradients."""
+
+    def __init__(self, head: Head, hidden: Tensor, ids: Tensor, rows: Rows, memory: Tensor):
+        self.head, self.rows, self.ids = head, rows, ids[rows]
+        self.states = hidden[rows].to(head.dtype)
+        self.logits = as_tile(memory, self.states.shape[0], slice(0, head.vocab))
+        head.whole_logits(self.states, self.logits)
+        stats = head.ops.token_logprobs(self.logits[None], self.ids[None], *self._transform(), [], False)
+        logp, self.entropy, self.lse, self.lse_rest, *_ = (x.squeeze(0) for x in stats)
+        self.logp = logp.squeeze(1)
+
+    def _transform(self) -> tuple:
+        return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
+
+    def backward(self, coef: Tensor, grad_entropy: Tensor | None, weights: ProductSum | None, grads: Gradients) -> None:
+        """coef, grad_entropy: of all tokens."""
+        upstream = [None if g is None else g[self.rows] for g in (coef, grad_entropy)]
+        index, count = compacted(torch.stack([g != 0 for g in upstream if g is not None]).any(0))
+        if count <= WORTH_MOVING * self.logp.numel():
+            upstream = [None if g is None else g[index] for g in upstream]
+            self._keep(index)
+        coef, grad_entropy = upstream
+        self.head.ops.token_logprobs_backward_(
+            coef[None, :, None], None if grad_entropy is None else grad_entropy[None], None, None, self.logits[None],
+            self.ids[None], self.lse[None], self.lse_rest[None], self.entropy[None], self.lse.new_empty(0),
+            *self._transform(),
+        )  # fmt: skip
+        if grads.hidden is not None:
+            grads.hidden[self.rows] = self._hidden_gradient().to(grads.hidden.dtype)
+        if weights is not None:
+            weights.add(self.logits.t(), self.states)
+        if grads.bias is not None:
+            grads.bias.add_(column_sums(self.logits))
+
+    def _keep(self, index: Tensor) -> None:
+        """Leaves out the other tokens; logits move up in their own memory, in order, an eighth at a time."""
+        self.rows = index + self.rows.start if isinstance(self.rows, slice) else self.rows[index]
+        for to in split(index.numel(), -(-self.logits.shape[0] // 8)):
+            self.logits[to] = self.logits[index[to]]
+        self.logits = self.logits[: index.numel()]
+        self.states, self.ids, self.entropy = self.states[index], self.ids[index], self.entropy[index]
+        self.lse, self.lse_rest = self.lse[index], self.lse_rest[index]
+
+    def _hidden_gradient(self) -> Tensor:
+        if not self.head.cast_columns:
+            return torch.mm(self.logits, self.head.weight)
+        total = self.states.new_zeros(self.states.shape, dtype=sum_dtype(self.head.dtype))
+        for at in self.head.pieces():
+            add_product(total, self.logits[:, at], self.head.columns(at))
+        return total
+
+
+def run(ops, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor]:
+    """(loss, metrics [9 of the objective, KL, entropy, passes]); fills grads. Tokens that the mask leaves out enter no
+    GEMM."""
+    wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
+    index, count = compacted(inputs.mask)
+    head = inputs.head(ops)
+    chunks = _chunks(inputs, head, count, _sum_bytes(grads.weight, head.dtype)) if wanted else None
+    if chunks:
+        evaluated = _one_pass(inputs, head, index, chunks, grads)
+    else:
+        evaluated = _two_passes(inputs, head, grads if wanted else None)
+    passes = 2 if wanted and chunks is None else 1
+    return evaluated.loss, torch.cat([evaluated.metrics, evaluated.metrics.new_full((1,), passes)])
+
+
+def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
+    """What several chunks take for the sum of their weight gradients, and one chunk does not."""
+    if grad_weight is None or grad_weight.dtype != dtype or dtype == sum_dtype(dtype):
+        return 0
+    return grad_weight.numel() * sum_dtype(dtype).itemsize
+
+
+def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: int) -> list[slice] | None:
+    """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
+    budget = inputs.memory_budget
+    # One chunk needs no sum: its logits may take that memory.
+    if count <= fitting_whole_rows(head, budget + sum_bytes):
+        return list(split(count, count))
+    fit = fitting_whole_rows(head, budget)
+    if fit < min(count, FEWEST_TOKENS):
+        return None
+    if not inputs.looks_ahead:
+        return list(split(count, -(-count // -(-count // fit))))
+    active = torch.cat([inputs.cu_seqlens.new_zeros(1), inputs.mask.cumsum(0)])
+    begin, last, chunks = 0, 0, []
+    for end in active[inputs.cu_seqlens[1:]].tolist():
+        if end - last > fit:
+            return None
+        if end - begin > fit:
+            chunks.append(slice(begin, last))
+            begin = last
+        last = end
+    return [*chunks, slice(begin, count)]
+
+
+def _one_pass(
+    inputs: LinearPolicyLossInputs, head: Head, index: Tensor | None, chunks: list[slice], grads: Gradients
+) -> Evaluated:
+    """The loss, and the gradients, chunk by chunk."""
+    count = inputs.ids.shape[0]
+    logp, entropy = (inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(2))
+    ends = [chunk.stop for chunk in chunks]
+    if index is not None:
+        ends = [last + 1 for last in index[[end - 1 for end in ends]].tolist()]
+    # The last chunk's evaluation is that of the whole batch; on-policy every log ratio is 0, the later ones too.
+    ends[-1] = count
+    if inputs.old_logp is None:
+        ends = [count] * len(ends)
+    memory = inputs.hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks) * head.vocab, dtype=head.dtype)
+    weights = None
+    if grads.weight is not None:
+        weights = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
+    for at, end in zip(chunks, ends, strict=True):
+        chunk = Chunk(head, inputs.hidden, inputs.ids, rows_at(index, at), memory)
+        logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
+        evaluated = inputs.evaluate(head.ops, logp, entropy, end)
+        chunk.backward(evaluated.grad_logp, evaluated.grad_entropy, weights, grads)
+    if weights is not None:
+        weights.finish()
+    return evaluated
+
+
+def _two_passes(inputs: LinearPolicyLossInputs, head: Head, grads: Gradients | None) -> Evaluated:
+    """The loss of all tokens, then the gradients, if any, from logits computed again."""
+    hidden, budget = inputs.hidden, inputs.memory_budget
+    active = torch.where(inputs.mask[:, None], inputs.ids, IGNORED)
+    logp, entropy, *saved = token_logprobs.statistics(head, hidden, active, [], budget)
+    evaluated = inputs.evaluate(head.ops, logp.squeeze(1), entropy, active.shape[0])
+    if grads is not None:
+        lse, lse_rest, squares, *_ = saved
+        upstream = (evaluated.grad_logp[:, None], evaluated.grad_entropy, None, None)
+        token_logprobs.gradients(head, upstream, hidden, active, (lse, lse_rest, entropy, squares), budget, grads)
+    return evaluated

@@ -1,0 +1,188 @@
+"""The ops that are written once over the kernels of every backend: schema, fake, derivative and implementation.
+
+Tokens are flat: hidden [N, D], weight [V, D], bias [V], ids [N, K]. keep_mask is [1, V] or [N, V]. compute_dtype names
+the dtype of the GEMMs. Gradients that are not wanted are empty, (0,).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import kernel_ops
+from .arguments import schema
+from .derivatives import register_derivative
+from .kernel_ops import STATISTICS, SavedStatistics, Upstream
+from .linear import policy_loss, token_logprobs
+from .linear.gemm import scaled, sum_dtype
+from .linear.head import HeadInputs
+from .linear.policy_loss import LinearPolicyLossInputs
+
+_GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+
+SCHEMAS = {
+    "linear_token_logprobs": schema(HeadInputs, "str[] outputs, Tensor? main_grad", returns=STATISTICS),
+    "linear_token_logprobs_backward": schema(
+        HeadInputs, Upstream, SavedStatistics, "bool[] wanted, Tensor(a!)? main_grad", returns=f"({_GRADS})"
+    ),
+    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"(Tensor loss, Tensor metrics, {_GRADS})"),
+}
+
+
+def _linear_token_logprobs(ops, *args):
+    inputs, (outputs, main_grad) = HeadInputs.read(args)
+    return token_logprobs.statistics(inputs.head(ops), inputs.hidden, inputs.ids, outputs, inputs.memory_budget)
+
+
+def _linear_token_logprobs_backward(ops, *args):
+    inputs, rest = HeadInputs.read(args)
+    upstream, rest = Upstream.read(rest)
+    saved, (wanted, main_grad) = SavedStatistics.read(rest)
+    grads = _gradients(inputs.hidden, inputs.weight, wanted, main_grad)
+    token_logprobs.gradients(
+        inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved)[1:], inputs.memory_budget, grads
+    )
+    return _results(grads, inputs.hidden, inputs.bias)
+
+
+def _linear_policy_loss(ops, *args):
+    inputs = LinearPolicyLossInputs(*args)
+    sum_in = None if inputs.main_grad is None else inputs.main_grad.dtype
+    grads = _gradients(inputs.hidden, inputs.weight, inputs.wanted, None, sum_in)
+    loss, metrics = policy_loss.run(ops, inputs, grads)
+    return loss, metrics, *_results(grads, inputs.hidden, inputs.bias)
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, wanted: list[bool], main_grad: Tensor | None, dtype: torch.dtype | None = None
+) -> token_logprobs.Gradients:
+    """Memory for the gradients that are wanted, that of weight in `dtype`; main_grad is added to."""
+    of_hidden = torch.zeros_like(hidden) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:
+        of_weight = torch.empty_like(weight, dtype=dtype) if main_grad is None else main_grad
+    sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype)) if wanted[2] else None
+    return token_logprobs.Gradients(of_hidden, of_weight, sums, adds=main_grad is not None)
+
+
+def _results(grads: token_logprobs.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """What the ops return: nothing for a sum that was added to."""
+    of_weight = None if grads.adds else grads.weight
+    of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+    return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
+
+
+def _fake_results(hidden, weight, bias, wanted, weight_dtype=None):
+    found = (
+        torch.empty_like(hidden),
+        torch.empty_like(weight, dtype=weight_dtype),
+        weight.new_empty(weight.shape[0], dtype=None if bias is None else bias.dtype),
+    )
+    return [g if want else hidden.new_empty(0) for g, want in zip(found, wanted, strict=True)]
+
+
+def _fake_statistics(*args):
+    inputs, (outputs, _) = HeadInputs.read(args)
+    return kernel_ops.logprob_results(inputs.ids, outputs, sum_dtype(inputs.dtype))
+
+
+def _fake_backward(*args):
+    inputs, (*_, wanted, main_grad) = HeadInputs.read(args)
+    wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
+    return tuple(_fake_results(inputs.hidden, inputs.weight, inputs.bias, wanted))
+
+
+def _fake_policy_loss(*args):
+    inputs = LinearPolicyLossInputs(*args)
+    loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
+    dtype = None if inputs.main_grad is None else inputs.main_grad.dtype
+    grads = _fake_results(inputs.hidden, inputs.weight, inputs.bias, inputs.wanted, dtype)
+    return loss, loss.new_empty(12), *grads
+
+
+def _save_statistics(ctx, inputs, output):
+    head, (_, ctx.main_grad) = HeadInputs.read(inputs)
+    _, entropy, lse, lse_rest, squares, *_ = output
+    kernel_ops.mark_constants(ctx, output)
+    ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
+    ctx.compute_dtype, ctx.memory_budget = head.compute_dtype, head.memory_budget
+    ctx.save_for_backward(
+        head.hidden, head.weight, head.bias, head.temperatures, head.keep_mask, head.ids, lse, lse_rest, entropy, squares
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _statistics_backward(namespace: str):
+    @once_differentiable
+    def backward(ctx, *upstream):
+        grad_logp, grad_entropy, grad_lse, _, grad_squares, *_ = upstream
+        upstream = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
+        if all(g is None for g in upstream):
+            return None, None, None
+        hidden, weight, bias, temperatures, keep_mask, *saved = ctx.saved_tensors
+        head = HeadInputs(
+            hidden, weight, bias, saved[0], ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask,
+            ctx.compute_dtype, ctx.memory_budget,
+        )  # fmt: skip
+        wanted = list(ctx.needs_input_grad[:3])
+        op = getattr(torch.ops, namespace).linear_token_logprobs_backward
+        grads = op(*head, *upstream, *saved, wanted, ctx.main_grad)
+        wanted[1] = wanted[1] and ctx.main_grad is None
+        return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+
+    return backward
+
+
+def _save_policy_loss(ctx, inputs, output):
+    loss, metrics, *grads = output
+    given = LinearPolicyLossInputs(*inputs)
+    ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
+    ctx.mark_non_differentiable(metrics, *grads)
+    ctx.save_for_backward(*grads)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _policy_loss_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return None, None, None
+    of_hidden, of_weight, of_bias = ctx.saved_tensors
+    wanted = list(ctx.wanted)
+    if wanted[1] and ctx.main_grad is not None:
+        ctx.main_grad.addcmul_(of_weight, grad_loss.to(of_weight.dtype))
+        wanted[1] = False
+    found = zip((of_hidden, of_weight, of_bias), wanted, strict=True)
+    return tuple(scaled(g, grad_loss) if want else None for g, want in found)
+
+
+def _eager_numbers(function, namespace: str):
+    """The implementation on the kernels of a backend; autocast would cast the tiles behind its back."""
+
+    @functools.wraps(function)
+    def run(*inputs):
+        device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False), torch.no_grad():
+            return tuple(function(getattr(torch.ops, namespace), *inputs))
+
+    return run
+
+
+_IMPLEMENTATIONS = {
+    "linear_token_logprobs": (_linear_token_logprobs, _fake_statistics),
+    "linear_token_logprobs_backward": (_linear_token_logprobs_backward, _fake_backward),
+    "linear_policy_loss": (_linear_policy_loss, _fake_policy_loss),
+}
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+def register(namespace: str) -> None:
+    """Gives a namespace of kernels these ops."""
+    library = _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    for op, (function, fake) in _IMPLEMENTATIONS.items():
+        library.define(op + SCHEMAS[op])
+        for key in ("CPU", "CUDA"):
+            library.impl(op, _eager_numbers(function, namespace), key)
+        torch.library.register_fake(f"{namespace}::{op}", fake)
+    register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace))
+    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward)

@@ -1,0 +1,215 @@
+"""The whole pipeline in differentiable torch: the authority that every kernel is tested against.
+
+The functions carry the names and arguments of the ops (tokenrl/ops/kernel_ops.py). What crosses tokens happens on [spans,
+length] matrices.
+"""
+
+import torch
+from torch import Tensor
+
+from ..batch.layout import per_token
+from ..objectives import statistics
+from ..objectives.gates.base import Gate, map_params
+
+
+class Rows:
+    """Flat tokens [N] as a matrix [spans, length] and back; spans are sequences or the segments inside them."""
+
+    def __init__(self, num_tokens: int, cu_seqlens: Tensor, starts: Tensor | None, width: int | None):
+        self.width = width if starts is None else None
+        self.num_tokens = num_tokens
+        self.shape = (cu_seqlens.numel() - 1, width)
+        if self.width is None:
+            first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+            first[cu_seqlens] = True
+            first = first[:-1] if starts is None else first[:-1] | starts
+            begins = first.nonzero().squeeze(1)
+            self.span = first.cumsum(0) - 1
+            self.column = torch.arange(num_tokens, device=cu_seqlens.device) - begins[self.span]
+            self.shape = (begins.numel(), int(self.column.max()) + 1 if num_tokens else 0)
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        if self.width is not None:
+            return flat.view(self.shape)
+        return flat.new_zeros(self.shape).index_put((self.span, self.column), flat)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1) if self.width is not None else matrix[self.span, self.column]
+
+
+def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    """The value of one tensor with the derivative of another."""
+    return value.detach() + carrier - carrier.detach()
+
+
+def regularized(
+    objective: Tensor, kl: Tensor | None, kl_coef: float, entropy: Tensor | None, entropy_coef: float
+) -> Tensor:
+    """objective + kl_coef kl - entropy_coef entropy; None has no part. Of losses and, as it is linear, of their
+    gradients."""
+    if kl is not None:
+        objective = objective + kl_coef * kl
+    if entropy is not None and entropy_coef != 0:
+        objective = objective - entropy_coef * entropy
+    return objective
+
+
+def objective(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None,
+    span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str, flow: str, gate: Gate,
+    clamp: float, cap: float, width: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics): x = clamp(logp - old_logp); s = min(S x, cap); loss = sum_t w_t gate(s_t)."""
+    rows = Rows(logp.numel(), cu_seqlens, starts, width)
+    kept = torch.where(mask, logp, 0)
+    x = torch.clamp(kept - torch.where(mask, old_logp, 0), -clamp, clamp)
+    valid = rows.matrix(mask)
+    t = valid.cumsum(1)
+    s = rows.flat(statistics.STATISTICS[statistic](rows.matrix(x), valid, t.to(x.dtype)))
+    if flow == "local":  # the statistic of all tokens, the derivative of the own one alone
+        s = straight_through(s, kept)
+    s = s.clamp(max=cap)
+    t = rows.flat(t).clamp(min=1).to(x.dtype)
+    a = per_token(advantages, cu_seqlens, mask, logp)
+    gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
+    s, own = torch.where(mask, s, 0), straight_through(x, kept)
+    w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
+    loss = torch.where(w != 0, w * gate.value(s, own, kept, a, t), 0).sum()
+    return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
+
+
+def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:
+    """w_t [N] in the dtype of `like`, zero in masked cells."""
+    weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
+    w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
+    if token_weight is not None:
+        w = w * torch.where(mask, token_weight, 0)
+    return torch.where(mask, w, 0).to(like.dtype)
+
+
+def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    ratio = s.exp()
+    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, x, logp, a, t)]
+    if not mask.numel():
+        return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
+    lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()
+    one = torch.where(mask, ratio, 0)
+    kl = torch.where(mask, torch.expm1(x) - x, 0).sum()
+    sums = [mask.sum(), one.sum(), lowest, highest, *bounds, kl, (one * one).sum()]
+    return torch.stack([value.to(s.dtype) for value in sums])
+
+
+def statistic(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None, statistic: str, flow: str,
+    width: int | None,
+) -> Tensor:  # fmt: skip
+    """The statistic of the log ratios, [N], zero in masked cells; see tokenrl/objectives/statistics.py."""
+    rows = Rows(logp.numel(), cu_seqlens, starts, width)
+    kept = torch.where(mask, logp, 0)
+    valid = rows.matrix(mask)
+    x = rows.matrix(kept - torch.where(mask, old_logp, 0))
+    s = rows.flat(statistics.STATISTICS[statistic](x, valid, valid.cumsum(1).to(x.dtype)))
+    if flow == "local":
+        s = straight_through(s, kept)
+    return torch.where(mask, s, 0)
+
+
+def position_adaptive_clip(
+    log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low, eps_high, power, width: int | None
+) -> Tensor:
+    """clip(x, -eps_low t^power, eps_high t^power), [N], zero in masked cells; differentiable in log_ratio."""
+    rows = Rows(log_ratio.numel(), cu_seqlens, None, width)
+    t = rows.flat(rows.matrix(mask).cumsum(1)).clamp(min=1).to(log_ratio.dtype)
+    x = torch.where(mask, log_ratio, 0)
+    band = t**power
+    inside = (x >= -eps_low * band) & (x <= eps_high * band)
+    edge = torch.where(x < 0, -eps_low * band, eps_high * band).to(x.dtype)
+    return torch.where(mask, torch.where(inside, x, edge), 0)
+
+
+def aggregation_weights(
+    mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
+    span: str, unit: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(span_weight float64 [S], count int64): the table at the head of tokenrl/losses/aggregation.py."""
+    sequences = cu_seqlens.numel() - 1
+    if mask is None:
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
+    index = torch.arange(sequences, device=cu_seqlens.device)
+    owner = index.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    n = torch.zeros(sequences, dtype=torch.int64, device=mask.device).index_add(0, owner, mask.long())
+    nonempty = n > 0
+    counts = {"tokens": n, "rows": nonempty}
+    weight = torch.ones(sequences, dtype=torch.float64, device=mask.device)
+    if span == "inverse_length":
+        weight = 1 / n.clamp(min=1).double()
+    if group_ids is not None:
+        same = (group_ids[:, None] == group_ids[None, :]) & nonempty[None, :]
+        counts["groups"] = nonempty & ~(same & (index[None, :] < index[:, None])).any(1)
+        if span == "balanced":
+            if advantages.numel() == num_tokens:
+                advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
+            sign = advantages.sign()
+            signed = same & (sign != 0)[None, :]
+            own = signed & (sign[:, None] == sign[None, :])
+            weight = own.sum(1).double() / signed.sum(1).clamp(min=1)
+            same = own
+        tokens = (same * n).sum(1)
+        weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
+    return torch.where(nonempty, weight, 0.0), counts[unit].sum()
+
+
+def _transformed(logits, temperature, temperatures, softcap, logit_scale) -> Tensor:
+    """z in at least fp32; a logit of -inf stays one under the softcap: it was taken out of the vocabulary."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap != float("inf"):
+        x = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
+    return x / (temperature if temperatures is None else temperatures[..., None])
+
+
+def token_logprobs(
+    logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
+    keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's results, zero where an id, or every id of a row, is -100; anything where an output is not asked for."""
+    used, row_used = ids != -100, (ids != -100).any(-1)
+    logits = torch.where(row_used[..., None], logits, 0)
+    z = _transformed(logits, temperature, temperatures, softcap, logit_scale)
+    if keep_mask is not None:
+        keep_mask = keep_mask | ~row_used[..., None]
+        z = torch.where(keep_mask, z, -torch.inf)
+    lse = z.logsumexp(-1)
+    log_p = z - lse[..., None]
+    p = log_p.exp()
+    logp = torch.where(used, log_p.gather(-1, torch.where(used, ids, 0)), 0)
+    entropy = -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+    log_sum_sq_probs = (2 * log_p).logsumexp(-1) if "log_sum_sq_probs" in outputs else lse.detach()
+    with torch.no_grad():
+        mean = z.mean(-1) if keep_mask is None else torch.where(keep_mask, z, 0).sum(-1) / keep_mask.sum(-1)
+        max_prob = (z.amax(-1) - lse).exp()
+        order = _order(logits.detach(), ids, keep_mask) if {"is_top1", "rank"} & {*outputs} else (ids, ids)
+    stats = (entropy, lse, torch.zeros_like(lse.detach()), log_sum_sq_probs, mean, max_prob)
+    return logp, *(torch.where(row_used, value, 0) for value in stats), *order
+
+
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
+    softcap: float, logit_scale: float, keep_mask: Tensor | None, compute_dtype: str, memory_budget: int,
+    outputs: list[str], main_grad: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's results, by way of all logits."""
+    dtype = getattr(torch, compute_dtype)
+    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
+    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return token_logprobs(
+        logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
+    )
+
+
+def _order(logits: Tensor, ids: Tensor, keep_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(is_top1, rank): the id is the first maximum; 1 + how many logits are above the id's."""
+    used = ids != -100
+    x = logits if keep_mask is None else torch.where(keep_mask, logits, -torch.inf)
+    own = x.gather(-1, torch.where(used, ids, 0))
+    above = torch.stack([(x > own[..., k : k + 1]).sum(-1) for k in range(ids.shape[-1])], -1)
+    return used & (x.argmax(-1, keepdim=True) == ids), torch.where(used, 1 + above, 0)
