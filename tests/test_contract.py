@@ -65,7 +65,7 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
 def saved(op: str, hidden, weight, bias, ids, *head) -> tuple:
     """What the backward of the head keeps of its forward."""
     logp, entropy, lse, lse_rest, squares, *_ = op(hidden, weight, bias, ids, *head, ["log_sum_sq_probs"], None)
-    return ids, lse, lse_rest, entropy, squares
+    return lse, lse_rest, entropy, squares
 
 
 def linear_arguments(backend) -> dict[str, tuple]:
@@ -81,9 +81,9 @@ def linear_arguments(backend) -> dict[str, tuple]:
     main_grad, mask, cu = torch.ones_like(tensors[1]), (ids != -100).flatten(), torch.arange(4, device=device) * 6
     spans = (torch.full((3,), 0.5, device=device).double(), torch.ones((), device=device).double())
     ops = backends.BACKENDS[backend].ops
-    before = (upstream[0][:, None], *upstream[1:4], *tensors, *saved(ops.linear_token_logprobs, *tensors, ids, *head))
+    after = (upstream[0][:, None], *upstream[1:4], *saved(ops.linear_token_logprobs, *tensors, ids, *head))
     loss = (
-        old, logp, mask, cu, None, *spans, None, mask * 0.5, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
+        old, mask * 0.5, logp, mask, cu, None, *spans, None, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
         [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, 0.01,
     )  # fmt: skip
     every, turned = [True] * 3, tensors[1].t().contiguous().t()
@@ -91,10 +91,10 @@ def linear_arguments(backend) -> dict[str, tuple]:
         "linear_token_logprobs": (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
         "linear_token_logprobs without bias": (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
         "linear_token_logprobs turned": (tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None),
-        "linear_token_logprobs_backward": (*before, *head, every, None),
-        "linear_token_logprobs_backward frozen": (*before, *head, [False, True, False], None),
-        "linear_token_logprobs_backward main_grad": (*before, *head, every, main_grad),
-        "linear_token_logprobs_backward turned": (*before[:5], turned, *before[6:], *head, every, None),
+        "linear_token_logprobs_backward": (*tensors, ids, *head, *after, every, None),
+        "linear_token_logprobs_backward frozen": (*tensors, ids, *head, *after, [False, True, False], None),
+        "linear_token_logprobs_backward main_grad": (*tensors, ids, *head, *after, every, main_grad),
+        "linear_token_logprobs_backward turned": (tensors[0], turned, tensors[2], ids, *head, *after, every, None),
         "linear_policy_loss": (*tensors, ids, *head, every, None, *loss),
         "linear_policy_loss frozen": (*tensors, ids, *head, [True, False, False], None, *loss),
         "linear_policy_loss main_grad": (*tensors, ids, *head, every, main_grad, *loss),

@@ -24,23 +24,25 @@ _FUNCTIONS: dict[tuple[str, str], _Functions] = {}
 
 
 def register_derivative(namespace: str, op: str, save: Callable, backward: Callable) -> None:
+    found = getattr(getattr(torch.ops, namespace), op).default
+    takes_lists = any("Tensor" in str(x.type) and "List" in str(x.type) for x in found._schema.arguments)
+
     def setup_context(ctx, inputs, output):
         save(ctx, inputs, output)
-        ctx.nothing = [_nothing(x) for x in inputs]
+        ctx.nothing = [_nothing(x) if takes_lists else None for x in inputs]
 
     def padded(ctx, *upstream):
         grads = backward(ctx, *upstream)
         return *grads, *ctx.nothing[len(grads) :]
 
     torch.library.register_autograd(f"{namespace}::{op}", padded, setup_context=setup_context)
-    found = getattr(getattr(torch.ops, namespace), op).default
     _FUNCTIONS[namespace, op] = _Functions(found, _eager(found, save, backward), _transformed(found, save, backward))
 
 
 def _nothing(x: object) -> list[None] | None:
-    """The gradient of an input without one: torch wants a list for each list of tensors."""
-    is_list = isinstance(x, (list, tuple)) and all(y is None or isinstance(y, Tensor) for y in x)
-    return [None] * len(x) if is_list else None
+    """The gradient of an input without one: of an op that takes lists of tensors torch wants a list for each, and for
+    each empty list."""
+    return [None] * len(x) if isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) else None
 
 
 def _padded(ctx, grads: tuple) -> tuple:

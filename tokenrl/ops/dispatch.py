@@ -167,12 +167,15 @@ def _objective(
     def statistic_of(x: Tensor, name: str) -> Tensor:
         return statistic(chosen, layout, x, torch.zeros_like(x), inputs.starts, name, "through")
 
+    valid, clamp = layout.valid(), inputs.row.clamp
+    x = torch.where(valid, logp - old_logp, 0).clamp(-clamp, clamp)
+    advantages = per_token(inputs.advantages, layout.cu_seqlens, valid, logp.detach())
     return inputs.form.evaluate(
         FormInputs(
-            layout, logp, old_logp, inputs.advantages, inputs.token_weight, inputs.starts, inputs.group_ids,
-            inputs.aggregation, inputs.weights.normalizer, inputs.gate, inputs.row.clamp, run_row, statistic_of,
-        )  # fmt: skip
-    )
+            layout, logp, old_logp, valid, x, advantages, inputs.advantages, inputs.token_weight, inputs.starts,
+            inputs.group_ids, inputs.aggregation, inputs.weights.normalizer, inputs.gate, run_row, statistic_of,
+        )
+    )  # fmt: skip
 
 
 def _row(

@@ -76,7 +76,6 @@ class Upstream(OpArguments):
 
 @dataclass(frozen=True)
 class SavedStatistics(OpArguments):
-    ids: Tensor
     lse: Tensor
     lse_rest: Tensor
     entropy: Tensor
@@ -97,8 +96,8 @@ SCHEMAS = {
     "token_logprobs": schema(
         "Tensor logits, Tensor ids", Transform, "str[] outputs, bool inplace_backward", returns=STATISTICS
     ),
-    "token_logprobs_backward": schema(Upstream, "Tensor logits", SavedStatistics, Transform, returns="Tensor"),
-    "token_logprobs_backward_": schema(Upstream, "Tensor(a!) logits", SavedStatistics, Transform, returns="()"),
+    "token_logprobs_backward": schema(Upstream, "Tensor logits, Tensor ids", SavedStatistics, Transform, returns="Tensor"),
+    "token_logprobs_backward_": schema(Upstream, "Tensor(a!) logits, Tensor ids", SavedStatistics, Transform, returns="()"),
 }
 
 

@@ -41,7 +41,7 @@ def _linear_token_logprobs_backward(ops, *args):
     saved, (wanted, main_grad) = SavedStatistics.read(rest)
     grads = _gradients(inputs.hidden, inputs.weight, wanted, main_grad)
     token_logprobs.gradients(
-        inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved)[1:], inputs.memory_budget, grads
+        inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved), inputs.memory_budget, grads
     )
     return _results(grads, inputs.hidden, inputs.bias)
 
@@ -108,7 +108,7 @@ def _save_statistics(ctx, inputs, output):
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
     ctx.compute_dtype, ctx.memory_budget = head.compute_dtype, head.memory_budget
     ctx.save_for_backward(
-        head.hidden, head.weight, head.bias, head.temperatures, head.keep_mask, head.ids, lse, lse_rest, entropy, squares
+        head.hidden, head.weight, head.bias, head.ids, head.temperatures, head.keep_mask, lse, lse_rest, entropy, squares
     )
     ctx.set_materialize_grads(False)
 
@@ -120,9 +120,9 @@ def _statistics_backward(namespace: str):
         upstream = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
         if all(g is None for g in upstream):
             return None, None, None
-        hidden, weight, bias, temperatures, keep_mask, *saved = ctx.saved_tensors
+        hidden, weight, bias, ids, temperatures, keep_mask, *saved = ctx.saved_tensors
         head = HeadInputs(
-            hidden, weight, bias, saved[0], ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask,
+            hidden, weight, bias, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask,
             ctx.compute_dtype, ctx.memory_budget,
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])

@@ -8,13 +8,12 @@ coefficients wait for all log-probs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...batch.layout import Layout, per_token
+from ...batch.layout import Layout
 from ..gates.base import Gate, parametrised
 from ..metrics import RAW
 
@@ -35,7 +34,8 @@ class FormInputs:
     """The tokens of a call, flat [N]; logp carries the gradient. What a form may run comes with them, as a call's
     backend computes it.
 
-    per_row: advantages as they were given, [S] or [N], None where the row uses none. aggregation: the call's mode.
+    valid: bool. x: the log ratios, clamped as the row's; 0 in masked cells; differentiable. advantages: one per token;
+    per_row: as they were given, [S] or [N], None where the row uses none. aggregation: the call's mode.
     run_row(logp, old_logp, gate, token_weight): (loss, raw metrics) of the row. statistic_of(x, name): a statistic of x
     over each token's span, differentiable; x is 0 in masked cells.
     """
@@ -43,6 +43,9 @@ class FormInputs:
     layout: Layout
     logp: Tensor
     old_logp: Tensor
+    valid: Tensor
+    x: Tensor
+    advantages: Tensor
     per_row: Tensor | None
     token_weight: Tensor | None
     starts: Tensor | None
@@ -50,24 +53,8 @@ class FormInputs:
     aggregation: str
     normalizer: Tensor
     gate: Gate
-    clamp: float
     run_row: Callable[[Tensor, Tensor, Gate, Tensor | None], tuple[Tensor, Tensor]]
     statistic_of: Callable[[Tensor, str], Tensor]
-
-    @cached_property
-    def valid(self) -> Tensor:
-        """bool [N]."""
-        return self.layout.valid()
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The log ratios, clamped as the row's; 0 in masked cells; differentiable."""
-        return torch.where(self.valid, self.logp - self.old_logp, 0).clamp(-self.clamp, self.clamp)
-
-    @cached_property
-    def advantages(self) -> Tensor:
-        """One per token."""
-        return per_token(self.per_row, self.layout.cu_seqlens, self.valid, self.logp.detach())
 
     def run(
         self, *, log_ratio: Tensor | None = None, factor: Tensor | None = None, gate: Gate | None = None
