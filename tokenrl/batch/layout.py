@@ -48,14 +48,14 @@ class Layout:
     def flat_tokens(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A per-token argument, checked, as a contiguous [N]."""
         self.check_tokens(name, x)
-        return x.reshape(-1).to(dtype or x.dtype).contiguous()
+        return _contiguous(x.reshape(-1), dtype or x.dtype)
 
     def flat_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A per-sequence argument, checked, as a contiguous [S]."""
         if x.shape != (self.num_sequences,):
             raise wrong(name, f"shape {list(x.shape)}", f"one value per sequence, [{self.num_sequences}]")
         self._check_device(name, x)
-        return x.to(dtype).contiguous()
+        return _contiguous(x, dtype)
 
     def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
@@ -74,6 +74,12 @@ class Layout:
             raise wrong(name, f"device {x.device}", f"the device of the other tensors, {self.cu_seqlens.device}")
 
 
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a call into torch where there is nothing to do."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
     """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
     if cu_seqlens is None:
@@ -82,7 +88,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
                 name, f"shape {list(x.shape)} without cu_seqlens", "padded [B, T], or packed [N] with cu_seqlens"
             )
         rows, width = x.shape
-        cu_seqlens = torch.arange(rows + 1, device=x.device) * width
+        cu_seqlens = boundaries(rows, width, x.device)
     else:
         if x.dim() != 1:
             raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
@@ -94,7 +100,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
             raise wrong("mask", f"shape {list(mask.shape)}", f"the shape of {name}, {list(x.shape)}")
         if mask.device != x.device:
             raise wrong("mask", f"device {mask.device}", f"the device of {name}, {x.device}")
-        mask = mask.reshape(-1).contiguous()
+        mask = _contiguous(mask.reshape(-1), torch.bool)
     return Layout(x.shape, cu_seqlens, mask, width)
 
 
@@ -110,7 +116,14 @@ def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
             raise wrong(
                 "cu_seqlens", cu_seqlens.tolist(), f"non-decreasing from 0 to the number of tokens, {x.numel()}"
             )
-    return cu_seqlens.to(torch.int64).contiguous()
+    return _contiguous(cu_seqlens, torch.int64)
+
+
+def boundaries(rows: int, width: int, device: torch.device) -> Tensor:
+    """int64 [rows + 1], of the rows of a padded batch."""
+    if width == 0:
+        return torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, rows * width + 1, width, device=device)
 
 
 def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:

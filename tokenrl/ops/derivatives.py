@@ -1,7 +1,7 @@
 """How an op gets its derivative: registered with torch for traces, and as a plain autograd.Function for eager calls.
 
 A derivative is two functions: save(ctx, inputs, output), and backward(ctx, *upstream), which returns the gradients of
-the op's first arguments; the others have none.
+the op's first inputs; the others have none.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ class _Functions(NamedTuple):
     which wants one."""
 
     op: Callable
+    differentiable: int
     eager: type[torch.autograd.Function]
     transformed: type[torch.autograd.Function]
 
@@ -23,7 +24,8 @@ class _Functions(NamedTuple):
 _FUNCTIONS: dict[tuple[str, str], _Functions] = {}
 
 
-def register_derivative(namespace: str, op: str, save: Callable, backward: Callable) -> None:
+def register_derivative(namespace: str, op: str, save: Callable, backward: Callable, differentiable: int = 1) -> None:
+    """differentiable: how many of the op's first inputs may require a gradient."""
     found = getattr(getattr(torch.ops, namespace), op).default
     takes_lists = any("Tensor" in str(x.type) and "List" in str(x.type) for x in found._schema.arguments)
 
@@ -36,7 +38,8 @@ def register_derivative(namespace: str, op: str, save: Callable, backward: Calla
         return *grads, *ctx.nothing[len(grads) :]
 
     torch.library.register_autograd(f"{namespace}::{op}", padded, setup_context=setup_context)
-    _FUNCTIONS[namespace, op] = _Functions(found, _eager(found, save, backward), _transformed(found, save, backward))
+    functions = (make(found, save, backward) for make in (_eager, _transformed))
+    _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
 
 
 def _nothing(x: object) -> list[None] | None:
@@ -45,14 +48,12 @@ def _nothing(x: object) -> list[None] | None:
     return [None] * len(x) if isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) else None
 
 
-def _padded(ctx, grads: tuple) -> tuple:
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
-
-
 def _eager(op: Callable, save: Callable, backward: Callable) -> type[torch.autograd.Function]:
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx, *args):
+            *differentiable, rest = args  # one tuple: apply() looks at each of its arguments several times
+            inputs = (*differentiable, *rest)
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs)
             save(ctx, inputs, output)
@@ -60,7 +61,7 @@ def _eager(op: Callable, save: Callable, backward: Callable) -> type[torch.autog
 
         @staticmethod
         def backward(ctx, *upstream):
-            return _padded(ctx, backward(ctx, *upstream))
+            return *backward(ctx, *upstream), None
 
     return Eager
 
@@ -72,7 +73,8 @@ def _transformed(op: Callable, save: Callable, backward: Callable) -> type[torch
 
         @staticmethod
         def backward(ctx, *upstream):
-            return _padded(ctx, backward(ctx, *upstream))
+            grads = backward(ctx, *upstream)
+            return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
     return Transformed
 
@@ -80,11 +82,13 @@ def _transformed(op: Callable, save: Callable, backward: Callable) -> type[torch
 def call(namespace: str, op: str, *inputs):
     """The op's results, with their derivative. Torch knows the derivative of the op itself, and a trace needs no more;
     its eager way there, torch.library's, takes 20 us of Python without a gradient and 100 us with one."""
-    functions = _FUNCTIONS[namespace, op]
+    found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]
     if torch.compiler.is_compiling():
-        return functions.op(*inputs)
-    if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)):
+        return found(*inputs)
+    leading = inputs[:differentiable]
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leading)):
         with torch._C._AutoDispatchBelowAutograd():
-            return functions.op(*inputs)
-    function = functions.transformed if torch._C._are_functorch_transforms_active() else functions.eager
-    return function.apply(*inputs)
+            return found(*inputs)
+    if torch._C._are_functorch_transforms_active():
+        return transformed.apply(*inputs)
+    return eager.apply(*leading, inputs[differentiable:])

@@ -184,5 +184,5 @@ def register(namespace: str) -> None:
         for key in ("CPU", "CUDA"):
             library.impl(op, _eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)
-    register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace))
-    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward)
+    register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace), 3)
+    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward, 3)
