@@ -23,13 +23,17 @@ class GroupStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """index: int64 [S], the group of a sequence in [0, number). Sums and maxima come back per sequence, [S]."""
+    """index: int64 [S], the group of a sequence in [0, number). Totals are per group, sums and maxima per sequence."""
 
     index: Tensor
     number: int
 
+    def total(self, x: Tensor) -> Tensor:
+        """[number]"""
+        return x.new_zeros(self.number).index_add_(0, self.index, x)
+
     def sum(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.number).index_add_(0, self.index, x)[self.index]
+        return self.total(x)[self.index]
 
     def max(self, x: Tensor) -> Tensor:
         return x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax")[self.index]
@@ -67,12 +71,16 @@ def groups_of(ids: Tensor) -> Groups:
 def statistics_of(x: Tensor, groups: Groups, unbiased: bool, singleton: str) -> GroupStatistics:
     if singleton not in SINGLETONS:
         raise unknown("singleton", singleton, SINGLETONS)
-    ones = torch.ones_like(x)
-    count, mean = groups.sum(ones), groups.mean(x, ones)
-    std = (groups.sum((x - mean) ** 2) / (count - (1 if unbiased else 0)).clamp(min=1)).sqrt()
+    # Per group until the end: a batch is small, each call into torch counts.
+    index, count = groups.index, groups.total(torch.ones_like(x))
+    low = x.new_full((groups.number,), torch.inf).scatter_reduce_(0, index, x, "amin")
+    mean = low + groups.total(x - low[index]) / count  # around the minimum, as Groups.mean
+    centred = x - mean[index]
+    std = (groups.total(centred * centred) / (count - (1 if unbiased else 0)).clamp(min=1)).sqrt()
     if singleton == "raw":
-        mean, std = torch.where(count > 1, mean, 0.0), torch.where(count > 1, std, 1.0)
-    return GroupStatistics(mean, std, count)
+        several = count > 1
+        mean, std = torch.where(several, mean, 0.0), torch.where(several, std, 1.0)
+    return GroupStatistics(mean[index], std[index], count[index])
 
 
 def group_statistics(

@@ -120,7 +120,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
     """int64 [B, T, K], -100 where ignored; checked against the vocabulary where that costs no sync."""
     shape = _batched(logits)
-    ids = ids.to(torch.int64)
+    ids = ids if ids.dtype == torch.int64 else ids.to(torch.int64)
     if ignore_index != IGNORED:
         ids = torch.where(ids == ignore_index, IGNORED, ids)
     if row_mask is not None:
@@ -129,11 +129,17 @@ def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits:
             raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
         ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        if ((ids != IGNORED) & ((ids < 0) | (ids >= shape[-1]))).any():
-            accepted = f"0 to {shape[-1] - 1}, or {ignore_index} to ignore a row"
-            raise wrong("ids", f"values from {ids.min()} to {ids.max()}", accepted)
+        _check_range(ids, shape[-1], ignore_index)
     per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
     return ids.reshape(*shape[:-1], per_row).contiguous()
+
+
+def _check_range(ids: Tensor, vocab: int, ignore_index: int) -> None:
+    low, high = (int(x) for x in ids.aminmax())  # where nothing is ignored one pass says it all
+    if low < 0 or high >= vocab:
+        if ((ids != IGNORED) & ((ids < 0) | (ids >= vocab))).any():
+            accepted = f"0 to {vocab - 1}, or {ignore_index} to ignore a row"
+            raise wrong("ids", f"values from {low} to {high}", accepted)
 
 
 def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> tuple[float, Tensor | None]:

@@ -25,11 +25,13 @@ def local_ids(ids: Tensor, at: slice) -> Tensor:
 
 def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> list[Tensor]:
     """The results of token_logprobs for hidden [N, D] and ids [N, K]; rows whose ids are all ignored enter no GEMM."""
-    results = [x.zero_() for x in logprob_results(ids, outputs, sum_dtype(head.dtype))]
     index, count = compacted((ids != IGNORED).any(-1))
     ordered = "is_top1" in outputs or "rank" in outputs  # the ids' own logits are compared with whole rows
     tiles = (whole_rows_of if ordered else tiles_of)(head, count, budget)
     memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
+    if index is None and tiles == Tiles(count, head.vocab):
+        return _of_rows(head, hidden.to(head.dtype), ids, slice(0, count), outputs, tiles, memory)
+    results = [x.zero_() for x in logprob_results(ids, outputs, sum_dtype(head.dtype))]
     for at in split(count, tiles.rows):
         rows = rows_at(index, at)
         found = _of_rows(head, hidden[rows].to(head.dtype), ids[rows], rows, outputs, tiles, memory)
