@@ -37,8 +37,21 @@ class Layout:
 
     def rows(self) -> Tensor:
         """int64 [N]: the sequence of each token."""
-        index = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
-        return index.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+        return self.spread(torch.arange(self.num_sequences, device=self.cu_seqlens.device))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[S] -> [N]: to each token what its sequence has."""
+        if self.width is not None:
+            return x[:, None].expand(-1, self.width).reshape(-1)
+        return x.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+
+    def per_token(self, x: Tensor | None, like: Tensor) -> Tensor:
+        """[S], [N] or None for zeros -> [N] in the dtype of `like`, zero in masked cells."""
+        if x is None:
+            return torch.zeros_like(like, requires_grad=False)
+        if x.numel() != self.num_tokens:
+            x = self.spread(x)
+        return torch.where(self.valid(), x, 0).to(like.dtype)
 
     def check_tokens(self, name: str, x: Tensor) -> None:
         if x.shape != self.shape:
@@ -124,12 +137,3 @@ def boundaries(rows: int, width: int, device: torch.device) -> Tensor:
     if width == 0:
         return torch.zeros(rows + 1, dtype=torch.int64, device=device)
     return torch.arange(0, rows * width + 1, width, device=device)
-
-
-def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
-    """[S] or [N] -> [N], zero in masked cells."""
-    if values is None:
-        return torch.zeros_like(like, requires_grad=False)
-    if values.numel() != mask.numel():
-        values = values.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
-    return torch.where(mask, values, 0).to(like.dtype)

@@ -83,9 +83,7 @@ def aggregation_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
     per_sequence = torch.where(weights.normalizer > 0, weights.span_weight / weights.normalizer, 0.0).float()
-    lengths = layout.cu_seqlens.diff()
-    per_token = per_sequence.repeat_interleave(lengths, output_size=layout.num_tokens)
-    return torch.where(layout.valid(), per_token, 0.0).view(layout.shape)
+    return layout.per_token(per_sequence, per_sequence).view(layout.shape)
 
 
 def _packed_like(cu_seqlens: Tensor) -> Tensor:

@@ -87,11 +87,8 @@ def linear_policy_loss(
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
     """bool [N]: the valid tokens of sequences with an advantage other than zero."""
-    lengths = layout.cu_seqlens.diff()
+    signal = advantages != 0
     if advantages.numel() == layout.num_tokens:
-        some = (layout.valid() & (advantages != 0)).cumsum(0)
-        before = torch.cat([some.new_zeros(1), some])[layout.cu_seqlens]
-        signal = before.diff() > 0
-    else:
-        signal = advantages != 0
-    return layout.valid() & signal.repeat_interleave(lengths, output_size=layout.num_tokens)
+        some = (layout.valid() & signal).cumsum(0)
+        signal = torch.cat([some.new_zeros(1), some])[layout.cu_seqlens].diff() > 0
+    return layout.valid() & layout.spread(signal)

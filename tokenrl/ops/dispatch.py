@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..batch.layout import Layout, per_token
+from ..batch.layout import Layout
 from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Gate
 from ..objectives.policy import Objective
@@ -64,8 +64,11 @@ class PolicyLossInputs:
 
     def token_weights(self, layout: Layout, like: Tensor) -> Tensor:
         """w [N]."""
-        spans = (self.weights.span_weight, self.weights.normalizer)
-        return reference.token_weights(*spans, self.token_weight, layout.cu_seqlens, layout.valid(), like)
+        weight = torch.where(self.weights.normalizer > 0, self.weights.span_weight / self.weights.normalizer, 0.0)
+        w = layout.spread(weight)
+        if self.token_weight is not None:
+            w = w * torch.where(layout.valid(), self.token_weight, 0)
+        return torch.where(layout.valid(), w, 0).to(like.dtype)
 
     def kl(self) -> "PolicyLossInputs":
         """The KL term, as an objective on the same batch."""
@@ -169,7 +172,7 @@ def _objective(
 
     valid, clamp = layout.valid(), inputs.row.clamp
     x = torch.where(valid, logp - old_logp, 0).clamp(-clamp, clamp)
-    advantages = per_token(inputs.advantages, layout.cu_seqlens, valid, logp.detach())
+    advantages = layout.per_token(inputs.advantages, logp.detach())
     return inputs.form.evaluate(
         FormInputs(
             layout, logp, old_logp, valid, x, advantages, inputs.advantages, inputs.token_weight, inputs.starts,
@@ -220,7 +223,7 @@ def _one_op(chosen, layout, head, main_grad, inputs):
     like = head.hidden.new_empty((), dtype=sum_dtype(head.dtype))
     advantages = inputs.advantages
     if advantages is not None:
-        advantages = per_token(advantages, layout.cu_seqlens, layout.mask, like)
+        advantages = layout.per_token(advantages, like)
     numbers, bounds = _split(inputs.gate.params())
     kl_numbers, _ = _split(extra.kl.gate.params())
     loss, raw, *_ = call(

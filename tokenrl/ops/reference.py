@@ -7,7 +7,6 @@ length] matrices.
 import torch
 from torch import Tensor
 
-from ..batch.layout import per_token
 from ..objectives import statistics
 from ..objectives.gates.base import Gate, map_params
 
@@ -76,6 +75,15 @@ def objective(
     w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
     loss = torch.where(w != 0, w * gate.value(s, own, kept, a, t), 0).sum()
     return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
+
+
+def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """[S] or [N] -> [N], zero in masked cells."""
+    if values is None:
+        return torch.zeros_like(like, requires_grad=False)
+    if values.numel() != mask.numel():
+        values = values.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
+    return torch.where(mask, values, 0).to(like.dtype)
 
 
 def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:

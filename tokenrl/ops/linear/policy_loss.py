@@ -124,12 +124,11 @@ class Chunk:
 
     def backward(self, coef: Tensor, grad_entropy: Tensor | None, weights: ProductSum | None, grads: Gradients) -> None:
         """coef, grad_entropy: of all tokens."""
-        upstream = [None if g is None else g[self.rows] for g in (coef, grad_entropy)]
-        index, count = compacted(torch.stack([g != 0 for g in upstream if g is not None]).any(0))
+        coef, grad_entropy = (None if g is None else g[self.rows] for g in (coef, grad_entropy))
+        index, count = compacted(coef != 0 if grad_entropy is None else (coef != 0) | (grad_entropy != 0))
         if count <= WORTH_MOVING * self.logp.numel():
-            upstream = [None if g is None else g[index] for g in upstream]
+            coef, grad_entropy = (None if g is None else g[index] for g in (coef, grad_entropy))
             self._keep(index)
-        coef, grad_entropy = upstream
         self.head.ops.token_logprobs_backward_(
             coef[None, :, None], None if grad_entropy is None else grad_entropy[None], None, None, self.logits[None],
             self.ids[None], self.lse[None], self.lse_rest[None], self.entropy[None], self.lse.new_empty(0),
@@ -224,7 +223,10 @@ def _one_pass(
         weights = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at, end in zip(chunks, ends, strict=True):
         chunk = Chunk(head, inputs.hidden, inputs.ids, rows_at(index, at), memory)
-        logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
+        if chunk.logp.numel() == count:
+            logp, entropy = chunk.logp, chunk.entropy
+        else:
+            logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
         evaluated = inputs.evaluate(head.ops, logp, entropy, end)
         chunk.backward(evaluated.grad_logp, evaluated.grad_entropy, weights, grads)
     if weights is not None:
