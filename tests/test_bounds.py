@@ -11,6 +11,7 @@ from golden_data import INDEX, arrays, near
 import tokenrl
 from tokenrl import bounds
 from tokenrl.instruments.parity import close
+from tokenrl.methods.bandpo import KINDS
 from tokenrl.methods.sspo import SCOPES
 
 VALID = torch.tensor(
@@ -193,7 +194,7 @@ def test_equal_entropies_score_zero_and_other_statistics_are_capped():
 
 
 def every_result(entropy, mask, spans, ids, statistics, least, most):
-    for kind in bounds.KINDS:
+    for kind in KINDS:
         yield from bounds.bandpo(-entropy, kind=kind, mask=mask)
     yield bounds.segment_ids(ids, [2, 3], mask=mask)
     options = {"eps_low": 0.1, "eps_high": 0.3, "mask": mask}

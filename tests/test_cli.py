@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import tokenrl
 from tokenrl import cli
+from tokenrl.instruments import doctor
 from tokenrl.ops import backends
 
 
@@ -29,7 +30,7 @@ def test_doctor_names_every_backend_with_can_run_or_its_reason():
 
 def test_doctor_prints_reasons_as_they_are(monkeypatch):
     never = backends.Backend("cpu", "tokenrl", lambda device: "no compiler [c++] was found")
-    monkeypatch.setattr(cli, "BACKENDS", {"cpu": never})
+    monkeypatch.setattr(doctor, "BACKENDS", {"cpu": never})
     assert "no compiler [c++] was found" in called("doctor").output
 
 

@@ -11,7 +11,8 @@ from cases import batch, device_of, run
 
 import tokenrl
 from tokenrl.instruments.parity import close
-from tokenrl.objectives.gates import bounded
+from tokenrl.objectives.gates import GATES
+from tokenrl.objectives.gates.bounded import PpoClip
 from tokenrl.ops import backends
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_objective.py"
@@ -30,9 +31,9 @@ class Hinge(tokenrl.Gate):
 
 @pytest.fixture
 def hinge():
-    before = dict(tokenrl.OBJECTIVES), dict(bounded.GATES), dict(backends.TRITON_GATES)
+    before = dict(tokenrl.OBJECTIVES), dict(GATES), dict(backends.TRITON_GATES)
     yield tokenrl.register(tokenrl.Objective("hinge", "prefix_sum", Hinge(), "token-mean", "a test", flow="local"))
-    for table, old in zip((tokenrl.OBJECTIVES, bounded.GATES, backends.TRITON_GATES), before, strict=True):
+    for table, old in zip((tokenrl.OBJECTIVES, GATES, backends.TRITON_GATES), before, strict=True):
         table.clear()
         table.update(old)
 
@@ -118,7 +119,7 @@ def test_names_are_taken_once(hinge):
         tokenrl.Objective("other", "token", Impostor(), "token-mean", "")
 
     @tokenrl.parametrised
-    class Wider(bounded.PpoClip):
+    class Wider(PpoClip):
         eps_high: float = 0.5
 
     with pytest.raises(ValueError, match="^gate: got Wider of the name 'ppo_clip', accepted: a name of its own"):
