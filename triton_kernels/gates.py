@@ -1,4 +1,4 @@
-"""One function per gate: the loss of one token and its partials. Formulas and sources: tokenrl/gates*.py.
+"""One function per gate: the loss of one token and its partials. Formulas and sources: tokenrl/objectives/gates/.
 
 gate(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
 s, x, logp, advantage, t: blocks of tokens (x: the own log ratio; t: the position, 1-based); parameters: numbers or

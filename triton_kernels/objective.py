@@ -15,7 +15,7 @@ from .walks import Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
 MAX_PARAMS = 6
 NUM_METRICS = 9
-NUM_SUMS = tl.constexpr(10)  # the metrics in the order of tokenrl/metrics.py, then the loss
+NUM_SUMS = tl.constexpr(10)  # the metrics in the order of tokenrl/objectives/metrics.py, then the loss
 RATIO_MIN, RATIO_MAX, LOSS = tl.constexpr(2), tl.constexpr(3), tl.constexpr(9)
 SUM_ROWS = tl.constexpr(16)
 
@@ -109,7 +109,7 @@ def objective(
     starts: Tensor | None, span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str,
     flow: str, gate: str, params: list[float], param_tensors: list[Tensor | None], clamp: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss 0-d, coef [N], metrics [9]); contract: tokenrl/backends.py, formulas: tokenrl/reference.py."""
+    """(loss 0-d, coef [N], metrics [9]); contract: tokenrl/ops/backends.py, formulas: tokenrl/ops/reference.py."""
     num_tokens, sequences = logp.numel(), cu_seqlens.numel() - 1
     if sequences == 0:
         return _nothing(logp)

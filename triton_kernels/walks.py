@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .clip import parameter
 from .scalar import exponential, k3_of, larger, smaller
-from .spans import log_ratios, running_sum, segment_ends, segment_starts, spread, valid_tokens
-from .statistics import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
+from .spans import log_ratios, parameter, running_sum, segment_ends, segment_starts, spread, valid_tokens
+from .statistic import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
 
 
 class Tokens(NamedTuple):
@@ -28,7 +27,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def no_sums(BLOCK: tl.constexpr, T: tl.constexpr):
-    """Per lane of a block: the metrics in the order of tokenrl/metrics.py, then the loss."""
+    """Per lane of a block: the metrics in the order of tokenrl/objectives/metrics.py, then the loss."""
     none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), T), tl.full((BLOCK,), float("inf"), T)
     return none, zero, inf, -inf, none, none, none, zero, zero, zero
 
