@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "gates.h"
+#include "gates/table.h"
 #include "introspection.h"
 #include "statistics.h"
 

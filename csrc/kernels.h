@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
-#include "gates.h"
+#include "gates/table.h"
 
 namespace tokenrl {
 
-// One entry of the metrics tensor each, in this order (tokenrl/metrics.py). ratio is e^s; kl is the k3 of the token's
+// One entry of the metrics tensor each, in this order (tokenrl/objectives/metrics.py). ratio is e^s; kl is the k3 of the token's
 // own ratio.
 enum Metric { kTokens, kRatioSum, kRatioMin, kRatioMax, kLow, kHigh, kDual, kKlSum, kRatioSquares, kNumMetrics };
 

@@ -1,13 +1,21 @@
 // The objective of each sequence: a sequential walk for the statistic, then a vector loop over its tokens for the gate.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
 #include <cstdlib>
-#include <initializer_list>
 
 #include "kernels.h"
 #include "scan.h"
+#include "totals.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
+
+// The memory of n objects that a constructor is not needed for.
+template <class Object>
+Object* allocate(int64_t n) {
+  void* memory = std::malloc(sizeof(Object) * static_cast<size_t>(larger(n, int64_t{1})));
+  if (!memory) std::abort();
+  return static_cast<Object*>(memory);
+}
 
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
@@ -218,16 +226,13 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
 
 template <class T, class Gate>
 void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Totals* totals, const Threads& threads) {
-  const int64_t grain = larger(int64_t{1}, 4096 * args.spans.num_sequences / larger(args.spans.num_tokens, int64_t{1}));
-  parallel(threads, args.spans.num_sequences, grain, [&](int64_t begin, int64_t end) {
+  parallel(threads, args.spans.num_sequences, sequences_of(args.spans, 4096), [&](int64_t begin, int64_t end) {
     int64_t longest = kBlock;
     for (int64_t i = begin; i < end && !streams<T>(args.spans, statistic, through); ++i) {
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }
-    T* memory =
-        static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(Lanes<T>::room(longest)) * Lanes<T>::kArrays));
-    if (!memory) std::abort();
+    T* memory = allocate<T>(Lanes<T>::room(longest) * Lanes<T>::kArrays);
     for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory, totals[i]);
     std::free(memory);
   });
@@ -241,15 +246,28 @@ bool run_named(std::tuple<Gate...>*, const char* name, const ObjectiveArgs<T>& a
       ...);
 }
 
+template <class T>
+void add_up_sequences(const ObjectiveArgs<T>& args, const Totals* per_sequence) {
+  Totals sum = Totals::nothing();
+  for (int64_t i = 0; i < args.spans.num_sequences; ++i) sum.add(per_sequence[i]);
+  args.loss[0] = static_cast<T>(sum.loss);
+  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
+}
+
 }  // namespace
 
 template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals,
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                const Threads& threads) {
-  return run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
+  clear_outside(args.spans, args.coef);
+  Totals* totals = allocate<Totals>(args.spans.num_sequences);  // one per sequence
+  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
+  if (known) add_up_sequences(args, totals);
+  std::free(totals);
+  return known;
 }
 
-template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, Totals*, const Threads&);
-template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, Totals*, const Threads&);
+template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);
+template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, const Threads&);
 
 }  // namespace tokenrl::cpu::TOKENRL_ISA

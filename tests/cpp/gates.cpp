@@ -1,6 +1,6 @@
 // Each gate's partials against central differences of its value, on a grid that stays away from the edges.
 #include "check.h"
-#include "gates.h"
+#include "gates/table.h"
 
 using namespace tokenrl;
 

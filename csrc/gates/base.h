@@ -2,7 +2,7 @@
 // Torch-free; host and device; float and double.
 #pragma once
 
-#include "scalar.h"
+#include "../scalar.h"
 
 namespace tokenrl {
 
@@ -14,7 +14,7 @@ struct Gated {
   T low = 0, high = 0, dual = 0;
 };
 
-// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates*.py. x: its own log
+// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/objectives/gates/. x: its own log
 // ratio; d_logp holds x's part of the derivative too. t_power: the position t to the power that the gate asks for.
 template <class T>
 struct GateInput {

@@ -1,7 +1,7 @@
-// Gates whose bounds or advantages come from entropies, and those that mix two ratios (tokenrl/gates_adaptive.py).
+// Gates whose bounds or advantages come from entropies, and those that mix two ratios (tokenrl/objectives/gates/adaptive.py).
 #pragma once
 
-#include "gate.h"
+#include "base.h"
 
 namespace tokenrl {
 

@@ -1,13 +1,13 @@
 // The table of gates: one functor each, the loss of one token and its partials. Formulas and sources:
-// tokenrl/gates*.py. Each derivative stands on the line after its value.
+// tokenrl/objectives/gates/. Each derivative stands on the line after its value.
 #pragma once
 
 #include <tuple>
 
-#include "gates_adaptive.h"
-#include "gates_bounded.h"
-#include "gates_kl.h"
-#include "gates_weighted.h"
+#include "adaptive.h"
+#include "bounded.h"
+#include "kl.h"
+#include "weighted.h"
 
 namespace tokenrl {
 

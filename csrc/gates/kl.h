@@ -1,7 +1,7 @@
-// Estimators of KL(pi || ref) as gates (tokenrl/gates_kl.py).
+// Estimators of KL(pi || ref) as gates (tokenrl/objectives/gates/kl.py).
 #pragma once
 
-#include "gate.h"
+#include "base.h"
 
 namespace tokenrl {
 

@@ -1,7 +1,7 @@
-// Gates that weigh the policy gradient (tokenrl/gates_weighted.py).
+// Gates that weigh the policy gradient (tokenrl/objectives/gates/weighted.py).
 #pragma once
 
-#include "gate.h"
+#include "base.h"
 
 namespace tokenrl {
 

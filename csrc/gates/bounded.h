@@ -1,7 +1,7 @@
-// Gates that bound a ratio (tokenrl/gates.py).
+// Gates that bound a ratio (tokenrl/objectives/gates/bounded.py).
 #pragma once
 
-#include "gate.h"
+#include "base.h"
 
 namespace tokenrl {
 
