@@ -9,8 +9,8 @@
 
 namespace tokenrl {
 
-// One entry of the metrics tensor each, in this order (tokenrl/objectives/metrics.py). ratio is e^s; kl is the k3 of the token's
-// own ratio.
+// One entry of the metrics tensor each, in this order (tokenrl/objectives/metrics.py). ratio is e^s; kl is the k3 of
+// the token's own ratio.
 enum Metric { kTokens, kRatioSum, kRatioMin, kRatioMax, kLow, kHigh, kDual, kKlSum, kRatioSquares, kNumMetrics };
 
 // Where tokens and their sequences and segments lie.
