@@ -88,10 +88,10 @@ std::tuple<Tensor, Tensor> position_adaptive_clip(const Tensor& log_ratio, const
     using T = decltype(precision);
     check(log_ratio, "log_ratio", dtype, n, cu_seqlens);
     Tensor clipped = empty(log_ratio, {n}, dtype), inside = empty(log_ratio, {n}, dtype);
-    BandArgs<T> args{};
+    ClipArgs<T> args{};
     args.spans = spans_of(mask, cu_seqlens, std::nullopt, n);
     args.log_ratio = pointer<T>(log_ratio);
-    fill_params(args.params, 3, params, param_tensors, n, log_ratio);
+    fill_params(args.params, PositionAdaptiveClip::num_params, params, param_tensors, n, log_ratio);
     args.clipped = output<T>(clipped);
     args.inside = output<T>(inside);
     on_device_of(log_ratio, [&](const auto& device) { device.position_adaptive_clip(args); });

@@ -55,7 +55,7 @@ Isa instruction_set();
 template <class T>
 void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, const Threads& threads);
 template <class T>
-void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads);
+void position_adaptive_clip(const ClipArgs<T>& args, const Threads& threads);
 void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Threads& threads);
 
 }  // namespace tokenrl::cpu

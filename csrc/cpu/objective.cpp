@@ -92,19 +92,25 @@ inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic,
   else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t, carry);
 }
 
-// A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything.
+// A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything. The
+// others are filled in by a loop and handed out by reference: what the compiler sees too early to be the same for all
+// tokens becomes branches, with which loops over tokens do not vectorise.
 template <class T, class Gate, bool kPerToken>
-struct Params {
+struct ParamLookup {
   const ObjectiveArgs<T>& args;
-  T p[kMaxParams] = {};
+  ParamsOf<Gate, T> numbers;
 
-  explicit Params(const ObjectiveArgs<T>& given) : args(given) {
-    for (int j = 0; j < Gate::num_params; ++j) p[j] = args.params[j].value;
+  explicit ParamLookup(const ObjectiveArgs<T>& given) : args(given), numbers{} {
+    T* all = reinterpret_cast<T*>(&numbers);  // a struct of nothing but these
+    for (int k = 0; k < Gate::num_params; ++k) all[k] = given.params[k].value;
   }
-  TRL_INLINE void look_up([[maybe_unused]] int64_t token, [[maybe_unused]] bool valid) {
-    if constexpr (kPerToken)
-      for (int j = 0; j < Gate::num_params; ++j)
-        if (args.params[j].tensor) p[j] = valid ? args.params[j].tensor[token] : T(1);
+  TRL_INLINE decltype(auto) at([[maybe_unused]] int64_t token, [[maybe_unused]] bool valid) const {
+    if constexpr (!kPerToken) return (numbers);
+    else
+      return params_from<Gate, T>([&](size_t k) {
+        const Param<T>& param = args.params[k];
+        return !param.tensor ? param.value : valid ? param.tensor[token] : T(1);
+      });
   }
 };
 
@@ -112,20 +118,18 @@ struct Params {
 template <class T, class Gate, bool kPerToken>
 inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last,
                             const Lanes<T>& lanes) {
-  if constexpr (Gate::power_param >= 0) {
+  if constexpr (Gate::positional) {
     const T* t = lanes.t;
     T* out = lanes.t_power;
-    Params<T, Gate, kPerToken> params(args);
-    if (!kPerToken && params.p[Gate::power_param] == T(0.5)) {
+    const ParamLookup<T, Gate, kPerToken> params(args);
+    if (!kPerToken && params.at(token, true).power == T(0.5)) {
 #pragma omp simd
       for (int64_t k = first; k < last; ++k) out[k] = std::sqrt(larger(t[k], T(1)));
       return;
     }
 #pragma omp simd
-    for (int64_t k = first; k < last; ++k) {
-      params.look_up(token + k, lanes.valid[k] != 0);
-      out[k] = position_power<Gate>(larger(t[k], T(1)), params.p);
-    }
+    for (int64_t k = first; k < last; ++k)
+      out[k] = position_power<Gate>(larger(t[k], T(1)), params.at(token + k, lanes.valid[k] != 0));
   }
 }
 
@@ -137,15 +141,15 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
   const T* advantage = lanes.advantage;
   const T *weights = lanes.weight, *valids = lanes.valid;
   T *shared = lanes.shared, *direct = lanes.direct;
-  Params<T, Gate, kPerToken> params(args);
+  const ParamLookup<T, Gate, kPerToken> params(args);
   const T cap = args.cap;
   T loss = 0, low = 0, high = 0, dual = 0;
 #pragma omp simd reduction(+ : loss, low, high, dual)
   for (int64_t k = first; k < last; ++k) {
-    params.look_up(token + k, valids[k] != 0);
     const T valid = valids[k], weight = weights[k], uncapped = statistic[k], s = smaller(uncapped, cap);
-    const T power = Gate::power_param < 0 ? T(1) : t_power[k];
-    const Gated<T> g = Gate::eval(GateInput<T>{s, x[k], logp[k], advantage[k], power, params.p});
+    const T power = Gate::positional ? t_power[k] : T(1);
+    const Gated<T> g =
+        Gate::eval(GateInput<T>{s, x[k], logp[k], advantage[k], power}, params.at(token + k, valid != 0));
     const bool pays = weight != 0, counts = valid != 0;
     shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
     direct[k] = pays ? weight * g.d_logp : T(0);

@@ -4,7 +4,7 @@
 namespace tokenrl::cpu {
 
 template <class T>
-void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads) {
+void position_adaptive_clip(const ClipArgs<T>& args, const Threads& threads) {
   clear_outside(args.spans, args.clipped);
   clear_outside(args.spans, args.inside);
   parallel(threads, args.spans.num_sequences, sequences_of(args.spans, 8192), [&](int64_t begin, int64_t end) {
@@ -15,9 +15,9 @@ void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads) {
         args.clipped[token] = args.inside[token] = 0;
         if (!is_valid(args.spans, token)) continue;
         t += 1;
-        T p[3];
-        for (int j = 0; j < 3; ++j) p[j] = args.params[j].tensor ? args.params[j].tensor[token] : args.params[j].value;
-        const T width = power(t, p[2]), low = -p[0] * width, high = p[1] * width, x = args.log_ratio[token];
+        const auto params = params_at<PositionAdaptiveClip>(args.params, token);
+        const T width = power(t, params.power), low = -params.eps_low * width, high = params.eps_high * width;
+        const T x = args.log_ratio[token];
         args.clipped[token] = clamp(x, low, high);
         args.inside[token] = x >= low && x <= high;
       }
@@ -25,7 +25,7 @@ void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads) {
   });
 }
 
-template void position_adaptive_clip(const BandArgs<float>&, const Threads&);
-template void position_adaptive_clip(const BandArgs<double>&, const Threads&);
+template void position_adaptive_clip(const ClipArgs<float>&, const Threads&);
+template void position_adaptive_clip(const ClipArgs<double>&, const Threads&);
 
 }  // namespace tokenrl::cpu

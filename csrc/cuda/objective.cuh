@@ -16,6 +16,13 @@ struct ObjectiveScratch {
   unsigned* ticket;           // [1], zero before the launch
 };
 
+// args.coef holds in turn, of which each statistic and flow needs some:
+//
+//   gather_spans      span statistics          the sum of the span's log ratios so far; its last token has the total
+//   evaluate          "local", or token        w d_s + w d_logp: the coefficient
+//   evaluate          "through", the others    w d_s, over the count where s is a mean; w d_logp lies in scratch.direct
+//   spread_back       "through", span          the sum of these from the token to the span's end; its first has the
+//   total finish            "through", the others    the adjoint + w d_logp: the coefficient
 template <class T, class Gate>
 struct SequenceObjective {
   const ObjectiveArgs<T>& args;
@@ -49,12 +56,10 @@ struct SequenceObjective {
   }
 
   __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, int32_t t) const {
-    T params[kMaxParams];
-#pragma unroll
-    for (int k = 0; k < Gate::num_params; ++k)
-      params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
-    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
-    return Gate::eval(GateInput<T>{s, x, args.logp[token], own, position_power<Gate>(T(t), params), params});
+    const auto params = params_at<Gate>(args.params, token);
+    const T own = args.advantages_per_token ? args.advantages[token] : advantage,
+            t_power = position_power<Gate>(T(t), params);
+    return Gate::eval(GateInput<T>{s, x, args.logp[token], own, t_power}, params);
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {

@@ -5,7 +5,7 @@
 namespace tokenrl::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) band_kernel(BandArgs<T> args) {
+__global__ void __launch_bounds__(kThreads) clip_kernel(ClipArgs<T> args) {
   TRL_SHARED(Running<T>, memory, kWarps);
   const int64_t i = blockIdx.x;
   clear_outside(args.spans, i, [&](int64_t token) { args.clipped[token] = args.inside[token] = 0; });
@@ -16,11 +16,9 @@ __global__ void __launch_bounds__(kThreads) band_kernel(BandArgs<T> args) {
       [&](int64_t token, const Running<T>&, const Running<T>& after) {
         args.clipped[token] = args.inside[token] = 0;
         if (!is_valid(args.spans, token)) return;
-        T params[3];
-#pragma unroll
-        for (int k = 0; k < 3; ++k)
-          params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
-        const T width = power(T(after.count), params[2]), low = -params[0] * width, high = params[1] * width;
+        const auto params = params_at<PositionAdaptiveClip>(args.params, token);
+        const T width = power(T(after.count), params.power), low = -params.eps_low * width,
+                high = params.eps_high * width;
         const T x = args.log_ratio[token];
         args.clipped[token] = clamp(x, low, high);
         args.inside[token] = x >= low && x <= high;
@@ -29,15 +27,15 @@ __global__ void __launch_bounds__(kThreads) band_kernel(BandArgs<T> args) {
 }
 
 template <class T>
-const char* position_adaptive_clip(const BandArgs<T>& args, void* stream) {
-  TRL_LAUNCH((band_kernel<T>), blocks_of(args.spans), kThreads, 0, stream, args);
+const char* position_adaptive_clip(const ClipArgs<T>& args, void* stream) {
+  TRL_LAUNCH((clip_kernel<T>), blocks_of(args.spans), kThreads, 0, stream, args);
   return launch_error();
 }
 
-template const char* position_adaptive_clip(const BandArgs<float>&, void*);
-template const char* position_adaptive_clip(const BandArgs<double>&, void*);
+template const char* position_adaptive_clip(const ClipArgs<float>&, void*);
+template const char* position_adaptive_clip(const ClipArgs<double>&, void*);
 
-static const bool listed = list_kernel("position_adaptive_clip float", &band_kernel<float>) &&
-                           list_kernel("position_adaptive_clip double", &band_kernel<double>);
+static const bool listed = list_kernel("position_adaptive_clip float", &clip_kernel<float>) &&
+                           list_kernel("position_adaptive_clip double", &clip_kernel<double>);
 
 }  // namespace tokenrl::cuda

@@ -5,11 +5,10 @@
 
 namespace tokenrl {
 
-struct KlK1 : AnyPosition {
+struct KlK1 : NoParams {
   static constexpr const char* name = "kl_k1";
-  static constexpr int num_params = 0;
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
     Gated<T> out;
     out.value = in.s;
     out.d_s = 1;
@@ -17,11 +16,10 @@ struct KlK1 : AnyPosition {
   }
 };
 
-struct KlAbs : AnyPosition {
+struct KlAbs : NoParams {
   static constexpr const char* name = "kl_abs";
-  static constexpr int num_params = 0;
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
     Gated<T> out;
     out.value = larger(in.s, -in.s);
     out.d_s = static_cast<T>((in.s > 0) - (in.s < 0));
@@ -29,11 +27,10 @@ struct KlAbs : AnyPosition {
   }
 };
 
-struct KlK2 : AnyPosition {
+struct KlK2 : NoParams {
   static constexpr const char* name = "kl_k2";
-  static constexpr int num_params = 0;
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
     Gated<T> out;
     out.value = in.s * in.s / 2;
     out.d_s = in.s;
@@ -43,45 +40,42 @@ struct KlK2 : AnyPosition {
 
 struct KlK3 : AnyPosition {
   static constexpr const char* name = "kl_k3";
-  static constexpr int num_params = 1;  // ceiling
+  TRL_PARAMS(ceiling);
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     Gated<T> out;
     const T k3 = excess(-in.s);
-    out.value = smaller(k3, in.p[0]);
-    out.d_s = k3 > in.p[0] ? T(0) : in.s - k3;
+    out.value = smaller(k3, params.ceiling);
+    out.d_s = k3 > params.ceiling ? T(0) : in.s - k3;
     return out;
   }
 };
 
-struct KlK1Unbiased : AnyPosition {
+struct KlK1Unbiased : NoParams {
   static constexpr const char* name = "kl_k1_unbiased";
-  static constexpr int num_params = 0;
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    Gated<T> out = KlK1::eval(in);
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& none) {
+    Gated<T> out = KlK1::eval(in, none);
     out.d_s = in.s;
     return out;
   }
 };
 
-struct KlAbsUnbiased : AnyPosition {
+struct KlAbsUnbiased : NoParams {
   static constexpr const char* name = "kl_abs_unbiased";
-  static constexpr int num_params = 0;
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    Gated<T> out = KlAbs::eval(in);
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& none) {
+    Gated<T> out = KlAbs::eval(in, none);
     out.d_s = in.s;
     return out;
   }
 };
 
-struct KlK3Unbiased : AnyPosition {
+struct KlK3Unbiased : KlK3 {
   static constexpr const char* name = "kl_k3_unbiased";
-  static constexpr int num_params = 1;  // ceiling
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    Gated<T> out = KlK3::eval(in);
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out = KlK3::eval(in, params);
     out.d_s = in.s;
     return out;
   }

@@ -14,6 +14,13 @@ namespace tokenrl {
 using Gates =
     std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo,
                Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlAbsUnbiased, KlK3Unbiased, Identity>;
-inline constexpr int kMaxParams = 6;
+
+template <class... Gate>
+constexpr int most_params(std::tuple<Gate...>*) {
+  int most = 0;
+  ((most = Gate::num_params > most ? Gate::num_params : most), ...);
+  return most;
+}
+inline constexpr int kMaxParams = most_params(static_cast<Gates*>(nullptr));
 
 }  // namespace tokenrl

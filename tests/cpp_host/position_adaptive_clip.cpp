@@ -8,7 +8,7 @@ template <class T>
 void check_clip(const Batch<T>& batch) {
   const auto out = under_all_schedules("position-adaptive clip", [&] {
     std::vector<T> result(2 * batch.tokens, static_cast<T>(std::nan("")));
-    const BandArgs<T> args{batch.spans(true, false),
+    const ClipArgs<T> args{batch.spans(true, false),
                            batch.advantages.data(),
                            {{batch.bounds.data(), T(0)}, {nullptr, T(0.2)}, {nullptr, T(0.5)}},
                            result.data(),
