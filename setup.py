@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
+PER_ISA = ("objective", "token_logprobs", "token_logprobs_backward", "machine_limit_loops")  # of csrc/cpu
 ISAS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma"
@@ -113,12 +114,13 @@ class Ninja:
 
 def op_library(ninja: Ninja, folder: Path, target: Path, torch: Path, toolkit: dict[str, str] | None) -> None:
     objects = []
-    for isa, flags in ISAS.items():
-        for name in ("objective", "token_logprobs", "token_logprobs_backward", "limits"):
-            source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
-            objects.append(ninja.build("cxx", folder / f"{name}.{isa}.o", [source], f"-DTOKENRL_ISA={isa} {flags}"))
-    for name in ("parts", "limits"):
-        objects.append(ninja.build("cxx", folder / f"{name}.o", [ROOT / "csrc" / "cpu" / f"{name}.cpp"]))
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.stem not in PER_ISA:
+            objects.append(ninja.build("cxx", folder / f"{source.stem}.o", [source]))
+            continue
+        for isa, flags in ISAS.items():
+            compiled = folder / f"{source.stem}.{isa}.o"
+            objects.append(ninja.build("cxx", compiled, [source], f"-DTOKENRL_ISA={isa} {flags}"))
     include = " ".join(
         f"-isystem {shell_path(torch / folder)}" for folder in ("include", "include/torch/csrc/api/include")
     )

@@ -189,7 +189,7 @@ def _limits(device: str, size: int, threads: int) -> Limits:
         rate = _rate(1000 * x.numel(), lambda: [torch.exp(x, out=x) for _ in range(1000)], device)
         return Limits(*_torch_limits(device, size), rate, "torch (tokenrl._bindings is not built)")
     read, copy = native.measure_read(size, threads), native.measure_copy(size, threads)
-    return Limits(read, copy, native.measure_exponentials(1 << 27, threads), "csrc/cpu/limits.cpp")
+    return Limits(read, copy, native.measure_exponentials(1 << 27, threads), "csrc/cpu/machine_limits.cpp")
 
 
 def limits(device: str, size: int = 1 << 29) -> Limits:

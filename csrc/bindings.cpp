@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "gates.h"
+#include "gates/table.h"
 #include "introspection.h"
 #include "statistics.h"
 
@@ -25,8 +25,9 @@ py::dict build_info() {
 }
 
 template <class... Gate>
-std::vector<std::pair<std::string, int>> gate_table(std::tuple<Gate...>*) {
-  return {{Gate::name, Gate::num_params}...};
+std::vector<std::pair<std::string, py::list>> gate_table(std::tuple<Gate...>*) {
+  const auto names = [](const char* listed) { return py::str(listed).attr("replace")(",", "").attr("split")(); };
+  return {{Gate::name, names(Gate::param_names)}...};
 }
 
 std::vector<py::dict> kernel_attributes() {
@@ -67,15 +68,14 @@ PYBIND11_MODULE(_bindings, m) {
         "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
   m.def(
       "gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); },
-      "(name, number of parameters) of each gate.");
+      "(name, names of the parameters) of each gate.");
   m.def(
       "statistics",
       [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },
       "The names of the statistics.");
   m.def("kernel_attributes", &kernel_attributes,
         "Registers, shared and local memory and occupancy of each CUDA kernel on the current device; RuntimeError with "
-        "the reason "
-        "where there is none.");
+        "the reason where there is none.");
   m.def("measure_read", &measured<tokenrl_measure_read>, py::arg("bytes"), py::arg("threads"),
         "Bytes per second that the CPU reads from a buffer of so many bytes.");
   m.def("measure_copy", &measured<tokenrl_measure_copy>, py::arg("bytes"), py::arg("threads"),

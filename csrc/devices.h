@@ -45,7 +45,7 @@ struct CpuDevice {
     cpu::statistic(args, statistic, adjoint, kTorchThreads);
   }
   template <class T>
-  void position_adaptive_clip(const BandArgs<T>& args) const {
+  void position_adaptive_clip(const ClipArgs<T>& args) const {
     cpu::position_adaptive_clip(args, kTorchThreads);
   }
   void aggregation_weights(const WeightArgs& args, Span span, Unit unit) const {
@@ -102,7 +102,7 @@ struct CudaDevice {
     check(cuda::statistic(args, statistic, adjoint, static_cast<int32_t*>(memory.data_ptr()), stream()));
   }
   template <class T>
-  void position_adaptive_clip(const BandArgs<T>& args) const {
+  void position_adaptive_clip(const ClipArgs<T>& args) const {
     check(cuda::position_adaptive_clip(args, stream()));
   }
   void aggregation_weights(const WeightArgs& args, Span span, Unit unit) const {

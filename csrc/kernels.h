@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-#include "gates.h"
+#include "gates/table.h"
 
 namespace tokenrl {
 
-// One entry of the metrics tensor each, in this order (tokenrl/metrics.py). ratio is e^s; kl is the k3 of the token's
-// own ratio.
+// One entry of the metrics tensor each, in this order (tokenrl/objectives/metrics.py). ratio is e^s; kl is the k3 of
+// the token's own ratio.
 enum Metric { kTokens, kRatioSum, kRatioMin, kRatioMax, kLow, kHigh, kDual, kKlSum, kRatioSquares, kNumMetrics };
 
 // Where tokens and their sequences and segments lie.
@@ -26,7 +26,13 @@ template <class T>
 struct Param {
   const T* tensor;  // [N], optional
   T value;
+
+  TRL_HD T at(int64_t token) const { return tensor ? tensor[token] : value; }
 };
+template <class Gate, class T>
+TRL_HD ParamsOf<Gate, T> params_at(const Param<T>* params, int64_t token) {
+  return params_from<Gate, T>([=](size_t k) { return params[k].at(token); });
+}
 
 template <class T>
 struct ObjectiveArgs {
@@ -49,11 +55,14 @@ struct StatisticArgs {  // forward: input = logp, input2 = old_logp; backward: i
   T* output;  // [N]; 0 in masked cells
 };
 
+struct PositionAdaptiveClip {
+  TRL_PARAMS(eps_low, eps_high, power);
+};
 template <class T>
-struct BandArgs {
+struct ClipArgs {
   Spans spans;
   const T* log_ratio;
-  Param<T> params[3];   // eps_low, eps_high, power
+  Param<T> params[PositionAdaptiveClip::num_params];
   T *clipped, *inside;  // [N]; 0 in masked cells
 };
 

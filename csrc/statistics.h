@@ -1,5 +1,5 @@
 // The statistics by name, for host and device: which tokens' log ratios make up the s of one token
-// (tokenrl/statistics.py).
+// (tokenrl/objectives/statistics.py).
 #pragma once
 
 #include <cstring>
@@ -21,7 +21,7 @@ TRL_HD T least_before(Statistic statistic, bool some, T least) {
   return statistic == Statistic::prefix_min_capped ? smaller(least, T(0)) : least;
 }
 
-// What aggregation_weights puts on a sequence, and what its normaliser counts (tokenrl/aggregate.py).
+// What aggregation_weights puts on a sequence, and what its normaliser counts (tokenrl/losses/aggregation.py).
 enum class Span { one, inverse_length, group, balanced };
 inline constexpr const char* kSpans[] = {"one", "inverse_length", "group", "balanced"};
 enum class Unit { tokens, rows, groups };

@@ -6,10 +6,10 @@ Registered for CUDA, and for CPU tensors where Triton interprets (TRITON_INTERPR
 import torch
 
 from ..ops.kernel_ops import SCHEMAS
-from .aggregate import aggregation_weights
-from .clip import position_adaptive_clip
+from .aggregation_weights import aggregation_weights
 from .objective import objective
-from .statistics import statistic, statistic_backward
+from .position_adaptive_clip import position_adaptive_clip
+from .statistic import statistic, statistic_backward
 from .token_logprobs import token_logprobs
 from .token_logprobs_backward import token_logprobs_backward, token_logprobs_backward_
 

@@ -86,6 +86,15 @@ def log_ratios(logp, old_logp, at, valid, clamp):
 
 
 @triton.jit
+def parameter(number, tensor, at, valid, T: tl.constexpr):
+    """A gate parameter in a block: a number, or one value per token (1 in masked cells)."""
+    if tensor is None:
+        return tl.full((), number, T)
+    else:
+        return tl.load(tensor + at, mask=valid, other=1.0)
+
+
+@triton.jit
 def _add(reset_a, a, reset_b, b):
     return reset_a | reset_b, tl.where(reset_b != 0, b, a + b)
 

@@ -162,7 +162,7 @@ def token_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The results that tokenrl/ops/kernel_ops.py names, in its order; those neither in ALWAYS nor in outputs are empty."""
+    """The results as tokenrl/ops/kernel_ops.py orders them; those neither in ALWAYS nor in outputs are empty."""
     results = logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
     _, time, vocab = logits.shape
     rows, per_row = ids.shape[0] * time, ids.shape[-1]

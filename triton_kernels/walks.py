@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .clip import parameter
 from .scalar import exponential, k3_of, larger, smaller
-from .spans import log_ratios, running_sum, segment_ends, segment_starts, spread, valid_tokens
-from .statistics import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
+from .spans import log_ratios, parameter, running_sum, segment_ends, segment_starts, spread, valid_tokens
+from .statistic import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
 
 
 class Tokens(NamedTuple):

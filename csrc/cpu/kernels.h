@@ -1,8 +1,6 @@
-// The CPU kernels. The objective and the log-probs are compiled once per instruction set, each in a namespace of its
+// The CPU kernels. Those of TOKENRL_CPU_KERNELS are compiled once per instruction set, each time in a namespace of its
 // own.
 #pragma once
-
-#include <initializer_list>
 
 #include "../kernels.h"
 #include "../statistics.h"
@@ -20,39 +18,17 @@ inline void parallel(const Threads& threads, int64_t n, int64_t grain, F&& f) {
   threads.run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// Loss and metrics of some tokens.
-struct Totals {
-  double loss, metrics[kNumMetrics];
-
-  TRL_HD static Totals nothing() {
-    Totals totals{};
-    totals.metrics[kRatioMin] = infinity<double>();
-    totals.metrics[kRatioMax] = -infinity<double>();
-    return totals;
-  }
-  // The entries that are sums.
-  TRL_HD void add_sums(const Totals& other) {
-    loss += other.loss;
-    for (int k : {kLow, kHigh, kDual}) metrics[k] += other.metrics[k];
-  }
-  TRL_HD void add(const Totals& other) {
-    loss += other.loss;
-    for (int k = 0; k < kNumMetrics; ++k)
-      metrics[k] = k == kRatioMin   ? smaller(metrics[k], other.metrics[k])
-                   : k == kRatioMax ? larger(metrics[k], other.metrics[k])
-                                    : metrics[k] + other.metrics[k];
-  }
-};
-
-// totals: one per sequence. False when there is no gate of that name.
-#define TOKENRL_CPU_KERNELS                                                                                         \
-  template <class T>                                                                                                \
-  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals, \
-                 const Threads& threads);                                                                           \
-  template <class Logit, class T>                                                                                   \
-  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                                   \
-  template <class Logit, class T>                                                                                   \
-  void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
+// The objective is false when there is no gate of that name. The sums are what machine_limits.cpp measures.
+#define TOKENRL_CPU_KERNELS                                                                         \
+  template <class T>                                                                                \
+  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, \
+                 const Threads& threads);                                                           \
+  template <class Logit, class T>                                                                   \
+  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                   \
+  template <class Logit, class T>                                                                   \
+  void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);          \
+  uint64_t sum_words(const uint64_t* words, int64_t n);                                             \
+  float sum_exponentials(const float* values, int64_t n, int64_t rounds);
 
 namespace portable {
 TOKENRL_CPU_KERNELS
@@ -65,6 +41,8 @@ namespace avx512 {
 TOKENRL_CPU_KERNELS
 }
 #endif
+// On the instruction set in use.
+TOKENRL_CPU_KERNELS
 #undef TOKENRL_CPU_KERNELS
 
 enum class Isa { portable, avx2, avx512 };
@@ -73,20 +51,11 @@ inline constexpr const char* kIsas[] = {"portable", "avx2", "avx512"};
 // The widest instruction set of this CPU, or the one that TOKENRL_CPU_ISA names; read once.
 Isa instruction_set();
 
-// Runs the objective on the instruction set in use and adds up its sequences.
-template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
-               const Threads& threads);
-template <class Logit, class T>
-void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);
-template <class Logit, class T>
-void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);
-
 // For flow "local" and for the minima, whose adjoints are the mask, ask for the statistic `token` of the gradient.
 template <class T>
 void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, const Threads& threads);
 template <class T>
-void position_adaptive_clip(const BandArgs<T>& args, const Threads& threads);
+void position_adaptive_clip(const ClipArgs<T>& args, const Threads& threads);
 void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Threads& threads);
 
 }  // namespace tokenrl::cpu

@@ -1,13 +1,21 @@
 // The objective of each sequence: a sequential walk for the statistic, then a vector loop over its tokens for the gate.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
 #include <cstdlib>
-#include <initializer_list>
 
 #include "kernels.h"
 #include "scan.h"
+#include "totals.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
+
+// The memory of n objects that a constructor is not needed for.
+template <class Object>
+Object* allocate(int64_t n) {
+  void* memory = std::malloc(sizeof(Object) * static_cast<size_t>(larger(n, int64_t{1})));
+  if (!memory) std::abort();
+  return static_cast<Object*>(memory);
+}
 
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
@@ -84,19 +92,25 @@ inline void statistic_lanes(const Spans& spans, Sequence q, Statistic statistic,
   else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t, carry);
 }
 
-// A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything.
+// A gate's parameters, of which those given per token are looked up for each; a masked cell's may be anything. The
+// others are filled in by a loop and handed out by reference: what the compiler sees too early to be the same for all
+// tokens becomes branches, with which loops over tokens do not vectorise.
 template <class T, class Gate, bool kPerToken>
-struct Params {
+struct ParamLookup {
   const ObjectiveArgs<T>& args;
-  T p[kMaxParams] = {};
+  ParamsOf<Gate, T> numbers;
 
-  explicit Params(const ObjectiveArgs<T>& given) : args(given) {
-    for (int j = 0; j < Gate::num_params; ++j) p[j] = args.params[j].value;
+  explicit ParamLookup(const ObjectiveArgs<T>& given) : args(given), numbers{} {
+    T* all = reinterpret_cast<T*>(&numbers);  // a struct of nothing but these
+    for (int k = 0; k < Gate::num_params; ++k) all[k] = given.params[k].value;
   }
-  TRL_INLINE void look_up([[maybe_unused]] int64_t token, [[maybe_unused]] bool valid) {
-    if constexpr (kPerToken)
-      for (int j = 0; j < Gate::num_params; ++j)
-        if (args.params[j].tensor) p[j] = valid ? args.params[j].tensor[token] : T(1);
+  TRL_INLINE decltype(auto) at([[maybe_unused]] int64_t token, [[maybe_unused]] bool valid) const {
+    if constexpr (!kPerToken) return (numbers);
+    else
+      return params_from<Gate, T>([&](size_t k) {
+        const Param<T>& param = args.params[k];
+        return !param.tensor ? param.value : valid ? param.tensor[token] : T(1);
+      });
   }
 };
 
@@ -104,20 +118,18 @@ struct Params {
 template <class T, class Gate, bool kPerToken>
 inline void position_powers(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last,
                             const Lanes<T>& lanes) {
-  if constexpr (Gate::power_param >= 0) {
+  if constexpr (Gate::positional) {
     const T* t = lanes.t;
     T* out = lanes.t_power;
-    Params<T, Gate, kPerToken> params(args);
-    if (!kPerToken && params.p[Gate::power_param] == T(0.5)) {
+    const ParamLookup<T, Gate, kPerToken> params(args);
+    if (!kPerToken && params.at(token, true).power == T(0.5)) {
 #pragma omp simd
       for (int64_t k = first; k < last; ++k) out[k] = std::sqrt(larger(t[k], T(1)));
       return;
     }
 #pragma omp simd
-    for (int64_t k = first; k < last; ++k) {
-      params.look_up(token + k, lanes.valid[k] != 0);
-      out[k] = position_power<Gate>(larger(t[k], T(1)), params.p);
-    }
+    for (int64_t k = first; k < last; ++k)
+      out[k] = position_power<Gate>(larger(t[k], T(1)), params.at(token + k, lanes.valid[k] != 0));
   }
 }
 
@@ -129,15 +141,15 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
   const T* advantage = lanes.advantage;
   const T *weights = lanes.weight, *valids = lanes.valid;
   T *shared = lanes.shared, *direct = lanes.direct;
-  Params<T, Gate, kPerToken> params(args);
+  const ParamLookup<T, Gate, kPerToken> params(args);
   const T cap = args.cap;
   T loss = 0, low = 0, high = 0, dual = 0;
 #pragma omp simd reduction(+ : loss, low, high, dual)
   for (int64_t k = first; k < last; ++k) {
-    params.look_up(token + k, valids[k] != 0);
     const T valid = valids[k], weight = weights[k], uncapped = statistic[k], s = smaller(uncapped, cap);
-    const T power = Gate::power_param < 0 ? T(1) : t_power[k];
-    const Gated<T> g = Gate::eval(GateInput<T>{s, x[k], logp[k], advantage[k], power, params.p});
+    const T power = Gate::positional ? t_power[k] : T(1);
+    const Gated<T> g =
+        Gate::eval(GateInput<T>{s, x[k], logp[k], advantage[k], power}, params.at(token + k, valid != 0));
     const bool pays = weight != 0, counts = valid != 0;
     shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
     direct[k] = pays ? weight * g.d_logp : T(0);
@@ -218,16 +230,13 @@ void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool throug
 
 template <class T, class Gate>
 void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Totals* totals, const Threads& threads) {
-  const int64_t grain = larger(int64_t{1}, 4096 * args.spans.num_sequences / larger(args.spans.num_tokens, int64_t{1}));
-  parallel(threads, args.spans.num_sequences, grain, [&](int64_t begin, int64_t end) {
+  parallel(threads, args.spans.num_sequences, sequences_of(args.spans, 4096), [&](int64_t begin, int64_t end) {
     int64_t longest = kBlock;
     for (int64_t i = begin; i < end && !streams<T>(args.spans, statistic, through); ++i) {
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }
-    T* memory =
-        static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(Lanes<T>::room(longest)) * Lanes<T>::kArrays));
-    if (!memory) std::abort();
+    T* memory = allocate<T>(Lanes<T>::room(longest) * Lanes<T>::kArrays);
     for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory, totals[i]);
     std::free(memory);
   });
@@ -241,15 +250,28 @@ bool run_named(std::tuple<Gate...>*, const char* name, const ObjectiveArgs<T>& a
       ...);
 }
 
+template <class T>
+void add_up_sequences(const ObjectiveArgs<T>& args, const Totals* per_sequence) {
+  Totals sum = Totals::nothing();
+  for (int64_t i = 0; i < args.spans.num_sequences; ++i) sum.add(per_sequence[i]);
+  args.loss[0] = static_cast<T>(sum.loss);
+  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
+}
+
 }  // namespace
 
 template <class T>
-bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, Totals* totals,
+bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                const Threads& threads) {
-  return run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
+  clear_outside(args.spans, args.coef);
+  Totals* totals = allocate<Totals>(args.spans.num_sequences);  // one per sequence
+  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
+  if (known) add_up_sequences(args, totals);
+  std::free(totals);
+  return known;
 }
 
-template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, Totals*, const Threads&);
-template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, Totals*, const Threads&);
+template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);
+template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, const Threads&);
 
 }  // namespace tokenrl::cpu::TOKENRL_ISA

@@ -1,8 +1,7 @@
 // The statistics along one sequence and their adjoints. Running sums are double: on a CPU they cost the same.
 #pragma once
 
-#include "../kernels.h"
-#include "../statistics.h"
+#include "kernels.h"
 
 namespace tokenrl::cpu {
 
@@ -23,6 +22,21 @@ TRL_HD bool over_span(Statistic statistic) {
 }
 TRL_HD bool is_mean(Statistic statistic) {
   return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
+}
+
+// Zeros where no sequence lies: before the first and behind the last.
+template <class T>
+TRL_HD void clear_outside(const Spans& spans, T* out) {
+  const bool none = spans.num_sequences == 0;
+  const int64_t first = none ? spans.num_tokens : sequence_of(spans, 0).begin;
+  const int64_t last = none ? spans.num_tokens : sequence_of(spans, spans.num_sequences - 1).end;
+  for (int64_t token = 0; token < first; ++token) out[token] = 0;
+  for (int64_t token = last; token < spans.num_tokens; ++token) out[token] = 0;
+}
+
+// Sequences that hold about so many tokens: what one thread takes at least.
+TRL_HD int64_t sequences_of(const Spans& spans, int64_t tokens) {
+  return larger(int64_t{1}, tokens * spans.num_sequences / larger(spans.num_tokens, int64_t{1}));
 }
 
 // The statistic of one token from its own log ratio and what the span holds up to it; span statistics leave their

@@ -23,7 +23,7 @@ template <class T>
 const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream);
 
 template <class T>
-const char* position_adaptive_clip(const BandArgs<T>& args, void* stream);
+const char* position_adaptive_clip(const ClipArgs<T>& args, void* stream);
 
 size_t aggregation_weights_scratch_bytes(int64_t num_sequences);
 const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* scratch, void* stream);

@@ -1,7 +1,7 @@
-// The objective in one launch: one block per sequence, then the last block to finish adds up the sequences.
+// The objective's kernel: one block per sequence, then the last block to finish adds up the sequences.
 #pragma once
 
-#include "launch.h"
+#include "../statistics.h"
 #include "spans.cuh"
 #include "totals.cuh"
 
@@ -16,6 +16,13 @@ struct ObjectiveScratch {
   unsigned* ticket;           // [1], zero before the launch
 };
 
+// args.coef holds in turn, of which each statistic and flow needs some:
+//
+//   gather_spans      span statistics          the sum of the span's log ratios so far; its last token has the total
+//   evaluate          "local", or token        w d_s + w d_logp: the coefficient
+//   evaluate          "through", the others    w d_s, over the count where s is a mean; w d_logp lies in scratch.direct
+//   spread_back       "through", span          the sum of these from the token to the span's end; its first has the
+//   total finish            "through", the others    the adjoint + w d_logp: the coefficient
 template <class T, class Gate>
 struct SequenceObjective {
   const ObjectiveArgs<T>& args;
@@ -49,12 +56,10 @@ struct SequenceObjective {
   }
 
   __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, int32_t t) const {
-    T params[kMaxParams];
-#pragma unroll
-    for (int k = 0; k < Gate::num_params; ++k)
-      params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
-    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
-    return Gate::eval(GateInput<T>{s, x, args.logp[token], own, position_power<Gate>(T(t), params), params});
+    const auto params = params_at<Gate>(args.params, token);
+    const T own = args.advantages_per_token ? args.advantages[token] : advantage,
+            t_power = position_power<Gate>(T(t), params);
+    return Gate::eval(GateInput<T>{s, x, args.logp[token], own, t_power}, params);
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
@@ -194,54 +199,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     if (threadIdx.x == 0) scratch.totals[i] = totals;
   }
   if (is_last_block(scratch.ticket, gridDim.x)) add_up_sequences(args, scratch.totals);
-}
-
-template <class T, class... Gate>
-bool list_objectives(std::tuple<Gate...>*, const std::string& type) {
-  return (list_kernel("objective " + std::string(Gate::name) + " " + type, &objective_kernel<T, Gate>) && ...);
-}
-
-inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
-
-template <class T>
-size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences) {
-  return aligned(sizeof(unsigned)) + aligned(num_sequences * sizeof(SequenceTotals<T>)) +
-         aligned(num_tokens * sizeof(T)) + aligned(num_tokens * sizeof(int32_t));
-}
-
-template <class T>
-ObjectiveScratch<T> objective_scratch(void* memory, const Spans& spans) {
-  auto* at = static_cast<char*>(memory);
-  ObjectiveScratch<T> scratch;
-  scratch.ticket = reinterpret_cast<unsigned*>(at);
-  scratch.totals = reinterpret_cast<SequenceTotals<T>*>(at += aligned(sizeof(unsigned)));
-  scratch.direct = reinterpret_cast<T*>(at += aligned(spans.num_sequences * sizeof(SequenceTotals<T>)));
-  scratch.counts = reinterpret_cast<int32_t*>(at += aligned(spans.num_tokens * sizeof(T)));
-  return scratch;
-}
-
-template <class T, class Gate>
-bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
-                     void* stream) {
-  if (std::strcmp(Gate::name, gate) != 0) return false;
-  TRL_LAUNCH((objective_kernel<T, Gate>), blocks_of(args.spans), kThreads, 0, stream, args,
-             objective_scratch<T>(scratch, args.spans), statistic, through);
-  return true;
-}
-
-template <class T, class... Gate>
-bool launch_named(std::tuple<Gate...>*, const ObjectiveArgs<T>& args, Statistic statistic, bool through,
-                  const char* gate, void* scratch, void* stream) {
-  return (launch_if_named<T, Gate>(args, statistic, through, gate, scratch, stream) || ...);
-}
-
-template <class T>
-const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
-                      void* stream) {
-  zero(scratch, sizeof(unsigned), stream);
-  if (!launch_named(static_cast<Gates*>(nullptr), args, statistic, through, gate, scratch, stream))
-    return "no gate of that name";
-  return launch_error();
 }
 
 }  // namespace tokenrl::cuda

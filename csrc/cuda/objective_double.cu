@@ -1,4 +1,4 @@
-#include "objective.cuh"
+#include "objective_launch.cuh"
 
 namespace tokenrl::cuda {
 

@@ -1,6 +1,6 @@
 // Each gate's partials against central differences of its value, on a grid that stays away from the edges.
 #include "check.h"
-#include "gates.h"
+#include "gates/table.h"
 
 using namespace tokenrl;
 
@@ -15,10 +15,9 @@ struct Point {
 
 template <class Gate, class T = double>
 Gated<T> at(const Point& point, const double* p) {
-  T params[kMaxParams];
-  for (int k = 0; k < Gate::num_params; ++k) params[k] = static_cast<T>(p[k]);
+  const auto params = params_from<Gate, T>([=](size_t k) { return static_cast<T>(p[k]); });
   const T s = T(point.s), x = T(point.x), logp = T(point.logp), advantage = T(point.advantage);
-  return Gate::template eval<T>({s, x, logp, advantage, position_power<Gate>(T(point.t), params), params});
+  return Gate::template eval<T>({s, x, logp, advantage, position_power<Gate>(T(point.t), params)}, params);
 }
 
 // The unbiased KL forms carry the gradient of k2 = s^2 / 2, and some gates hold their weight fixed: their truth is not

@@ -121,10 +121,9 @@ template <class Gate>
 Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
   const int64_t token = span.tokens[k];
   const double x = log_ratio(batch, token), logp = batch.logp[token], advantage = batch.advantages[span.sequence];
-  double p[kMaxParams];
-  for (int j = 0; j < kMaxParams; ++j) p[j] = batch.bounds[j][token];
+  const auto params = params_from<Gate, double>([&](size_t j) { return batch.bounds[j][token]; });
   const double t = static_cast<double>(k + 1);
-  return Gate::eval(GateInput<double>{s, x, logp, advantage, position_power<Gate>(t, p), p});
+  return Gate::eval(GateInput<double>{s, x, logp, advantage, position_power<Gate>(t, params)}, params);
 }
 
 // The definition: s_t's own effect on l_t (local), or that of x_t on all of its span (through), one product per pair of

@@ -36,11 +36,9 @@ struct Truth {
 
 template <class Gate, class T>
 Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t token, double s, double x, double t) {
-  double params[kMaxParams];
-  for (int k = 0; k < kMaxParams; ++k)
-    params[k] = args.params[k].tensor ? args.params[k].tensor[token] : args.params[k].value;
+  const auto params = params_from<Gate, double>([&](size_t k) { return double(args.params[k].at(token)); });
   const double advantage = args.advantages[args.advantages_per_token ? token : sequence];
-  return Gate::eval(GateInput<double>{s, x, args.logp[token], advantage, position_power<Gate>(t, params), params});
+  return Gate::eval(GateInput<double>{s, x, args.logp[token], advantage, position_power<Gate>(t, params)}, params);
 }
 
 template <class Gate, class T>

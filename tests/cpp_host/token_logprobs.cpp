@@ -16,22 +16,59 @@ std::vector<Logit> random_logits(int64_t n) {
   return logits;
 }
 
+template <class Logit>
+std::vector<double> widened(const std::vector<Logit>& logits) {
+  std::vector<double> wide;
+  for (const Logit x : logits) wide.push_back(widen(x));
+  return wide;
+}
+
+// logp, entropy and lse of each row; the gradient of the logits.
+struct Truth {
+  std::vector<double> stats, grad;
+};
+
+template <class Logit, class T>
+Truth plain_truth(const LogprobArgs<Logit, T>& args) {
+  const int64_t rows = args.batch * args.time, vocab = args.vocab;
+  const double temperature = args.transform.temperature;
+  Truth truth{std::vector<double>(3 * rows), std::vector<double>(rows * vocab)};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t id = args.ids[i];
+    if (id == kIgnoredId) continue;
+    const Logit* row = args.logits + i / args.time * args.stride_batch + i % args.time * args.stride_time;
+    double sum = 0, entropy = 0;
+    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(row[v]) / temperature);
+    const double lse = std::log(sum);
+    const auto log_p = [&](int64_t v) { return widen(row[v]) / temperature - lse; };
+    for (int64_t v = 0; v < vocab; ++v)
+      if (std::isfinite(log_p(v))) entropy -= std::exp(log_p(v)) * log_p(v);
+    truth.stats[i] = id < vocab ? log_p(id) : std::nan("");
+    truth.stats[rows + i] = sum > 0 ? entropy : std::nan("");  // as torch has it for a row of nothing but -inf
+    truth.stats[2 * rows + i] = lse;
+    for (int64_t v = 0; v < vocab; ++v) {
+      const double p = std::exp(log_p(v)), pull = p > 0 ? p * (log_p(v) + entropy) : 0.0;
+      truth.grad[i * vocab + v] = (args.grad_logp[i] * ((v == id) - p) - args.grad_entropy[i] * pull) / temperature;
+    }
+  }
+  return truth;
+}
+
 // Two rows of three tokens, of which the last is ignored; `gap` logits between tokens leave rows at every alignment.
 template <class Logit, class T>
 void check_logprobs(int64_t vocab, int64_t gap) {
   const int64_t rows = 6, stride = vocab + gap, stride_batch = 3 * stride + 1;
-  auto logits = random_logits<Logit, T>(stride_batch + 2 * stride + vocab);
+  const auto logits = random_logits<Logit, T>(stride_batch + 2 * stride + vocab);
   const std::vector<int64_t> ids{0, vocab - 1, vocab / 2, vocab / 3, vocab + 4, kIgnoredId};
   const std::vector<T> grad_logp{1, T(-0.5), 0, 2, 1, 3}, grad_entropy{0, 1, T(0.25), -1, 1, 3};
   const std::string what =
       "logprobs V=" + std::to_string(vocab) + " gap=" + std::to_string(gap) + " bytes=" + std::to_string(sizeof(Logit));
-  const T temperature = T(0.8);
   LogprobArgs<Logit, T> args{};
   args.batch = 2, args.time = 3, args.vocab = vocab, args.num_ids = 1;
   args.stride_batch = stride_batch, args.stride_time = stride;
   args.logits = logits.data();
   args.ids = ids.data();
-  args.transform.temperature = temperature, args.transform.softcap = infinity<T>(), args.transform.logit_scale = 1;
+  args.transform.temperature = T(0.8), args.transform.softcap = infinity<T>(), args.transform.logit_scale = 1;
   args.grad_stride_batch = 3 * vocab, args.grad_stride_time = vocab;
   std::vector<char> scratch(cuda::token_logprobs_scratch_bytes(args), '\xff');
   const auto out = under_all_schedules(what, [&] {
@@ -55,27 +92,9 @@ void check_logprobs(int64_t vocab, int64_t gap) {
     cuda::token_logprobs_backward(args, nullptr);
     return grad;
   });
-  std::vector<double> truth(3 * rows, 0.0), grad_truth(rows * vocab, 0.0), grad_kernel(rows * vocab);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t v = 0; v < vocab; ++v) grad_kernel[i * vocab + v] = widen(grads[i * vocab + v]);
-    if (ids[i] == kIgnoredId) continue;
-    const Logit* row = logits.data() + i / 3 * stride_batch + i % 3 * stride;
-    double sum = 0, entropy = 0;
-    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(row[v]) / static_cast<double>(temperature));
-    const double lse = std::log(sum);
-    const auto log_p = [&](int64_t v) { return widen(row[v]) / static_cast<double>(temperature) - lse; };
-    for (int64_t v = 0; v < vocab; ++v)
-      if (std::isfinite(log_p(v))) entropy -= std::exp(log_p(v)) * log_p(v);
-    truth[i] = ids[i] < vocab ? log_p(ids[i]) : std::nan("");
-    truth[rows + i] = sum > 0 ? entropy : std::nan("");  // as torch has it for a row of nothing but -inf
-    truth[2 * rows + i] = lse;
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double p = std::exp(log_p(v)), pull = p > 0 ? p * (log_p(v) + entropy) : 0.0;
-      grad_truth[i * vocab + v] = (grad_logp[i] * ((v == ids[i]) - p) - grad_entropy[i] * pull) / temperature;
-    }
-  }
-  expect_close(std::vector<T>(out.begin(), out.begin() + 3 * rows), truth, tolerance_of<T>(), what);
-  expect_close(grad_kernel, grad_truth, sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
+  const Truth truth = plain_truth(args);
+  expect_close(std::vector<T>(out.begin(), out.begin() + 3 * rows), truth.stats, tolerance_of<T>(), what);
+  expect_close(widened(grads), truth.grad, sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
 }
 
 template <class Logit, class T>
@@ -225,9 +244,8 @@ void check_everything(int64_t rows, int64_t vocab, int64_t count) {
     cuda::token_logprobs_backward(args, nullptr);
     return memory;
   });
-  std::vector<double> found;
-  for (const Logit g : grads) found.push_back(widen(g));
-  expect_close(found, true_gradient(given, truth), sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
+  expect_close(widened(grads), true_gradient(given, truth), sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(),
+               what + " backward");
 }
 
 }  // namespace tokenrl

@@ -166,5 +166,5 @@ int main() {
   check_special_rows();
   check_conversion<BFloat16>(0x7f80, "bfloat16");
   check_conversion<Half>(0x7c00, "half");
-  return report("vocabulary");
+  return report("token_logprobs");
 }

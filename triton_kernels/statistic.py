@@ -1,4 +1,4 @@
-"""The statistics of log ratios (tokenrl/objectives/statistics.py) and their adjoints: ops statistic and statistic_backward.
+"""Ops statistic and statistic_backward: tokenrl/objectives/statistics.py and the adjoints.
 
 One program per sequence. Prefix statistics are one walk forwards, their adjoint one walk backwards; with segments a
 span statistic walks forwards for the totals and backwards to hand them to every token of the segment.

@@ -1,71 +1,5 @@
 // What this machine can do at best: bytes read, bytes copied and exponentials per second. The limits that benchmarks
-// refer to. Compiled once per instruction set (TOKENRL_ISA) for the loops, and once without it for the threads around
-// them.
-#include <cstdint>
-
-#ifdef TOKENRL_ISA
-#include "lanes.h"
-#endif
-
-namespace tokenrl::cpu {
-
-constexpr int64_t kValues = 2048;  // exponentials per round, from the first-level cache
-
-#define TOKENRL_LIMIT_LOOPS                             \
-  uint64_t sum_words(const uint64_t* words, int64_t n); \
-  float sum_exponentials(const float* values, int64_t rounds);
-
-#ifdef TOKENRL_ISA
-
-namespace TOKENRL_ISA {
-TOKENRL_LIMIT_LOOPS
-
-// Four streams, as several rows are read at once; integer sums, whose latency never holds up a load.
-uint64_t sum_words(const uint64_t* words, int64_t n) {
-  const int64_t quarter = n / 4;
-  const uint64_t *a = words, *b = a + quarter, *c = b + quarter, *d = c + quarter;
-  uint64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < quarter; ++i) sum += (a[i] + b[i]) + (c[i] + d[i]);
-  for (int64_t i = 4 * quarter; i < n; ++i) sum += words[i];
-  return sum;
-}
-
-// Exponentials as token_logprobs takes them. The offset differs per round, so that no round can be left out.
-float sum_exponentials(const float* values, int64_t rounds) {
-  const Exponential<float> e_to(1);
-  Floats sum[kUnroll] = {};
-  for (int64_t round = 0; round < rounds; ++round) {
-    const float offset = 1e-6f * static_cast<float>(round & 1023);
-    for (int64_t i = 0; i < kValues; i += kStep) {
-      Floats d[kUnroll], e[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) d[u] = load(values + i + u * kLanes) - offset;
-      e_to(d, e);
-      for (int u = 0; u < kUnroll; ++u) sum[u] += e[u];
-    }
-  }
-  return sum_of(sum);
-}
-
-}  // namespace TOKENRL_ISA
-}  // namespace tokenrl::cpu
-
-#else
-
-namespace portable {
-TOKENRL_LIMIT_LOOPS
-}
-#ifdef __x86_64__
-namespace avx2 {
-TOKENRL_LIMIT_LOOPS
-}
-namespace avx512 {
-TOKENRL_LIMIT_LOOPS
-}
-#endif
-
-}  // namespace tokenrl::cpu
-
+// refer to.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -79,20 +13,8 @@ TOKENRL_LIMIT_LOOPS
 namespace tokenrl::cpu {
 namespace {
 
-constexpr int kPasses = 7;  // the fastest counts
-
-struct Loops {
-  decltype(&portable::sum_words) sum_words;
-  decltype(&portable::sum_exponentials) sum_exponentials;
-};
-
-Loops loops() {
-#ifdef __x86_64__
-  if (instruction_set() == Isa::avx512) return {avx512::sum_words, avx512::sum_exponentials};
-  if (instruction_set() == Isa::avx2) return {avx2::sum_words, avx2::sum_exponentials};
-#endif
-  return {portable::sum_words, portable::sum_exponentials};
-}
+constexpr int kPasses = 7;         // the fastest counts
+constexpr int64_t kValues = 2048;  // exponentials per round, from the first-level cache
 
 // Keeps results alive that nobody reads.
 std::atomic<uint64_t> sink{0};
@@ -146,10 +68,9 @@ using namespace tokenrl::cpu;
 
 double tokenrl_measure_read(int64_t bytes, int threads) {
   const Shares shares(bytes, threads);
-  const auto sum = loops().sum_words;
   const int64_t rounds = shares.rounds();
   const double best = fastest(threads, [&](int thread) {
-    for (int64_t round = 0; round < rounds; ++round) sink += sum(shares.of(thread), shares.each);
+    for (int64_t round = 0; round < rounds; ++round) sink += sum_words(shares.of(thread), shares.each);
   });
   return shares.bytes() * static_cast<double>(rounds) / best;
 }
@@ -167,14 +88,12 @@ double tokenrl_measure_copy(int64_t bytes, int threads) {
 }
 
 double tokenrl_measure_exponentials(int64_t count, int threads) {
-  const auto sum = loops().sum_exponentials;
   const int64_t rounds = std::max<int64_t>(1, count / kValues / threads);
   const double best = fastest(threads, [&](int) {
     float values[kValues];
     for (int64_t i = 0; i < kValues; ++i) values[i] = -20.0f * static_cast<float>(i) / kValues;
-    sink += static_cast<uint64_t>(sum(values, rounds));
+    sink += static_cast<uint64_t>(sum_exponentials(values, kValues, rounds));
   });
   return static_cast<double>(rounds * kValues) * threads / best;
 }
 
-#endif

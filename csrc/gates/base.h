@@ -2,7 +2,10 @@
 // Torch-free; host and device; float and double.
 #pragma once
 
-#include "scalar.h"
+#include <cstddef>
+#include <utility>
+
+#include "../scalar.h"
 
 namespace tokenrl {
 
@@ -14,23 +17,50 @@ struct Gated {
   T low = 0, high = 0, dual = 0;
 };
 
-// What a gate sees of one token; p holds its parameters in the order of params() in tokenrl/gates*.py. x: its own log
-// ratio; d_logp holds x's part of the derivative too. t_power: the position t to the power that the gate asks for.
+// What a gate sees of one token. x: its own log ratio; d_logp holds x's part of the derivative too. t_power: the
+// position t to the power that the gate asks for.
 template <class T>
 struct GateInput {
   T s, x, logp, advantage, t_power;
-  const T* p;
 };
 
-// For gates that do not look at the position; the others say which parameter is its power.
+// A gate's parameters: a struct of them, their names and their count. Names and order are those of the gate in
+// tokenrl/objectives/gates/.
+#define TRL_PARAMS(...)                                    \
+  template <class T>                                       \
+  struct Params {                                          \
+    T __VA_ARGS__;                                         \
+  };                                                       \
+  static constexpr const char* param_names = #__VA_ARGS__; \
+  static constexpr int num_params = sizeof(Params<char>)
+template <class Gate, class T>
+using ParamsOf = typename Gate::template Params<T>;
+
+// The parameters from value(k) of the k-th.
+template <class Gate, class T, class Value, size_t... k>
+TRL_HD ParamsOf<Gate, T> params_from([[maybe_unused]] Value value, std::index_sequence<k...>) {
+  return {value(k)...};
+}
+template <class Gate, class T, class Value>
+TRL_HD ParamsOf<Gate, T> params_from(Value value) {
+  return params_from<Gate, T>(value, std::make_index_sequence<Gate::num_params>());
+}
+
+// For gates that do not look at the position; the parameters of the others have its `power`.
 struct AnyPosition {
-  static constexpr int power_param = -1;
+  static constexpr bool positional = false;
 };
 template <class Gate, class T>
-TRL_HD T position_power(T t, const T* p) {
-  if constexpr (Gate::power_param < 0) return T(1);
-  else return power(t, p[Gate::power_param]);
+TRL_HD T position_power([[maybe_unused]] T t, [[maybe_unused]] const ParamsOf<Gate, T>& params) {
+  if constexpr (Gate::positional) return power(t, params.power);
+  else return T(1);
 }
+struct NoParams : AnyPosition {
+  template <class T>
+  struct Params {};
+  static constexpr const char* param_names = "";
+  static constexpr int num_params = 0;
+};
 
 // y of x with the larger loss -A y of x and clip(x), and at most -A dual where A < 0; low, high, dual: 1 where that
 // bound is active.

@@ -90,5 +90,5 @@ int main() {
   for (Statistic statistic : {Statistic::prefix_sum, Statistic::prefix_mean, Statistic::prefix_min,
                               Statistic::prefix_min_capped, Statistic::span_sum, Statistic::span_mean})
     check_local(statistic);
-  return report("statistics");
+  return report("statistic");
 }

@@ -7,17 +7,8 @@ from torch import Tensor
 
 from . import launch
 from .scalar import clip, power
-from .spans import Spans, fill_outside, sequence, valid_tokens
-from .statistics import positions
-
-
-@triton.jit
-def parameter(number, tensor, at, valid, T: tl.constexpr):
-    """A gate parameter in a block: a number, or one value per token (1 in masked cells)."""
-    if tensor is None:
-        return tl.full((), number, T)
-    else:
-        return tl.load(tensor + at, mask=valid, other=1.0)
+from .spans import Spans, fill_outside, parameter, sequence, valid_tokens
+from .statistic import positions
 
 
 @triton.jit

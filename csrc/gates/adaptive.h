@@ -1,7 +1,8 @@
-// Gates whose bounds or advantages come from entropies, and those that mix two ratios (tokenrl/gates_adaptive.py).
+// Gates whose bounds or advantages come from entropies, and those that mix two ratios: see
+// tokenrl/objectives/gates/adaptive.py.
 #pragma once
 
-#include "gate.h"
+#include "base.h"
 
 namespace tokenrl {
 
@@ -16,13 +17,18 @@ TRL_HD Clipped<T> clipped_ratio(T log_ratio, T eps_low, T eps_high) {
   return {ratio, clamp(ratio, low, high), (ratio >= low) & (ratio <= high) ? T(1) : T(0)};
 }
 
-struct Dhpo : AnyPosition {
+// Base of DHPO's.
+struct DhpoGate : AnyPosition {
+  TRL_PARAMS(mix, eps_low, eps_high, span_eps_low, span_eps_high);
+};
+
+struct Dhpo : DhpoGate {
   static constexpr const char* name = "dhpo";
-  static constexpr int num_params = 5;  // mix, eps_low, eps_high, span_eps_low, span_eps_high
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    const Clipped<T> own = clipped_ratio(in.x, in.p[1], in.p[2]), span = clipped_ratio(in.s, in.p[3], in.p[4]);
-    const T w = in.p[0], a = in.advantage;
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const Clipped<T> own = clipped_ratio(in.x, params.eps_low, params.eps_high);
+    const Clipped<T> span = clipped_ratio(in.s, params.span_eps_low, params.span_eps_high);
+    const T w = params.mix, a = in.advantage;
     const T mixed = w * own.ratio + (1 - w) * span.ratio, kept = w * own.kept + (1 - w) * span.kept;
     const bool low = (a < 0) & (mixed < kept), high = (a > 0) & (mixed > kept), bound = low | high;
     Gated<T> out;
@@ -35,14 +41,14 @@ struct Dhpo : AnyPosition {
   }
 };
 
-struct DhpoBranch : AnyPosition {
+struct DhpoBranch : DhpoGate {
   static constexpr const char* name = "dhpo_branch";
-  static constexpr int num_params = 5;  // mix, eps_low, eps_high, span_eps_low, span_eps_high
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    const T w = in.p[0], a = in.advantage;
-    const Bounded<T> own = bounded(a, exponential(in.x), 1 - in.p[1], 1 + in.p[2], infinity<T>());
-    const Bounded<T> span = bounded(a, exponential(in.s), 1 - in.p[3], 1 + in.p[4], infinity<T>());
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T w = params.mix, a = in.advantage;
+    const Bounded<T> own = bounded(a, exponential(in.x), 1 - params.eps_low, 1 + params.eps_high, infinity<T>());
+    const Bounded<T> span =
+        bounded(a, exponential(in.s), 1 - params.span_eps_low, 1 + params.span_eps_high, infinity<T>());
     Gated<T> out;
     out.value = -a * (w * own.y + (1 - w) * span.y);
     out.d_s = span.low + span.high > 0 ? T(0) : -a * (1 - w) * span.y;
@@ -55,15 +61,16 @@ struct DhpoBranch : AnyPosition {
 
 struct Hapo : AnyPosition {
   static constexpr const char* name = "hapo";
-  static constexpr int num_params = 6;  // eps_low, eps_high, dual, score, alpha, beta
+  TRL_PARAMS(eps_low, eps_high, dual, score, alpha, beta);
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in) {
-    const T score = in.p[3], wider = 1 + in.p[4] * larger(score, -score), ratio = exponential(in.s);
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T score = params.score, wider = 1 + params.alpha * larger(score, -score), ratio = exponential(in.s);
     const bool uncertain = score > 0;
-    const T eps_low = uncertain ? in.p[0] : in.p[0] * wider, eps_high = uncertain ? in.p[1] * wider : in.p[1];
+    const T eps_low = uncertain ? params.eps_low : params.eps_low * wider;
+    const T eps_high = uncertain ? params.eps_high * wider : params.eps_high;
     const bool inside = (ratio > 1 - eps_low / 2) & (ratio < 1 + eps_high / 2);
-    const T advantage = inside == uncertain ? in.advantage : in.advantage * (1 + in.p[5] * score);
-    const Bounded<T> kept = bounded(advantage, ratio, 1 - eps_low, 1 + eps_high, in.p[2]);
+    const T advantage = inside == uncertain ? in.advantage : in.advantage * (1 + params.beta * score);
+    const Bounded<T> kept = bounded(advantage, ratio, 1 - eps_low, 1 + eps_high, params.dual);
     return surrogate(advantage, kept.y, kept);
   }
 };

@@ -1,0 +1,78 @@
+// Aggregation weights: tokens and sign of each sequence, then what they add up to in each group.
+#include <unordered_map>
+#include <vector>
+
+#include "walk.h"
+
+namespace tokenrl::cpu {
+
+namespace {
+
+struct Group {
+  int64_t tokens = 0, rows[2] = {0, 0}, signed_tokens[2] = {0, 0};
+};
+
+struct SequenceCount {
+  int64_t tokens = 0;
+  double advantage = 0;
+};
+
+SequenceCount count_of(const WeightArgs& args, int64_t i) {
+  const Sequence q = sequence_of(args.spans, i);
+  const auto advantage = [&](int64_t at) {
+    return args.advantages_double ? static_cast<const double*>(args.advantages)[at]
+                                  : static_cast<const float*>(args.advantages)[at];
+  };
+  SequenceCount count;
+  for (int64_t token = q.begin; token < q.end; ++token) count.tokens += is_valid(args.spans, token);
+  if (args.advantages && args.advantages_per_token) {
+    for (int64_t token = q.begin; token < q.end; ++token)
+      if (is_valid(args.spans, token)) count.advantage += advantage(token);
+  }
+  if (args.advantages && !args.advantages_per_token) count.advantage = advantage(i);
+  return count;
+}
+
+double weight_of(Span span, const SequenceCount& own, const Group& group) {
+  if (own.tokens == 0) return 0;
+  switch (span) {
+    case Span::one: return 1;
+    case Span::inverse_length: return 1 / static_cast<double>(own.tokens);
+    case Span::group: return 1 / static_cast<double>(group.tokens);
+    case Span::balanced: break;
+  }
+  if (own.advantage == 0) return 0;
+  const int sign = own.advantage > 0;
+  const double rows = static_cast<double>(group.rows[0] + group.rows[1]);
+  return static_cast<double>(group.rows[sign]) / rows / static_cast<double>(group.signed_tokens[sign]);
+}
+
+}  // namespace
+
+void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Threads& threads) {
+  const int64_t sequences = args.spans.num_sequences;
+  std::vector<SequenceCount> counts(static_cast<size_t>(sequences));
+  parallel(threads, sequences, sequences_of(args.spans, 8192), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) counts[i] = count_of(args, i);
+  });
+  std::unordered_map<int64_t, Group> groups;
+  int64_t tokens = 0, rows = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const SequenceCount& own = counts[i];
+    if (own.tokens == 0) continue;
+    tokens += own.tokens, ++rows;
+    if (!args.group_ids) continue;
+    Group& group = groups[args.group_ids[i]];
+    group.tokens += own.tokens;
+    if (own.advantage == 0) continue;
+    ++group.rows[own.advantage > 0];
+    group.signed_tokens[own.advantage > 0] += own.tokens;
+  }
+  for (int64_t i = 0; i < sequences; ++i) {
+    const auto group = args.group_ids ? groups.find(args.group_ids[i]) : groups.end();
+    args.span_weight[i] = weight_of(span, counts[i], group == groups.end() ? Group{} : group->second);
+  }
+  args.count[0] = unit == Unit::tokens ? tokens : unit == Unit::rows ? rows : static_cast<int64_t>(groups.size());
+}
+
+}  // namespace tokenrl::cpu

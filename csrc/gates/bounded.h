@@ -1,0 +1,81 @@
+// Gates that bound a ratio (tokenrl/objectives/gates/bounded.py).
+#pragma once
+
+#include "base.h"
+
+namespace tokenrl {
+
+struct Ratio : NoParams {
+  static constexpr const char* name = "ratio";
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
+    Gated<T> out;
+    out.value = -in.advantage * exponential(in.s);
+    out.d_s = out.value;
+    return out;
+  }
+};
+
+struct PpoClip : AnyPosition {
+  static constexpr const char* name = "ppo_clip";
+  TRL_PARAMS(eps_low, eps_high, dual);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const Bounded<T> kept =
+        bounded(in.advantage, exponential(in.s), T(1) - params.eps_low, T(1) + params.eps_high, params.dual);
+    return surrogate(in.advantage, kept.y, kept);
+  }
+};
+
+struct PpoNtp : AnyPosition {
+  static constexpr const char* name = "ppo_ntp";
+  TRL_PARAMS(eps_low, eps_high, dual, ntp);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out = PpoClip::eval(in, {params.eps_low, params.eps_high, params.dual});
+    out.value -= params.ntp * in.logp;
+    out.d_logp = -params.ntp;
+    return out;
+  }
+};
+
+struct LogBand {
+  static constexpr const char* name = "log_band";
+  TRL_PARAMS(eps_low, eps_high, eps_dual, power);
+  static constexpr bool positional = true;
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T width = in.t_power;
+    const Bounded<T> kept =
+        bounded(in.advantage, in.s, -params.eps_low * width, params.eps_high * width, params.eps_dual * width);
+    return surrogate(in.advantage, exponential(kept.y), kept);
+  }
+};
+
+struct Sapo : AnyPosition {
+  static constexpr const char* name = "sapo";
+  TRL_PARAMS(tau_pos, tau_neg);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out;
+    const T ratio = exponential(in.s), tau = in.advantage > 0 ? params.tau_pos : params.tau_neg;
+    // sigmoid(z) = e^-|z| or 1 over 1 + e^-|z|: no overflow on either side.
+    const T z = tau * (ratio - 1), small = exponential(z < 0 ? z : -z), p = (z < 0 ? small : T(1)) / (1 + small);
+    out.value = T(-4) / tau * p * in.advantage;
+    out.d_s = T(-4) * ratio * (small / ((1 + small) * (1 + small))) * in.advantage;
+    return out;
+  }
+};
+
+struct Identity : NoParams {
+  static constexpr const char* name = "identity";
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
+    Gated<T> out;
+    out.value = in.logp;
+    out.d_logp = 1;
+    return out;
+  }
+};
+
+}  // namespace tokenrl

@@ -1,0 +1,113 @@
+// Gates that weigh the policy gradient (tokenrl/objectives/gates/weighted.py).
+#pragma once
+
+#include "base.h"
+
+namespace tokenrl {
+
+struct Cispo : AnyPosition {
+  static constexpr const char* name = "cispo";
+  TRL_PARAMS(low, high);  // the bounds themselves, in ratio space
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T ratio = exponential(in.s);
+    Gated<T> out = weighted(in, clamp(ratio, params.low, params.high));
+    out.low = ratio < params.low;
+    out.high = ratio > params.high;
+    return out;
+  }
+};
+
+struct Reinforce : NoParams {
+  static constexpr const char* name = "reinforce";
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
+    return weighted(in, T(1));
+  }
+};
+
+struct Quadratic : AnyPosition {
+  static constexpr const char* name = "quadratic";
+  TRL_PARAMS(beta);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out = weighted(in, T(1));
+    out.value += params.beta / 2 * in.s * in.s;
+    out.d_s = params.beta * in.s;
+    return out;
+  }
+};
+
+struct Topr : AnyPosition {
+  static constexpr const char* name = "topr";
+  TRL_PARAMS(ceiling);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T ratio = exponential(in.s);
+    const bool positive = in.advantage > 0;
+    Gated<T> out = weighted(in, positive ? T(1) : smaller(ratio, params.ceiling));
+    out.low = !positive & (ratio > params.ceiling) ? T(1) : T(0);
+    return out;
+  }
+};
+
+struct Vespo : AnyPosition {
+  static constexpr const char* name = "vespo";
+  TRL_PARAMS(k_pos, lambda_pos, k_neg, lambda_neg);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const bool negative = in.advantage < 0;
+    const T k = negative ? params.k_neg : params.k_pos, decay = negative ? params.lambda_neg : params.lambda_pos;
+    const T log_ratio = larger(in.s, static_cast<T>(-18.420680743952367));  // log 1e-8
+    return weighted(in, exponential(decay + k * log_ratio - decay * exponential(log_ratio)));
+  }
+};
+
+// -min(r, ceiling) A logp of the tokens that are kept. divergence(p, mu) of the probabilities under the current and the
+// old policy.
+template <class T, class Params, class Divergence>
+TRL_HD Gated<T> dppo(const GateInput<T>& in, const Params& params, Divergence divergence) {
+  const T p = smaller(exponential(in.logp), T(1)), mu = smaller(exponential(in.logp - in.s), T(1));
+  const T far = divergence(p, mu);
+  const bool positive = in.advantage > 0;
+  const T low = !positive & (p < mu) & (far > params.eps_low) ? T(1) : T(0);
+  const T high = positive & (p > mu) & (far > params.eps_high) ? T(1) : T(0);
+  Gated<T> out = weighted(in, low + high > 0 ? T(0) : smaller(exponential(in.s), params.ceiling));
+  out.low = low;
+  out.high = high;
+  return out;
+}
+
+struct Dppo : AnyPosition {
+  static constexpr const char* name = "dppo";
+  TRL_PARAMS(eps_low, eps_high, ceiling, divergence);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T given = params.divergence;
+    return dppo(in, params, [given](T, T) { return given; });
+  }
+};
+
+struct DppoTv : AnyPosition {
+  static constexpr const char* name = "dppo_tv";
+  TRL_PARAMS(eps_low, eps_high, ceiling);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    return dppo(in, params, [](T p, T mu) { return larger(p - mu, mu - p); });
+  }
+};
+
+struct DppoKl : AnyPosition {
+  static constexpr const char* name = "dppo_kl";
+  TRL_PARAMS(eps_low, eps_high, ceiling);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T s = in.s;
+    return dppo(in, params, [s](T p, T mu) {
+      const T tiny = static_cast<T>(1e-8);
+      return (1 - mu) * logarithm((1 - mu + tiny) / (1 - p + tiny)) - mu * s;
+    });
+  }
+};
+
+}  // namespace tokenrl
