@@ -24,7 +24,6 @@ AIMS = {
     "linear_token_logprobs forward + backward": None,
     "advantages.grpo": 15,
 }
-HEADER = ("call", "additions", "aim")
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -87,12 +86,3 @@ def measure() -> dict[str, float]:
     torch.set_num_threads(threads)
     unit = min(fastest.pop("addition"), *(seconds(timed["addition"]) for _ in range(ROUNDS)))
     return {name: value / unit for name, value in fastest.items()}
-
-
-def table(found: dict[str, float]) -> list[tuple[str, str, str]]:
-    return [(name, f"{value:.0f}", str(AIMS[name] or "")) for name, value in found.items()]
-
-
-def markdown(found: dict[str, float]) -> str:
-    rows = [HEADER, ("---",) * len(HEADER), *table(found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

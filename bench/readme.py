@@ -1,33 +1,53 @@
-"""python -m bench.readme README.md: renders bench/results/cpu.json between the markers of a README."""
+"""python -m bench.readme README.md: renders the tables of bench/results/ between their markers of a README."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from .report import readme_table
+from .report import markdown_table, overhead_table, readme_table
 
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
+# The markers' name -> the file of the results, and the table that is made of them.
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "bench": ("cpu.json", readme_table),
+    "overhead": ("overhead.json", lambda report: markdown_table(*overhead_table(report))),
+}
 
 
-def between(text: str) -> str:
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def table(name: str) -> str:
+    """The table of that name, of the committed results."""
+    file, made = TABLES[name]
+    return made(json.loads((RESULTS / file).read_text()))
+
+
+def between(text: str, name: str) -> str:
     """What stands between the markers; ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file needs one line {BEGIN} and, after it, one line {END}")
-    return text.split(BEGIN)[1].split(END)[0].strip("\n")
+    begin, end = markers(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file needs one line {begin} and, after it, one line {end}")
+    return text.split(begin)[1].split(end)[0].strip("\n")
 
 
-def rendered(text: str, report: dict) -> str:
-    """The text with the table of the report between its markers."""
-    between(text)
-    return f"{text.split(BEGIN)[0]}{BEGIN}\n{readme_table(report)}\n{END}{text.split(END)[1]}"
+def rendered(text: str, name: str, table: str) -> str:
+    """The text with the table between its markers."""
+    between(text, name)
+    begin, end = markers(name)
+    return f"{text.split(begin)[0]}{begin}\n{table}\n{end}{text.split(end)[1]}"
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bench.readme README.md")
     path = Path(sys.argv[1])
-    path.write_text(rendered(path.read_text(), json.loads(RESULTS.read_text())))
+    text = path.read_text()
+    for name in TABLES:
+        text = rendered(text, name, table(name))
+    path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from .overhead import AIMS
+
 MISSING = "-"
 SPEED = (
     "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "MB moved", "forward GB/s", "fwd+bwd GB/s",
@@ -122,12 +124,19 @@ def count_rows(lines: list[dict]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def overhead_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """What each call costs beside its kernels, and what it is held to."""
+    found = report.get("overhead", {})
+    return ["call", "additions", "aim"], [[name, f"{x:.0f}", str(AIMS[name] or MISSING)] for name, x in found.items()]
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
     linear, rest = [x for x in lines if is_linear(x)], [x for x in lines if not is_linear(x)]
     what = "kernel launches" if report["device"] == "cuda" else "ops dispatched"
     found = [
+        ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
         ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
         ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),
@@ -145,7 +154,8 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def notes(report: dict) -> list[str]:
-    return [NOTES, LINEAR_NOTES] if any(map(is_linear, report["lines"])) else [NOTES]
+    lines = report["lines"]
+    return [NOTES] * bool(lines) + [LINEAR_NOTES] * any(map(is_linear, lines))
 
 
 def markdown(report: dict) -> str:

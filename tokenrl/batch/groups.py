@@ -33,10 +33,10 @@ class Groups:
         return x.new_zeros(self.number).index_add_(0, self.index, x)
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.total(x)[self.index]
+        return self.total(x).index_select(0, self.index)
 
     def max(self, x: Tensor) -> Tensor:
-        return x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax")[self.index]
+        return x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax").index_select(0, self.index)
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:
         """sum(w x) / sum(w) of the group, around its minimum, so that equal values have exactly their own as mean."""
@@ -71,16 +71,18 @@ def groups_of(ids: Tensor) -> Groups:
 def statistics_of(x: Tensor, groups: Groups, unbiased: bool, singleton: str) -> GroupStatistics:
     if singleton not in SINGLETONS:
         raise unknown("singleton", singleton, SINGLETONS)
-    # Per group until the end: a batch is small, each call into torch counts.
+    # Per group until the end, and few calls into torch: of a small batch they are all that it costs.
     index, count = groups.index, groups.total(torch.ones_like(x))
     low = x.new_full((groups.number,), torch.inf).scatter_reduce_(0, index, x, "amin")
-    mean = low + groups.total(x - low[index]) / count  # around the minimum, as Groups.mean
-    centred = x - mean[index]
-    std = (groups.total(centred * centred) / (count - (1 if unbiased else 0)).clamp(min=1)).sqrt()
+    mean = groups.total(x - low.index_select(0, index)).div_(count).add_(low)  # around the minimum, as Groups.mean
+    centred = x - mean.index_select(0, index)
+    over = count.sub(1).clamp_min_(1) if unbiased else count
+    std = groups.total(centred * centred).div_(over).sqrt_()
     if singleton == "raw":
-        several = count > 1
-        mean, std = torch.where(several, mean, 0.0), torch.where(several, std, 1.0)
-    return GroupStatistics(mean[index], std[index], count[index])
+        alone = count == 1
+        mean.masked_fill_(alone, 0.0)
+        std.masked_fill_(alone, 1.0)
+    return GroupStatistics(*(each.index_select(0, index) for each in (mean, std, count)))
 
 
 def group_statistics(
