@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import as_float64, as_lengths, as_rewards
-from ..batch.groups import groups_from, moments, statistics_of
+from ..batch.groups import as_groups, moments, statistics_of
 from ..errors import unknown, wrong
 from .per_token import discounted_returns
 
@@ -26,7 +26,7 @@ def grpo(
     x = as_rewards(rewards)
     own = None
     if mean is None or (std is None and scale == "std"):
-        own = statistics_of(x, groups_from(group_ids, x), unbiased, singleton)
+        own = statistics_of(x, as_groups(group_ids, x), unbiased, singleton)
     centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
     if scale == "none":
         return centred.to(rewards.dtype)
@@ -49,7 +49,7 @@ def rloo(
     if (mean is None) != (count is None):
         raise wrong("count" if count is None else "mean", None, "both of mean and count, or neither")
     if mean is None:
-        mean, _, count = statistics_of(x, groups_from(group_ids, x), True, singleton)
+        mean, _, count = statistics_of(x, as_groups(group_ids, x), True, singleton)
     n, centred = as_float64("count", count, x.shape, x), x - as_float64("mean", mean, x.shape, x)
     return (torch.where(n > 1, n / (n - 1), 1.0) * centred).to(rewards.dtype)
 
@@ -59,7 +59,7 @@ def opo(rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str =
 
     Groups without a token stay finite (verl: NaN) [R].
     """
-    x, groups = as_rewards(rewards), groups_from(group_ids, rewards)
+    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     single = statistics_of(x, groups, True, singleton)
     baseline = torch.where(single.count > 1, groups.mean(x, as_lengths(lengths, x)), single.mean)
     return (x - baseline).to(rewards.dtype)
@@ -88,7 +88,7 @@ def gpg(
     so it means what the paper says for rewards of 0 and 1 only.
     """
     x = as_rewards(rewards)
-    own = statistics_of(x, groups_from(group_ids, x), True, singleton).mean if mean is None else mean
+    own = statistics_of(x, as_groups(group_ids, x), True, singleton).mean if mean is None else mean
     factor = x.numel() / (x != 0).double().sum().clamp(min=1) if alpha is None else alpha
     return (factor * (x - as_float64("mean", own, x.shape, x)) / f_norm).to(rewards.dtype)
 
@@ -102,7 +102,7 @@ def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: fl
     """
     if scale not in SCALES[:2]:
         raise unknown("scale", scale, SCALES[:2])
-    x, groups = as_rewards(rewards), groups_from(group_ids, rewards)
+    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     statistics = statistics_of(x, groups, True, "zero")
     alone, second = groups.top_two(x)
     gap = torch.where(alone & (statistics.count > 1), x - second, 0.0)
@@ -120,7 +120,7 @@ def gdpo(
     sequence counts n_i times, as verl), else over sequences (as TRL, which has / (std + 1e-4)).
     """
     x = as_rewards(rewards, dims="[S, K]")
-    groups, w = groups_from(group_ids, x), x.new_ones(x.shape[1])
+    groups, w = as_groups(group_ids, x), x.new_ones(x.shape[1])
     if weights is not None:
         w = as_float64("weights", weights, w.shape, x)
     total = torch.zeros_like(x[:, 0])

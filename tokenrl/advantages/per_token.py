@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import as_rewards
-from ..batch.groups import groups_from, groups_of, moments, statistics_of
+from ..batch.groups import as_groups, groups_of, moments, statistics_of
 from ..batch.valid_tokens import HOLES, ValidTokens, valid_of, valid_tokens
 from ..errors import unknown, wrong
 
@@ -62,7 +62,7 @@ def reinforce_plus_plus_baseline(
     2501.03262, verl [T]."""
     x, valid = as_rewards(rewards), valid_of(mask, mask, cu_seqlens, "mask")
     valid.layout.flat_sequences("rewards", rewards, x.dtype)
-    centred = x - statistics_of(x, groups_from(group_ids, x), True, singleton).mean
+    centred = x - statistics_of(x, as_groups(group_ids, x), True, singleton).mean
     return valid.put(_whitened(centred[valid.row], None, None, 1e-8), rewards.dtype)
 
 
@@ -116,7 +116,7 @@ def otb(
     lengths = returns.new_zeros(valid.layout.num_sequences).index_add_(0, row, torch.ones_like(returns))
     if position == "valid":
         t = torch.arange(row.numel(), device=row.device) - (lengths.cumsum(0) - lengths)[row].long()
-    groups = groups_from(group_ids, lengths)
+    groups = as_groups(group_ids, lengths)
     # One id for each pair of group and position: positions lie below the number of tokens.
     pairs = groups_of(groups.index[row] * valid.layout.num_tokens + t)
     baseline = pairs.sum(returns * w) / (pairs.sum(w) + eps)

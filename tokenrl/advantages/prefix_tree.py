@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import as_float64, as_rewards, check_integers
-from ..batch.groups import SCALES, Groups, groups_from, statistics_of
+from ..batch.groups import SCALES, Groups, as_groups, statistics_of
 from ..batch.valid_tokens import ValidTokens, valid_of
 from ..errors import unknown
 
@@ -41,7 +41,7 @@ def tempo(
     check_integers("ids", ids)
     valid = valid_of(ids, mask, cu_seqlens, "ids")
     x = valid.layout.flat_sequences("rewards", as_rewards(rewards), torch.float64)
-    groups = groups_from(group_ids, x)
+    groups = as_groups(group_ids, x)
     own = statistics_of(x, groups, unbiased, singleton)
     centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
     width = own.std if std is None else as_float64("std", std, x.shape, x)

@@ -141,7 +141,7 @@ def spo_tree(
     for name, value, accepted in (("method", method, METHODS), ("inner", inner, INNER)):
         if value not in accepted:
             raise unknown(name, value, accepted)
-    v, up = as_rewards(values, "values", "[N]"), _checked_parents(parents, values)
+    v, up = as_rewards(values, "values", "[N]"), _as_parents(parents, values)
     below = (up >= 0).nonzero()[:, 0]
     families = Groups(up[below], v.numel())
     if inner == "mean":
@@ -158,7 +158,7 @@ def spo_tree(
     return SpoEdges(v.to(values.dtype), advantages.to(values.dtype), difference != 0)
 
 
-def _checked_parents(parents: Tensor, values: Tensor) -> Tensor:
+def _as_parents(parents: Tensor, values: Tensor) -> Tensor:
     check_integers("parents", parents)
     if parents.shape != values.shape or parents.device != values.device:
         raise wrong("parents", f"{list(parents.shape)} on {parents.device}", f"{list(values.shape)} on {values.device}")

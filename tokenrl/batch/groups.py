@@ -51,7 +51,7 @@ class Groups:
         return alone, self.max(torch.where(best, -torch.inf, x))
 
 
-def groups_from(group_ids: Tensor | None, rewards: Tensor) -> Groups:
+def as_groups(group_ids: Tensor | None, rewards: Tensor) -> Groups:
     rows = rewards.shape[0]
     if group_ids is None:
         raise wrong("group_ids", None, f"one integer per sequence, [{rows}], or the statistics of the groups")
@@ -91,7 +91,7 @@ def group_statistics(
     """Mean, std (over n - 1, or n if not unbiased) and count of each sequence's group, fp64 [S]: gather the rewards of
     all ranks, call this, and hand the own slice to grpo, rloo, gpg as mean=, std=, count=."""
     x = as_rewards(rewards)
-    return statistics_of(x, groups_from(group_ids, x), unbiased, singleton)
+    return statistics_of(x, as_groups(group_ids, x), unbiased, singleton)
 
 
 def moments(x: Tensor, weight: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
     else:
         if x.dim() != 1:
             raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
-        cu_seqlens, width = _checked_boundaries(cu_seqlens, x), None
+        cu_seqlens, width = _as_boundaries(cu_seqlens, x), None
     if mask is not None:
         if mask.dtype != torch.bool:
             raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
@@ -117,7 +117,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
     return Layout(x.shape, cu_seqlens, mask, width)
 
 
-def _checked_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+def _as_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
     if cu_seqlens.device != x.device:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import as_float64, check_integers
-from ..batch.groups import groups_from, groups_of
+from ..batch.groups import as_groups, groups_of
 from ..batch.spans import spans_of
 from ..batch.valid_tokens import ValidTokens, valid_of
 from ..errors import wrong
@@ -58,7 +58,7 @@ def _runs(
     valid = valid_of(ids, mask, cu_seqlens, "ids")
     rows = valid.layout.num_sequences
     signs = as_float64("advantages", advantages, (rows,), ids).sign()
-    sign, group = signs[valid.row], groups_from(group_ids, signs).index[valid.row]
+    sign, group = signs[valid.row], as_groups(group_ids, signs).index[valid.row]
     lengths = torch.bincount(valid.row, minlength=rows)
     left = torch.arange(sign.numel(), device=ids.device) - (lengths.cumsum(0) - lengths)[valid.row]
     right = lengths[valid.row] - 1 - left

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import as_float64, as_lengths, as_rewards, as_scalar, check_number
-from ..batch.groups import SCALES, GroupStatistics, groups_from, statistics_of
+from ..batch.groups import SCALES, GroupStatistics, as_groups, statistics_of
 from ..batch.valid_tokens import valid_of
 from ..errors import unknown, wrong
 
@@ -79,7 +79,7 @@ def reward_statistics(
         raise unknown("scale", scale, SCALES)
     if not limit > 0:
         raise wrong("limit", limit, "a positive number, inf to turn the fallback off")
-    x, groups = as_rewards(rewards), groups_from(group_ids, rewards)
+    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     n, plain = as_lengths(lengths, x), statistics_of(x, groups, True, singleton)
     mean = groups.mean(x, n)
     std = (groups.sum(n * (x - mean) ** 2) / groups.sum(n).clamp(min=1)).sqrt()

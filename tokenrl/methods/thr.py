@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import check_constant, check_integers
-from ..batch.groups import Groups, groups_from
+from ..batch.groups import Groups, as_groups
 from ..batch.valid_tokens import ValidTokens, per_token, valid_of
 from ..errors import unknown, wrong
 from ..logprobs.logit_columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_columns, tokens_of
@@ -104,7 +104,7 @@ def _influence(
         source, lse = logit_columns(logits, valid, ids)
     tokens = _Tokens(source, hidden.reshape(-1, hidden.shape[-1]), valid.cells, own, lse.to(dtype))
     found = torch.zeros(own.numel(), dtype=torch.float64, device=own.device)
-    for group in _groups(valid, groups_from(group_ids, correct), correct, normalize):
+    for group in _groups(valid, as_groups(group_ids, correct), correct, normalize):
         there = group.index[group.there]
         columns = own[there].unique() if vocabulary == "group" else None
         found[there] = _sums(tokens, group, columns, pairs, budget)[group.there]
@@ -215,7 +215,7 @@ def thr_threshold(
     """
     valid = valid_of(thr, mask, cu_seqlens, "thr")
     _check_correct(correct, valid)
-    groups, x = groups_from(group_ids, correct), valid.take("thr", thr)
+    groups, x = as_groups(group_ids, correct), valid.take("thr", thr)
     total, count = (_of_rows(valid, torch.where(correct[valid.row], t, 0.0)) for t in (x, torch.ones_like(x)))
     return groups.sum(total) / groups.sum(count).clamp(min=1)
 
@@ -245,7 +245,7 @@ def nthr_statistics(
     fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only [R]."""
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     _check_correct(correct, valid)
-    groups, x = groups_from(group_ids, correct), valid.take("nthr", nthr)
+    groups, x = as_groups(group_ids, correct), valid.take("nthr", nthr)
     total, count = (_of_rows(valid, t) for t in (x, torch.ones_like(x)))
     mean = torch.where(correct & (count > 0), total / count.clamp(min=1), torch.inf)
     lowest = -groups.max(-mean)

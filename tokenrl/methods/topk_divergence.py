@@ -34,7 +34,7 @@ def topk_divergence(
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    valid = _checked(logp_topk, old_logp_topk, mask, cu_seqlens)
+    valid = _as_valid_tokens(logp_topk, old_logp_topk, mask, cu_seqlens)
     x, y = (t.reshape(-1, t.shape[-1])[valid.cells].double() for t in (logp_topk, old_logp_topk))
     sampled = {"ids_topk": ids_topk, "ids": ids, "logp": logp, "old_logp": old_logp}
     missing = [name for name, t in sampled.items() if t is None]
@@ -52,7 +52,7 @@ def topk_divergence(
     return valid.put(found, logp_topk.dtype)
 
 
-def _checked(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
+def _as_valid_tokens(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
     dims = "[B, T, K]" if cu_seqlens is None else "[N, K] with cu_seqlens"
     for name, x in (("logp_topk", logp_topk), ("old_logp_topk", old_logp_topk)):
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:

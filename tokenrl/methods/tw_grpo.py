@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch.groups import Groups, groups_from
+from ..batch.groups import Groups, as_groups
 from ..batch.layout import Layout
 from ..batch.valid_tokens import ValidTokens
 from ..errors import unknown, wrong
@@ -148,7 +148,7 @@ def _batch(
     if not abs(alpha) < torch.inf:
         raise wrong("alpha", alpha, "a finite number, the largest weight")
     valid = tokens_of(x, name, mask, cu_seqlens)
-    groups = groups_from(group_ids, valid.layout.cu_seqlens[1:])
+    groups = as_groups(group_ids, valid.layout.cu_seqlens[1:])
     return valid, groups, _slots(valid, groups), budget_of(memory_budget, x)
 
 
