@@ -1,4 +1,4 @@
-"""Forms that replace the log ratio (see tokenrl/objectives/forms/base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
+"""Forms that replace the log ratio (see base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
 
 import torch
 from torch import Tensor

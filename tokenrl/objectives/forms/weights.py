@@ -1,4 +1,4 @@
-"""Forms that weigh the tokens by what all log-probs say, without gradient (see tokenrl/objectives/forms/base.py): CPPO, FIPO, clip_cov,
+"""Forms that weigh the tokens by what all log-probs say, without gradient (see base.py): CPPO, FIPO, clip_cov,
 kl_cov."""
 
 import torch

@@ -1,4 +1,4 @@
-"""Gates whose bounds or advantages come from entropies, and those that mix two ratios (see tokenrl/objectives/gates/base.py)."""
+"""Gates whose bounds or advantages come from entropies, and those that mix two ratios (see base.py)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Gates that bound a ratio (see tokenrl/objectives/gates/base.py)."""
+"""Gates that bound a ratio (see base.py)."""
 
 import torch
 
