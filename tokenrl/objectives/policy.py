@@ -18,13 +18,13 @@ from .gates.kl import KlAbs, KlAbsUnbiased, KlGate, KlK1, KlK1Unbiased, KlK2, Kl
 from .gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
-CERTAINTY = {
-    "C": "read in the authors' code",
-    "P": "read in the paper",
-    "N": "read in independent notes with the full text",
-    "T": "read in third-party trainers",
+CERTAINTY = {  # where a row was read; docstrings say it in these words, after "Source:"
+    "C": "authors' code",
+    "P": "paper",
+    "N": "notes, independent ones with the full text",
+    "T": "trainers of third parties",
     "R": "our reading, where the sources are silent",
-    "V": "checked numerically",
+    "V": "verified numerically",
 }
 
 
