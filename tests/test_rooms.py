@@ -110,7 +110,7 @@ def missing(text: str) -> set[str]:
     return {path for path in paths if not any(ROOT.glob(path))} | {*re.findall(FILES, text)} - names
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "README.md"])
+@pytest.mark.parametrize("room", [*ROOMS, "README.md", "CONTRIBUTING.md"])
 def test_every_path_that_a_comment_names_exists(room):
     sources = [path for path in SOURCES if path.is_relative_to(ROOT / room)] or [ROOT / room]
     found = {str(path.relative_to(ROOT)): missing(remarks(path)) for path in sources}
