@@ -198,6 +198,7 @@ setup(
     version=VERSION,
     packages=[*find_packages(include=["tokenrl*"]), "tokenrl.triton_kernels"],
     package_dir={"tokenrl": "tokenrl", "tokenrl.triton_kernels": "triton_kernels"},
+    package_data={"tokenrl": ["py.typed"]},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])
     ],  # so that the wheel is a platform wheel; BuildNative knows the sources

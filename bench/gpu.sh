@@ -13,7 +13,8 @@ export TORCH_CUDA_ARCH_LIST TOKENRL_CUDA=1
 timeout 180 "$python" -m pip install -q --no-build-isolation --no-deps -e .
 "$python" - <<'PY' | tee "$out/device.txt"
 import torch
-from tokenrl import _bindings, backends
+from tokenrl import _bindings
+from tokenrl.ops import backends
 print(torch.cuda.get_device_name(), _bindings.build_info())
 print(backends.reasons(torch.device("cuda")))
 for kernel in _bindings.kernel_attributes():

@@ -8,8 +8,8 @@ Groups must be whole in a call: mean and std are those of the rows it sees. A ba
 instead (mean=, std=, count=, of group_statistics over all rows) and gets the same numbers; for token estimators
 discounted_returns or gae(whiten=False), then whiten(mean=, var=).
 
-A group of one has no baseline. singleton="raw": mean 0, std 1, so the reward itself [T verl]; "zero": the formula, 0
-[T TRL]. Tags: [T] what trainers do, [C] authors' code, [R] our reading.
+A group of one has no baseline. singleton="raw": mean 0, std 1, so the reward itself (verl); "zero": the formula, 0
+(TRL).
 """
 
 from ..batch.groups import GroupStatistics, group_statistics

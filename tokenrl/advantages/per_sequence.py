@@ -15,11 +15,13 @@ def grpo(
     rewards: Tensor, group_ids: Tensor | None = None, *, scale: str = "std", eps: float = 1e-6, unbiased: bool = True,
     singleton: str = "raw", mean: Tensor | None = None, std: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S]. verl core_algos [T]: n - 1, eps 1e-6; TRL has eps 1e-4.
+    """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S].
 
-    scale: "std"; "none", Dr.GRPO, A = R - mean_g (arXiv 2503.20783) [T]; "batch", std of all rewards of the call [T
-    TRL]. mean, std: [S], what to use instead of the statistics of the rows of this call; with both (or mean and scale
-    "none") group_ids are not needed.
+    scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL). unbiased, eps: verl's
+    n - 1 and 1e-6; TRL has eps 1e-4. mean, std: [S], what to use instead of the statistics of the rows of this call;
+    with both (or mean and scale "none") group_ids are not needed.
+
+    Source: verl core_algos, TRL; Dr.GRPO, arXiv 2503.20783 (trainers).
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
@@ -41,9 +43,11 @@ def rloo(
     rewards: Tensor, group_ids: Tensor | None = None, *, singleton: str = "zero", mean: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S]. arXiv 2402.14740, verl [T].
+    """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S].
 
     singleton: "zero" as verl's rloo_vectorized, "raw" as its rloo. mean, count: [S] floats, of the whole group.
+
+    Source: arXiv 2402.14740, verl (trainers).
     """
     x = as_rewards(rewards)
     if (mean is None) != (count is None):
@@ -55,9 +59,11 @@ def rloo(
 
 
 def opo(rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str = "raw") -> Tensor:
-    """OPO, A = R - sum_i n_i R_i / sum_i n_i of the group: [S], lengths n [S] -> [S]. arXiv 2505.23585, verl [T].
+    """OPO, A = R - sum_i n_i R_i / sum_i n_i of the group: [S], lengths n [S] -> [S].
 
-    Groups without a token stay finite (verl: NaN) [R].
+    Groups without a token stay finite (our reading; verl: NaN).
+
+    Source: arXiv 2505.23585, verl (trainers).
     """
     x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     single = statistics_of(x, groups, True, singleton)
@@ -66,9 +72,11 @@ def opo(rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str =
 
 
 def remax(rewards: Tensor, greedy_rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """ReMax, A = R - R_greedy: [S], [S] -> [S]. arXiv 2310.10505 [T].
+    """ReMax, A = R - R_greedy: [S], [S] -> [S].
 
     With rewards [B, T] and mask, as verl: A_t = sum_{j >= t} r_j - R_greedy over valid tokens, [B, T].
+
+    Source: arXiv 2310.10505, verl (trainers).
     """
     if rewards.dim() == 1:
         x = as_rewards(rewards)
@@ -82,10 +90,12 @@ def gpg(
     rewards: Tensor, group_ids: Tensor | None = None, *, f_norm: float = 1.0, alpha: float | None = None,
     singleton: str = "raw", mean: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S]. arXiv 2504.02546, verl [T].
+    """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S].
 
     alpha: S / max(rewards that are not 0, 1) of the call if not given; as verl has it, this counts values, not groups,
     so it means what the paper says for rewards of 0 and 1 only.
+
+    Source: arXiv 2504.02546, verl (trainers).
     """
     x = as_rewards(rewards)
     own = statistics_of(x, as_groups(group_ids, x), True, singleton).mean if mean is None else mean
@@ -94,11 +104,12 @@ def gpg(
 
 
 def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6) -> Tensor:
-    """A = r_max - r_2nd for the best rollout of a group, 0 for the others: [S] -> [S]. arXiv 2503.19595, verl
-    grpo_passk [T].
+    """A = r_max - r_2nd for the best rollout of a group, 0 for the others: [S] -> [S].
 
-    scale: "std" divides by std_g + eps, "none" does not. A shared maximum gives 0; so does a group of one [R] (verl
-    raises).
+    scale: "std" divides by std_g + eps, "none" does not. A shared maximum gives 0; so does a group of one (our reading;
+    verl raises).
+
+    Source: arXiv 2503.19595, verl grpo_passk (trainers).
     """
     if scale not in SCALES[:2]:
         raise unknown("scale", scale, SCALES[:2])
@@ -114,10 +125,12 @@ def gdpo(
     rewards: Tensor, group_ids: Tensor, *, weights: Tensor | None = None, lengths: Tensor | None = None,
     eps: float = 1e-6, singleton: str = "raw",
 ) -> Tensor:  # fmt: skip
-    """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S]. arXiv 2601.05242 [T].
+    """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S].
 
     Whitening is (x - mean) / sqrt(var + 1e-8), variance over n - 1, over tokens if lengths [S] are given (each
     sequence counts n_i times, as verl), else over sequences (as TRL, which has / (std + 1e-4)).
+
+    Source: arXiv 2601.05242, verl, TRL (trainers).
     """
     x = as_rewards(rewards, dims="[S, K]")
     groups, w = as_groups(group_ids, x), x.new_ones(x.shape[1])

@@ -30,8 +30,12 @@ def whiten(
     values: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
     mean: Tensor | float | None = None, var: Tensor | float | None = None, eps: float = 1e-8,
 ) -> Tensor:  # fmt: skip
-    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T]. verl masked_whiten [T]
-    (which adds 1e-8 to N, and raises for one token; here that is 0 [R]). mean, var: of a larger batch."""
+    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T].
+
+    mean, var: of a larger batch. One token gives 0 (our reading; verl raises, and adds 1e-8 to N).
+
+    Source: verl masked_whiten (trainers).
+    """
     valid = valid_of(values, mask, cu_seqlens, "values")
     return valid.put(_whitened(valid.take("values", values), mean, var, eps), values.dtype)
 
@@ -39,7 +43,7 @@ def whiten(
 def discounted_returns(
     token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount [T verl]."""
+    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount (verl)."""
     _check_discount("gamma", gamma)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
@@ -48,7 +52,10 @@ def discounted_returns(
 def reinforce_plus_plus(
     token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. arXiv 2501.03262, verl [T]."""
+    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T].
+
+    Source: arXiv 2501.03262, verl (trainers).
+    """
     _check_discount("gamma", gamma)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
@@ -58,8 +65,10 @@ def reinforce_plus_plus(
 def reinforce_plus_plus_baseline(
     rewards: Tensor, group_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, singleton: str = "raw"
 ) -> Tensor:
-    """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T]. arXiv
-    2501.03262, verl [T]."""
+    """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T].
+
+    Source: arXiv 2501.03262, verl (trainers).
+    """
     x, valid = as_rewards(rewards), valid_of(mask, mask, cu_seqlens, "mask")
     valid.layout.flat_sequences("rewards", rewards, x.dtype)
     centred = x - statistics_of(x, as_groups(group_ids, x), True, singleton).mean
@@ -70,11 +79,14 @@ def gae(
     token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
     whiten: bool = True, *, holes: str = "skip", cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """GAE over valid tokens: (advantages, returns), [B, T] each. arXiv 1506.02438, verl [T].
+    """GAE over valid tokens: (advantages, returns), [B, T] each.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
     holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next cell,
-    and a masked one has r = V = 0 (OpenRLHF, RTO [C]). whiten: the advantages only, over all tokens.
+    and a masked one has r = V = 0 (OpenRLHF, and the code of RTO's authors). whiten: the advantages only, over all
+    tokens.
+
+    Source: arXiv 1506.02438, verl (trainers).
     """
     _check_discount("gamma", gamma)
     _check_discount("lam", lam)
@@ -97,13 +109,14 @@ def otb(
     is_weights: Tensor | None = None, position: str = "column", zero_tail: bool = True, eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T]. verl
-    [T].
+    """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T].
 
     G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens.
     position: what t is, "column" (verl optimal_token_baseline) or the count of valid tokens, "valid" (its multi-turn
     one). zero_tail: no baseline for the longest sequence past the length of the second. Nor for a sequence alone in
-    its group; sequences without tokens do not count [R].
+    its group; sequences without tokens do not count (our reading).
+
+    Source: verl (trainers).
     """
     if position not in POSITIONS:
         raise unknown("position", position, POSITIONS)

@@ -19,7 +19,7 @@ def tempo(
     eps: float = 1e-6, unbiased: bool = True, singleton: str = "raw", holes: str = "stop", ends: str = "valid",
     mean: Tensor | None = None, std: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """TEMPO (P2T), A_t = (R - mean_g + V(S_t) - V(S_{t-1})) / (std_g + eps): [S] -> [B, T]. arXiv 2509.18314 [C].
+    """TEMPO (P2T), A_t = (R - mean_g + V(S_t) - V(S_{t-1})) / (std_g + eps): [S] -> [B, T].
 
     S_t: the responses of the group whose tokens up to t are those of this one (S_{-1}: all of them), V(S) the mean of
     their rewards. So a token at which the tree does not branch has the advantage of grpo, and where it branches the
@@ -28,12 +28,14 @@ def tempo(
     rewards: fp32 or fp64 [S]; group_ids: integers [S]; the rows of a group must be in one call, as the tree is made of
     them. ids: integers [B, T], or [N] with cu_seqlens [S + 1], the tokens of the responses, tool output included: what
     lies in a hole of the mask (bool, of the shape of ids) is part of the prefix and is compared.
-    holes: "stop" [C], tokens after the first masked cell of a row have the advantage of grpo; "skip" [R], they go on
-    with the walk; a branch inside a hole was not the policy's, and its change of V is nobody's.
-    ends: "valid" [R], a response ends with its last valid token, where it leaves those that go on; what masked cells
-    after it hold does not matter. "cells" [C], all cells of a row are compared, so that a response which ended shares
-    a prefix with one that samples the id of the padding.
+    holes: "stop" (authors' code), tokens after the first masked cell of a row have the advantage of grpo; "skip" (our
+    reading), they go on with the walk; a branch inside a hole was not the policy's, and its change of V is nobody's.
+    ends: "valid" (our reading), a response ends with its last valid token, where it leaves those that go on; what
+    masked cells after it hold does not matter. "cells" (authors' code), all cells of a row are compared, so that a
+    response which ended shares a prefix with one that samples the id of the padding.
     scale, eps, unbiased, singleton, mean, std [S]: as in grpo; V always is of the rewards of the call.
+
+    Source: arXiv 2509.18314 (authors' code).
     """
     for name, value, accepted in (("scale", scale, SCALES), ("holes", holes, HOLES), ("ends", ends, ENDS)):
         if value not in accepted:

@@ -1,7 +1,6 @@
 """Rewards made of lengths and log-probs, without gradient, for the estimators of tokenrl.advantages.
 
-Results that come of integers alone have torch's default dtype. Tags: [C] authors' code, [P] paper, [T] what trainers
-do, [N] independent notes, [R] our reading.
+Results that come of integers alone have torch's default dtype.
 """
 
 import torch
@@ -18,7 +17,7 @@ def rto(
     scale: float = 0.05, clip: float | None = 0.05, kl_coef: float = 0.01, reward_clip: float | None = 10.0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """RTO, token rewards for gae: [B, T] of old_logp's dtype, or [N] with cu_seqlens. arXiv 2404.18922 [C].
+    """RTO, token rewards for gae: [B, T] of old_logp's dtype, or [N] with cu_seqlens.
 
         r_t = clamp(scale (dpo_logp - ref_logp), +-clip) - kl_coef (old_logp - ref_logp)
               + clamp(rewards, +-reward_clip) on the last valid token
@@ -26,6 +25,8 @@ def rto(
     dpo_logp, ref_logp, old_logp: fp32 or fp64, of a DPO policy, its reference and the sampling policy. rewards: [S], of
     the responses. clip, reward_clip: None turns a clamp off. A response without tokens gets none of its reward. The
     authors' GAE is gae(r, values, mask, 1.0, 0.95, whiten=False, holes="count").
+
+    Source: arXiv 2404.18922 (authors' code).
     """
     for name, bound in (("clip", clip), ("reward_clip", reward_clip)):
         if bound is not None and not bound > 0:
@@ -58,7 +59,7 @@ def kl_estimate(
     """The estimate of KL(pi || ref) of each token, of logp's shape and dtype, for a KL in the reward: r - coef kl.
 
     logp (of the sampling policy), ref_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens. kl: a row kl_* of the table of
-    objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1" [T].
+    objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1".
     """
     row = kl_estimator(kl)
     valid = valid_of(logp, mask, cu_seqlens, "logp")
@@ -70,10 +71,12 @@ def kl_estimate(
 def overlong_penalty(
     lengths: Tensor, *, max_length: int, buffer: int, factor: float = 1.0, floor: float | None = -1.0
 ) -> Tensor:
-    """DAPO's soft overlong punishment, to be added to the rewards: integers n [S] -> [S]. arXiv 2503.14476 [P].
+    """DAPO's soft overlong punishment, to be added to the rewards: integers n [S] -> [S].
 
     factor max(min((max_length - buffer - n) / buffer, 0), floor): 0 up to max_length - buffer, then linear down to
-    -factor at max_length. floor: the paper's -1; None for verl [T], which goes on falling beyond max_length.
+    -factor at max_length. floor: the paper's -1; None for verl, which goes on falling beyond max_length.
+
+    Source: arXiv 2503.14476 (paper); verl (trainers).
     """
     if not 0 < buffer <= max_length:
         raise wrong("buffer", buffer, f"a number above 0 and at most max_length, {max_length}")
@@ -85,10 +88,12 @@ def overlong_penalty(
 
 def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None = None) -> Tensor:
     """Overlong filtering: bool [S], False for the responses that were cut off, to be joined to the mask of the loss,
-    mask & kept[:, None]. DAPO [P]; TRL mask_truncated_completions, ms-swift overlong_filter [T].
+    mask & kept[:, None].
 
     A response is cut off that has max_length tokens or more, unless finished (bool [S]) says that it ended of itself,
     with an end-of-sequence token, as in TRL.
+
+    Source: DAPO, arXiv 2503.14476 (paper); TRL mask_truncated_completions, ms-swift overlong_filter (trainers).
     """
     kept = _float_lengths(lengths) < max_length
     if finished is None:
@@ -100,7 +105,10 @@ def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None =
 
 def reasoning_budget(progress: float, *, initial: float = 800, minimum: int = 1, gamma: float = 0.2) -> int:
     """RMT's budget of thinking tokens, max(minimum, floor(initial gamma^progress)), progress the fraction of training
-    done. arXiv 2509.24375 [N]."""
+    done.
+
+    Source: arXiv 2509.24375 (notes).
+    """
     if not 0 <= progress <= 1:
         raise wrong("progress", progress, "a number in [0, 1]: step / steps")
     if not 0 < gamma <= 1:
@@ -112,7 +120,10 @@ def reasoning_budget(progress: float, *, initial: float = 800, minimum: int = 1,
 
 def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
     """RMT's reward of a response's length, a triangle: r_max n / budget up to the budget, then down to 0 at twice the
-    budget, and 0 beyond: integers n [S] -> [S]. arXiv 2509.24375 [N]; the notes have no number for r_max."""
+    budget, and 0 beyond: integers n [S] -> [S].
+
+    Source: arXiv 2509.24375 (notes, which have no number for r_max).
+    """
     if not budget > 0:
         raise wrong("budget", budget, "a positive number")
     n = _float_lengths(lengths)
@@ -120,8 +131,10 @@ def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
 
 
 def rmt_reward(correct: Tensor, length_rewards: Tensor, weight: float) -> Tensor:
-    """RMT's reward, (1 - weight) correct + weight length_rewards: bool [S], fp32 or fp64 [S] -> [S]. arXiv 2509.24375
-    [N]; the notes have no number for weight."""
+    """RMT's reward, (1 - weight) correct + weight length_rewards: bool [S], fp32 or fp64 [S] -> [S].
+
+    Source: arXiv 2509.24375 (notes, which have no number for weight).
+    """
     if not 0 <= weight <= 1:
         raise wrong("weight", weight, "a number in [0, 1]")
     extra = as_rewards(length_rewards, "length_rewards")

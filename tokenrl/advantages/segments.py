@@ -1,13 +1,15 @@
 """SPO: advantages of segments between points whose value was estimated by rollouts, without gradient.
 
-arXiv 2505.23564, authors' code [C]. A chain (short answers) is cut where the policy was unsure: spo_cutpoints says
-where, the caller rolls out from these states, spo_chain makes the estimates advantages. A tree (long answers) of fixed
-segments has them on its edges: spo_tree. Either way the loss is PPO's over the tokens that spo_mask leaves:
+A chain (short answers) is cut where the policy was unsure: spo_cutpoints says where, the caller rolls out from these
+states, spo_chain makes the estimates advantages. A tree (long answers) of fixed segments has them on its edges:
+spo_tree. Either way the loss is PPO's over the tokens that spo_mask leaves:
 
     unsure = spo_mask(old_logp, mask)
     loss, metrics = policy_loss(objective("ppo", clamp=10.0), logp, old_logp, whiten(a, unsure), mask=unsure)
 
 which the authors multiply by 0 where metrics.ratio_mean > 10.
+
+Source: arXiv 2505.23564 (authors' code).
 """
 
 from typing import NamedTuple
@@ -69,7 +71,7 @@ def spo_cutpoints(
     interval-th such token after it. old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1].
 
     The authors' code counts a state by its last token, one less than positions. Masked cells are no tokens to cut at;
-    they count in positions, as a rollout has to go on from them too [R].
+    they count in positions, as a rollout has to go on from them too (our reading).
     """
     if not isinstance(interval, int) or interval < 1:
         raise wrong("interval", interval, "an integer, at least 1")
@@ -135,7 +137,7 @@ def spo_tree(
 
     values: fp32 or fp64 [N]. parents: integers [N], the index of each node's parent in any order, -1 for a root.
     inner: "mean", the value of a node with children is the mean of theirs, and what values holds there is not read;
-    "given", values holds it. tolerance: differences of values up to it are rounding, and 0 [R].
+    "given", values holds it. tolerance: differences of values up to it are rounding, and 0 (our reading).
     A kept edge is a training sample: its advantage stands on the tokens of its own segment.
     """
     for name, value, accepted in (("method", method, METHODS), ("inner", inner, INNER)):

@@ -64,12 +64,14 @@ def aggregation_weights(
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
     "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
-    (Balanced Aggregation, arXiv 2605.04077 [N]: S the sequences of the group with the sign of this one's advantage;
-    sequences with advantage 0 weigh nothing and leave the counts, their group still counts in G [R]). N valid tokens,
-    R sequences and G groups with any.
+    (Balanced Aggregation: S the sequences of the group with the sign of this one's advantage; sequences with advantage
+    0 weigh nothing and leave the counts, their group still counts in G, which is our reading). N valid tokens, R
+    sequences and G groups with any.
     mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
     group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G).
     Returns fp32 of the mask's shape, zero in masked cells.
+
+    Source: Balanced Aggregation, arXiv 2605.04077 (notes).
     """
     if mask is None and cu_seqlens is None:
         raise wrong("mask", None, "a bool [B, T], or cu_seqlens [S + 1] of a packed batch")

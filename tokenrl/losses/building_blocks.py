@@ -23,12 +23,13 @@ def prefix_ratio(
 ) -> Tensor:  # fmt: skip
     """Log of the prefix importance ratio of each token, with x = logp - old_logp over the valid tokens of its sequence.
 
-    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO, arXiv 2601.22718
-    [N]).
-    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO, arXiv 2605.07331
-    [C]); "min" is always local.
+    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO).
+    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO); "min" is always
+    local.
     logp, old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape. Returns that shape, 0
     in masked cells.
+
+    Source: CTPO, arXiv 2605.07331 (authors' code); MinPRO, arXiv 2601.22718 (notes).
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
@@ -50,11 +51,13 @@ def position_adaptive_clip(
     log_ratio: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, eps_low: float | Tensor,
     eps_high: float | Tensor, power: float | Tensor, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens (CTPO, arXiv 2605.07331 [C]).
+    """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens.
 
     log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power:
     numbers or tensors of that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0
     outside.
+
+    Source: CTPO, arXiv 2605.07331 (authors' code).
     """
     layout = layout_of(log_ratio, mask=mask, cu_seqlens=cu_seqlens, name="log_ratio")
     check_floats("log_ratio", log_ratio)

@@ -47,9 +47,9 @@ def policy_loss(
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
-    the backward is one multiplication; forms (tokenrl/objectives/forms/base.py) and the terms add torch's own. Differentiating twice
-    raises. Errors: ValueError naming the argument, what was given and what is accepted; RuntimeError with every
-    backend's reason when none can run the call.
+    the backward is one multiplication; forms (tokenrl/objectives/forms/base.py) and the terms add torch's own.
+    Differentiating twice raises. Errors: ValueError naming the argument, what was given and what is accepted;
+    RuntimeError with every backend's reason when none can run the call.
     """
     row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)

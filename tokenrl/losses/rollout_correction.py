@@ -19,7 +19,7 @@ the loss is divided by (as in slime and AReaL); handed in as the loss's mask the
 
 Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; results have that shape, and are 0 or
 False in masked cells, which may hold anything. A NaN elsewhere stays NaN in weights and is False in masks. All is
-computed in fp64. Tags: [T] what trainers do, [R] our reading.
+computed in fp64.
 """
 
 import math
@@ -121,7 +121,9 @@ def importance_weights(
     clamp: s is clamped to [-clamp, clamp] before exp (the sum or mean, not its terms), None does not.
     normalize: "batch" divides the bounded weights by their mean over the spans (tokens, sequences or segments) with a
     valid token; the only option that looks beyond a row, so a split batch gives other weights.
-    [T] verl rollout_correction for "token" and "sequence"; TRL, ROLL for the bounds and the other levels.
+
+    Source: verl rollout_correction for "token" and "sequence"; TRL, ROLL for the bounds and the other levels
+    (trainers).
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
@@ -155,13 +157,15 @@ def rejection_mask(
     logp: Tensor, rollout_logp: Tensor, *, statistic: str, low: float | None = None, high: float | None = None,
     mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds [T verl].
+    """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds.
 
     With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. statistic: "token_k1" ..
     "token_k3", "seq_sum_k1" .. "seq_sum_k3", "seq_mean_k1" .. "seq_mean_k3", "seq_max_k2", "seq_max_k3".
     *_k1: low <= exp(statistic) <= high, either may be None. This ratio is rollout / train, the inverse of what
     importance_weights gives, as in verl: to keep train / rollout in [a, b], low=1 / b, high=1 / a.
     *_k2, *_k3: statistic <= high. Both ends are kept. Several criteria: the & of several calls.
+
+    Source: verl (trainers).
     """
     if statistic not in REJECTIONS:
         raise unknown("statistic", statistic, REJECTIONS)
@@ -195,7 +199,9 @@ def off_policy_sequence_mask(
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
     advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
-    threshold: nats per token. DeepSeek-V3.2 (arXiv 2512.02556), TRL off_policy_mask_threshold (0.5) [T].
+    threshold: nats per token.
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
     """
     if not isinstance(threshold, (int, float)) or math.isnan(threshold):
         raise wrong("threshold", threshold, "a number, in nats per token")

@@ -4,7 +4,9 @@
     policy_loss(objective("ppo", eps_low=eps_low, eps_high=eps_high), ...)
 
 The clip is to [1 - eps_low, 1 + eps_high]. Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens
-[S + 1]; results have that shape, and are 0 in masked cells, which may hold anything. All is computed in fp64. Tag: [C] authors' code.
+[S + 1]; results have that shape, and are 0 in masked cells, which may hold anything. All is computed in fp64.
+
+Source: BandPO (authors' code).
 """
 
 import math
@@ -25,7 +27,7 @@ def bandpo(
     old_logp: Tensor, *, kind: str = "kl", delta: float = 0.05, eps_low: float = 0.2, eps_high: float = 0.28,
     relax: bool = True, ceiling: float = 100.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(eps_low, eps_high) of old_logp's shape and dtype: ratios that stay in a trust region of size delta, BandPO [C].
+    """(eps_low, eps_high) of old_logp's shape and dtype: ratios that stay in a trust region of size delta.
 
     The token's probability moves from p to r p and all others scale alike, which changes the distribution by
         kind "tv"    p |r - 1|                                        eps = delta / p

@@ -1,4 +1,4 @@
-"""D3S, which rollouts and which of their tokens to train on (arXiv 2509.22115 [N]), without gradient.
+"""D3S, which rollouts and which of their tokens to train on, without gradient.
 
     rows = max_variance_rollouts(advantages, round(d3s_schedule(progress, n_first, n_last)))
     mask = mask & rows[:, None]
@@ -7,7 +7,9 @@
 The advantages stay those of their whole groups, as computed before the selection. The result is the loss's mask, so
 that a token-mean counts the kept tokens only. Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens
 [S + 1]; masked cells may hold anything. The paper's numbers of rollouts and tokens are not known to us: they have no
-defaults. Tags: [N] independent notes, [R] our reading.
+defaults.
+
+Source: arXiv 2509.22115 (notes).
 """
 
 import torch
@@ -34,7 +36,7 @@ def max_variance_rollouts(advantages: Tensor, keep: int) -> Tensor:
 
     They are the k largest and the keep - k smallest for one k; all k are tried on sums of the sorted advantages. Of the
     k whose variances agree to 1e-12 the largest is taken; of equal advantages the smaller ones are counted from the
-    first row on and the larger ones from the last row on [R].
+    first row on and the larger ones from the last row on (our reading).
     """
     x = as_rewards(advantages, name="advantages")
     if not isinstance(keep, int) or not 0 <= keep <= x.numel():
@@ -81,10 +83,10 @@ def advantage_entropy_mask(
     """bool of entropy's shape: the top fraction of the valid tokens by |A| H, False in masked cells.
 
     advantages: [B] (or [S]), or one per token; entropy: of the whole vocabulary, of the logits at the temperature of
-    the loss or without it [R]. mask: the tokens of the selected rollouts.
+    the loss or without it (our reading). mask: the tokens of the selected rollouts.
     scope: the tokens are compared within the "batch" (all selected rollouts) or within their "sequence"; the source can
     be read both ways. Of n tokens floor(1 + fraction (n - 1)) are kept, and what ties with the last of them, as
-    corrections.top_entropy_mask does [R].
+    corrections.top_entropy_mask does (our reading).
     threshold: a number or 0-d tensor in place of fraction, for scope "batch": advantage_entropy_threshold of the whole
     of a batch that comes in parts.
     """

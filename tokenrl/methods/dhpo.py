@@ -12,12 +12,14 @@ def entropy_mix(
 ) -> Tensor:  # fmt: skip
     """w_t = (H_t - H_min) / (H_max - H_min + eps), in [0, 1]: of entropy's shape and dtype, without gradient.
 
-    DHPO, arXiv 2601.05607: a min-max normalised entropy without gradient [N]. That the extremes are those of the valid
-    tokens of the response, that a high entropy gives the weight to the token ratio (1 - entropy_mix has it the other
-    way round) and eps are our reading [R]. A response of equal entropies has weight 0, masked cells too.
+    The source has a min-max normalised entropy without gradient. That the extremes are those of the valid tokens of the
+    response, that a high entropy gives the weight to the token ratio (1 - entropy_mix has it the other way round) and
+    eps are our reading. A response of equal entropies has weight 0, masked cells too.
     entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens. lowest, highest: H_min and H_max in place of the response's
     own, a number, 0-d, or one per sequence [S] (of whole responses, where they come in parts); weights outside are cut
     to [0, 1].
+
+    Source: DHPO, arXiv 2601.05607 (notes, our reading).
     """
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x, rows = valid.take("entropy", entropy), Groups(valid.row, valid.layout.num_sequences)

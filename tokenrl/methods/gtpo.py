@@ -1,4 +1,4 @@
-"""GTPO (arXiv 2508.03772; authors' code [C]): weights of the tokens that good and bad rollouts share, without gradient.
+"""GTPO: weights of the tokens that good and bad rollouts share, without gradient.
 
     A' = entropy_shaped_advantages(A, entropy, mask=mask)
     lam = conflict_weights(ids, A, group_ids, mask=mask) / conflict_lengths(ids, A, group_ids, mask=mask)[:, None]
@@ -7,6 +7,8 @@
 is the authors' loss on one group, with normalizer=1 as they have it (a sum over the rollouts); the paper's formula has
 no division by conflict_lengths. Groups must be whole in a call. Tensors are padded [B, T] with a bool mask, or packed
 [N] with cu_seqlens [S + 1]; results are 0 in masked cells, which may hold anything.
+
+Source: arXiv 2508.03772 (authors' code).
 """
 
 import torch
@@ -30,7 +32,7 @@ def conflict_weights(
     counted in valid tokens from the left, or from the right. Its factor is `positive` in a row with A > 0 and
     `negative` in a row with A < 0, as long as all before it (from the right: behind it) are in conflict as well,
     else 1; lambda is the product of the factors from the left and from the right. Rows with A = 0 have 1 and match
-    nobody. [C]; that masked cells inside a row are no positions is our reading [R].
+    nobody. That masked cells inside a row are no positions is our reading.
     """
     valid, sign, *runs = _runs(ids, advantages, group_ids, mask, cu_seqlens)
     weight = torch.where(sign > 0, torch.full_like(sign, positive), negative)
@@ -77,7 +79,7 @@ def entropy_shaped_advantages(
     advantages: Tensor, entropy: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
     scale: float = 0.1, threshold: float = 0.7,
 ) -> Tensor:  # fmt: skip
-    """A - scale <H>, and 0 where <H> > threshold: [S] -> [S], <H> the mean entropy of the row's valid tokens [C].
+    """A - scale <H>, and 0 where <H> > threshold: [S] -> [S], <H> the mean entropy of the row's valid tokens.
 
     threshold: 0.7 in the code, ln 2 in the paper; inf: no row is dropped. The paper keeps all rows where the entropy of
     the first policy is above it, the code does not. A row without tokens has <H> = 0.

@@ -1,8 +1,10 @@
 """HAPO: the entropy score of each token, and advantages from the average of a group's tokens, without gradient.
 
 Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; results have that shape, and are 0 in
-masked cells, which may hold anything. All is computed in fp64. What looks beyond a row takes the statistics of the whole
-batch, so that its parts get the same numbers. Tags: [C] authors' code, [R] our reading.
+masked cells, which may hold anything. All is computed in fp64. What looks beyond a row takes the statistics of the
+whole batch, so that its parts get the same numbers.
+
+Source: arXiv 2509.16591 (authors' code).
 """
 
 from typing import NamedTuple
@@ -50,7 +52,7 @@ def hapo_score(
     entropy: Tensor, *, quantile: float = 0.8, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
     statistics: HapoStatistics | None = None, compat_sign_bug: bool = False,
 ) -> Tensor:  # fmt: skip
-    """h in [-1, 1] of entropy's shape and dtype, the `score` of objective "hapo" (arXiv 2509.16591) [C].
+    """h in [-1, 1] of entropy's shape and dtype, the `score` of objective "hapo".
 
         x = log max(H, 1e-8), z = (x - pivot) / std, std^2 = mean (x - pivot)^2, h = z / max z, or z / |min z| below 0
 
@@ -97,13 +99,13 @@ def hapo(
     mean: Tensor | None = None, std: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """HAPO's token-level group average, A = (R - mean) / (std + eps), one for all tokens of a row: [S], lengths n [S]
-    -> [S]. arXiv 2509.16591 [C].
+    -> [S].
 
     mean and std (over n) are those of the group's tokens, a row counting n_i times. A group in which any row with
     tokens has |A| >= limit has those of grpo in their place; so have a group of one row, by singleton, and a row
-    without tokens [R].
+    without tokens (our reading).
     scale: "none" does not divide, and limit bounds R - mean. width: T of a padded batch; the authors' code also tests
-    the masked cells, whose reward is 0, as this then does. None [R]: padding does not matter.
+    the masked cells, whose reward is 0, as this then does. None (our reading): padding does not matter.
     mean, std: [S], both or neither, of hapo_statistics over all rows of the groups; nothing else but eps is then used.
     """
     if scale not in SCALES:

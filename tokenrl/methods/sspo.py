@@ -1,8 +1,10 @@
 """SSPO: the (sub)sentences of a batch, and bounds of the ratio from their entropies, without gradient.
 
 Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; results have that shape, and are 0 in
-masked cells, which may hold anything. All is computed in fp64. What looks beyond a row takes the statistics of the whole
-batch, so that its parts get the same numbers. Tag: [R] our reading.
+masked cells, which may hold anything. All is computed in fp64. What looks beyond a row takes the statistics of the
+whole batch, so that its parts get the same numbers.
+
+Source: arXiv 2511.04256 (our reading of where a span ends and how wide its window is).
 """
 
 from collections.abc import Iterable
@@ -24,11 +26,12 @@ EQUAL = 1e-8
 def segment_ids(
     ids: Tensor, delimiters: Iterable[int] | Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """int64 of ids' shape: the (sub)sentence of each token, counted from 0 in its sequence; SSPO (arXiv 2511.04256).
+    """int64 of ids' shape: the (sub)sentence of each token, counted from 0 in its sequence.
 
     A token whose id is among delimiters ends its span and belongs to it, so two in a row make a span of one; what
     follows the last one is a span as well. A masked cell ends no span, whatever it holds. Which ids end a sentence, or
-    a clause, is the tokenizer's matter: one that holds the mark with other text must be listed as well. [R]
+    a clause, is the tokenizer's matter: one that holds the mark with other text must be listed as well. All
+    this is our reading.
     """
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
     check_integers("ids", ids)
@@ -70,8 +73,7 @@ def entropy_bounds(
     high_factor: float = 1.5, scope: str = "sequence", mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
     lowest: float | Tensor | None = None, highest: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(eps_low, eps_high) of entropy's shape and dtype: a wider window where a span is uncertain, SSPO (arXiv
-    2511.04256).
+    """(eps_low, eps_high) of entropy's shape and dtype: a wider window where a span is uncertain.
 
         h_k = (H_k - min_j H_j) / (max_j H_j - min_j H_j),    f_k = low_factor + (high_factor - low_factor) h_k
         eps_low_k = eps_low f_k,    eps_high_k = eps_high f_k
@@ -80,7 +82,7 @@ def entropy_bounds(
     a sequence. scope: minimum and maximum are those of the "sequence" or of the "batch"; lowest, highest: numbers in
     their place for "batch", entropy_range of the whole of a batch that comes in parts. Where they differ by 1e-8 or
     less (a sequence of one span) h is 1/2; h is kept in [0, 1].
-    The source fixes that the window of a span grows with its entropy; the formula and its numbers are ours [R].
+    The source fixes that the window of a span grows with its entropy; the formula and its numbers are our reading.
     """
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)

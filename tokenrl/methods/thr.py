@@ -4,14 +4,15 @@
     thr_t  = (2 correct_j - 1) sum_{i correct} 1 / |y_i| sum_{u in i} <t, u>       for the tokens t of row j
     nthr_t = sum_{i correct} sum_{u in i} <t, u>
 
-    A = thr_advantages(x, A, p=0.1, tau=thr_threshold(thr(..., pairs="others"), correct, group_ids))  # arXiv 2510.03669
+    A = thr_advantages(x, A, p=0.1, tau=thr_threshold(thr(..., pairs="others"), correct, group_ids))
     A = nthr_advantages(s, A, correct, **nthr_statistics(s, correct, group_ids)._asdict())  # its predecessor
 
 with x = thr(...) and s = nthr(...). Sums over u come first, as the matrices sum_u g_u h_u^T of some columns of the
 vocabulary: no matrix of token pairs, and no [tokens, V] beyond a memory budget. All is of the policy that sampled and
 taken as constant. Groups must be whole in a call, but for the advantages. Tensors are padded [B, T] with a bool mask,
-or packed [N] with cu_seqlens [S + 1]; results are 0 in masked cells, which may hold anything. Tags: [N] independent
-notes, [R] our reading.
+or packed [N] with cu_seqlens [S + 1]; results are 0 in masked cells, which may hold anything.
+
+Source: arXiv 2510.03669 and its predecessor (notes).
 """
 
 from collections.abc import Iterator
@@ -46,16 +47,16 @@ def thr(
     logits: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, vocabulary: str = "group", pairs: str = "all", memory_budget: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Token hidden reward [N]: [B, T], or [N] with cu_seqlens; fp32 (fp64 of fp64 hidden). 0 where a group has no
-    correct row.
+    """Token hidden reward: [B, T], or [N] with cu_seqlens; fp32 (fp64 of fp64 hidden). 0 where a group has no correct
+    row.
 
     hidden: [B, T, D] or [N, D], the state that predicts the token of its cell; weight: [V, D], the head's, with bias
     [V]; or weight None and the logits, [B, T, V] or [N, V]. bf16, fp16, fp32 or fp64; GEMMs and sums are in fp32.
     ids: integers [B, T]; correct: bool [S]; group_ids: integers [S].
-    vocabulary: <g_t, g_u> runs over the tokens that the "group"'s rows hold [N] or over the "full" vocabulary; pi is
-    the softmax over all of it in both.
+    vocabulary: <g_t, g_u> runs over the tokens that the "group"'s rows hold (notes) or over the "full" vocabulary; pi
+    is the softmax over all of it in both.
     pairs: "all"; "distinct", without t = u, a pair that dominates the others; "others", without any u in the row of t
-    (for thr_threshold). The source does not say [R].
+    (for thr_threshold). The source does not say: "all" is our reading.
     memory_budget: bytes held beyond inputs and results, as for linear_token_logprobs.
     """
     valid, s = _influence(
@@ -71,7 +72,7 @@ def nthr(
     logits: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, vocabulary: str = "group", pairs: str = "all", memory_budget: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The score s_t of NTHR [N], neither signed by the row's reward nor divided by lengths; all else as in thr."""
+    """The score s_t of NTHR, neither signed by the row's reward nor divided by lengths; all else as in thr."""
     valid, s = _influence(
         hidden, weight, ids, correct, group_ids, logits, bias, mask, cu_seqlens, vocabulary, pairs, False, memory_budget
     )
@@ -210,8 +211,8 @@ def thr_threshold(
     """tau, fp64 [S]: the mean of thr over all tokens of the correct rows of each group; 0 where these have none.
 
     thr: thr(..., pairs="others"), so that this is the influence of a correct row's token on the other correct rows. The
-    source has "the mean influence of one correct response's tokens on the other correct responses" [N]; that it is a
-    sum over the others (as thr is), a mean over tokens and one number per group is our reading [R].
+    source has "the mean influence of one correct response's tokens on the other correct responses"; that it is a sum
+    over the others (as thr is), a mean over tokens and one number per group is our reading.
     """
     valid = valid_of(thr, mask, cu_seqlens, "thr")
     _check_correct(correct, valid)
@@ -224,7 +225,7 @@ def thr_advantages(
     thr: Tensor, advantages: Tensor, *, p: float, tau: float | Tensor, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """1[|thr_t| > tau] (1 + sign(thr_t) p) A, of thr's shape and the advantages' dtype [N].
+    """1[|thr_t| > tau] (1 + sign(thr_t) p) A, of thr's shape and the advantages' dtype.
 
     advantages: [S], or of thr's shape. p: 0.1 favours exploitation, -0.1 exploration. tau: a number, 0-d, or one per
     sequence [S], as thr_threshold gives it.
@@ -242,7 +243,8 @@ def nthr_statistics(
     cu_seqlens: Tensor | None = None,
 ) -> NthrStatistics:  # fmt: skip
     """tau = beta min_i mean_t nthr_t over the correct rows i of the group, inf if it has none; eta = 2 |1/2 - p|, p the
-    fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only [R]."""
+    fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only (our
+    reading)."""
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     _check_correct(correct, valid)
     groups, x = as_groups(group_ids, correct), valid.take("nthr", nthr)
@@ -259,7 +261,7 @@ def nthr_advantages(
     mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """eta A at the tokens of rows that are not correct with nthr_t > tau, else A; of nthr's shape and the advantages'
-    dtype [N].
+    dtype.
 
     advantages: [S], or of nthr's shape. tau, eta: of nthr_statistics, or numbers.
     """

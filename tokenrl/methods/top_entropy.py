@@ -38,11 +38,13 @@ def top_entropy_mask(
     entropy: Tensor, *, quantile: float = 0.2, threshold: float | Tensor | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """bool of entropy's shape: the valid tokens with entropy >= threshold, the 80/20 rule (arXiv 2506.01939) [T TRL].
+    """bool of entropy's shape: the valid tokens with entropy >= threshold, the 80/20 rule.
 
     quantile: the fraction of the batch's valid tokens to keep, those of the highest entropy (ties are all kept).
     threshold: a number or 0-d tensor in its place, entropy_threshold of the whole of a batch that comes in parts.
     The other tokens get weight 0 and stay in the count that the loss is divided by.
+
+    Source: arXiv 2506.01939, TRL (trainers).
     """
     layout = layout_of(entropy, mask=mask, cu_seqlens=cu_seqlens, name="entropy")
     check_floats("entropy", entropy)

@@ -1,9 +1,11 @@
-"""TW-GRPO: tokens weigh more at the positions where the rollouts of a prompt disagree (arXiv 2505.24718), [C].
+"""TW-GRPO: tokens weigh more at the positions where the rollouts of a prompt disagree.
 
     w = tw_grpo_weights(logits, group_ids, mask=mask)  # or linear_tw_grpo_weights(hidden, lm_head, group_ids, ...)
     loss, _ = policy_loss("grpo", logp, None, A, mask=mask, token_weight=w, aggregation="token-mean")
 
 The authors multiply their KL term by the weight too: one more policy_loss of "kl_k3" with the same token_weight.
+
+Source: arXiv 2505.24718 (authors' code).
 """
 
 from dataclasses import dataclass
@@ -169,10 +171,10 @@ def tw_grpo_weights(
     logits[:, :-1] are read in place, masked cells not at all.
     group_ids: integers [S]; groups must be whole in a call. A position is a column of the row, or of the row's part of
     a packed batch. A hole of the mask counts as the authors count the cells behind a row's end, so does a row without
-    tokens [R].
+    tokens (our reading).
     alpha: 1.7 in the authors' script, 1.4 and 1.5 are its defaults in their code.
-    positions: what min and max are of: "all" positions up to width [C], where those at which a group has ended have
-    d = 0; "valid": those at which a row of the group has a token, so that padding does not matter.
+    positions: what min and max are of: "all" positions up to width (authors' code), where those at which a group has
+    ended have d = 0; "valid": those at which a row of the group has a token, so that padding does not matter.
     width: T of the whole batch for a part of it; None: T of this call, in a packed batch its longest row.
     detach_weights: False gives the weights the gradient they have in the authors' code, holding a few [tokens, V] in
     fp32. policy_loss takes weights as constants: add sum(w_t sg[loss_t]) / tokens, less its own value.

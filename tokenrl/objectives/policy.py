@@ -18,13 +18,13 @@ from .gates.kl import KlAbs, KlAbsUnbiased, KlGate, KlK1, KlK1Unbiased, KlK2, Kl
 from .gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
-CERTAINTY = {
-    "C": "read in the authors' code",
-    "P": "read in the paper",
-    "N": "read in independent notes with the full text",
-    "T": "read in third-party trainers",
+CERTAINTY = {  # where a row was read; docstrings say it in these words, after "Source:"
+    "C": "authors' code",
+    "P": "paper",
+    "N": "notes, independent ones with the full text",
+    "T": "trainers of third parties",
     "R": "our reading, where the sources are silent",
-    "V": "checked numerically",
+    "V": "verified numerically",
 }
 
 
@@ -32,11 +32,11 @@ CERTAINTY = {
 class Objective:
     """One policy objective.
 
-    statistic, flow: see tokenrl/objectives/statistics.py. gate: see tokenrl/objectives/gates/bounded.py. form: what happens around the row, see
-    tokenrl/objectives/forms/base.py; None: nothing. aggregation: the method's own, used when a call names none. clamp: each token's log
-    ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound of the statistic (zero gradient
-    above; inf: off). source: the paper, and in whose code it was read. certainty: how it is known, letters of
-    CERTAINTY; where R is among them, source says what is our reading.
+    statistic, flow: see tokenrl/objectives/statistics.py. gate: see tokenrl/objectives/gates/. form: what happens
+    around the row, see tokenrl/objectives/forms/base.py; None: nothing. aggregation: the method's own, used when a call
+    names none. clamp: each token's log ratio is clamped to +-clamp (zero gradient outside; inf: off). cap: upper bound
+    of the statistic (zero gradient above; inf: off). source: the paper, and in whose code it was read. certainty: how
+    it is known, letters of CERTAINTY; where R is among them, source says what is our reading.
     """
 
     name: str
@@ -203,7 +203,7 @@ def register(row: Objective) -> Objective:
     Its gate may be of a class of your own: a subclass of tokenrl.Gate, decorated with tokenrl.parametrised, with a name
     and a value in torch. It runs at once on the reference backend, with autograd's derivative, and calls that name no
     backend get that one. Given its Triton function (register_triton) it runs on Triton too. The C++ backends run the
-    gates of csrc/gates.h alone, and say so.
+    gates of csrc/gates/table.h alone, and say so.
     """
     if row.name in OBJECTIVES:
         raise wrong("name", repr(row.name), "a name that is not in the table yet")

@@ -1,7 +1,7 @@
 """The whole pipeline in differentiable torch: the authority that every kernel is tested against.
 
-The functions carry the names and arguments of the ops (tokenrl/ops/kernel_ops.py). What crosses tokens happens on [spans,
-length] matrices.
+The functions carry the names and arguments of the ops (tokenrl/ops/kernel_ops.py). What crosses tokens happens on
+[spans, length] matrices.
 """
 
 import torch

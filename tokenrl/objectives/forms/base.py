@@ -1,9 +1,9 @@
 """The base of forms: what an objective does around its row where tokens meet in other ways than through a statistic.
 
 A row of the table is s = S x, loss = sum_t w_t gate(s_t). A form changes what goes in: other log ratios x, computed in
-differentiable torch, or factors of the weights w, which are constants. It sees the batch flat, as FormInputs, and runs the
-row on the call's backend as often as it needs. From hidden states a form takes two passes over the logits, since its
-coefficients wait for all log-probs.
+differentiable torch, or factors of the weights w, which are constants. It sees the batch flat, as FormInputs, and runs
+the row on the call's backend as often as it needs. From hidden states a form takes two passes over the logits, since
+its coefficients wait for all log-probs.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Forms that replace the log ratio (see tokenrl/objectives/forms/base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
+"""Forms that replace the log ratio (see base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from .base import Form, FormInputs
 class Gmpo(Form):
     """x' = min(x, eps_high) where A >= 0, max(x, -eps_low) where A < 0; then the row's mean over the span, e^mean(x').
 
-    GMPO, arXiv 2507.20673, the authors' code [C]; verl's geo_mean, TRL's GMPOTrainer [T]. Log space. The gradient goes
-    through the mean to every token that is not clipped. clip_low, clip_high count the clipped tokens.
+    Log space. The gradient goes through the mean to every token that is not clipped. clip_low, clip_high count the
+    clipped tokens.
+
+    Source: GMPO, arXiv 2507.20673 (authors' code); verl's geo_mean, TRL's GMPOTrainer (trainers).
     """
 
     eps_low: float = 0.4
@@ -33,7 +35,10 @@ class Gmpo(Form):
 
 @parametrised
 class Hmpo(Gmpo):
-    """The same with the harmonic mean of the ratios, n / sum_t e^-x'_t (the GMPO authors' code [C])."""
+    """The same with the harmonic mean of the ratios, n / sum_t e^-x'_t.
+
+    Source: GMPO (authors' code).
+    """
 
     def evaluate(self, tokens):
         x, low, high = self._trimmed(tokens)
@@ -56,9 +61,11 @@ class FiberPo(Form):
         num_t = x_t - l_t S^(l_t), den_t = -l_t S^(-l_t)
         g(S, C) = S for S <= C, (n + 1) C - n S for C < S < (1 + 1 / n) C, 0 beyond
 
-    FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 [P][V]. Everything is differentiated, the
-    aggregates S too. Where nothing is gated or clipped G = r. The numbers of the bounds are not published: c_pos, c_neg
-    and eps are our reading [R]. clip_low, clip_high count the tokens whose num is clipped.
+    Everything is differentiated, the aggregates S too. Where nothing is gated or clipped G = r. The numbers of the
+    bounds are not published: c_pos, c_neg and eps are our reading. clip_low, clip_high count the tokens whose num is
+    clipped.
+
+    Source: FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 (paper, verified).
     """
 
     c_pos: float = 0.12
@@ -82,9 +89,11 @@ class FiberPo(Form):
 class Real(Form):
     """Of each group log(1 + sum_pos e^(-s_i / tau)) + log(1 + sum_neg e^(s_i / tau)), s_i the row's mean log ratio.
 
-    REAL, arXiv 2602.05630 (ms-swift) [T]: rewards as labels, A > 0 against the rest; full gradient through the mean. A
-    group without both kinds gives 0 and stays in the count that the loss is divided by. It needs group_ids, aggregates
-    by "group-mean" alone and takes no weights: a row has no tokens to weigh.
+    Rewards as labels, A > 0 against the rest; full gradient through the mean. A group without both kinds gives 0 and
+    stays in the count that the loss is divided by. It needs group_ids, aggregates by "group-mean" alone and takes no
+    weights: a row has no tokens to weigh.
+
+    Source: REAL, arXiv 2602.05630, ms-swift (trainers).
     """
 
     tau: float = 0.5

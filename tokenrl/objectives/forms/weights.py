@@ -1,4 +1,4 @@
-"""Forms that weigh the tokens by what all log-probs say, without gradient (see tokenrl/objectives/forms/base.py): CPPO, FIPO, clip_cov,
+"""Forms that weigh the tokens by what all log-probs say, without gradient (see base.py): CPPO, FIPO, clip_cov,
 kl_cov."""
 
 import torch
@@ -20,8 +20,10 @@ class PrefixBudget(Form):
         kept: A (r - 1) <= 0 or Z_t <= min(delta, delta + b W - S)
         b = the quantile of D over the span, clipped to [delta_b, 2 delta_b]; quantile None: delta_b itself
 
-    CPPO, arXiv 2606.10968 [P]; UniRL's code [T]. D: divergence, one value per token (tokenrl.topk_divergence), or None:
-    |p - mu|, mu the old policy's. The sums count dropped tokens too. clip_low: dropped with A < 0, clip_high: A > 0.
+    D: divergence, one value per token (tokenrl.topk_divergence), or None: |p - mu|, mu the old policy's. The sums count
+    dropped tokens too. clip_low: dropped with A < 0, clip_high: A > 0.
+
+    Source: CPPO, arXiv 2606.10968 (paper); UniRL (trainers).
     """
 
     delta: float = 0.15
@@ -70,9 +72,11 @@ class FutureKl(Form):
     """PPO's loss times a constant f_t = clip(exp F_t, low, high), F_t = sum_{k >= t} gamma^(k - t) x_k up to the end of
     the sequence, gamma = 2^(-1 / half_life).
 
-    FIPO, arXiv 2603.19835 (ms-swift) [T]. holes: what a masked cell is to the distance k - t: "skip" nothing [R],
-    "count" a step, as in ms-swift. Terms with r > ceiling add 0; where A < 0 and r > safety, f is clipped to [0.8, 1].
-    The paper's range is [1, 1.2], ms-swift's other [0.8, 1.2].
+    holes: what a masked cell is to the distance k - t: "skip" nothing (our reading), "count" a step, as in ms-swift.
+    Terms with r > ceiling add 0; where A < 0 and r > safety, f is clipped to [0.8, 1]. The paper's range is [1, 1.2],
+    ms-swift's other [0.8, 1.2].
+
+    Source: FIPO, arXiv 2603.19835, ms-swift (trainers).
     """
 
     half_life: float = 32.0
@@ -142,8 +146,10 @@ class _Covariance(Form):
 class ClipCov(_Covariance):
     """PPO without a random fraction of the tokens whose covariance lies in (low, high) and that PPO does not clip.
 
-    clip_cov, arXiv 2505.22617 (verl) [T]. The choice is torch.randperm's: seed it there. clip_low counts PPO's and the
-    dropped tokens of A < 0, clip_high those of A > 0.
+    The choice is torch.randperm's: seed it there. clip_low counts PPO's and the dropped tokens of A < 0, clip_high
+    those of A > 0.
+
+    Source: clip_cov, arXiv 2505.22617, verl (trainers).
     """
 
     low: float = 1.0
@@ -173,7 +179,9 @@ class ClipCov(_Covariance):
 class KlCov(_Covariance):
     """-A r without a clip, and coef |x| on the fraction of the tokens with the highest covariance, at least one.
 
-    kl_cov, arXiv 2505.22617 [T]: coef 1 in the paper's recipe, 0.1 in verl's configuration.
+    coef is 1 in the paper's recipe, 0.1 in verl's configuration.
+
+    Source: kl_cov, arXiv 2505.22617, verl (trainers).
     """
 
     coef: float = 1.0

@@ -1,4 +1,4 @@
-"""Gates whose bounds or advantages come from entropies, and those that mix two ratios (see tokenrl/objectives/gates/base.py)."""
+"""Gates whose bounds or advantages come from entropies, and those that mix two ratios (see base.py)."""
 
 import torch
 
@@ -7,13 +7,14 @@ from .base import INF, Bound, Gate, clamp, parametrised, surrogate
 
 @parametrised
 class DhpoGate(Gate):
-    """Base of DHPO, arXiv 2601.05607: the token's ratio r = e^x and the span's q = e^s, each in a trust region of its
-    own, mixed with weight w = mix on the token.
+    """Base of DHPO: the token's ratio r = e^x and the span's q = e^s, each in a trust region of its own, mixed with
+    weight w = mix on the token.
 
-    Fixed by the source [N]: clipping before mixing, constant w, q the length-normalised ratio of the sequence. Our
-    reading [R]: joint minimum (dhpo) or one minimum per branch (dhpo_branch), the bounds, and which branch a high
-    entropy favours: mix is 1/2 ("averaged") or tokenrl.entropy_mix(entropy), high entropy -> token
-    ("entropy-guided").
+    Fixed by the source: clipping before mixing, constant w, q the length-normalised ratio of the sequence. Our reading:
+    joint minimum (dhpo) or one minimum per branch (dhpo_branch), the bounds, and which branch a high entropy favours:
+    mix is 1/2 ("averaged") or tokenrl.entropy_mix(entropy), high entropy -> token ("entropy-guided").
+
+    Source: arXiv 2601.05607 (notes, our reading).
     """
 
     mix: Bound = 0.5
@@ -77,7 +78,9 @@ class Hapo(Gate):
         A' = A (1 + beta h) where h > 0 and r lies outside (1 - eps_low' / 2, 1 + eps_high' / 2), or h <= 0 and inside
         l = max(-A' r, -A' clip(r, 1 - eps_low', 1 + eps_high')), A' < 0: at most -A' dual
 
-    HAPO, arXiv 2509.16591, the authors' code [C]; h, the bounds and A' are constants. score: h per token; 0 is PPO.
+    h, the bounds and A' are constants. score: h per token; 0 is PPO.
+
+    Source: HAPO, arXiv 2509.16591 (authors' code).
     """
 
     name = "hapo"

@@ -1,4 +1,4 @@
-"""Gates that bound a ratio (see tokenrl/objectives/gates/base.py)."""
+"""Gates that bound a ratio (see base.py)."""
 
 import torch
 
@@ -19,7 +19,9 @@ class Ratio(Gate):
 class PpoClip(Gate):
     """l = max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high)); A < 0: l <= -A dual.   r = exp(s)
 
-    PPO, arXiv 1707.06347 eq. 7; dual clip, arXiv 1912.09729 eq. 5 (dual > 1; inf turns it off). Ratio space.
+    Ratio space. dual > 1; inf turns it off.
+
+    Source: PPO, arXiv 1707.06347 eq. 7; dual clip, arXiv 1912.09729 eq. 5.
     """
 
     name = "ppo_clip"
@@ -41,9 +43,11 @@ class PpoClip(Gate):
 class PpoNtp(PpoClip):
     """l = PPO's - ntp logp: tokens that reinforcement trains beside tokens that are only to be predicted.
 
-    RMT, arXiv 2509.24375 [N]: L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that
-    reinforcement leaves out. ntp is lambda on these tokens and 0 on the others, in units of the loss's own weights; the
-    advantages of these tokens are 0 [R: the paper leaves open how the two means are taken].
+    RMT has L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that reinforcement leaves out. ntp
+    is lambda on these tokens and 0 on the others, in units of the loss's own weights; the advantages of these tokens
+    are 0 (our reading: the paper leaves open how the two means are taken).
+
+    Source: RMT, arXiv 2509.24375 (notes).
     """
 
     name = "ppo_ntp"
@@ -58,8 +62,10 @@ class PpoNtp(PpoClip):
 class LogBand(Gate):
     """Position-adaptive clip in log space: width u = t^power, band [-eps_low u, eps_high u].
 
-    l = max(-A e^s, -A e^clip(s, -eps_low u, eps_high u)); A < 0: l <= -A e^(eps_dual u).
-    CTPO, arXiv 2605.07331, and the authors' code (cum-token-*-la) [C][V]. eps_dual = inf turns the dual clip off.
+    l = max(-A e^s, -A e^clip(s, -eps_low u, eps_high u)); A < 0: l <= -A e^(eps_dual u). eps_dual = inf turns the dual
+    clip off.
+
+    Source: CTPO, arXiv 2605.07331, cum-token-*-la (authors' code, verified).
     """
 
     name = "log_band"
@@ -83,7 +89,7 @@ class LogBand(Gate):
 class Sapo(Gate):
     """l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg.
 
-    SAPO, arXiv 2511.20347; TRL, verl, ms-swift, SkyRL, AReaL and Liger agree [T][V].
+    Source: SAPO, arXiv 2511.20347; TRL, verl, ms-swift, SkyRL, AReaL and Liger agree (trainers, verified).
     """
 
     name = "sapo"

@@ -1,4 +1,4 @@
-"""Estimators of KL(pi || ref) as gates (see tokenrl/objectives/gates/base.py)."""
+"""Estimators of KL(pi || ref) as gates (see base.py)."""
 
 import torch
 from torch import Tensor

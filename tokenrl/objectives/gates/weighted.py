@@ -15,9 +15,11 @@ LOG_FLOOR = math.log(1e-8)
 class Cispo(Gate):
     """l = -sg[clip(r, low, high)] A logp: no token is dropped, its weight is bounded.
 
-    CISPO, MiniMax-M1, arXiv 2506.13585 [T]. bound="raw": low = eps_low, high = eps_high are the bounds themselves
-    (TRL, Liger, ms-swift); bound="relative": low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL).
-    eps_low=None: no lower bound. clip_high counts tokens of either sign of A, as verl does; TRL counts A > 0 only.
+    bound="raw": low = eps_low, high = eps_high are the bounds themselves (TRL, Liger, ms-swift); bound="relative":
+    low = 1 - eps_low, high = 1 + eps_high (verl, slime, NeMo-RL). eps_low=None: no lower bound. clip_high counts tokens
+    of either sign of A, as verl does; TRL counts A > 0 only.
+
+    Source: CISPO, MiniMax-M1, arXiv 2506.13585 (trainers).
     """
 
     name = "cispo"
@@ -45,7 +47,10 @@ class Cispo(Gate):
 
 @parametrised
 class Reinforce(Gate):
-    """l = -A logp: no ratio. REINFORCE; GPG, arXiv 2504.02546, is the same loss with its own advantages [T]."""
+    """l = -A logp: no ratio. REINFORCE; GPG is the same loss with its own advantages.
+
+    Source: GPG, arXiv 2504.02546 (trainers).
+    """
 
     name = "reinforce"
 
@@ -57,7 +62,7 @@ class Reinforce(Gate):
 class Quadratic(Gate):
     """l = -A logp + beta / 2 s^2: a policy gradient held near the old policy by its squared log ratio.
 
-    DRO, arXiv 2405.19107 (verl) [T]; Kimi k1.5, arXiv 2501.12599, with tau for beta (ROLL) [T].
+    Source: DRO, arXiv 2405.19107, verl; Kimi k1.5, arXiv 2501.12599, with tau for beta, ROLL (trainers).
     """
 
     name = "quadratic"
@@ -72,8 +77,9 @@ class Quadratic(Gate):
 class Topr(Gate):
     """l = -sg[w] A logp, w = 1 where A > 0, else min(r, ceiling): only what was wrong is importance-weighted.
 
-    TOPR, arXiv 2503.14286 [T]: the paper's ratio is the trajectory's, ROLL's the token's. clip_low: A <= 0 and r above
-    the ceiling.
+    The paper's ratio is the trajectory's, ROLL's the token's. clip_low: A <= 0 and r above the ceiling.
+
+    Source: TOPR, arXiv 2503.14286 (trainers).
     """
 
     name = "topr"
@@ -92,7 +98,9 @@ class Topr(Gate):
 class Vespo(Gate):
     """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios, at least 1e-8.
 
-    VESPO, the authors' code [C][T][V]; k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
+    k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
+
+    Source: VESPO (authors' code, trainers, verified).
     """
 
     name = "vespo"
@@ -110,11 +118,13 @@ class Vespo(Gate):
 
 @parametrised
 class DppoGate(Gate):
-    """Base of DPPO's masks, arXiv 2602.04879: l = -sg[min(r, ceiling)] A logp where the token is kept, else 0.
+    """Base of DPPO's masks: l = -sg[min(r, ceiling)] A logp where the token is kept, else 0.
 
     p = e^logp, mu = e^(logp - s), the old policy's. Dropped: A > 0 and the divergence upwards is above eps_high, A <= 0
-    and downwards above eps_low. Authors' code and verl [C][T]; the gradient is through logp alone. The paper anchors on
-    the rollout's log-probs: hand them in as old_logp. clip_high, clip_low: dropped by either bound.
+    and downwards above eps_low. The gradient is through logp alone. The paper anchors on the rollout's log-probs: hand
+    them in as old_logp. clip_high, clip_low: dropped by either bound.
+
+    Source: arXiv 2602.04879 (authors' code); verl (trainers).
     """
 
     eps_low: Bound = 0.15
