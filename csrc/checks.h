@@ -96,8 +96,8 @@ auto by_precision(const Tensor& x, const char* name, F&& f) {
 template <class T, size_t kCount>
 void fill_params(Param<T> (&params)[kCount], size_t expected, const std::vector<double>& numbers,
                  const std::vector<Optional>& tensors, int64_t num_tokens, const Tensor& like) {
-  STD_TORCH_CHECK(expected <= kCount && numbers.size() == expected && tensors.size() == expected, "params: got ", numbers.size(),
-                  " numbers and ", tensors.size(), " tensors, expected ", expected, " of each.");
+  STD_TORCH_CHECK(expected <= kCount && numbers.size() == expected && tensors.size() == expected, "params: got ",
+                  numbers.size(), " numbers and ", tensors.size(), " tensors, expected ", expected, " of each.");
   for (size_t k = 0; k < expected; ++k)
     params[k] = {checked<T>(tensors[k], "param_tensors", like.scalar_type(), num_tokens, like),
                  static_cast<T>(numbers[k])};

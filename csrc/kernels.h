@@ -31,7 +31,9 @@ struct Param {
 };
 template <class Gate, class T>
 TRL_HD ParamsOf<Gate, T> params_at(const Param<T>* params, int64_t token) {
-  return params_from<Gate, T>([=](size_t k) { return params[k].at(token); });
+  T values[Gate::num_params + 1];  // one by one: read into the struct at once they cost the GPU more registers
+  for (int k = 0; k < Gate::num_params; ++k) values[k] = params[k].at(token);
+  return params_from<Gate, T>([&](size_t k) { return values[k]; });
 }
 
 template <class T>

@@ -2,15 +2,16 @@
 
 gate(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
 s, x, logp, advantage, t: blocks of tokens (x: the own log ratio; t: the position, 1-based); parameters: numbers or
-blocks, as in params(). d_s, d_logp: partials with respect to the statistic and the own log-prob, x's part in the
-latter; low, high, dual: where that bound is active.
+blocks, by the names and in the order of the gate in tokenrl/objectives/gates/. d_s, d_logp: partials with respect to
+the statistic and the own log-prob, x's part in the latter; low, high, dual: where that bound is active.
 Each derivative stands on the line after its value.
 """
 
 import triton
 import triton.language as tl
 
-from .scalar import clip, expm1_of, exponential, k3_of, larger, power, smaller
+from .scalar import clip, expm1_of, exponential, k3_of, larger, smaller
+from .scalar import power as power_of
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def ppo_ntp(s, x, logp, advantage, t, eps_low, eps_high, dual, ntp):
 
 
 @triton.jit
-def log_band(s, x, logp, advantage, t, eps_low, eps_high, eps_dual, power_of_t):
-    width = power(t, power_of_t)
+def log_band(s, x, logp, advantage, t, eps_low, eps_high, eps_dual, power):
+    width = power_of(t, power)
     kept, low, high, above = _bounded(advantage, s, -eps_low * width, eps_high * width, eps_dual * width)
     value = -advantage * exponential(kept)
     d_s = tl.where(low | high | above, 0.0, value)

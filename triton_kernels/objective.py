@@ -11,7 +11,7 @@ from torch import Tensor
 from . import launch
 from .gates import GATES, NEED_POSITION
 from .spans import Spans, fill_outside, sequence
-from .walks import Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
+from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
 MAX_PARAMS = 6
 NUM_METRICS = 9
@@ -56,6 +56,17 @@ def finish(partials, num_sequences, loss, metrics, TILE: tl.constexpr):
 
 
 @triton.jit
+def of_sequence(tokens, span_weight, normalizer, i, T: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """Weight and advantage that all tokens of sequence i share."""
+    divisor = tl.load(normalizer)
+    weight = tl.where(divisor > 0, tl.load(span_weight + i) / divisor, 0.0).to(T)
+    advantage = tl.zeros((), T)
+    if tokens.advantages is not None and not PER_TOKEN:
+        advantage = tl.load(tokens.advantages + i)
+    return weight, advantage
+
+
+@triton.jit
 def objective_kernel(
     spans, tokens, span_weight, normalizer, coef, scratch, counts, partials, ticket, loss, metrics, clamp: tl.float64,
     cap: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64, p5: tl.float64,
@@ -66,22 +77,19 @@ def objective_kernel(
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, coef, BLOCK)
-    divisor = tl.load(normalizer)
-    weight = tl.where(divisor > 0, tl.load(span_weight + i) / divisor, 0.0).to(T)
-    advantage = tl.zeros((), T)
-    if tokens.advantages is not None and not PER_TOKEN:
-        advantage = tl.load(tokens.advantages + i)
-    numbers = (
-        tl.full((), clamp, T), tl.full((), cap, T), tl.full((), p0, T), tl.full((), p1, T), tl.full((), p2, T),
-        tl.full((), p3, T), tl.full((), p4, T), tl.full((), p5, T),
+    weight, advantage = of_sequence(tokens, span_weight, normalizer, i, T, PER_TOKEN)
+    params = (
+        tl.full((), p0, T), tl.full((), p1, T), tl.full((), p2, T), tl.full((), p3, T), tl.full((), p4, T),
+        tl.full((), p5, T),
     )  # fmt: skip
+    numbers = Numbers(tl.full((), clamp, T), tl.full((), cap, T), params)
     if STATISTIC != "span_sum" and STATISTIC != "span_mean":
         sums = prefix_walk(
             spans, tokens, numbers, weight, advantage, begin, end, coef, scratch, STATISTIC, FLOW, GATE, NUM_PARAMS,
             PER_TOKEN, POSITION, BLOCK,
         )  # fmt: skip
         if FLOW == "through" and STATISTIC != "token":
-            suffix_walk(spans, tokens, numbers[0], begin, end, coef, scratch, BLOCK)
+            suffix_walk(spans, tokens, numbers.clamp, begin, end, coef, scratch, BLOCK)
     elif spans.starts is None:
         sums = span_walk(
             spans, tokens, numbers, weight, advantage, begin, end, coef, STATISTIC, FLOW, GATE, NUM_PARAMS, PER_TOKEN,

@@ -73,6 +73,22 @@ def _store_zeros(out, row, at, real):
 
 
 @triton.jit
+def _store_state(
+    out, row, at, real, used, known, z_own, state, slot, vocab, KP: tl.constexpr, WANT: tl.constexpr, T: tl.constexpr
+):
+    """The row whose state, over lanes, is complete."""
+    kept = tl.sum(state[5], 0) if WANT[2] else vocab + tl.zeros((), tl.int32)
+    above = over_lanes(state[6], slot, KP) if WANT[3] else tl.zeros((), tl.int32)
+    tied = over_lanes(state[7], slot, KP) if WANT[4] else tl.zeros((), tl.int32)
+    squares = tl.sum(state[3], 0) if WANT[0] else state[3]
+    mean = tl.sum(state[4], 0) if WANT[1] else state[4]
+    _store_row(
+        out, row, at, real, used, known, z_own, state[0], tl.sum(state[1], 0), tl.sum(state[2], 0), squares, mean, kept,
+        above, tied, T,
+    )  # fmt: skip
+
+
+@triton.jit
 def forward_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
@@ -105,15 +121,7 @@ def forward_kernel(
             _leave(scratch, counts, row, part, parts, K, slot, real, state, KP, WANT)
         else:
             z_own, _ = transformed(own, factor, bend, SOFTCAP)
-            kept = tl.sum(state[5], 0) if WANT[2] else vocab + tl.zeros((), tl.int32)
-            above = over_lanes(state[6], slot, KP) if WANT[3] else tl.zeros((), tl.int32)
-            tied = over_lanes(state[7], slot, KP) if WANT[4] else tl.zeros((), tl.int32)
-            squares = tl.sum(state[3], 0) if WANT[0] else state[3]
-            mean = tl.sum(state[4], 0) if WANT[1] else state[4]
-            _store_row(
-                out, row, at, real, used, known, z_own, state[0], tl.sum(state[1], 0), tl.sum(state[2], 0), squares,
-                mean, kept, above, tied, T,
-            )  # fmt: skip
+            _store_state(out, row, at, real, used, known, z_own, state, slot, vocab, KP, WANT, T)
 
 
 @triton.jit

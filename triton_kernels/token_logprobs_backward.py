@@ -95,6 +95,22 @@ def _own_gradient(grad_logp, ids, row, id, g_logp, K, KP: tl.constexpr):
 
 
 @triton.jit
+def _upstream(grad_logp, grad_entropy, grad_lse, grad_squares, ids, row, slot, K, KP: tl.constexpr, T: tl.constexpr):
+    """Of a row: its ids, which of them are used, the upstream gradients, whether one is not 0 and an id is used."""
+    at = row * K + slot
+    id = tl.load(ids + at, mask=slot < K, other=IGNORED)
+    used = id != IGNORED
+    g_logp = tl.zeros((KP,), T)
+    if grad_logp is not None:
+        g_logp = tl.load(grad_logp + at, mask=used, other=0.0)
+    g_entropy, g_lse = _row_scalar(grad_entropy, row, T), _row_scalar(grad_lse, row, T)
+    g_squares = _row_scalar(grad_squares, row, T)
+    some = tl.max(tl.where(used & (g_logp != 0.0), 1, 0), 0) > 0
+    some = some | (g_entropy != 0.0) | (g_lse != 0.0) | (g_squares != 0.0)
+    return id, used, g_logp, g_entropy, g_lse, g_squares, some & (tl.max(used.to(tl.int32), 0) > 0)
+
+
+@triton.jit
 def backward_kernel(
     grad_logp, grad_entropy, grad_lse, grad_squares, logits, ids, lse_in, rest_in, entropy_in, squares_in, temperatures,
     keep, grad, time, vocab, K, parts, stride_batch, stride_time, grad_batch, grad_time, keep_batch, keep_time,
@@ -107,19 +123,12 @@ def backward_kernel(
         part = row % parts
         row = row // parts
     slot = tl.arange(0, KP)
-    at = row * K + slot
-    id = tl.load(ids + at, mask=slot < K, other=IGNORED)
-    used = id != IGNORED
-    g_logp = tl.zeros((KP,), T)
-    if grad_logp is not None:
-        g_logp = tl.load(grad_logp + at, mask=used, other=0.0)
-    g_entropy, g_lse = _row_scalar(grad_entropy, row, T), _row_scalar(grad_lse, row, T)
-    g_squares = _row_scalar(grad_squares, row, T)
+    id, used, g_logp, g_entropy, g_lse, g_squares, some = _upstream(
+        grad_logp, grad_entropy, grad_lse, grad_squares, ids, row, slot, K, KP, T
+    )
     begin = row_begin(row, time, grad_batch, grad_time)
     low, high = part_of(begin, vocab, part, parts, BLOCK, VEC, SPLIT)
-    some = tl.max(tl.where(used & (g_logp != 0.0), 1, 0), 0) > 0
-    some = some | (g_entropy != 0.0) | (g_lse != 0.0) | (g_squares != 0.0)
-    if not (some & (tl.max(used.to(tl.int32), 0) > 0)):
+    if not some:
         _zeros(grad, low, high, BLOCK)
     else:
         # Blocks are aligned in the gradient; `lag` leads to the same logit of a padded or sliced input.

@@ -16,13 +16,21 @@ from .statistic import first_carry, positions, prefix_block, segment_sums, segme
 
 
 class Tokens(NamedTuple):
-    """Kernel argument: what each token brings, [N] (advantages also [S] or None; token_weight and bounds also None)."""
+    """Kernel argument: what each token brings, [N] (advantages also [S] or None; token_weight and params also None)."""
 
     logp: Tensor
     old_logp: Tensor
     advantages: Tensor | None
     token_weight: Tensor | None
-    bounds: tuple[Tensor | None, ...]
+    params: tuple[Tensor | None, ...]
+
+
+class Numbers(NamedTuple):
+    """What is one number for all tokens, in their precision. params: the gate's, as far as Tokens has no tensor."""
+
+    clamp: tl.tensor
+    cap: tl.tensor
+    params: tuple[tl.tensor, ...]
 
 
 @triton.jit
@@ -45,16 +53,16 @@ def gated(
         weight = weight * tl.load(tokens.token_weight + at, mask=valid, other=0.0)
     # The interpreter cannot combine a number's comparison with a block's: make both blocks.
     advantage, weight = advantage + tl.zeros_like(x), weight + tl.zeros_like(x)
+    one, per_token = numbers.params, tokens.params
     params = (
-        parameter(numbers[2], tokens.bounds[0], at, valid, T), parameter(numbers[3], tokens.bounds[1], at, valid, T),
-        parameter(numbers[4], tokens.bounds[2], at, valid, T), parameter(numbers[5], tokens.bounds[3], at, valid, T),
-        parameter(numbers[6], tokens.bounds[4], at, valid, T), parameter(numbers[7], tokens.bounds[5], at, valid, T),
+        parameter(one[0], per_token[0], at, valid, T), parameter(one[1], per_token[1], at, valid, T),
+        parameter(one[2], per_token[2], at, valid, T), parameter(one[3], per_token[3], at, valid, T),
+        parameter(one[4], per_token[4], at, valid, T), parameter(one[5], per_token[5], at, valid, T),
     )  # fmt: skip
-    cap = numbers[1]
-    capped = smaller(s, cap)
+    capped = smaller(s, numbers.cap)
     value, d_s, d_logp, low, high, dual = GATE(capped, x, logp, advantage, t, *params[:NUM_PARAMS])
     live = valid & (weight != 0)  # elsewhere nothing may enter, not even inf
-    g = tl.where(live & (s <= cap), weight * d_s, 0.0)
+    g = tl.where(live & (s <= numbers.cap), weight * d_s, 0.0)
     e = tl.where(live, weight * d_logp, 0.0)
     ratio = tl.where(valid, exponential(capped), 0.0)
     count, ratios, least, most, lows, highs, duals, kl, squares, loss = sums
@@ -83,11 +91,11 @@ def prefix_walk(
         inside = at < end
         valid = valid_tokens(spans, at, inside)
         reset = segment_starts(spans, at, inside)
-        logp, x, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
+        logp, x, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers.clamp)
         if POSITION or STATISTIC == "prefix_mean":
             t, count = positions(spans, valid, reset, count, T)
         s, carry = prefix_block(
-            spans, tokens.logp, tokens.old_logp, numbers[0], at, begin, end, x, t, reset, carry, STATISTIC
+            spans, tokens.logp, tokens.old_logp, numbers.clamp, at, begin, end, x, t, reset, carry, STATISTIC
         )
         g, e, sums = gated(
             tokens, numbers, weight, advantage, at, valid, logp, x, s, t, sums, GATE, NUM_PARAMS, PER_TOKEN
@@ -126,7 +134,7 @@ def span_walk(
 ):  # fmt: skip
     """Gates where the span is the sequence: its total first, then every token's gate, then (through) the total of g."""
     T: tl.constexpr = coef.dtype.element_ty
-    total, n = span_total(spans, tokens.logp, tokens.old_logp, numbers[0], begin, end, BLOCK)
+    total, n = span_total(spans, tokens.logp, tokens.old_logp, numbers.clamp, begin, end, BLOCK)
     scale = 1 / n if STATISTIC == "span_mean" else tl.full((), 1, T)
     s = total / n if STATISTIC == "span_mean" else total
     sums, t, gs = no_sums(BLOCK, T), tl.full((BLOCK,), 1, T), tl.zeros((BLOCK,), T)
@@ -134,7 +142,7 @@ def span_walk(
     for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         valid = valid_tokens(spans, at, at < end)
-        logp, x, _ = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
+        logp, x, _ = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers.clamp)
         if POSITION:
             t, count = positions(spans, valid, valid, count, T)
         g, e, sums = gated(
@@ -149,7 +157,7 @@ def span_walk(
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
             valid = valid_tokens(spans, at, at < end)
-            _, _, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
+            _, _, passes = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers.clamp)
             e = tl.load(coef + at, mask=valid, other=0.0)
             tl.store(coef + at, e + tl.where(valid & passes, g, 0.0), mask=at < end)
     return sums
@@ -162,14 +170,14 @@ def segment_walk(
 ):  # fmt: skip
     """Gates where spans are segments: sums forwards; totals and gates backwards; scratch gets the suffix sums of g."""
     T: tl.constexpr = coef.dtype.element_ty
-    segment_sums(spans, tokens.logp, tokens.old_logp, numbers[0], begin, end, scratch, counts, BLOCK)
+    segment_sums(spans, tokens.logp, tokens.old_logp, numbers.clamp, begin, end, scratch, counts, BLOCK)
     sums, total, n = no_sums(BLOCK, T), tl.zeros((), T), tl.zeros((), tl.int32)
     carry = tl.zeros((), T)
     for k in range(0, tl.cdiv(end - begin, BLOCK)):
         at = end - (k + 1) * BLOCK + tl.arange(0, BLOCK)
         inside = at >= begin
         valid = valid_tokens(spans, at, inside)
-        logp, x, _ = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers[0])
+        logp, x, _ = log_ratios(tokens.logp, tokens.old_logp, at, valid, numbers.clamp)
         s, ns, t, total, n = segment_totals(spans, at, begin, end, scratch, counts, total, n)
         if STATISTIC == "span_mean":
             s = s / ns.to(T)
@@ -183,7 +191,7 @@ def segment_walk(
             tl.store(scratch + at, g, mask=inside)
         tl.store(coef + at, e if FLOW == "through" else g + e, mask=inside)
     if FLOW == "through":
-        add_segment_totals(spans, tokens, numbers[0], begin, end, coef, scratch, BLOCK)
+        add_segment_totals(spans, tokens, numbers.clamp, begin, end, coef, scratch, BLOCK)
     return sums
 
 

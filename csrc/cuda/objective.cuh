@@ -16,13 +16,14 @@ struct ObjectiveScratch {
   unsigned* ticket;           // [1], zero before the launch
 };
 
-// args.coef holds in turn, of which each statistic and flow needs some:
+// What args.coef holds in turn; no statistic and flow needs all of it:
 //
-//   gather_spans      span statistics          the sum of the span's log ratios so far; its last token has the total
-//   evaluate          "local", or token        w d_s + w d_logp: the coefficient
-//   evaluate          "through", the others    w d_s, over the count where s is a mean; w d_logp lies in scratch.direct
-//   spread_back       "through", span          the sum of these from the token to the span's end; its first has the
-//   total finish            "through", the others    the adjoint + w d_logp: the coefficient
+//   written by     for                      a token's entry
+//   gather_spans   span statistics          sum of its span's log ratios up to it; the last token's is the total
+//   evaluate       "local", or token        w d_s + w d_logp: the coefficient
+//   evaluate       "through", the others    w d_s, of a mean over its count; scratch.direct keeps w d_logp
+//   spread_back    "through", over spans    sum of these from it to its span's end; the first token's is the total
+//   finish         "through", the others    the adjoint + w d_logp: the coefficient
 template <class T, class Gate>
 struct SequenceObjective {
   const ObjectiveArgs<T>& args;
@@ -57,8 +58,8 @@ struct SequenceObjective {
 
   __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, int32_t t) const {
     const auto params = params_at<Gate>(args.params, token);
-    const T own = args.advantages_per_token ? args.advantages[token] : advantage,
-            t_power = position_power<Gate>(T(t), params);
+    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
+    const T t_power = position_power<Gate>(T(t), params);
     return Gate::eval(GateInput<T>{s, x, args.logp[token], own, t_power}, params);
   }
 

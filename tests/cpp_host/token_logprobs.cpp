@@ -73,19 +73,14 @@ void check_logprobs(int64_t vocab, int64_t gap) {
   std::vector<char> scratch(cuda::token_logprobs_scratch_bytes(args), '\xff');
   const auto out = under_all_schedules(what, [&] {
     std::vector<T> result(4 * rows, static_cast<T>(std::nan("")));
-    args.logp = result.data();
-    args.entropy = args.logp + rows;
-    args.lse = args.entropy + rows;
-    args.lse_rest = args.lse + rows;
+    args.logp = result.data(), args.entropy = args.logp + rows;
+    args.lse = args.entropy + rows, args.lse_rest = args.lse + rows;
     cuda::token_logprobs(args, scratch.data(), nullptr);
     return result;
   });
   std::vector<T> saved = out;
-  args.entropy = saved.data() + rows;
-  args.lse = args.entropy + rows;
-  args.lse_rest = args.lse + rows;
-  args.grad_logp = grad_logp.data();
-  args.grad_entropy = grad_entropy.data();
+  args.entropy = saved.data() + rows, args.lse = args.entropy + rows, args.lse_rest = args.lse + rows;
+  args.grad_logp = grad_logp.data(), args.grad_entropy = grad_entropy.data();
   const auto grads = under_all_schedules(what + " backward", [&] {
     std::vector<Logit> grad(rows * vocab, narrow<Logit>(static_cast<T>(std::nan(""))));
     args.grad_logits = grad.data();
