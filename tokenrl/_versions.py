@@ -8,7 +8,7 @@ PYTHON = ((3, 10), (3, 13))
 TORCH = ((2, 11), (2, 13))
 
 
-def _text(version: tuple[int, int]) -> str:
+def _text(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 

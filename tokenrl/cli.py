@@ -3,7 +3,10 @@
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    import typer
 
 NEEDED = {"demo": ("transformers", "safetensors", "matplotlib"), "any command": ("typer", "rich")}
 
@@ -21,7 +24,7 @@ def main() -> None:
     application()()
 
 
-def application():
+def application() -> "typer.Typer":
     """The typer application."""
     import typer
     from typer import Option as option
@@ -68,7 +71,7 @@ def application():
     return app
 
 
-def run_demo(out: Path, **settings) -> None:
+def run_demo(out: Path, **settings: Any) -> None:
     """Runs the demo; exit code 1 when the reward did not rise with both objectives."""
     from rich.console import Console
 

@@ -1,5 +1,7 @@
 """Advantages per sequence from the rewards of its group, without gradient (see tokenrl/advantages/__init__.py)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def grpo(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     x = as_rewards(rewards)
-    own = None
+    own: Any = None
     if mean is None or (std is None and scale == "std"):
         own = statistics_of(x, as_groups(group_ids, x), unbiased, singleton)
     centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
@@ -52,7 +54,7 @@ def rloo(
     x = as_rewards(rewards)
     if (mean is None) != (count is None):
         raise wrong("count" if count is None else "mean", None, "both of mean and count, or neither")
-    if mean is None:
+    if mean is None or count is None:
         mean, _, count = statistics_of(x, as_groups(group_ids, x), True, singleton)
     n, centred = as_float64("count", count, x.shape, x), x - as_float64("mean", mean, x.shape, x)
     return (torch.where(n > 1, n / (n - 1), 1.0) * centred).to(rewards.dtype)

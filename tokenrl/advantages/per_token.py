@@ -21,7 +21,7 @@ def _check_discount(name: str, value: float) -> None:
 def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
     if (mean is None) != (var is None):
         raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
-    if mean is None:
+    if mean is None or var is None:
         mean, var = moments(x, torch.ones_like(x))
     return (x - mean) * torch.as_tensor(var + eps, dtype=x.dtype, device=x.device).rsqrt()
 

@@ -18,7 +18,7 @@ class GroupStatistics(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides the count of a tuple
 
 
 @dataclass(frozen=True)

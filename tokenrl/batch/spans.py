@@ -43,6 +43,7 @@ def spans_of(kind: str, layout: Layout, segment_ids: Tensor | None = None) -> Sp
     rows = layout.rows()
     if kind == "sequence":
         return Spans(rows, layout.valid(), layout.num_sequences)
+    assert segment_ids is not None
     new = span_starts(segment_ids, layout)
     new[1:] |= rows[1:] != rows[:-1]
     return Spans(new.long().cumsum(0), layout.valid(), tokens + 1)

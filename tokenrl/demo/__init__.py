@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config; nothing is ever downloaded
+
+from transformers import LlamaForCausalLM  # noqa: E402
 
 from ..ops import backends  # noqa: E402
 from . import loss_head, plots, report  # noqa: E402
@@ -61,10 +64,10 @@ def _train(settings: Settings, device: torch.device, console: Console) -> tuple[
     return steps, trained
 
 
-def _rewards(model, settings: Settings) -> dict[str, float]:
+def _rewards(model: LlamaForCausalLM, settings: Settings) -> dict[str, float]:
     return {"sampled": evaluate(model, settings), "greedy": evaluate(model, settings, greedy=True)}
 
 
-def _shown(progress: Progress, bar: TaskID):
+def _shown(progress: Progress, bar: TaskID) -> Callable[[int, float], None]:
     """An on_step(step, reward) that moves a bar."""
     return lambda step, reward: progress.update(bar, completed=step, reward=reward)

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def loss_head(
 def eager_loss_head(name: str, recording: Recording, logits: Tensor) -> Tensor:
     """The same loss as trainers spell it in PyTorch, with the entropy and clip fraction that they log."""
     batch, mask, row = recording.batch, recording.batch.mask, tokenrl.objective(name)
+    gate: Any = row.gate
     logp_all = torch.log_softmax(logits.float() / recording.temperature, -1)
     logp = logp_all.gather(-1, batch.ids.clamp(min=0)[..., None]).squeeze(-1)
     with torch.no_grad():
@@ -56,22 +58,22 @@ def eager_loss_head(name: str, recording: Recording, logits: Tensor) -> Tensor:
     advantages = batch.advantages[:, None]
     if name == "grpo":
         ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - row.gate.eps_low, 1 + row.gate.eps_high)
+        clipped = ratio.clamp(1 - gate.eps_low, 1 + gate.eps_high)
         loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     else:
         prefix = log_ratio.cumsum(1).detach() + log_ratio - log_ratio.detach()
-        width = mask.cumsum(1).clamp(min=1) ** row.gate.power
+        width = mask.cumsum(1).clamp(min=1) ** gate.power
         ratio = prefix.clamp(max=row.cap).exp()
-        clipped = prefix.clamp(-row.gate.eps_low * width, row.gate.eps_high * width).exp()
+        clipped = prefix.clamp(-gate.eps_low * width, gate.eps_high * width).exp()
         loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-        ceiling = -advantages * (row.gate.eps_dual * width).exp()
+        ceiling = -advantages * (gate.eps_dual * width).exp()
         loss = torch.where(advantages < 0, torch.minimum(loss, ceiling), loss)
     with torch.no_grad():
         _ = ((ratio != clipped) * mask).sum() / mask.sum()
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def gradient(make_loss: Callable[..., Tensor], name: str, recording: Recording, dtype: torch.dtype, **more) -> Tensor:
+def gradient(make_loss: Callable[..., Tensor], name: str, recording: Recording, dtype: torch.dtype, **more: Any) -> Tensor:
     """dloss/dlogits, [B, T, V], with the logits cast to dtype."""
     logits = recording.logits.to(dtype).requires_grad_()
     return torch.autograd.grad(make_loss(name, recording, logits, **more), logits)[0]

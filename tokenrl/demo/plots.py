@@ -2,6 +2,7 @@
 
 import typing
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -9,16 +10,17 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import tokenrl  # noqa: E402
 
 if typing.TYPE_CHECKING:
-    from .report import Result
+    from .report import Result, Trained
 
 COLORS = {"grpo": "#c2571a", "ctpo": "#1f6f8b"}
 INK, GRID = "#333333", "#e6e6e6"
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
@@ -51,7 +53,7 @@ def _smooth(values: list[float], weight: float = 0.7) -> list[float]:
     return out
 
 
-def _rewards(axis, result: "Result") -> None:
+def _rewards(axis: Axes, result: "Result") -> None:
     for name, run in result.trained.items():
         steps = range(1, len(run.history.rewards) + 1)
         axis.plot(steps, run.history.rewards, color=COLORS[name], alpha=0.25, linewidth=1)
@@ -62,7 +64,7 @@ def _rewards(axis, result: "Result") -> None:
     axis.legend(loc="upper left")
 
 
-def _positions(run) -> tuple[Tensor, Tensor, Tensor]:
+def _positions(run: "Trained") -> tuple[Tensor, Tensor, Tensor]:
     """(positions, log ratios [tokens of the run, positions], clip rate) of the positions that enough tokens reached."""
     s, clipped = torch.cat(run.history.statistics), torch.cat(run.history.clipped)
     reached = (~s.isnan()).sum(0)
@@ -71,7 +73,7 @@ def _positions(run) -> tuple[Tensor, Tensor, Tensor]:
     return positions, s[:, enough], (clipped.sum(0) / reached.clamp(min=1))[enough]
 
 
-def _clip_rates(axis, result: "Result") -> None:
+def _clip_rates(axis: Axes, result: "Result") -> None:
     for name, run in result.trained.items():
         positions, _, rate = _positions(run)
         axis.plot(positions, 100 * rate, color=COLORS[name], linewidth=2.2, marker="o", markersize=4, label=name)
@@ -80,13 +82,14 @@ def _clip_rates(axis, result: "Result") -> None:
     axis.legend(loc="best")
 
 
-def _band(axis, result: "Result", name: str, title: str) -> None:
+def _band(axis: Axes, result: "Result", name: str, title: str) -> None:
     """Quantiles of the objective's log ratio against its clip bounds."""
     positions, s, _ = _positions(result.trained[name])
-    gate, color = tokenrl.objective(name).gate, COLORS[name]
-    for low, high, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.4)):
-        edges = s.nanquantile(torch.tensor([low, high]), 0)
-        axis.fill_between(positions, *edges, color=color, alpha=alpha, linewidth=0, label=f"{high - low:.0%} of tokens")
+    gate: Any = tokenrl.objective(name).gate
+    color = COLORS[name]
+    for least, most, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.4)):
+        edges = s.nanquantile(torch.tensor([least, most]), 0)
+        axis.fill_between(positions, *edges, color=color, alpha=alpha, linewidth=0, label=f"{most - least:.0%} of tokens")
     if name == "grpo":
         low, high = (torch.full(positions.shape, edge).log1p() for edge in (-gate.eps_low, gate.eps_high))
     else:

@@ -41,7 +41,7 @@ def held_out(terms: Terms) -> bool:
 
 def problems(count: int, source: random.Random, evaluation: bool = False) -> list[Terms]:
     """Random problems with MIN_TERMS to MAX_TERMS digits, all from the held-out part or none."""
-    found = []
+    found: list[Terms] = []
     while len(found) < count:
         terms = tuple(source.randrange(MODULUS) for _ in range(source.randint(MIN_TERMS, MAX_TERMS)))
         if held_out(terms) == evaluation:

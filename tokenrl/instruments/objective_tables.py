@@ -4,6 +4,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -58,7 +59,7 @@ def shown(value: object) -> str:
 
 def formula(row: Objective) -> str:
     """The row from log ratio to loss, one step a line."""
-    statistic = inspect.cleandoc(STATISTICS[row.statistic].__doc__)
+    statistic = inspect.cleandoc(STATISTICS[row.statistic].__doc__ or "")
     clamped = "" if row.clamp == INF else f", clamped to +-{row.clamp:g}"
     capped = "" if row.cap == INF else f", at most {row.cap:g}"
     steps = [
@@ -75,7 +76,7 @@ def formula(row: Objective) -> str:
 def objectives_table() -> str:
     """Markdown, one line per row of OBJECTIVES."""
     columns = "name statistic flow gate form parameters aggregation source certainty backends".split()
-    lines = [columns, ["---"] * len(columns)]
+    lines: list[Sequence[str]] = [columns, ["---"] * len(columns)]
     for row in OBJECTIVES.values():
         form = "" if row.form is None else type(row.form).__name__
         given = ", ".join(f"{name}={shown(value)}" for name, value in parameters(row).items())
@@ -113,7 +114,7 @@ def print_objective(name: str, console: Console) -> None:
 
     section(row.name, formula(row))
     for title, part in row.parts.items():
-        section(f"{title} {part.name if title == 'gate' else type(part).__name__}", text_of(part))
+        section(f"{title} {part.name if isinstance(part, Gate) else type(part).__name__}", text_of(part))
     values = parameters(row).items()
     section("parameters", "\n".join(f"{key} = {shown(value)}" for key, value in values) or "none")
     section("gradient", f"flow {row.flow!r}: {FLOWS[row.flow]}")

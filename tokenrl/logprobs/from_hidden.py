@@ -10,7 +10,7 @@ from ..errors import wrong
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.linear.head import HeadInputs
 from . import from_logits
-from .from_logits import DTYPES, IGNORED, TokenStats
+from .from_logits import DTYPES, IGNORED, TokenStats, TransformArguments
 
 # Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.
 DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -26,7 +26,7 @@ class HeadArguments:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    transform: tuple
+    transform: TransformArguments
     compute_dtype: str
     memory_budget: int
     main_grad: Tensor | None
@@ -51,11 +51,11 @@ def head_arguments(
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
         raise wrong("memory_budget", memory_budget, "a positive number of bytes")
     like = hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
-    number, per_row, *bend, keep = from_logits.transform_arguments(temperature, softcap, logit_scale, keep_mask, like)
+    number, per_row, bend, scale, keep = from_logits.transform_arguments(temperature, softcap, logit_scale, keep_mask, like)
     keep = None if keep is None else keep.reshape(-1, like.shape[-1]) if keep.dim() > 1 else keep[None]
     return HeadArguments(
         like, hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        (number, None if per_row is None else per_row.reshape(-1), *bend, keep),
+        (number, None if per_row is None else per_row.reshape(-1), bend, scale, keep),
         str(dtype).removeprefix("torch."), memory_budget, main_grad,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from ..ops.kernel_ops import IGNORED
 OUTPUTS = tuple(name for name in kernel_ops.RESULTS if name != "lse_rest")
 PER_ID = ("logp", "is_top1", "rank")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TransformArguments = tuple[float, Tensor | None, float, float, Tensor | None]  # of kernel_ops.Transform, in its order
 
 
 class TokenStats:
@@ -101,7 +102,7 @@ def _batched(logits: Tensor) -> tuple[int, ...]:
 
 def transform_arguments(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None, logits: Tensor
-) -> tuple:
+) -> TransformArguments:
     """(temperature, temperatures [B, T], softcap, logit_scale, keep_mask [V] or [B, T, V]), checked."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None:
@@ -209,7 +210,8 @@ def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return "the last stride of logits is not 1, so the kernel reads a copy"
     for made in (logits, owner):
-        saved = getattr(made.grad_fn, "_saved_result", None)
-        if isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
-            return f"{made.grad_fn.name()}, which made the logits, needs them for its own backward"
+        node = made.grad_fn
+        saved = getattr(node, "_saved_result", None)
+        if node is not None and isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
+            return f"{node.name()}, which made the logits, needs them for its own backward"
     return None

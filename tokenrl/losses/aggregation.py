@@ -33,9 +33,10 @@ def span_weights(
         raise wrong(
             "normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
         )
-    if mode.by_group:
+    groups = None
+    if mode.by_group and group_ids is not None:
         check_integers("group_ids", group_ids)
-    groups = layout.flat_sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
+        groups = layout.flat_sequences("group_ids", group_ids, torch.int64)
     signs = advantages if mode.span == "balanced" else None
     weight, count = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, mode.unit or "tokens")
     return SpanWeights(weight, _normalizer(normalizer, mode, count, layout))
@@ -53,7 +54,7 @@ def _normalizer(given: float | Tensor | None, mode: Aggregation, count: Tensor, 
         return torch.full((), given, dtype=torch.float64, device=count.device)
     if mode.unit is None:
         return torch.ones((), dtype=torch.float64, device=count.device)
-    return count.to(torch.float64) * (layout.width if mode.over_width else 1)
+    return count.to(torch.float64) * (layout.width or 0 if mode.over_width else 1)
 
 
 def aggregation_weights(
@@ -73,9 +74,12 @@ def aggregation_weights(
 
     Source: Balanced Aggregation, arXiv 2605.04077 (notes).
     """
-    if mask is None and cu_seqlens is None:
+    if mask is not None:
+        tokens = mask
+    elif cu_seqlens is not None:
+        tokens = _packed_like(cu_seqlens)
+    else:
         raise wrong("mask", None, "a bool [B, T], or cu_seqlens [S + 1] of a packed batch")
-    tokens = mask if mask is not None else _packed_like(cu_seqlens)
     layout = layout_of(tokens, mask=mask, cu_seqlens=cu_seqlens, name="mask")
     if advantages is not None:
         check_constant("advantages", advantages)

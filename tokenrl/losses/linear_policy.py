@@ -78,10 +78,11 @@ def linear_policy_loss(
     )  # fmt: skip
     valid = layout.valid()
     flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
-    if row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted:
+    silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
+    if silent and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
     loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
-    left_out = (valid.sum() - layout.mask.sum()).to(raw.dtype)
+    left_out = (valid.sum() - layout.valid().sum()).to(raw.dtype)
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
 
 

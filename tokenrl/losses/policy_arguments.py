@@ -36,10 +36,11 @@ def policy_loss_inputs(
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids)
         starts = span_starts(layout.flat_tokens("segment_ids", segment_ids), layout)
-    gate, form = (
-        None if part is None else map_params(part, lambda name, bound: layout.flat_tokens(name, bound, dtype))
-        for part in (row.gate, row.form)
-    )
+
+    def flat(name: str, bound: Tensor) -> Tensor:
+        return layout.flat_tokens(name, bound, dtype)
+
+    gate, form = map_params(row.gate, flat), None if row.form is None else map_params(row.form, flat)
     aggregation = aggregation or row.aggregation
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen

@@ -23,6 +23,7 @@ computed in fp64.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ CLAMP = 20.0
 TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
-def _log_ratios(logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+def _log_ratios(
+    logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Layout, Tensor]:
     """(layout, float64 [N] q = logp - rollout_logp with zeros in masked cells)."""
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     for name, x in (("logp", logp), ("rollout_logp", rollout_logp)):
@@ -182,7 +185,7 @@ def rejection_mask(
         low, high = (_log(x, none) for x, none in ((low, -torch.inf), (high, torch.inf)))
         kept = (found >= low) & (found <= high)
     else:
-        kept = found <= high
+        kept = found <= (torch.inf if high is None else high)
     return (kept[spans.index] & layout.valid()).view(layout.shape)
 
 
@@ -217,7 +220,7 @@ def off_policy_sequence_mask(
 
 def corrected_weights(
     layout: Layout, logp: Tensor | None, rollout_logp: Tensor | None, segment_ids: Tensor | None,
-    token_weight: Tensor | None, correction: dict | None,
+    token_weight: Tensor | None, correction: dict[str, Any] | None,
 ) -> Tensor | None:  # fmt: skip
     """token_weight times the importance weights of logp to the rollout's, if that is given."""
     if rollout_logp is None:
@@ -231,7 +234,7 @@ def corrected_weights(
         given = {"segment_ids": segment_ids} | given
     if logp.shape != layout.shape:
         raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
-    where = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
+    where: dict[str, Any] = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
     if layout.width is None:
         where["cu_seqlens"] = layout.cu_seqlens
     weights = importance_weights(logp.detach(), rollout_logp, **where, **given)

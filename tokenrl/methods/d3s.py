@@ -100,6 +100,7 @@ def advantage_entropy_mask(
             raise wrong("threshold", threshold, f"None for scope {scope!r} (scope='batch' uses it)")
         kept = scores >= as_scalar("threshold", threshold, scores)
     else:
+        assert fraction is not None
         within = valid.row if scope == "sequence" else torch.zeros_like(valid.row)
         kept = scores >= _thresholds(scores, within, valid.layout.num_sequences, fraction)[within]
     return valid.put(kept, torch.bool)

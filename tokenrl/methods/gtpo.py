@@ -72,7 +72,7 @@ def _runs(
         conflict = (sign != 0) & (same.max(sign) > 0) & (same.max(-sign) > 0)
         ends = torch.where(conflict, lengths[valid.row], place)
         found.append((place, lengths.scatter_reduce(0, valid.row, ends, "amin")))
-    return valid, sign, *found
+    return valid, sign, found[0], found[1]
 
 
 def entropy_shaped_advantages(

@@ -73,7 +73,7 @@ def hapo_score(
 
 
 def reward_statistics(
-    rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6, limit: float = 5.0,
+    rewards: Tensor, lengths: Tensor, group_ids: Tensor | None, *, scale: str = "std", eps: float = 1e-6, limit: float = 5.0,
     width: int | None = None, singleton: str = "raw",
 ) -> GroupStatistics:  # fmt: skip
     """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
@@ -113,7 +113,7 @@ def hapo(
     if (mean is None) != (std is None):
         raise wrong("std" if std is None else "mean", None, "both of mean and std, or neither")
     x = as_rewards(rewards)
-    if mean is None:
+    if mean is None or std is None:
         if lengths is None:
             raise wrong("lengths", None, f"one integer per sequence, [{x.numel()}], or the statistics of the groups")
         mean, std, _ = reward_statistics(

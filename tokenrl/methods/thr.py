@@ -96,7 +96,9 @@ def _influence(
     own = valid.layout.flat_tokens("ids", ids)[valid.cells].long()
     _check_correct(correct, valid)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    source: LogitColumns | HeadColumns
     if logits is None:
+        assert weight is not None
         source, lse = head_columns(hidden, weight, valid, bias, dtype, budget, ids=ids)
     else:
         if logits.shape[:-1] != hidden.shape[:-1] or bias is not None:

@@ -1,5 +1,7 @@
 """Divergence of two policies on the top-K tokens of the one that sampled, for the masks of DPPO and CPPO."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def topk_divergence(
         raise unknown("kind", kind, KINDS)
     valid = _as_valid_tokens(logp_topk, old_logp_topk, mask, cu_seqlens)
     x, y = (t.reshape(-1, t.shape[-1])[valid.cells].double() for t in (logp_topk, old_logp_topk))
-    sampled = {"ids_topk": ids_topk, "ids": ids, "logp": logp, "old_logp": old_logp}
+    sampled: dict[str, Any] = {"ids_topk": ids_topk, "ids": ids, "logp": logp, "old_logp": old_logp}
     missing = [name for name, t in sampled.items() if t is None]
     if len(missing) < len(sampled):
         if missing:
@@ -69,8 +71,8 @@ def _as_valid_tokens(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | No
 
 def _with_sampled(
     valid: ValidTokens, x: Tensor, y: Tensor, ids_topk: Tensor, ids: Tensor, logp: Tensor, old_logp: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probs with a bucket more, of probability 0 where the sampled token is among the K."""
+) -> tuple[Tensor, ...]:
+    """Both log-probs with a bucket more, of probability 0 where the sampled token is among the K."""
     check_integers("ids", ids)
     check_integers("ids_topk", ids_topk)
     shape = (*valid.layout.shape, x.shape[-1])

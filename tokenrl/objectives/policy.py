@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Objective:
     form: Form | None = None
     certainty: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_statistic(self.statistic, self.flow)
         if self.aggregation not in AGGREGATIONS:
             raise unknown("aggregation", self.aggregation, AGGREGATIONS)
@@ -163,7 +164,7 @@ def find_objective(name: str | Objective) -> Objective:
 _CHANGEABLE = ("statistic", "flow", "gate", "form", "aggregation", "clamp", "cap")
 
 
-def objective(name: str | Objective, **parameters) -> Objective:
+def objective(name: str | Objective, **parameters: Any) -> Objective:
     """A row of the table, with any of its parameters changed.
 
     parameters: those of the row's gate and of its form in the method's own terms (eps_low, eps_high, dual, eps_dual,

@@ -7,10 +7,12 @@ by `Bundle(*args)`. Where bundles inherit from several, the fields of the last b
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
-_TYPES = {
+_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor | None]: "Tensor?[]", float: "float", list[float]: "float[]",
     int: "int", bool: "bool", list[bool]: "bool[]", str: "str", list[str]: "str[]",
 }  # fmt: skip
@@ -20,11 +22,11 @@ _TYPES = {
 class OpArguments:
     """Base of all bundles."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.__dict__.values())
 
     @classmethod
-    def read(cls, args: tuple):
+    def read(cls, args: tuple[Any, ...]) -> tuple[Self, tuple[Any, ...]]:
         """(the bundle of the first arguments, the arguments after them)."""
         count = len(dataclasses.fields(cls))
         return cls(*args[:count]), args[count:]

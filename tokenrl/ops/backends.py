@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ class Backend:
         return f"it has no kernel of the gate {gate!r}"
 
     @property
-    def ops(self):
-        return getattr(torch.ops, self.namespace)
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace or "")
 
 
 def choose(name: str | None, device: torch.device, gate: str | None = None) -> Backend:
@@ -80,7 +81,7 @@ def _load_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     try:
-        from .. import triton_kernels  # noqa: F401  (defines torch.ops.tokenrl_triton)
+        from .. import triton_kernels  # type: ignore[attr-defined]  # noqa: F401  (defines torch.ops.tokenrl_triton)
     except ImportError as error:
         return f"triton does not import: {error}"
     return None
@@ -139,7 +140,7 @@ if TRITON_REASON is None:
     register("tokenrl_triton")
 
 
-def register_triton(gate: type[Gate], function) -> None:
+def register_triton(gate: type[Gate], function: Callable[..., Any]) -> None:
     """The kernel of a registered gate: a @triton.jit function
 
         function(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual

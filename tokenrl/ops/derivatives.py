@@ -5,7 +5,7 @@ the op's first inputs; the others have none.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _transformed(op: Callable, save: Callable, backward: Callable) -> type[torch
     return Transformed
 
 
-def call(namespace: str, op: str, *inputs):
+def call(namespace: str, op: str, *inputs: Any) -> Any:
     """The op's results, with their derivative. Torch knows the derivative of the op itself, and a trace needs no more;
     its eager way there, torch.library's, takes 20 us of Python without a gradient and 100 us with one."""
     found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]

@@ -3,14 +3,16 @@
 Tensors are checked and flat; a layout says where they lie (tokenrl/batch/layout.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.layout import Layout
 from ..objectives.forms.base import Form, FormInputs
-from ..objectives.gates.base import Gate
+from ..objectives.gates.base import Bound, Gate
 from ..objectives.policy import Objective
 from . import reference
 from .backends import Backend
@@ -78,14 +80,17 @@ class PolicyLossInputs:
 
 class _Statistic(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logp, old_logp, mask, cu_seqlens, starts, statistic, flow, ops):
+    def forward(
+        ctx: Any, logp: Tensor, old_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None,
+        statistic: str, flow: str, ops: Any,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(mask, cu_seqlens, starts)
         ctx.rest = statistic, flow, ops
         return ops.statistic(logp, old_logp, mask, cu_seqlens, starts, statistic)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         statistic, flow, ops = ctx.rest
         grad_logp = ops.statistic_backward(grad.contiguous(), *ctx.saved_tensors, statistic, flow)
         return grad_logp, None, None, None, None, None, None, None
@@ -102,7 +107,9 @@ def statistic(
     return _Statistic.apply(logp, old_logp, layout.mask, layout.cu_seqlens, starts, statistic, flow, chosen.ops)
 
 
-def position_adaptive_clip(chosen: Backend, layout: Layout, log_ratio: Tensor, eps_low, eps_high, power) -> Tensor:
+def position_adaptive_clip(
+    chosen: Backend, layout: Layout, log_ratio: Tensor, eps_low: Bound, eps_high: Bound, power: Bound
+) -> Tensor:
     """clip(x_t, -eps_low t^power, eps_high t^power), flat [N], zero in masked cells."""
     if chosen.namespace is None:
         mask, cu_seqlens = layout.valid(), layout.cu_seqlens
@@ -121,7 +128,7 @@ def aggregation_weights(
     return run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit)
 
 
-def token_logprobs(chosen: Backend, *inputs) -> tuple[Tensor, ...]:
+def token_logprobs(chosen: Backend, *inputs: Any) -> tuple[Tensor, ...]:
     """The results of op token_logprobs, in its order."""
     if chosen.namespace is None:
         return reference.token_logprobs(*inputs)
@@ -132,9 +139,10 @@ def linear_token_logprobs(
     chosen: Backend, head: HeadInputs, outputs: list[str], main_grad: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The results of op token_logprobs from hidden states."""
+    inputs = (*head, outputs, main_grad)
     if chosen.namespace is None:
-        return reference.linear_token_logprobs(*head, outputs, main_grad)
-    return call(chosen.namespace, "linear_token_logprobs", *head, outputs, main_grad)
+        return reference.linear_token_logprobs(*inputs)
+    return call(chosen.namespace, "linear_token_logprobs", *inputs)
 
 
 def policy_loss(
@@ -202,7 +210,7 @@ def _row(
     return loss, metrics
 
 
-def _split(params) -> tuple[list[float], list[Tensor | None]]:
+def _split(params: Sequence[Bound]) -> tuple[list[float], list[Tensor | None]]:
     """Gate parameters as the ops take them: a number each, or 0 and a tensor in its place."""
     tensors = [p.contiguous() if isinstance(p, Tensor) else None for p in params]
     return [0.0 if isinstance(p, Tensor) else float(p) for p in params], tensors
@@ -216,7 +224,10 @@ def linear_policy_loss(
     return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)
 
 
-def _one_op(chosen, layout, head, main_grad, inputs):
+def _one_op(
+    chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
+    assert chosen.namespace is not None
     tensors = (head.hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
@@ -227,7 +238,7 @@ def _one_op(chosen, layout, head, main_grad, inputs):
     numbers, bounds = _split(inputs.gate.params())
     kl_numbers, _ = _split(extra.kl.gate.params())
     loss, raw, *_ = call(
-        chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(
+        chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
             *head, wanted, main_grad, inputs.old_logp, inputs.token_weights(layout, like), advantages, layout.mask,
             layout.cu_seqlens, inputs.starts, weights.span_weight, weights.normalizer, inputs.token_weight,
             row.statistic, row.flow, inputs.gate.name, numbers, bounds, row.clamp, row.cap, extra.ref_logp,
@@ -237,9 +248,11 @@ def _one_op(chosen, layout, head, main_grad, inputs):
     return loss, raw
 
 
-def _two_ops(chosen, layout, head, main_grad, inputs):
+def _two_ops(
+    chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor]:
     """By way of the log-probs of all tokens, in differentiable torch around the ops."""
-    head = replace(head, ids=torch.where(layout.mask[:, None], head.ids, IGNORED))
+    head = replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
     logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad)
     loss, raw = policy_loss(chosen, layout, logp.squeeze(1), entropy, inputs)
     passes = 2 if loss.requires_grad and chosen.namespace is not None else 1

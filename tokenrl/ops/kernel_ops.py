@@ -4,7 +4,9 @@ Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are
 token has one id, K is 1. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +128,7 @@ def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale,
     return logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "objective": _fake_objective,
     "statistic": lambda logp, *rest: torch.empty_like(logp),
     "statistic_backward": lambda grad, *rest: torch.empty_like(grad),
@@ -162,7 +164,7 @@ def _clip_backward(ctx, grad, _):
     return (torch.where(inside != 0, grad, 0),)
 
 
-def mark_constants(ctx, output) -> None:
+def mark_constants(ctx: Any, output: tuple[Tensor, ...]) -> None:
     """The results of token_logprobs that carry no gradient, log_sum_sq_probs among them where it is not asked for."""
     _, entropy, _, lse_rest, log_sum_sq_probs, *constants = output
     if log_sum_sq_probs.shape != entropy.shape:
@@ -178,7 +180,7 @@ def _save_logprobs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _logprobs_backward(namespace: str):
+def _logprobs_backward(namespace: str) -> Callable[..., Any]:
     @once_differentiable
     def backward(ctx, *upstream):
         grad_logp, grad_entropy, grad_lse, _, grad_log_sum_sq_probs, *_ = upstream

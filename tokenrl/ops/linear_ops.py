@@ -5,6 +5,8 @@ the dtype of the GEMMs. Gradients that are not wanted are empty, (0,).
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +71,7 @@ def _gradients(
 def _results(grads: token_logprobs.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
     """What the ops return: nothing for a sum that was added to."""
     of_weight = None if grads.adds else grads.weight
-    of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
+    of_bias = None if grads.bias is None or bias is None else grads.bias.to(bias.dtype)
     return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
 
 
@@ -113,12 +115,12 @@ def _save_statistics(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _statistics_backward(namespace: str):
+def _statistics_backward(namespace: str) -> Callable[..., Any]:
     @once_differentiable
     def backward(ctx, *upstream):
         grad_logp, grad_entropy, grad_lse, _, grad_squares, *_ = upstream
-        upstream = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
-        if all(g is None for g in upstream):
+        wanted_of = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
+        if all(g is None for g in wanted_of):
             return None, None, None
         hidden, weight, bias, ids, temperatures, keep_mask, *saved = ctx.saved_tensors
         head = HeadInputs(
@@ -127,7 +129,7 @@ def _statistics_backward(namespace: str):
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])
         op = getattr(torch.ops, namespace).linear_token_logprobs_backward
-        grads = op(*head, *upstream, *saved, wanted, ctx.main_grad)
+        grads = op(*head, *wanted_of, *saved, wanted, ctx.main_grad)
         wanted[1] = wanted[1] and ctx.main_grad is None
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
@@ -156,7 +158,7 @@ def _policy_loss_backward(ctx, grad_loss, *_):
     return tuple(scaled(g, grad_loss) if want else None for g, want in found)
 
 
-def _eager_numbers(function, namespace: str):
+def _eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
     """The implementation on the kernels of a backend; autocast would cast the tiles behind its back."""
 
     @functools.wraps(function)

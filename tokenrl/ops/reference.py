@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
-from ..objectives.gates.base import Gate, map_params
+from ..objectives.gates.base import Bound, Gate, map_params
 
 
 class Rows:
@@ -17,7 +17,7 @@ class Rows:
     def __init__(self, num_tokens: int, cu_seqlens: Tensor, starts: Tensor | None, width: int | None):
         self.width = width if starts is None else None
         self.num_tokens = num_tokens
-        self.shape = (cu_seqlens.numel() - 1, width)
+        self.shape = (cu_seqlens.numel() - 1, width or 0)
         if self.width is None:
             first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
             first[cu_seqlens] = True
@@ -86,7 +86,9 @@ def per_token(values: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Ten
     return torch.where(mask, values, 0).to(like.dtype)
 
 
-def token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, like) -> Tensor:
+def token_weights(
+    span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor
+) -> Tensor:
     """w_t [N] in the dtype of `like`, zero in masked cells."""
     weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
     w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
@@ -123,8 +125,9 @@ def statistic(
 
 
 def position_adaptive_clip(
-    log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low, eps_high, power, width: int | None
-) -> Tensor:
+    log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low: Bound, eps_high: Bound, power: Bound,
+    width: int | None,
+) -> Tensor:  # fmt: skip
     """clip(x, -eps_low t^power, eps_high t^power), [N], zero in masked cells; differentiable in log_ratio."""
     rows = Rows(log_ratio.numel(), cu_seqlens, None, width)
     t = rows.flat(rows.matrix(mask).cumsum(1)).clamp(min=1).to(log_ratio.dtype)
@@ -155,6 +158,7 @@ def aggregation_weights(
         same = (group_ids[:, None] == group_ids[None, :]) & nonempty[None, :]
         counts["groups"] = nonempty & ~(same & (index[None, :] < index[:, None])).any(1)
         if span == "balanced":
+            assert advantages is not None
             if advantages.numel() == num_tokens:
                 advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
             sign = advantages.sign()
@@ -167,7 +171,9 @@ def aggregation_weights(
     return torch.where(nonempty, weight, 0.0), counts[unit].sum()
 
 
-def _transformed(logits, temperature, temperatures, softcap, logit_scale) -> Tensor:
+def _transformed(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float
+) -> Tensor:
     """z in at least fp32; a logit of -inf stays one under the softcap: it was taken out of the vocabulary."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap != float("inf"):

@@ -8,7 +8,7 @@ its coefficients wait for all log-probs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Form:
     """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate."""
 
     names: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def evaluate(self, tokens: "FormInputs") -> tuple[Tensor, Tensor]:
         """(loss, raw metrics)."""

@@ -27,7 +27,7 @@ class Gmpo(Form):
         low, high = negative & (x < -self.eps_low), ~negative & (x > self.eps_high)
         return torch.where(low, -self.eps_low, torch.where(high, self.eps_high, x)), low, high
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         x, low, high = self._trimmed(tokens)
         loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, x, 0))
         return loss, tokens.counted(raw, low, high)
@@ -40,7 +40,7 @@ class Hmpo(Gmpo):
     Source: GMPO (authors' code).
     """
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         x, low, high = self._trimmed(tokens)
         mean = tokens.statistic_of(torch.where(tokens.valid, torch.exp(-x), 0), "span_mean")
         loss, raw = tokens.run(log_ratio=-torch.where(tokens.valid, mean, 1).log())
@@ -72,7 +72,7 @@ class FiberPo(Form):
     c_neg: float = 0.08
     eps: float = 0.05
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         x, n = tokens.x, tokens.lengths()
         upwards = x >= 0
         above = tokens.statistic_of(torch.where(upwards & tokens.valid, x, 0), "span_mean")
@@ -98,8 +98,9 @@ class Real(Form):
 
     tau: float = 0.5
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         layout, a = tokens.layout, tokens.per_row
+        assert a is not None and tokens.group_ids is not None
         if tokens.aggregation != "group-mean":
             raise wrong("aggregation", repr(tokens.aggregation), "'group-mean', REAL's own")
         for name, given in (("token_weight", tokens.token_weight), ("segment_ids", tokens.starts)):

@@ -48,7 +48,7 @@ class PrefixBudget(Form):
         allowed = (self.delta + budget * before["w"] - before["spent"]).clamp(max=self.delta)
         return tokens.valid & (tokens.advantages * tokens.x.expm1() > 0) & (spent > allowed)
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         dropped = self.dropped(tokens)
         loss, raw = tokens.run(factor=(~dropped).to(tokens.logp.dtype))
         positive = tokens.advantages > 0
@@ -86,7 +86,7 @@ class FutureKl(Form):
     safety: float = 4.0
     holes: str = "skip"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.holes not in HOLES:
             raise unknown("holes", self.holes, HOLES)
 
@@ -100,7 +100,7 @@ class FutureKl(Form):
         risky = (tokens.advantages < 0) & (ratio > self.safety)
         return torch.where(risky, factor.clamp(0.8, 1.0), factor)
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         return tokens.run(factor=self.factor(tokens))
 
 
@@ -168,7 +168,7 @@ class ClipCov(_Covariance):
         chosen = candidates[torch.randperm(candidates.numel(), device=candidates.device)[: self.budget(tokens)]]
         return torch.zeros_like(inside).index_fill(0, chosen, True), below, above
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         dropped, below, above = self.dropped(tokens)
         loss, raw = tokens.run(factor=(~dropped).to(tokens.logp.dtype))
         negative = tokens.advantages < 0
@@ -192,7 +192,7 @@ class KlCov(_Covariance):
         top = covariance.argsort(descending=True, stable=True)[: self.budget(tokens)]
         return torch.zeros_like(tokens.valid).index_fill(0, top, True) & tokens.valid
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         loss, raw = tokens.run()
         penalty, _ = tokens.run(factor=self.selected(tokens).to(tokens.logp.dtype), gate=KlAbs())
         return loss + self.coef * penalty, raw

@@ -1,8 +1,11 @@
 """Gates whose bounds or advantages come from entropies, and those that mix two ratios (see base.py)."""
 
-import torch
+from collections.abc import Iterator
 
-from .base import INF, Bound, Gate, clamp, parametrised, surrogate
+import torch
+from torch import Tensor
+
+from .base import INF, Bound, Bounds, Gate, clamp, parametrised, surrogate
 
 
 @parametrised
@@ -30,19 +33,19 @@ class Dhpo(DhpoGate):
 
     name = "dhpo"
 
-    def _mixed(self, s, x):
+    def _mixed(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         own, span = x.exp(), s.exp()
         kept = clamp(own, 1 - self.eps_low, 1 + self.eps_high)
         span_kept = clamp(span, 1 - self.span_eps_low, 1 + self.span_eps_high)
         return self.mix * own + (1 - self.mix) * span, self.mix * kept + (1 - self.mix) * span_kept
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         mixed, kept = self._mixed(s, x)
         # No torch.maximum: where both are equal nothing is clipped, and the slope is that of the unclipped mixture.
         bound = torch.where(advantages < 0, mixed < kept, mixed > kept)
         return -advantages * torch.where(bound, kept, mixed)
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         mixed, kept = self._mixed(s, x)
         low, high = (advantages < 0) & (mixed < kept), (advantages > 0) & (mixed > kept)
         return low, high, torch.zeros_like(low)
@@ -54,16 +57,16 @@ class DhpoBranch(DhpoGate):
 
     name = "dhpo_branch"
 
-    def _branches(self, s, x):
+    def _branches(self, s: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Bound, Bound]]:
         """(ratio, its bounds) of the token and of the span."""
         yield x.exp(), 1 - self.eps_low, 1 + self.eps_high
         yield s.exp(), 1 - self.span_eps_low, 1 + self.span_eps_high
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         own, span = (surrogate(r, clamp(r, low, high), INF, advantages) for r, low, high in self._branches(s, x))
         return self.mix * own + (1 - self.mix) * span
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low, high = (torch.zeros_like(s, dtype=torch.bool) for _ in range(2))
         for ratio, least, most in self._branches(s, x):
             low, high = low | (ratio < least), high | (ratio > most)
@@ -91,7 +94,7 @@ class Hapo(Gate):
     alpha: Bound = 1.0
     beta: Bound = 1.0
 
-    def _adapted(self, s, advantages):
+    def _adapted(self, s: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(ratio, its bounds, A')."""
         ratio, score = s.exp(), torch.as_tensor(self.score, dtype=s.dtype)
         wider = 1 + self.alpha * score.abs()
@@ -101,11 +104,11 @@ class Hapo(Gate):
         advantages = torch.where(inside == (score > 0), advantages, advantages * (1 + self.beta * score))
         return ratio, 1 - eps_low, 1 + eps_high, advantages
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         ratio, low, high, advantages = self._adapted(s, advantages)
         return surrogate(ratio, clamp(ratio, low, high), self.dual, advantages)
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, low, high, advantages = self._adapted(s, advantages)
         negative = advantages < 0
         return negative & (ratio < low), (advantages > 0) & (ratio > high), negative & (ratio > self.dual)

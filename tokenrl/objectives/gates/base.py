@@ -13,23 +13,38 @@ triton_kernels/gates.py. The kernels' own tensors never hold gradients for param
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from ...errors import wrong
 
 Bound = float | Tensor
+Bounds = tuple[Tensor, Tensor, Tensor]  # bool: which tokens are below, above, beyond the dual clip
 INF = float("inf")
 
 
-def parametrised(cls):
+class Parametrised(Protocol):
+    """A gate or a form."""
+
+    names: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+AnyPart = TypeVar("AnyPart", bound=Parametrised)
+AnyClass = TypeVar("AnyClass", bound=type)
+
+
+@dataclass_transform(eq_default=False, frozen_default=True)
+def parametrised(cls: AnyClass) -> AnyClass:
     """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not)."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    cls.names = tuple(field.name for field in dataclasses.fields(cls))
-    return cls
+    made: Any = dataclass(frozen=True, eq=False)(cls)
+    made.names = tuple(field.name for field in dataclasses.fields(made))
+    return made
 
 
 @parametrised
@@ -40,6 +55,7 @@ class Gate:
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
     uses_advantages: ClassVar[bool] = True
     vanishes: ClassVar[bool] = True
 
@@ -49,9 +65,7 @@ class Gate:
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
 
-    def clipped(
-        self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         never = torch.zeros_like(s, dtype=torch.bool)
         return never, never, never
 
@@ -66,15 +80,15 @@ def surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor
     return torch.minimum(loss, torch.where(advantages < 0, -advantages * ceiling, INF))
 
 
-def map_params(gate: Gate, change) -> Gate:
-    """The same gate with `change(name, tensor)` applied to each of its tensor parameters."""
+def map_params(gate: AnyPart, change: Callable[[str, Tensor], Tensor]) -> AnyPart:
+    """The same gate or form with `change(name, tensor)` applied to each of its tensor parameters."""
     values = {name: getattr(gate, name) for name in gate.names}
     if not any(isinstance(value, Tensor) for value in values.values()):
         return gate
     return type(gate)(**{name: change(name, v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
-def check_params(gate: Gate) -> None:
+def check_params(gate: Parametrised) -> None:
     """Numbers must be numbers, and no parameter may expect a gradient."""
     for name in gate.names:
         value = getattr(gate, name)

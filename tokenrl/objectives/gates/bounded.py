@@ -1,8 +1,9 @@
 """Gates that bound a ratio (see base.py)."""
 
 import torch
+from torch import Tensor
 
-from .base import INF, Bound, Gate, clamp, parametrised, surrogate
+from .base import INF, Bound, Bounds, Gate, clamp, parametrised, surrogate
 
 
 @parametrised
@@ -11,7 +12,7 @@ class Ratio(Gate):
 
     name = "ratio"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return -advantages * s.exp()
 
 
@@ -29,11 +30,11 @@ class PpoClip(Gate):
     eps_high: Bound = 0.2
     dual: Bound = INF
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         ratio = s.exp()
         return surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, negative = s.exp(), advantages < 0
         low, high = ratio < 1 - self.eps_low, ratio > 1 + self.eps_high
         return negative & low, (advantages > 0) & high, negative & (ratio > self.dual)
@@ -54,7 +55,7 @@ class PpoNtp(PpoClip):
     vanishes = False
     ntp: Bound = 0.0
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return PpoClip.value(self, s, x, logp, advantages, t) - self.ntp * logp
 
 
@@ -74,12 +75,12 @@ class LogBand(Gate):
     eps_dual: Bound = 0.05
     power: Bound = 0.5
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         width = t**self.power
         ceiling = torch.exp(self.eps_dual * width)
         return surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         width, negative = t**self.power, advantages < 0
         low, high = s < -self.eps_low * width, s > self.eps_high * width
         return negative & low, (advantages > 0) & high, negative & (s > self.eps_dual * width)
@@ -96,7 +97,7 @@ class Sapo(Gate):
     tau_pos: Bound = 1.0
     tau_neg: Bound = 1.05
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
         return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
@@ -109,5 +110,5 @@ class Identity(Gate):
     name = "identity"
     uses_advantages = False
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return logp

@@ -19,7 +19,7 @@ class KlK1(KlGate):
 
     name = "kl_k1"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return s
 
 
@@ -29,7 +29,7 @@ class KlAbs(KlGate):
 
     name = "kl_abs"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return s.abs()
 
 
@@ -39,7 +39,7 @@ class KlK2(KlGate):
 
     name = "kl_k2"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return s * s / 2
 
 
@@ -51,7 +51,7 @@ class KlK3(KlGate):
     name = "kl_k3"
     ceiling: Bound = INF
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return clamp(torch.expm1(-s) + s, -INF, self.ceiling)
 
 
@@ -65,7 +65,7 @@ class KlK1Unbiased(KlGate):
 
     name = "kl_k1_unbiased"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return _straight_through(s, s * s / 2)
 
 
@@ -75,7 +75,7 @@ class KlAbsUnbiased(KlGate):
 
     name = "kl_abs_unbiased"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return _straight_through(s.abs(), s * s / 2)
 
 
@@ -87,5 +87,5 @@ class KlK3Unbiased(KlGate):
     name = "kl_k3_unbiased"
     ceiling: Bound = INF
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return _straight_through(clamp(torch.expm1(-s) + s, -INF, self.ceiling), s * s / 2)

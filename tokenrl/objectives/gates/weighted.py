@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import unknown
-from .base import INF, Bound, Gate, clamp, parametrised
+from .base import INF, Bound, Bounds, Gate, clamp, parametrised
 
 LOG_FLOOR = math.log(1e-8)
 
@@ -27,20 +27,20 @@ class Cispo(Gate):
     eps_high: Bound = 5.0
     bound: str = "raw"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bound not in ("raw", "relative"):
             raise unknown("bound", self.bound, ("raw", "relative"))
 
-    def params(self):
+    def params(self) -> tuple[Bound, Bound]:
         low = 0.0 if self.eps_low is None else self.eps_low
         if self.bound == "raw":
             return low, self.eps_high
         return 0.0 if self.eps_low is None else 1 - low, 1 + self.eps_high
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return -clamp(s.exp(), *self.params()).detach() * advantages * logp
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, (low, high) = s.exp(), self.params()
         return ratio < low, ratio > high, torch.zeros_like(ratio, dtype=torch.bool)
 
@@ -54,7 +54,7 @@ class Reinforce(Gate):
 
     name = "reinforce"
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return -advantages * logp
 
 
@@ -69,7 +69,7 @@ class Quadratic(Gate):
     vanishes = False
     beta: Bound = 1.0
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return -advantages * logp + self.beta / 2 * s * s
 
 
@@ -85,11 +85,11 @@ class Topr(Gate):
     name = "topr"
     ceiling: Bound = 1.0
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         weight = torch.where(advantages > 0, 1, clamp(s.exp(), -INF, self.ceiling))
         return -weight.detach() * advantages * logp
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low = (advantages <= 0) & (s.exp() > self.ceiling)
         return low, torch.zeros_like(low), torch.zeros_like(low)
 
@@ -109,7 +109,7 @@ class Vespo(Gate):
     k_neg: Bound = 3.0
     lambda_neg: Bound = 2.0
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
         log_ratio = clamp(s, LOG_FLOOR, INF)
@@ -131,20 +131,20 @@ class DppoGate(Gate):
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
 
-    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Bound:
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no distance")
 
-    def _dropped(self, s, logp, advantages):
+    def _dropped(self, s: Tensor, logp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         p, mu = logp.exp().clamp(max=1), (logp - s).exp().clamp(max=1)
         far, positive = self.distance(p, mu, s), advantages > 0
         return ~positive & (p < mu) & (far > self.eps_low), positive & (p > mu) & (far > self.eps_high)
 
-    def value(self, s, x, logp, advantages, t):
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         low, high = self._dropped(s.detach(), logp.detach(), advantages)
         weight = torch.where(low | high, 0, clamp(s.exp(), -INF, self.ceiling))
         return -weight.detach() * advantages * logp
 
-    def clipped(self, s, x, logp, advantages, t):
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low, high = self._dropped(s, logp, advantages)
         return low, high, torch.zeros_like(low)
 
@@ -156,7 +156,7 @@ class Dppo(DppoGate):
     name = "dppo"
     divergence: Bound = 0.0
 
-    def distance(self, p, mu, s):
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         return torch.as_tensor(self.divergence, dtype=s.dtype)
 
 
@@ -166,7 +166,7 @@ class DppoTv(DppoGate):
 
     name = "dppo_tv"
 
-    def distance(self, p, mu, s):
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         return (p - mu).abs()
 
 
@@ -179,5 +179,5 @@ class DppoKl(DppoGate):
     eps_low: Bound = 0.05
     eps_high: Bound = 0.05
 
-    def distance(self, p, mu, s):
+    def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         return -mu * s + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))

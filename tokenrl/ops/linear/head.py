@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class HeadInputs(_Computed, Transform, _Tensors):
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.compute_dtype)
 
-    def head(self, ops) -> "Head":
+    def head(self, ops: Any) -> "Head":
         return Head(
             ops, self.weight, self.bias, self.temperature, self.temperatures, self.softcap, self.logit_scale,
             self.keep_mask, self.dtype,
@@ -55,7 +56,7 @@ class Head:
     the model's own logits are asked for. dtype: of the GEMMs.
     temperatures: [N] or None. keep_mask: [1, V], [N, V] or None."""
 
-    ops: object
+    ops: Any
     weight: Tensor
     bias: Tensor | None
     temperature: float
@@ -93,7 +94,7 @@ class Head:
             self.logits(hidden, self.columns(at), at, out[:, at])
         return out
 
-    def transform(self, rows: Rows, count: int, at: slice) -> tuple:
+    def transform(self, rows: Rows, count: int, at: slice) -> tuple[Any, ...]:
         """The arguments of token_logprobs for `count` rows and some columns."""
         keep = self.keep_mask
         if keep is not None:

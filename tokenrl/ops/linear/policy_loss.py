@@ -11,7 +11,7 @@ chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take m
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
     """Of op linear_policy_loss; its advantages are one per token, its mask is given, its ids are [N, 1]."""
 
     @property
+    def active(self) -> Tensor:
+        """bool [N]: the tokens that the mask leaves in."""
+        assert self.mask is not None
+        return self.mask
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether a token's coefficient may depend on the log-probs of later tokens of its sequence."""
         local = self.statistic == "token" or (self.statistic.startswith("prefix") and self.flow == "local")
@@ -85,13 +91,14 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
 
     def kl(self, inputs: ObjectiveInputs) -> ObjectiveInputs:
         """Of op objective, for the KL term beside it."""
+        assert self.ref_logp is not None
         return replace(
             inputs, old_logp=self.ref_logp[: inputs.logp.numel()], advantages=None, statistic="token", flow="through",
             gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params), clamp=self.kl_clamp,
             cap=self.kl_cap,
         )  # fmt: skip
 
-    def evaluate(self, ops, logp: Tensor, entropy: Tensor, end: int) -> "Evaluated":
+    def evaluate(self, ops: Any, logp: Tensor, entropy: Tensor, end: int) -> "Evaluated":
         """The loss of the tokens before `end`."""
         inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp, end)
         loss, coef, metrics = ops.objective(*inputs)
@@ -119,15 +126,15 @@ class Chunk:
         logp, self.entropy, self.lse, self.lse_rest, *_ = (x.squeeze(0) for x in stats)
         self.logp = logp.squeeze(1)
 
-    def _transform(self) -> tuple:
+    def _transform(self) -> tuple[Any, ...]:
         return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
 
     def backward(self, coef: Tensor, grad_entropy: Tensor | None, weights: ProductSum | None, grads: Gradients) -> None:
         """coef, grad_entropy: of all tokens."""
-        coef, grad_entropy = (None if g is None else g[self.rows] for g in (coef, grad_entropy))
+        coef, grad_entropy = coef[self.rows], None if grad_entropy is None else grad_entropy[self.rows]
         index, count = compacted(coef != 0 if grad_entropy is None else (coef != 0) | (grad_entropy != 0))
-        if count <= WORTH_MOVING * self.logp.numel():
-            coef, grad_entropy = (None if g is None else g[index] for g in (coef, grad_entropy))
+        if index is not None and count <= WORTH_MOVING * self.logp.numel():
+            coef, grad_entropy = coef[index], None if grad_entropy is None else grad_entropy[index]
             self._keep(index)
         self.head.ops.token_logprobs_backward_(
             coef[None, :, None], None if grad_entropy is None else grad_entropy[None], None, None, self.logits[None],
@@ -159,11 +166,11 @@ class Chunk:
         return total
 
 
-def run(ops, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor]:
+def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor]:
     """(loss, metrics [9 of the objective, KL, entropy, passes]); fills grads. Tokens that the mask leaves out enter no
     GEMM."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
-    index, count = compacted(inputs.mask)
+    index, count = compacted(inputs.active)
     head = inputs.head(ops)
     chunks = _chunks(inputs, head, count, _sum_bytes(grads.weight, head.dtype)) if wanted else None
     if chunks:
@@ -192,7 +199,7 @@ def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: i
         return None
     if not inputs.looks_ahead:
         return list(split(count, -(-count // -(-count // fit))))
-    active = torch.cat([inputs.cu_seqlens.new_zeros(1), inputs.mask.cumsum(0)])
+    active = torch.cat([inputs.cu_seqlens.new_zeros(1), inputs.active.cumsum(0)])
     begin, last, chunks = 0, 0, []
     for end in active[inputs.cu_seqlens[1:]].tolist():
         if end - last > fit:
@@ -237,7 +244,7 @@ def _one_pass(
 def _two_passes(inputs: LinearPolicyLossInputs, head: Head, grads: Gradients | None) -> Evaluated:
     """The loss of all tokens, then the gradients, if any, from logits computed again."""
     hidden, budget = inputs.hidden, inputs.memory_budget
-    active = torch.where(inputs.mask[:, None], inputs.ids, IGNORED)
+    active = torch.where(inputs.active[:, None], inputs.ids, IGNORED)
     logp, entropy, *saved = token_logprobs.statistics(head, hidden, active, [], budget)
     evaluated = inputs.evaluate(head.ops, logp.squeeze(1), entropy, active.shape[0])
     if grads is not None:

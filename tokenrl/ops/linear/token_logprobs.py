@@ -5,6 +5,7 @@ gradient in place. The statistics of tiles side by side are merged; the gradient
 Written once, for the kernels of any backend (`ops`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,8 +119,8 @@ class Gradients:
 
 
 def gradients(
-    head: Head, upstream: tuple[Tensor | None, ...], hidden: Tensor, ids: Tensor, saved: tuple[Tensor, ...],
-    budget: int, grads: Gradients,
+    head: Head, upstream: Sequence[Tensor | None], hidden: Tensor, ids: Tensor, saved: Sequence[Tensor], budget: int,
+    grads: Gradients,
 ) -> None:  # fmt: skip
     """Fills grads. upstream: by logp [N, K], entropy, lse, log_sum_sq_probs. saved: lse, lse_rest, entropy and
     log_sum_sq_probs. Rows without an upstream gradient enter no GEMM.
@@ -157,7 +158,7 @@ def gradients(
         grads.hidden[rows] = total.to(hidden.dtype)
 
 
-def _has_gradient(ids: Tensor, upstream: tuple[Tensor | None, ...]) -> Tensor:
+def _has_gradient(ids: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:
     """bool [N]: rows that are read and have an upstream gradient other than zero."""
     used = ids != IGNORED
     grad_logp, *per_row = upstream
