@@ -6,13 +6,18 @@ Prints registers and shared memory of each, and how many blocks of 256 threads t
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import account
 import pytest
 from host_build import BUILD, CUDA_SOURCES, digest, headers
+from made_once import made_once
 from paths import ROOT
 
 ARCHITECTURES = (80, 90, 100)
+TARGETS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
 NVCC = shutil.which("nvcc")
 REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\S+)' for 'sm_(?P<arch>\d+)\w*'.*?"
@@ -22,21 +27,46 @@ REPORT = re.compile(
 )
 
 
-def compile_report(source) -> list[dict]:
-    """What ptxas says of each kernel and architecture; kept in build/host for as long as the sources stay the same."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *targets]
-    log = BUILD / f"{source.stem}-{digest(headers(ROOT), source.read_text(), *command)}.ptxas"
-    if not log.exists():
-        done = subprocess.run([*command, "-c", source, "-o", log.with_suffix(".cu.o")], capture_output=True, text=True)
+def built_by_setup(name: str) -> Path | None:
+    """The object that setup.py built of a source for at least our architectures, if ninja calls it up to date."""
+    for folder in (ROOT / "build").glob("native-*-cuda"):
+        made, rules = folder / f"{name}.cu.o", (folder / "build.ninja").read_text()
+        if made.exists() and all(target in rules for target in TARGETS):
+            ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-n", str(made)]
+            if "no work to do" in subprocess.run(ninja, capture_output=True, text=True).stdout:
+                return made
+    return None
+
+
+def compiled(source: Path) -> Path:
+    """The object of a source; beside it, as .log, what ptxas says of each kernel and architecture.
+
+    Kept in build/host by content; nvcc runs only where setup.py has not built the very same.
+    """
+    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *TARGETS]
+
+    def make(unfinished: Path) -> None:
+        log = target.with_suffix(".log")
+        if built := built_by_setup(source.stem):
+            shutil.copy(f"{built}.log", log)
+            shutil.copy(built, unfinished)
+            return
+        done = subprocess.run([*command, "-c", source, "-o", unfinished], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         log.write_text(done.stdout + done.stderr)
-    return [match.groupdict() for match in REPORT.finditer(log.read_text())]
+
+    target = BUILD / f"{source.stem}-{digest(headers(), source.read_text(), *command)}.cu.o"
+    return made_once(target, make)
 
 
+def compile_report(source: Path) -> list[dict]:
+    text = compiled(source).with_suffix(".log").read_text()
+    return [match.groupdict() for match in REPORT.finditer(text) if int(match["arch"]) in ARCHITECTURES]
+
+
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not here: what the CUDA kernels compile to is not checked")
-def test_no_kernel_spills(capsys):
-    BUILD.mkdir(parents=True, exist_ok=True)
+def test_no_kernel_spills(record_property):
     with ThreadPoolExecutor(2) as pool:
         reports = dict(zip(CUDA_SOURCES, pool.map(compile_report, CUDA_SOURCES), strict=True))
     lines = [f"registers on sm_{'/'.join(map(str, ARCHITECTURES))}:"]
@@ -52,8 +82,7 @@ def test_no_kernel_spills(capsys):
             blocks = "/".join(str(65536 // (256 * (-(-int(r) // 8) * 8))) for r in registers.split("/"))
             share = f"{blocks:>8} blocks per SM {shared[1] if shared else 0:>6} B shared"
             lines.append(f"{registers:>12} registers {share}  {source.name}  {kernel}")
-    with capsys.disabled():
-        print("", *lines, sep="\n")
+    record_property(account.SHOWN, "\n".join(lines))
     spilling = [
         row for rows in reports.values() for row in rows if any(int(row[k]) for k in ("stack", "stores", "loads"))
     ]
@@ -75,9 +104,8 @@ def steady_loops(kernel: str) -> list[list[str]]:
 def test_log_probs_read_16_bytes_and_take_one_exponential_per_logit(source, per_logit):
     """In the steady loop over bf16 and fp32 logits; the maximum that moves costs one more per load, where it does."""
     cuobjdump = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
-    compile_report(ROOT / "csrc" / "cuda" / f"{source}.cu")
-    compiled = max(BUILD.glob(f"{source}-*.cu.o"), key=lambda path: path.stat().st_mtime)
-    text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", compiled], capture_output=True, text=True).stdout
+    made = compiled(ROOT / "csrc" / "cuda" / f"{source}.cu")
+    text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", made], capture_output=True, text=True).stdout
     found = {}
     for kernel in text.split("Function : ")[1:]:
         name = kernel.split("\n", 1)[0]

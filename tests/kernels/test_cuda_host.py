@@ -3,17 +3,16 @@
 And the shim notices what it is there to notice.
 """
 
-import re
-import shutil
+import os
 import subprocess
 
 import host_build
 import pytest
+from host_build import PLAIN
 from paths import CPP_HOST, ROOT
 
 pytestmark = pytest.mark.skipif(host_build.why_not() is not None, reason=str(host_build.why_not()))
 
-PLAIN = ["-O1", "-g1"]
 # Unoptimised: compiling takes longer than running.
 SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 DRIVERS = {
@@ -22,7 +21,7 @@ DRIVERS = {
     "parts": ["statistic.cu", "weights.cu"],
     "vocabulary": ["token_logprobs.cu", "token_logprobs_backward.cu"],
 }
-# Which driver notices a barrier that is missing in a file.
+# Which driver notices that a barrier of a file is missing.
 KERNELS = {
     "block.cuh": "objective",
     "spans.cuh": "objective",
@@ -33,14 +32,15 @@ KERNELS = {
 BARRIER = "__syncthreads();"
 
 
-def build(driver: str, flags: list[str], tree=ROOT):
-    kernels = [tree / "csrc" / "cuda" / name for name in DRIVERS[driver]]
-    drivers = host_build.compile_all([CPP_HOST / f"{driver}.cpp"], flags)
-    return host_build.link(driver, host_build.compile_all(kernels, flags, tree) + drivers, flags)
+def build(driver: str, flags: list[str]):
+    """The program, built once for all tests that run it."""
+    sources = [ROOT / "csrc" / "cuda" / name for name in DRIVERS[driver]] + [CPP_HOST / f"{driver}.cpp"]
+    return host_build.link(driver, host_build.compile_all(sources, flags), flags)
 
 
-def run(program, *arguments):
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120)
+def run(program, *arguments, **environment):
+    env = os.environ | environment
+    return subprocess.run([program, *arguments], env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_every_cuda_source_has_a_driver():
@@ -49,6 +49,7 @@ def test_every_cuda_source_has_a_driver():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [PLAIN, SANITIZED], ids=["plain", "sanitized"])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_results_and_schedules(driver, flags):
@@ -76,17 +77,14 @@ def test_reads_and_writes_out_of_bounds_are_reported(driver, argument):
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
-def barriers() -> list[tuple[str, int]]:
-    texts = {name: (ROOT / "csrc" / "cuda" / name).read_text() for name in KERNELS}
-    return [(name, i) for name, text in texts.items() for i in range(text.count(BARRIER))]
+def barriers() -> list[str]:
+    """FILE:LINE of each."""
+    texts = {name: (ROOT / "csrc" / "cuda" / name).read_text().split("\n") for name in KERNELS}
+    return [f"{name}:{i}" for name, lines in texts.items() for i, line in enumerate(lines, 1) if BARRIER in line]
 
 
-@pytest.mark.parametrize("name, which", barriers())
-def test_a_missing_barrier_is_caught(name, which, tmp_path):
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / name
-    text = path.read_text()
-    start = [match.start() for match in re.finditer(re.escape(BARRIER), text)][which]
-    path.write_text(text[:start] + text[start + len(BARRIER) :])
-    done = run(build(KERNELS[name], PLAIN, tmp_path))
-    assert done.returncode != 0, f"no schedule notices that barrier {which} of {name} is gone"
+@pytest.mark.parametrize("place", barriers())
+def test_a_missing_barrier_is_caught(place):
+    """In the program that is right with all of its barriers."""
+    done = run(build(KERNELS[place.split(":")[0]], PLAIN), TOKENRL_WITHOUT_BARRIER=place)
+    assert done.returncode != 0, f"no schedule notices that the barrier in {place} is gone"

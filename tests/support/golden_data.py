@@ -9,6 +9,7 @@ from paths import GOLDEN
 from torch import Tensor
 
 INDEX = json.loads((GOLDEN / "index.json").read_text())
+READ = []  # (family, case) of every case that a test has read, for account.py
 
 
 @functools.cache
@@ -18,6 +19,7 @@ def _arrays(family: str):
 
 def arrays(family: str, case: str) -> dict[str, Tensor]:
     """The inputs and outputs of a case; floats become fp64, which holds every recorded number exactly."""
+    READ.append((family, case))
     entry, stored = INDEX[family]["cases"][case], _arrays(family)
     found = {name: torch.from_numpy(stored[f"{case}/{name}"]) for name in entry["inputs"] + entry["outputs"]}
     return {name: x.double() if x.is_floating_point() else x for name, x in found.items()}

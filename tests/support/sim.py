@@ -11,17 +11,16 @@ from paths import ROOT
 from tokenrl import backends
 
 TORCH = Path(torch.__file__).parent
-FLAGS = ["-O1", "-fPIC"]
 # The stable ABI of the oldest torch that the package supports.
 OPS_FLAGS = [
-    *FLAGS, "-DTOKENRL_SIM", "-DTOKENRL_LIBRARY=tokenrl_sim", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-O1", "-fPIC", "-DTOKENRL_SIM", "-DTOKENRL_LIBRARY=tokenrl_sim", "-DTORCH_TARGET_VERSION=0x020b000000000000",
     f"-isystem{TORCH / 'include'}", f"-isystem{TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
 ]  # fmt: skip
 
 
 def build_sim() -> Path:
     """The shared library that defines torch.ops.tokenrl_sim."""
-    objects = host_build.compile_all(host_build.CUDA_SOURCES, FLAGS)
+    objects = host_build.compile_all(host_build.CUDA_SOURCES, host_build.PLAIN)
     objects += host_build.compile_all([ROOT / "csrc" / "ops.cpp"], OPS_FLAGS)
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
     return host_build.link("tokenrl_sim.so", objects, ["-shared", *libraries])
