@@ -1,5 +1,6 @@
 """What holds for every test; set before anything imports torch or triton."""
 
+import importlib.util
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -10,6 +11,10 @@ import torch
 if not torch.cuda.is_available():  # then Triton's kernels run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN: unwritten cells show

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import device_of, kernel_backends
+from cases import device_of, interpreted, kernel_backends
 from logit_cases import DIFFERENTIABLE, DTYPES, check, make, run
 from torch.profiler import ProfilerActivity, profile
 
@@ -108,7 +108,9 @@ def test_strided_views_are_read_in_place(backend):
         check(outside[at], rows, backend)
     turned = whole.transpose(0, 1)
     check(turned, ids.transpose(0, 1), backend)
-    check(whole.transpose(1, 2), torch.zeros(3, 101, dtype=torch.int64), backend, outputs=("logp", "rank"))
+    tall = whole[:, :, :9] if interpreted(backend) else whole
+    tall = tall.transpose(1, 2)
+    check(tall, torch.zeros(tall.shape[:2], dtype=torch.int64), backend, outputs=("logp", "rank"))
 
 
 @EVERY_KERNEL

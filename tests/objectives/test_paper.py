@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import backends_to_test, device_of
+from cases import backends_to_test, device_of, interpreted
 from paper_detached import DETACHED, clip, diagonal
 from paper_forms import MIXED, surrogate
 
@@ -266,7 +266,10 @@ def test_the_aggregation_that_the_paper_prescribes_is_the_default(name):
 @pytest.mark.parametrize("backend", backends_to_test())
 @pytest.mark.parametrize("name", [name for name in PAPER if tokenrl.OBJECTIVES[name].gate.uses_advantages])
 def test_on_policy_every_objective_is_reinforce(name, backend):
-    for mode in ("token-mean", "balanced"):
+    modes = ("token-mean", "balanced")
+    if interpreted(backend):  # one by turns: to the row that is interpreted its weights are numbers
+        modes = (modes[list(PAPER).index(name) % 2],)
+    for mode in modes:
         w = row_weights(mode, [[x] * 5 for x in SEQUENCE_ADVANTAGES])
         expected = [[-SEQUENCE_ADVANTAGES[i] * w[i] * m for m in row] for i, row in enumerate(MASK)]
         _, gradient = by_tokenrl(name, mode, SEQUENCE_ADVANTAGES, 0.0, backend)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import PAIRS, away_from_edges, batch, check, gates_under_test, kernel_backends, packed, run
+from cases import PAIRS, away_from_edges, batch, check, gates_under_test, interpreted, kernel_backends, packed, run
 
 import tokenrl
+from tokenrl.aggregate import AGGREGATIONS
 from tokenrl.gates import LogBand, PpoClip
 from tokenrl.parity import close
 
@@ -16,9 +17,22 @@ def made(gate, statistic, flow, **more):
     return tokenrl.objective(row, **more)
 
 
-@pytest.mark.parametrize("backend", kernel_backends())
-@pytest.mark.parametrize("statistic,flow", PAIRS)
-@pytest.mark.parametrize("gate", GATES)
+def padded():
+    """(gate, statistic, flow, backend): all of them where each is compiled by itself.
+
+    In the interpreter each is the same text, where a gate meets the flow, which takes its derivatives, but not the
+    statistic, which is a number to it: every gate is tried with every flow and every statistic with every flow.
+    """
+    for backend in kernel_backends():
+        for i, gate in enumerate(GATES):
+            pairs = PAIRS
+            if interpreted(backend):
+                by_flow = [[pair for pair in PAIRS if pair[1] == flow] for flow in ("through", "local")]
+                pairs = [some[i % len(some)] for some in by_flow]
+            yield from ((gate, *pair, backend) for pair in pairs)
+
+
+@pytest.mark.parametrize("gate,statistic,flow,backend", padded())
 def test_padded(gate, statistic, flow, backend):
     objective = made(gate, statistic, flow)
     case = away_from_edges(objective, batch, aggregation="token-mean")
@@ -55,11 +69,20 @@ def test_bounds_per_token_and_advantages_per_token(statistic, flow, backend):
 
 
 @pytest.mark.parametrize("backend", kernel_backends())
-@pytest.mark.parametrize("aggregation", tokenrl.aggregate.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations(aggregation, backend):
     objective = made("sapo", "token", "through")
     check(objective, batch(4, rows=8), backend, torch.float32, aggregation=aggregation)
     check(objective, batch(5, rows=8), backend, torch.float32, aggregation=aggregation, normalizer=12.5)
+
+
+def beside_short_ones(seed):
+    """A sequence of 40 tokens: blocks are as long as the mean sequence, and in the interpreter at least 16."""
+    case = batch(seed, width=40, poison=False)
+    case["mask"][1:, 3:] = False
+    case["mask"][0, 20:] = torch.arange(20) % 7 != 3
+    case["logp"][~case["mask"]] = torch.nan
+    return case
 
 
 @pytest.mark.parametrize("backend", kernel_backends())
@@ -68,14 +91,16 @@ def test_rows_of_the_table_on_long_sequences(name, backend):
     """Several blocks of tokens per sequence: the scan state is carried between them."""
 
     def make(seed):
-        case = batch(seed, rows=3, width=1500 if backend != "triton" else 600)
+        case = packed(beside_short_ones(seed)) if interpreted(backend) else batch(seed, rows=3, width=1500)
         del case["segment_ids"]
         if name == "real":
             del case["token_weight"]
         case["old_logp"] = torch.where(case["mask"], case["logp"] - (case["logp"] - case["old_logp"]) / 8, torch.nan)
         return case
 
-    check(name, away_from_edges(name, make), backend, torch.float32)
+    packs = interpreted(backend) and AGGREGATIONS[tokenrl.OBJECTIVES[name].aggregation].over_width
+    more = {"normalizer": 40.0} if packs else {}  # a packed batch has no width
+    check(name, away_from_edges(name, make, **more), backend, torch.float32, **more)
 
 
 @pytest.mark.parametrize("backend", kernel_backends())

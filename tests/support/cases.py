@@ -48,6 +48,11 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs it: per operation, whatever its size, a millisecond."""
+    return backend == "triton" and device_of(backend).type == "cpu"
+
+
 def gates_under_test() -> dict[str, tokenrl.gates.Gate]:
     """Each gate with parameters that make every branch fire on random log ratios."""
     special = {

@@ -1,7 +1,7 @@
 """The golden cases of losses as parameters of a test, and what is read from one."""
 
 import pytest
-from cases import backends_to_test, device_of
+from cases import backends_to_test, device_of, interpreted
 from golden_data import INDEX
 
 DETACHED = (  # test_golden_detached.py
@@ -9,15 +9,19 @@ DETACHED = (  # test_golden_detached.py
 )  # fmt: skip
 
 
+def thinned(cases, backend):
+    """Triton's interpreter is slow and takes every third case: what a case tries of the library is the same on each
+    backend, and what the kernels compute is tried by test_product.py."""
+    return cases[::3] if interpreted(backend) else cases
+
+
 def grid(*families):
-    """(family, case, backend); the interpreter of Triton is slow and takes every third case."""
+    """(family, case, backend)."""
     return [
         pytest.param(family, case, backend, id=f"{case}-{backend}")
         for backend in backends_to_test()
         for family in families
-        for case in list(INDEX[family]["cases"])[
-            :: 3 if backend == "triton" and device_of(backend).type == "cpu" else 1
-        ]
+        for case in thinned(list(INDEX[family]["cases"]), backend)
     ]
 
 
