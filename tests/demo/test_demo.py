@@ -13,8 +13,11 @@ from tokenrl import backends, cli, demo
 from tokenrl.demo import parity, task, train
 
 TINY = demo.Settings(
-    steps=3, prompts=6, rollouts=4, minibatches=2, warm_up_steps=10, warm_up_batch=32, held_out=32, learning_rate=1e-3,
+    steps=3, prompts=3, rollouts=4, minibatches=2, warm_up_steps=10, warm_up_batch=32, held_out=32, learning_rate=1e-3,
 )  # fmt: skip
+
+
+pytestmark = pytest.mark.long  # before all others: one worker has them all, and they share one run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,11 +123,10 @@ def test_the_recorded_rollouts_come_back(run):
 
 
 def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
-    rows = parity.parity(run.recording, ("grpo", "ctpo"))
-    assert {row.backend for row in rows} == set(backends.BACKENDS)
-    for row in rows:
-        assert row.reason or all(error < 1e-4 for error in row.errors.values()), row
-    assert any(row.backend == "reference" and row.reason is None for row in rows)
+    assert {row.backend for row in run.parity} == set(backends.BACKENDS)
+    for row in run.parity:
+        assert row.reason or set(row.errors) == {"grpo", "ctpo"} and max(row.errors.values()) < 1e-4, row
+    assert any(row.backend == "reference" and row.reason is None for row in run.parity)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ctpo"])
@@ -134,12 +136,23 @@ def test_the_eager_spelling_is_the_same_loss(run, name):
     assert ours.abs().max() > 0 and parity.relative_error(eager, ours.double()) < 1e-4
 
 
-def test_the_same_seed_gives_the_same_run(run):
+@pytest.fixture
+def one_thread():
+    """As demo.run trains."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_same_seed_gives_the_same_run(run, one_thread):
+    """To the rounding of the model's GEMMs, whose bits torch does not promise."""
     model = demo.build(TINY.seed, torch.device("cpu"))
     demo.warm_up(model, TINY, lambda *progress: None)
     _, history, recording = train.reinforce(model, "ctpo", TINY, lambda *progress: None)
-    assert history.rewards == run.trained["ctpo"].history.rewards
-    assert torch.equal(recording.logits, run.recording.logits)
+    assert history.rewards == pytest.approx(run.trained["ctpo"].history.rewards)
+    assert torch.equal(recording.batch.ids, run.recording.batch.ids)
+    torch.testing.assert_close(recording.logits, run.recording.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_fails_when_the_reward_does_not_rise(run, monkeypatch, tmp_path):

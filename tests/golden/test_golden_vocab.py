@@ -4,15 +4,19 @@ import pytest
 import torch
 from cases import backends_to_test, device_of
 from golden_data import INDEX, arrays, near
+from golden_losses import thinned
 
 import tokenrl
 from tokenrl.logprobs import OUTPUTS
 from tokenrl.parity import close
 
-BACKENDS = backends_to_test()
 RECORDED = {"logp": "logp", "entropy": "entropy", "lse": "lse", "log_sum_sq_probs": "log_sum_sq"}
 # The interpreter multiplies -inf by 0 before it selects.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
+
+
+def cases(family):
+    return [(case, b) for b in backends_to_test() for case in thinned(list(INDEX[family]["cases"]), b)]
 
 
 def run(x, config, backend, outputs=OUTPUTS, **more):
@@ -40,8 +44,7 @@ def grads(stats, logits):
         yield recorded, torch.autograd.grad(getattr(stats, name).sum(), logits, retain_graph=True)[0].cpu()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", INDEX["primitives_small"]["cases"])
+@pytest.mark.parametrize("case,backend", cases("primitives_small"))
 def test_small(case, backend):
     """97 and 1000 columns; gradients are recorded for the first rows."""
     x = arrays("primitives_small", case)
@@ -52,8 +55,7 @@ def test_small(case, backend):
         near(grad[: len(expected)], expected, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", INDEX["primitives_medium"]["cases"])
+@pytest.mark.parametrize("case,backend", cases("primitives_medium"))
 def test_medium(case, backend):
     """20 011 columns: the gradient at some of them, its sum against cos(v), and its length."""
     x = arrays("primitives_medium", case)
@@ -66,8 +68,7 @@ def test_medium(case, backend):
         near(grad.norm(dim=1), x[f"grad_{name}_l2"], f"length of the gradient of {name}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", INDEX["trl_selective"]["cases"])
+@pytest.mark.parametrize("case,backend", cases("trl_selective"))
 def test_trl_selective(case, backend):
     entry = INDEX["trl_selective"]["cases"][case]
     x = arrays("primitives_small", entry["config"]["input"].split(":")[1]) | arrays("trl_selective", case)
@@ -111,8 +112,7 @@ def linear(x, config, dtype, backend, pulled=PULLED):
     return {name: value for name, value in found.items() if name in x}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", INDEX["linear"]["cases"])
+@pytest.mark.parametrize("case,backend", cases("linear"))
 def test_linear(case, backend):
     """From hidden states: in fp64, and in fp32 by the tolerance rule."""
     entry, x = INDEX["linear"]["cases"][case], arrays("linear", case)
@@ -129,8 +129,7 @@ def test_linear(case, backend):
 FP32 = 32 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", INDEX["trl_chunked"]["cases"])
+@pytest.mark.parametrize("case,backend", cases("trl_chunked"))
 def test_trl_chunked(case, backend):
     """Its results were recorded in fp32 alone."""
     entry = INDEX["trl_chunked"]["cases"][case]

@@ -196,7 +196,7 @@ def test_chunks_cut_bounds_per_token(backend, cut):
 @pytest.mark.parametrize("objective,passes", [("ctpo", 1), ("gspo", 2)])
 def test_chunks_of_the_other_kernels(objective, passes, backend, cut):
     """Two chunks of a local objective, one of whose tokens are clipped; two passes of a sequence that does not fit."""
-    case = settled(objective, functools.partial(make, rows=4, width=20, dim=4))
+    case = settled(objective, functools.partial(make, rows=3, width=16, dim=4))
     fit = -(-valid(case).sum().item() // 2) if passes == 1 else longest(case) - 1
     found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, fit), entropy_coef=0.1)
     assert found["passes"] == passes and (cut[-1] is None if passes == 2 else len(cut[-1]) == 2)

@@ -1,8 +1,10 @@
 """The op contract: schemas, opcheck, gradcheck, torch.compile, double backward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from cases import backends_to_test, batch, device_of, kernel_backends, run
+from cases import backends_to_test, batch, device_of, interpreted, kernel_backends, run
 
 import tokenrl
 from tokenrl import backends, composed, contract
@@ -12,27 +14,31 @@ KERNELS = kernel_backends()
 SCHEMAS = contract.SCHEMAS | composed.SCHEMAS
 
 
-def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
+def size(backend) -> tuple[int, int]:
+    """Rows and tokens of each: opcheck calls an op a dozen times, and the interpreter pays for each of its tokens."""
+    return (2, 3) if interpreted(backend) else (3, 6)
+
+
+def arguments(backend) -> dict[str, tuple]:
     """Arguments for each op on a small padded batch with a hole."""
-    g = torch.Generator().manual_seed(0)
-    shape = (3, 6)
-    logp, old = (torch.randn(*shape, generator=g).to(device, dtype).flatten() for _ in range(2))
-    mask = torch.ones(18, dtype=torch.bool, device=device)
+    g, device, (rows, width) = torch.Generator().manual_seed(0), device_of(backend), size(backend)
+    logp, old = (torch.randn(rows * width, generator=g).to(device) for _ in range(2))
+    mask = torch.ones(rows * width, dtype=torch.bool, device=device)
     mask[3] = False
-    cu = torch.arange(4, device=device) * 6
+    cu = torch.arange(rows + 1, device=device) * width
     weight, one = (
-        torch.full((3,), 0.5, dtype=torch.float64, device=device),
+        torch.full((rows,), 0.5, dtype=torch.float64, device=device),
         torch.ones((), dtype=torch.float64, device=device),
     )
-    logits = torch.randn(3, 6, 11, generator=g).to(device, dtype)
-    ids = torch.randint(0, 11, (3, 6), generator=g).to(device)
+    logits = torch.randn(rows, width, 11, generator=g).to(device)
+    ids = torch.randint(0, 11, (rows, width), generator=g).to(device)
     ids = torch.stack([ids, ids.flip(0)], -1)
-    keep = (torch.rand(11, generator=g) > 0.2).to(device).expand(3, 6, 11)
-    stats = [torch.rand(3, 6, generator=g).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(8)]
+    keep = (torch.rand(11, generator=g) > 0.2).to(device).expand(rows, width, 11)
+    stats = [torch.rand(rows, width, generator=g).to(device) for _ in range(8)]
     transform = (1.0, stats[7] + 0.5, 5.0, 0.9, keep)
     backward = (torch.stack(stats[:2], -1), *stats[:3], logits, ids, *stats[3:7], *transform)
-    bounds = torch.rand(18, generator=g).to(device, dtype)
-    objective = (logp, old, logp[:3].clone(), mask, cu, None, weight, one, None)
+    bounds = torch.rand(rows * width, generator=g).to(device)
+    objective = (logp, old, logp[:rows].clone(), mask, cu, None, weight, one, None)
     return {
         "objective": (
             *objective,
@@ -50,9 +56,9 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
         "aggregation_weights": (
             mask,
             cu,
-            18,
-            logp[:3].clone(),
-            torch.tensor([4, 4, 1], device=device),
+            rows * width,
+            logp[:rows].clone(),
+            torch.tensor([4, 4, 1], device=device)[:rows],
             "balanced",
             "groups",
         ),
@@ -68,37 +74,45 @@ def saved(op: str, hidden, weight, bias, ids, *head) -> tuple:
     return ids, lse, lse_rest, entropy, squares
 
 
-def linear_arguments(backend) -> dict[str, tuple]:
+def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
     """Arguments of the ops from hidden states by the op's name and, after a space, what is special about them.
 
     Every differentiable output is asked for: opcheck pulls them all."""
-    g, device = torch.Generator().manual_seed(1), device_of(backend)
-    tensors = tuple(torch.randn(*shape, generator=g).to(device) for shape in ((18, 4), (11, 4), (11,)))
-    ids = torch.randint(0, 11, (18, 1), generator=g).to(device)
+    g, device, (rows, width) = torch.Generator().manual_seed(1), device_of(backend), size(backend)
+    tokens = rows * width
+    tensors = tuple(torch.randn(*shape, generator=g).to(device) for shape in ((tokens, 4), (11, 4), (11,)))
+    ids = torch.randint(0, 11, (tokens, 1), generator=g).to(device)
     ids[3] = -100
-    logp, old, reference, temperatures, *upstream = (torch.rand(18, generator=g).to(device) for _ in range(8))
+    logp, old, reference, temperatures, *upstream = (torch.rand(tokens, generator=g).to(device) for _ in range(8))
     head = (1.0, temperatures + 0.5, 5.0, 0.9, (torch.arange(11) != 5).to(device)[None], "float32", 1 << 20)
-    main_grad, mask, cu = torch.ones_like(tensors[1]), (ids != -100).flatten(), torch.arange(4, device=device) * 6
-    spans = (torch.full((3,), 0.5, device=device).double(), torch.ones((), device=device).double())
+    main_grad, mask = torch.ones_like(tensors[1]), (ids != -100).flatten()
+    cu = torch.arange(rows + 1, device=device) * width
+    spans = (torch.full((rows,), 0.5, device=device).double(), torch.ones((), device=device).double())
     ops = backends.BACKENDS[backend].ops
-    before = (upstream[0][:, None], *upstream[1:4], *tensors, *saved(ops.linear_token_logprobs, *tensors, ids, *head))
+
+    def before(weight):
+        kept = saved(ops.linear_token_logprobs, *tensors, ids, *head)
+        return upstream[0][:, None], *upstream[1:4], tensors[0], weight, tensors[2], *kept
+
     loss = (
         old, logp, mask, cu, None, *spans, None, mask * 0.5, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
         [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, 0.01,
     )  # fmt: skip
     every, turned = [True] * 3, tensors[1].t().contiguous().t()
     return {
-        "linear_token_logprobs": (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
-        "linear_token_logprobs without bias": (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
-        "linear_token_logprobs turned": (tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None),
-        "linear_token_logprobs_backward": (*before, *head, every, None),
-        "linear_token_logprobs_backward frozen": (*before, *head, [False, True, False], None),
-        "linear_token_logprobs_backward main_grad": (*before, *head, every, main_grad),
-        "linear_token_logprobs_backward turned": (*before[:5], turned, *before[6:], *head, every, None),
-        "linear_policy_loss": (*tensors, ids, *head, every, None, *loss),
-        "linear_policy_loss frozen": (*tensors, ids, *head, [True, False, False], None, *loss),
-        "linear_policy_loss main_grad": (*tensors, ids, *head, every, main_grad, *loss),
-        "linear_policy_loss turned": (tensors[0], turned, tensors[2], ids, *head, every, None, *loss),
+        "linear_token_logprobs": lambda: (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
+        "linear_token_logprobs without bias": lambda: (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
+        "linear_token_logprobs turned": lambda: (
+            tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None
+        ),
+        "linear_token_logprobs_backward": lambda: (*before(tensors[1]), *head, every, None),
+        "linear_token_logprobs_backward frozen": lambda: (*before(tensors[1]), *head, [False, True, False], None),
+        "linear_token_logprobs_backward main_grad": lambda: (*before(tensors[1]), *head, every, main_grad),
+        "linear_token_logprobs_backward turned": lambda: (*before(turned), *head, every, None),
+        "linear_policy_loss": lambda: (*tensors, ids, *head, every, None, *loss),
+        "linear_policy_loss frozen": lambda: (*tensors, ids, *head, [True, False, False], None, *loss),
+        "linear_policy_loss main_grad": lambda: (*tensors, ids, *head, every, main_grad, *loss),
+        "linear_policy_loss turned": lambda: (tensors[0], turned, tensors[2], ids, *head, every, None, *loss),
     }
 
 
@@ -114,7 +128,7 @@ LINEAR = [
 @pytest.mark.parametrize("case,backend", LINEAR)
 def test_opcheck_from_hidden_states(case, backend):
     """Where main_grad is given, the op alone: a traced derivative may not write to it."""
-    op, values = case.split()[0], linear_arguments(backend)[case]
+    op, values = case.split()[0], linear_arguments(backend)[case]()
     if not op.endswith("_backward") and not case.endswith("main_grad"):
         wanted = [True] * 3 if op == "linear_token_logprobs" else values[11]
         tensors = (x if x is None else x.clone().requires_grad_(w) for x, w in zip(values[:3], wanted, strict=False))
@@ -126,7 +140,7 @@ def test_opcheck_from_hidden_states(case, backend):
 @pytest.mark.parametrize("op", contract.SCHEMAS)
 def test_opcheck(op, backend):
     found = getattr(backends.BACKENDS[backend].ops, op).default
-    values = arguments(device=device_of(backend))[op]
+    values = arguments(backend)[op]
     if op in ("objective", "position_adaptive_clip", "token_logprobs"):
         values = (values[0].clone().requires_grad_(), *values[1:])
     torch.library.opcheck(found, values)
@@ -142,7 +156,8 @@ def test_every_backend_has_the_schema_of_the_contract(op, backend):
 @pytest.mark.parametrize("backend", backends_to_test())
 def test_gradcheck(backend):
     device = device_of(backend)
-    case = {k: v.to(device) for k, v in batch(3, rows=3, width=5, poison=False).items()}
+    small = interpreted(backend)  # two calls for every entry of the inputs
+    case = {k: v.to(device) for k, v in batch(3, rows=3, width=3 if small else 5, poison=False).items()}
     logp, old = case["logp"].requires_grad_(), case["old_logp"]
 
     def loss(name, **more):
@@ -167,9 +182,10 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(
         lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_()
     )
-    logits = torch.randn(4, 9, dtype=torch.float64, device=device, requires_grad=True)
-    ids = torch.tensor([[0, 8], [8, 8], [-100, -100], [3, -100]], device=device)
-    keep = torch.arange(9, device=device) != 5
+    last = 3 if small else 8
+    logits = torch.randn(4, last + 1, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([[0, last], [last, last], [-100, -100], [3, -100]], device=device)
+    keep = torch.arange(last + 1, device=device) != last // 2 + 1
     outputs = ("logp", "entropy", "lse", "log_sum_sq_probs")
     for options in ({}, {"softcap": 3.0, "logit_scale": 0.8, "keep_mask": keep}):
         options |= {"temperature": 0.7, "outputs": outputs, "backend": backend}
