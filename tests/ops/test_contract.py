@@ -103,7 +103,13 @@ def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
         "linear_token_logprobs": lambda: (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
         "linear_token_logprobs without bias": lambda: (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
         "linear_token_logprobs turned": lambda: (
-            tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None
+            tensors[0],
+            turned,
+            tensors[2],
+            ids,
+            *head,
+            ["log_sum_sq_probs"],
+            None,
         ),
         "linear_token_logprobs_backward": lambda: (*before(tensors[1]), *head, every, None),
         "linear_token_logprobs_backward frozen": lambda: (*before(tensors[1]), *head, [False, True, False], None),

@@ -32,7 +32,7 @@ def padded():
             yield from ((gate, *pair, backend) for pair in pairs)
 
 
-@pytest.mark.parametrize("gate,statistic,flow,backend", padded())
+@pytest.mark.parametrize("gate,statistic,flow,backend", list(padded()))
 def test_padded(gate, statistic, flow, backend):
     objective = made(gate, statistic, flow)
     case = away_from_edges(objective, batch, aggregation="token-mean")
