@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 PIP := $(PYTHON) -m pip --python $(VENV)/bin/python
+# One test worker per core with one thread of torch; whoever is done first takes from the others.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gpu clean
+.PHONY: demo test check gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
 
 test: $(VENV)/.built $(VENV)/.rivals
-	$(VENV)/bin/python -m pytest -q -rs tests
+	$(VENV)/bin/python -m pytest -q $(WORKERS) --durations=20 tests
+
+# The inner loop: of every room a few, in less than a minute (tests/support/order.py says which and why).
+check: $(VENV)/.built
+	$(VENV)/bin/python -m pytest -q $(WORKERS) --check tests
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
 gpu:

@@ -21,8 +21,9 @@ for kernel in _bindings.kernel_attributes():
     print(kernel)
 PY
 failed=0
-timeout 240 "$python" -m pytest -q -x tests/test_parity.py tests/test_product.py tests/test_contract.py tests/test_logprobs.py \
-  tests/test_logprobs_options.py tests/test_inplace.py tests/test_linear.py tests/test_linear_policy.py \
+timeout 240 "$python" -m pytest -q -x tests/instruments/test_parity.py tests/ops/test_product.py tests/ops/test_contract.py \
+  tests/logprobs/test_from_logits.py tests/logprobs/test_from_logits_options.py tests/logprobs/test_from_logits_in_place.py \
+  tests/logprobs/test_from_hidden.py tests/losses/test_linear_policy.py \
   2>&1 | tee "$out/gpu-tests.txt" || failed=1
 if command -v compute-sanitizer >/dev/null; then
   timeout 90 compute-sanitizer --error-exitcode 3 "$python" -m bench --device cuda --check-only 2>&1 | tee "$out/sanitizer.txt" || failed=1

@@ -1,12 +1,22 @@
-"""Set before anything imports triton: without a GPU its kernels run in the interpreter."""
+"""What holds for every test; set before anything imports torch or triton."""
 
+import importlib.util
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is a core; a test of threads sets their number itself
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # then Triton's kernels run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN: unwritten cells show
+
+pytest_plugins = ["account", "order"]

@@ -1,0 +1,58 @@
+"""README cannot drift: its table of objectives, its example and its names are checked."""
+
+import inspect
+import operator
+import re
+
+import torch
+from paths import ROOT
+
+import tokenrl
+from tokenrl.instruments.objective_tables import objectives_table
+from tokenrl.objectives.aggregations import AGGREGATIONS
+from tokenrl.objectives.gates import GATES
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_objectives_is_the_table():
+    written = re.search(r"<!-- objectives -->\n(.*?)\n<!-- /objectives -->", README, re.S)[1]
+    assert written == objectives_table(), "python -m tokenrl.instruments.objective_tables README.md writes it anew"
+
+
+def test_the_examples_run(capsys):
+    torch.manual_seed(0)
+    names, tables = {}, (tokenrl.OBJECTIVES, GATES)
+    before = [dict(table) for table in tables]
+    for example in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(example, names)
+    assert len(capsys.readouterr().out.split()) == 4 + 3
+    assert "soft_ctpo" in tokenrl.OBJECTIVES and names["loss"].isfinite()
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+def test_every_name_in_the_table_of_methods_exists():
+    table = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", README, re.S)[1]
+    for line in table.splitlines()[2:]:
+        method, objectives, fed = (cell.strip() for cell in line.strip("|").split("|"))
+        rows = [name for name in re.findall(r"`(\w+)`", objectives)]
+        assert rows or objectives.startswith("any"), method
+        for name in rows:
+            assert name in tokenrl.OBJECTIVES, (method, name)
+        calls = inspect.signature(tokenrl.policy_loss).parameters
+        parameters = {name for row in rows for part in tokenrl.OBJECTIVES[row].parts.values() for name in part.names}
+        for name in re.findall(r"`([\w.]+)=?(?:[\d.]+)?`", fed):
+            found = operator.attrgetter(name)(tokenrl) if "." in name or hasattr(tokenrl, name) else None
+            assert callable(found) or name in calls or name in parameters, (method, name)
+
+
+def test_every_name_that_readme_calls_exists():
+    for name in set(re.findall(r"`?tokenrl\.([a-z_]+)\b", README)):
+        assert hasattr(tokenrl, name), name
+
+
+def test_every_aggregation_and_objective_is_named():
+    for name in (*AGGREGATIONS, *tokenrl.OBJECTIVES):
+        assert f"`{name}`" in README, name

@@ -1,0 +1,85 @@
+"""Every Triton kernel compiled for three GPU generations, without a GPU: no spills, wide loads of the logits."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from host_build import digest
+from made_once import made_once
+from paths import ROOT
+
+triton = pytest.importorskip("triton")
+
+AOT = ROOT / "tests" / "support" / "aot.py"
+BUILD = ROOT / "build" / "triton"
+ARCHS = (80, 90, 100)
+KERNELS = {
+    "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
+    "forward_kernel", "merge_kernel", "backward_kernel",
+}  # fmt: skip
+
+
+def compiled(arch: int, *which: str) -> list[dict]:
+    """What aot.py prints, in a process that compiles (this one may interpret)."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, AOT, str(arch), *which]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def kernels(arch: int) -> list[dict]:
+    """Of everything that aot.py compiles, kept in build/triton by the content of what it depends on."""
+    made = made_once(BUILD / f"sm_{arch}-{sources()}.json", lambda path: path.write_text(json.dumps(compiled(arch))))
+    return json.loads(made.read_text())
+
+
+@functools.cache
+def sources() -> str:
+    folders = (ROOT / "tokenrl", ROOT / "triton_kernels")
+    paths = [AOT, *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
+    return digest(triton.__version__, torch.__version__, *(path.read_text() for path in paths))
+
+
+def table(rows: list[dict]) -> str:
+    line = (
+        "sm_{arch:<4} {kernel:<17} {case:<46} {reg:>4} registers {stack:>4} B stack {spills:>4} spills {shared:>6} B "
+        "shared {warps:>3} warps {occupancy:>5.0%} occupancy {seconds:>6} s"
+    )
+    return "\n".join(line.format(**row) for row in rows)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_spills(arch):
+    rows = kernels(arch)
+    print(table(rows))
+    assert {row["kernel"] for row in rows} == KERNELS
+    spilling = [row for row in rows if row["spills"] or row["local"]]
+    assert not spilling, "\n" + table(spilling)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_logits_are_read_16_bytes_at_a_time(arch):
+    rows = [row for row in kernels(arch) if row["kernel"] in ("forward_kernel", "backward_kernel")]
+    assert len(rows) == 4 * 4 * 3  # two dtypes, two vocabularies, of which one is odd; four calls of three ops
+    assert all(row["wide_loads"] >= 2 for row in rows), "\n" + table(rows)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_plain_row_costs_one_exponential_per_logit(arch):
+    """And one per block and thread, which rescales the sums when the maximum moves."""
+    rows = [row for row in kernels(arch) if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
+    assert len(rows) == 4 * 2 * 2  # dtypes and vocabularies, plain and split, forward and backward
+    for row in rows:
+        logits = row["loop_loads"] * (8 if row["case"].startswith("bfloat16") else 4)
+        assert 0 < row["loop_exponentials"] <= logits + (row["kernel"] == "forward_kernel"), row
+
+
+def test_canary_a_spilling_kernel_is_seen():
+    (row,) = compiled(90, "canary")
+    assert row["stack"] > 0 and row["spills"] > 0, row
