@@ -8,6 +8,7 @@ import torch
 from golden_data import near
 
 from tokenrl import hidden_reward as hr
+from tokenrl.methods.influence import PAIRS, VOCABULARIES
 
 IDS = torch.tensor([7, 2, 7, 7, 2, 5, 7, 5])  # groups that are not adjacent; 5 has no correct row
 CORRECT = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0]).bool()
@@ -65,7 +66,7 @@ def packed(x, mask):
     return torch.cat([x[j, :n] for j, n in enumerate(ends)]), cu
 
 
-OPTIONS = list(itertools.product(hr.VOCABULARIES, hr.PAIRS))
+OPTIONS = list(itertools.product(VOCABULARIES, PAIRS))
 
 
 @pytest.mark.parametrize("vocabulary, pairs", OPTIONS)
@@ -128,7 +129,7 @@ def test_masked_cells_and_other_groups_do_not_matter():
 
 def test_its_parts_add_up():
     hidden, weight, ids, mask = batch()
-    every, distinct, others = (hr.nthr(hidden, weight, ids, CORRECT, IDS, mask=mask, pairs=p) for p in hr.PAIRS)
+    every, distinct, others = (hr.nthr(hidden, weight, ids, CORRECT, IDS, mask=mask, pairs=p) for p in PAIRS)
     wrong = mask & ~CORRECT[:, None]
     near(distinct[wrong], every[wrong], "wrong rows have no pair of their own")
     near(others[wrong], every[wrong], "nor a row")

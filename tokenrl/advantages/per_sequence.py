@@ -14,9 +14,16 @@ SCALES = ("std", "none", "batch")
 
 
 def grpo(
-    rewards: Tensor, group_ids: Tensor | None = None, *, scale: str = "std", eps: float = 1e-6, unbiased: bool = True,
-    singleton: str = "raw", mean: Tensor | None = None, std: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor | None = None,
+    *,
+    scale: str = "std",
+    eps: float = 1e-6,
+    unbiased: bool = True,
+    singleton: str = "raw",
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
     """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S].
 
     scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL). unbiased, eps: verl's
@@ -42,9 +49,13 @@ def grpo(
 
 
 def rloo(
-    rewards: Tensor, group_ids: Tensor | None = None, *, singleton: str = "zero", mean: Tensor | None = None,
+    rewards: Tensor,
+    group_ids: Tensor | None = None,
+    *,
+    singleton: str = "zero",
+    mean: Tensor | None = None,
     count: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S].
 
     singleton: "zero" as verl's rloo_vectorized, "raw" as its rloo. mean, count: [S] floats, of the whole group.
@@ -89,9 +100,14 @@ def remax(rewards: Tensor, greedy_rewards: Tensor, mask: Tensor | None = None) -
 
 
 def gpg(
-    rewards: Tensor, group_ids: Tensor | None = None, *, f_norm: float = 1.0, alpha: float | None = None,
-    singleton: str = "raw", mean: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor | None = None,
+    *,
+    f_norm: float = 1.0,
+    alpha: float | None = None,
+    singleton: str = "raw",
+    mean: Tensor | None = None,
+) -> Tensor:
     """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S].
 
     alpha: S / max(rewards that are not 0, 1) of the call if not given; as verl has it, this counts values, not groups,
@@ -124,9 +140,14 @@ def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: fl
 
 
 def gdpo(
-    rewards: Tensor, group_ids: Tensor, *, weights: Tensor | None = None, lengths: Tensor | None = None,
-    eps: float = 1e-6, singleton: str = "raw",
-) -> Tensor:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    eps: float = 1e-6,
+    singleton: str = "raw",
+) -> Tensor:
     """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S].
 
     Whitening is (x - mean) / sqrt(var + 1e-8), variance over n - 1, over tokens if lengths [S] are given (each

@@ -27,9 +27,14 @@ def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None
 
 
 def whiten(
-    values: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
-    mean: Tensor | float | None = None, var: Tensor | float | None = None, eps: float = 1e-8,
-) -> Tensor:  # fmt: skip
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mean: Tensor | float | None = None,
+    var: Tensor | float | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T].
 
     mean, var: of a larger batch. One token gives 0 (our reading; verl raises, and adds 1e-8 to N).
@@ -76,9 +81,16 @@ def reinforce_plus_plus_baseline(
 
 
 def gae(
-    token_rewards: Tensor, values: Tensor, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0,
-    whiten: bool = True, *, holes: str = "skip", cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    token_rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    whiten: bool = True,
+    *,
+    holes: str = "skip",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """GAE over valid tokens: (advantages, returns), [B, T] each.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
@@ -105,10 +117,18 @@ def gae(
 
 
 def otb(
-    token_rewards: Tensor, group_ids: Tensor, logp: Tensor, sum_pi_squared: Tensor, mask: Tensor | None = None, *,
-    is_weights: Tensor | None = None, position: str = "column", zero_tail: bool = True, eps: float = 1e-8,
+    token_rewards: Tensor,
+    group_ids: Tensor,
+    logp: Tensor,
+    sum_pi_squared: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_weights: Tensor | None = None,
+    position: str = "column",
+    zero_tail: bool = True,
+    eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T].
 
     G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens.

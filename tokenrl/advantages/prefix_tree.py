@@ -15,10 +15,21 @@ CELLS = 1 << 21  # cells compared at a time, which bounds the memory
 
 
 def tempo(
-    rewards: Tensor, group_ids: Tensor, ids: Tensor, mask: Tensor | None = None, *, scale: str = "std",
-    eps: float = 1e-6, unbiased: bool = True, singleton: str = "raw", holes: str = "stop", ends: str = "valid",
-    mean: Tensor | None = None, std: Tensor | None = None, cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: str = "std",
+    eps: float = 1e-6,
+    unbiased: bool = True,
+    singleton: str = "raw",
+    holes: str = "stop",
+    ends: str = "valid",
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """TEMPO (P2T), A_t = (R - mean_g + V(S_t) - V(S_{t-1})) / (std_g + eps): [S] -> [B, T].
 
     S_t: the responses of the group whose tokens up to t are those of this one (S_{-1}: all of them), V(S) the mean of

@@ -13,10 +13,18 @@ from ..objectives.policy import kl_estimator
 
 
 def rto(
-    dpo_logp: Tensor, ref_logp: Tensor, old_logp: Tensor, rewards: Tensor, mask: Tensor | None = None, *,
-    scale: float = 0.05, clip: float | None = 0.05, kl_coef: float = 0.01, reward_clip: float | None = 10.0,
+    dpo_logp: Tensor,
+    ref_logp: Tensor,
+    old_logp: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 0.05,
+    clip: float | None = 0.05,
+    kl_coef: float = 0.01,
+    reward_clip: float | None = 10.0,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """RTO, token rewards for gae: [B, T] of old_logp's dtype, or [N] with cu_seqlens.
 
         r_t = clamp(scale (dpo_logp - ref_logp), +-clip) - kl_coef (old_logp - ref_logp)

@@ -64,9 +64,13 @@ def spo_mask(
 
 
 def spo_cutpoints(
-    old_logp: Tensor, mask: Tensor | None = None, *, threshold: float = 0.9, interval: int = 5,
+    old_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    threshold: float = 0.9,
+    interval: int = 5,
     cu_seqlens: Tensor | None = None,
-) -> SpoCuts:  # fmt: skip
+) -> SpoCuts:
     """Where to estimate values: before the first token of a row with exp(old_logp) < threshold, and before every
     interval-th such token after it. old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1].
 
@@ -96,9 +100,15 @@ def _count(which: Tensor, tokens: ValidTokens) -> Tensor:
 
 
 def spo_chain(
-    values: Tensor, rewards: Tensor, segment_ids: Tensor, old_logp: Tensor, mask: Tensor | None = None, *,
-    threshold: float | None = 0.9, cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    values: Tensor,
+    rewards: Tensor,
+    segment_ids: Tensor,
+    old_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    threshold: float | None = 0.9,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """A_t = V(end of t's segment) - V(its start): [S, K], [S] -> old_logp's shape and values' dtype.
 
     values: fp32 or fp64 [S, K], of the row's k-th cut (spo_cutpoints; of other segments just as well); what lies past a
@@ -129,9 +139,14 @@ def spo_chain(
 
 
 def spo_tree(
-    values: Tensor, parents: Tensor, *, method: str = "rloo", inner: str = "mean", eps: float = 1e-8,
+    values: Tensor,
+    parents: Tensor,
+    *,
+    method: str = "rloo",
+    inner: str = "mean",
+    eps: float = 1e-8,
     tolerance: float = 1e-9,
-) -> SpoEdges:  # fmt: skip
+) -> SpoEdges:
     """Advantages of the edges of trees, A = V(node) - V(parent) ("rloo"), or that divided by the std (over n) of the
     parent's children + eps ("grpo").
 

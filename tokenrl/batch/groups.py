@@ -36,7 +36,8 @@ class Groups:
         return self.total(x).index_select(0, self.index)
 
     def max(self, x: Tensor) -> Tensor:
-        return x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax").index_select(0, self.index)
+        highest = x.new_full((self.number,), -torch.inf).scatter_reduce_(0, self.index, x, "amax")
+        return highest.index_select(0, self.index)
 
     def mean(self, x: Tensor, weight: Tensor) -> Tensor:
         """sum(w x) / sum(w) of the group, around its minimum, so that equal values have exactly their own as mean."""

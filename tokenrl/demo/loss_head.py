@@ -73,7 +73,9 @@ def eager_loss_head(name: str, recording: Recording, logits: Tensor) -> Tensor:
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def gradient(make_loss: Callable[..., Tensor], name: str, recording: Recording, dtype: torch.dtype, **more: Any) -> Tensor:
+def gradient(
+    make_loss: Callable[..., Tensor], name: str, recording: Recording, dtype: torch.dtype, **more: Any
+) -> Tensor:
     """dloss/dlogits, [B, T, V], with the logits cast to dtype."""
     logits = recording.logits.to(dtype).requires_grad_()
     return torch.autograd.grad(make_loss(name, recording, logits, **more), logits)[0]

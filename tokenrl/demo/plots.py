@@ -89,7 +89,8 @@ def _band(axis: Axes, result: "Result", name: str, title: str) -> None:
     color = COLORS[name]
     for least, most, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.4)):
         edges = s.nanquantile(torch.tensor([least, most]), 0)
-        axis.fill_between(positions, *edges, color=color, alpha=alpha, linewidth=0, label=f"{most - least:.0%} of tokens")
+        share = f"{most - least:.0%} of tokens"
+        axis.fill_between(positions, *edges, color=color, alpha=alpha, linewidth=0, label=share)
     if name == "grpo":
         low, high = (torch.full(positions.shape, edge).log1p() for edge in (-gate.eps_low, gate.eps_high))
     else:

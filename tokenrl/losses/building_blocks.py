@@ -18,9 +18,15 @@ _ALONE = Regularizers(None, _IDENTITY, 0.0, 0.0)
 
 
 def prefix_ratio(
-    logp: Tensor, old_logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, kind: str = "sum",
-    flow: str = "local", backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    logp: Tensor,
+    old_logp: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    kind: str = "sum",
+    flow: str = "local",
+    backend: str | None = None,
+) -> Tensor:
     """Log of the prefix importance ratio of each token, with x = logp - old_logp over the valid tokens of its sequence.
 
     kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO).
@@ -48,9 +54,15 @@ def prefix_ratio(
 
 
 def position_adaptive_clip(
-    log_ratio: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, eps_low: float | Tensor,
-    eps_high: float | Tensor, power: float | Tensor, backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    log_ratio: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps_low: float | Tensor,
+    eps_high: float | Tensor,
+    power: float | Tensor,
+    backend: str | None = None,
+) -> Tensor:
     """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens.
 
     log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power:
@@ -74,10 +86,16 @@ def position_adaptive_clip(
 
 
 def group_aggregate(
-    values: Tensor, aggregation: str, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    advantages: Tensor | None = None, group_ids: Tensor | None = None, normalizer: float | Tensor | None = None,
+    values: Tensor,
+    aggregation: str,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    advantages: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them.
 
     values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns

@@ -19,16 +19,38 @@ from .rollout_correction import corrected_weights
 
 
 def linear_policy_loss(
-    objective: str | Objective, hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor | None,
-    advantages: Tensor | None, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
-    softcap: float | None = None, logit_scale: float = 1.0, keep_mask: Tensor | None = None, mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None, group_ids: Tensor | None = None,
-    rollout_logp: Tensor | None = None, correction: dict | None = None, token_weight: Tensor | None = None,
-    aggregation: str | None = None, normalizer: float | Tensor | None = None, ref_logp: Tensor | None = None,
-    kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0, ignore_index: int = IGNORED,
-    compute_dtype: torch.dtype | None = None, memory_budget: int | None = None, main_grad: Tensor | None = None,
-    on_policy: bool = False, backend: str | None = None,
-) -> tuple[Tensor, LinearMetrics]:  # fmt: skip
+    objective: str | Objective,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    correction: dict | None = None,
+    token_weight: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    kl: str | Objective = "kl_k3",
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    ignore_index: int = IGNORED,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    main_grad: Tensor | None = None,
+    on_policy: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, LinearMetrics]:
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
         loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias

@@ -14,13 +14,27 @@ from .rollout_correction import corrected_weights
 
 
 def policy_loss(
-    objective: str | Objective, logp: Tensor, old_logp: Tensor | None, advantages: Tensor | None, *,
-    mask: Tensor | None = None, cu_seqlens: Tensor | None = None, segment_ids: Tensor | None = None,
-    group_ids: Tensor | None = None, entropy: Tensor | None = None, rollout_logp: Tensor | None = None,
-    token_weight: Tensor | None = None, aggregation: str | None = None, normalizer: float | Tensor | None = None,
-    ref_logp: Tensor | None = None, kl: str | Objective = "kl_k3", kl_coef: float = 0.0, entropy_coef: float = 0.0,
-    correction: dict | None = None, backend: str | None = None,
-) -> tuple[Tensor, Metrics]:  # fmt: skip
+    objective: str | Objective,
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    entropy: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    kl: str | Objective = "kl_k3",
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    correction: dict | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Metrics]:
     """The loss of a policy objective and its metrics.
 
         loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   s a statistic of the log ratios

@@ -15,10 +15,20 @@ from .aggregation import span_weights
 
 
 def policy_loss_inputs(
-    row: Objective, layout: Layout, dtype: torch.dtype, chosen: Backend, *, old_logp: Tensor | None,
-    advantages: Tensor | None, token_weight: Tensor | None, segment_ids: Tensor | None, group_ids: Tensor | None,
-    aggregation: str | None, normalizer: float | Tensor | None, regularizers: Regularizers,
-) -> PolicyLossInputs:  # fmt: skip
+    row: Objective,
+    layout: Layout,
+    dtype: torch.dtype,
+    chosen: Backend,
+    *,
+    old_logp: Tensor | None,
+    advantages: Tensor | None,
+    token_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    group_ids: Tensor | None,
+    aggregation: str | None,
+    normalizer: float | Tensor | None,
+    regularizers: Regularizers,
+) -> PolicyLossInputs:
     """Checked and flat, in the precision of the loss."""
     if advantages is None and row.gate.uses_advantages:
         raise wrong("advantages", None, f"one per sequence or one per token; {row.name!r} needs them")

@@ -13,9 +13,13 @@ from ..ops.dispatch import Regularizers
 
 
 def regularizers_of(
-    layout: Layout, dtype: torch.dtype, ref_logp: Tensor | None, kl: str | Objective, kl_coef: float,
+    layout: Layout,
+    dtype: torch.dtype,
+    ref_logp: Tensor | None,
+    kl: str | Objective,
+    kl_coef: float,
     entropy_coef: float,
-) -> Regularizers:  # fmt: skip
+) -> Regularizers:
     """Checked and flat."""
     kl = kl_estimator(kl)
     if ref_logp is None and kl_coef != 0:

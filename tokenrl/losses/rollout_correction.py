@@ -68,7 +68,9 @@ def _log_ratios(
     for name, x in (("logp", logp), ("rollout_logp", rollout_logp)):
         check_floats(name, x)
         check_constant(name, x)
-    flat = layout.flat_tokens("logp", logp, torch.float64) - layout.flat_tokens("rollout_logp", rollout_logp, torch.float64)
+    flat = layout.flat_tokens("logp", logp, torch.float64) - layout.flat_tokens(
+        "rollout_logp", rollout_logp, torch.float64
+    )
     return layout, torch.where(layout.valid(), flat, 0.0)
 
 
@@ -110,10 +112,19 @@ def _over_mean(weight: Tensor, spans: Spans) -> Tensor:
 
 
 def importance_weights(
-    logp: Tensor, rollout_logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    level: str = "token", segment_ids: Tensor | None = None, bound: str = "truncate", low: float | None = None,
-    high: float | None = None, clamp: float | None = CLAMP, normalize: str = "none",
-) -> Tensor:  # fmt: skip
+    logp: Tensor,
+    rollout_logp: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    level: str = "token",
+    segment_ids: Tensor | None = None,
+    bound: str = "truncate",
+    low: float | None = None,
+    high: float | None = None,
+    clamp: float | None = CLAMP,
+    normalize: str = "none",
+) -> Tensor:
     """Importance weights of the rollout's tokens, w_t = bound(exp(clamp(s_t))), of logp's shape and dtype.
 
     logp, rollout_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; q = logp - rollout_logp. mask: bool of that shape.
@@ -157,9 +168,15 @@ def _segments(level: str, segment_ids: Tensor | None, layout: Layout) -> Tensor 
 
 
 def rejection_mask(
-    logp: Tensor, rollout_logp: Tensor, *, statistic: str, low: float | None = None, high: float | None = None,
-    mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    logp: Tensor,
+    rollout_logp: Tensor,
+    *,
+    statistic: str,
+    low: float | None = None,
+    high: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds.
 
     With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. statistic: "token_k1" ..
@@ -196,9 +213,14 @@ def _log(x: float | None, none: float) -> float:
 
 
 def off_policy_sequence_mask(
-    logp: Tensor, rollout_logp: Tensor, advantages: Tensor, *, threshold: float, mask: Tensor | None = None,
+    logp: Tensor,
+    rollout_logp: Tensor,
+    advantages: Tensor,
+    *,
+    threshold: float,
+    mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
     advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
@@ -219,9 +241,13 @@ def off_policy_sequence_mask(
 
 
 def corrected_weights(
-    layout: Layout, logp: Tensor | None, rollout_logp: Tensor | None, segment_ids: Tensor | None,
-    token_weight: Tensor | None, correction: dict[str, Any] | None,
-) -> Tensor | None:  # fmt: skip
+    layout: Layout,
+    logp: Tensor | None,
+    rollout_logp: Tensor | None,
+    segment_ids: Tensor | None,
+    token_weight: Tensor | None,
+    correction: dict[str, Any] | None,
+) -> Tensor | None:
     """token_weight times the importance weights of logp to the rollout's, if that is given."""
     if rollout_logp is None:
         if correction is not None:

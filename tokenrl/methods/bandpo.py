@@ -24,9 +24,17 @@ HALVINGS = 60
 
 
 def bandpo(
-    old_logp: Tensor, *, kind: str = "kl", delta: float = 0.05, eps_low: float = 0.2, eps_high: float = 0.28,
-    relax: bool = True, ceiling: float = 100.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    old_logp: Tensor,
+    *,
+    kind: str = "kl",
+    delta: float = 0.05,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    relax: bool = True,
+    ceiling: float = 100.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(eps_low, eps_high) of old_logp's shape and dtype: ratios that stay in a trust region of size delta.
 
     The token's probability moves from p to r p and all others scale alike, which changes the distribution by

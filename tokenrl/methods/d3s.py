@@ -67,9 +67,13 @@ def _both_ends(x: Tensor, keep: int) -> Tensor:
 
 
 def advantage_entropy_threshold(
-    advantages: Tensor, entropy: Tensor, fraction: float, *, mask: Tensor | None = None,
+    advantages: Tensor,
+    entropy: Tensor,
+    fraction: float,
+    *,
+    mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """float64, 0-d: what |A| H reaches in the fraction of the valid tokens that advantage_entropy_mask keeps; inf if
     none is valid. For a batch in parts: of all parts."""
     valid, scores = _scores(advantages, entropy, mask, cu_seqlens)
@@ -77,9 +81,15 @@ def advantage_entropy_threshold(
 
 
 def advantage_entropy_mask(
-    advantages: Tensor, entropy: Tensor, fraction: float | None = None, *, mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, scope: str = "batch", threshold: float | Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    advantages: Tensor,
+    entropy: Tensor,
+    fraction: float | None = None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: str = "batch",
+    threshold: float | Tensor | None = None,
+) -> Tensor:
     """bool of entropy's shape: the top fraction of the valid tokens by |A| H, False in masked cells.
 
     advantages: [B] (or [S]), or one per token; entropy: of the whole vocabulary, of the logits at the temperature of

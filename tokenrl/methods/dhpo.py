@@ -7,9 +7,14 @@ from ..batch.valid_tokens import per_token, valid_of
 
 
 def entropy_mix(
-    entropy: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    lowest: float | Tensor | None = None, highest: float | Tensor | None = None, eps: float = 1e-8,
-) -> Tensor:  # fmt: skip
+    entropy: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lowest: float | Tensor | None = None,
+    highest: float | Tensor | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
     """w_t = (H_t - H_min) / (H_max - H_min + eps), in [0, 1]: of entropy's shape and dtype, without gradient.
 
     The source has a min-max normalised entropy without gradient. That the extremes are those of the valid tokens of the

@@ -22,9 +22,15 @@ from ..errors import wrong
 
 
 def conflict_weights(
-    ids: Tensor, advantages: Tensor, group_ids: Tensor, *, mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, positive: float = 2.0, negative: float = 0.0,
-) -> Tensor:  # fmt: skip
+    ids: Tensor,
+    advantages: Tensor,
+    group_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    positive: float = 2.0,
+    negative: float = 0.0,
+) -> Tensor:
     """lambda per token, of ids' shape and the advantages' dtype.
 
     ids: integers [B, T], the sampled tokens. advantages: [S], those before any shaping; group_ids: integers [S].
@@ -43,9 +49,13 @@ def conflict_weights(
 
 
 def conflict_lengths(
-    ids: Tensor, advantages: Tensor, group_ids: Tensor, *, mask: Tensor | None = None,
+    ids: Tensor,
+    advantages: Tensor,
+    group_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """int64 [S]: the longer of a row's two conflict runs, at least 1: what the authors' code divides its loss by."""
     _, _, (_, left), (_, right) = _runs(ids, advantages, group_ids, mask, cu_seqlens)
     return torch.maximum(left, right).clamp(min=1)
@@ -76,9 +86,14 @@ def _runs(
 
 
 def entropy_shaped_advantages(
-    advantages: Tensor, entropy: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    scale: float = 0.1, threshold: float = 0.7,
-) -> Tensor:  # fmt: skip
+    advantages: Tensor,
+    entropy: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 0.1,
+    threshold: float = 0.7,
+) -> Tensor:
     """A - scale <H>, and 0 where <H> > threshold: [S] -> [S], <H> the mean entropy of the row's valid tokens.
 
     threshold: 0.7 in the code, ln 2 in the paper; inf: no row is dropped. The paper keeps all rows where the entropy of

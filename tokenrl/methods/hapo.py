@@ -49,9 +49,14 @@ def _hapo_statistics(entropy: Tensor, quantile: float) -> HapoStatistics:
 
 
 def hapo_score(
-    entropy: Tensor, *, quantile: float = 0.8, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    statistics: HapoStatistics | None = None, compat_sign_bug: bool = False,
-) -> Tensor:  # fmt: skip
+    entropy: Tensor,
+    *,
+    quantile: float = 0.8,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    statistics: HapoStatistics | None = None,
+    compat_sign_bug: bool = False,
+) -> Tensor:
     """h in [-1, 1] of entropy's shape and dtype, the `score` of objective "hapo".
 
         x = log max(H, 1e-8), z = (x - pivot) / std, std^2 = mean (x - pivot)^2, h = z / max z, or z / |min z| below 0
@@ -73,9 +78,16 @@ def hapo_score(
 
 
 def reward_statistics(
-    rewards: Tensor, lengths: Tensor, group_ids: Tensor | None, *, scale: str = "std", eps: float = 1e-6, limit: float = 5.0,
-    width: int | None = None, singleton: str = "raw",
-) -> GroupStatistics:  # fmt: skip
+    rewards: Tensor,
+    lengths: Tensor,
+    group_ids: Tensor | None,
+    *,
+    scale: str = "std",
+    eps: float = 1e-6,
+    limit: float = 5.0,
+    width: int | None = None,
+    singleton: str = "raw",
+) -> GroupStatistics:
     """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
@@ -94,10 +106,18 @@ def reward_statistics(
 
 
 def hapo(
-    rewards: Tensor, lengths: Tensor | None = None, group_ids: Tensor | None = None, *, scale: str = "std",
-    eps: float = 1e-6, limit: float = 5.0, width: int | None = None, singleton: str = "raw",
-    mean: Tensor | None = None, std: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rewards: Tensor,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    *,
+    scale: str = "std",
+    eps: float = 1e-6,
+    limit: float = 5.0,
+    width: int | None = None,
+    singleton: str = "raw",
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
     """HAPO's token-level group average, A = (R - mean) / (std + eps), one for all tokens of a row: [S], lengths n [S]
     -> [S].
 

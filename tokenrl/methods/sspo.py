@@ -69,10 +69,19 @@ def _span_means(
 
 
 def entropy_bounds(
-    entropy: Tensor, segment_ids: Tensor, *, eps_low: float, eps_high: float, low_factor: float = 0.5,
-    high_factor: float = 1.5, scope: str = "sequence", mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    lowest: float | Tensor | None = None, highest: float | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    entropy: Tensor,
+    segment_ids: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    low_factor: float = 0.5,
+    high_factor: float = 1.5,
+    scope: str = "sequence",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lowest: float | Tensor | None = None,
+    highest: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(eps_low, eps_high) of entropy's shape and dtype: a wider window where a span is uncertain.
 
         h_k = (H_k - min_j H_j) / (max_j H_j - min_j H_j),    f_k = low_factor + (high_factor - low_factor) h_k

@@ -35,9 +35,13 @@ def entropy_threshold(entropy: Tensor, quantile: float, mask: Tensor | None = No
 
 
 def top_entropy_mask(
-    entropy: Tensor, *, quantile: float = 0.2, threshold: float | Tensor | None = None, mask: Tensor | None = None,
+    entropy: Tensor,
+    *,
+    quantile: float = 0.2,
+    threshold: float | Tensor | None = None,
+    mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """bool of entropy's shape: the valid tokens with entropy >= threshold, the 80/20 rule.
 
     quantile: the fraction of the batch's valid tokens to keep, those of the highest entropy (ties are all kept).

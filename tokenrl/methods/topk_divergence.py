@@ -15,10 +15,17 @@ FLOOR = 1e-8
 
 
 def topk_divergence(
-    logp_topk: Tensor, old_logp_topk: Tensor, *, kind: str = "tv", mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, ids_topk: Tensor | None = None, ids: Tensor | None = None,
-    logp: Tensor | None = None, old_logp: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    logp_topk: Tensor,
+    old_logp_topk: Tensor,
+    *,
+    kind: str = "tv",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ids_topk: Tensor | None = None,
+    ids: Tensor | None = None,
+    logp: Tensor | None = None,
+    old_logp: Tensor | None = None,
+) -> Tensor:
     """Divergence of mu = exp(old_logp) and p = exp(logp) per token, over K buckets of one id and one of the others:
     [B, T, K] -> [B, T], or [N, K] -> [N] with cu_seqlens; the dtype of logp_topk. No gradient.
 
@@ -56,7 +63,9 @@ def topk_divergence(
     return valid.put(found, logp_topk.dtype)
 
 
-def _as_valid_tokens(logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
+def _as_valid_tokens(
+    logp_topk: Tensor, old_logp_topk: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> ValidTokens:
     dims = "[B, T, K]" if cu_seqlens is None else "[N, K] with cu_seqlens"
     for name, x in (("logp_topk", logp_topk), ("old_logp_topk", old_logp_topk)):
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:

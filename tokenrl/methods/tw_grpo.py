@@ -155,10 +155,17 @@ def _batch(
 
 
 def tw_grpo_weights(
-    logits: Tensor, group_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    alpha: float = 1.7, positions: str = "all", width: int | None = None, detach_weights: bool = True,
+    logits: Tensor,
+    group_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    alpha: float = 1.7,
+    positions: str = "all",
+    width: int | None = None,
+    detach_weights: bool = True,
     memory_budget: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """w_t per token in [1, alpha], 0 in masked cells: [B, T, V] -> [B, T], or [N, V] -> [N] with cu_seqlens; fp32 (fp64
     of fp64 logits).
 
@@ -197,10 +204,20 @@ def tw_grpo_weights(
 
 @torch.no_grad()
 def linear_tw_grpo_weights(
-    hidden: Tensor, weight: Tensor, group_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    alpha: float = 1.7, positions: str = "all", width: int | None = None, bias: Tensor | None = None,
-    temperature: float = 1.0, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    group_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    alpha: float = 1.7,
+    positions: str = "all",
+    width: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
     """tw_grpo_weights of the logits (hidden @ weight^T + bias) / temperature, which are never held; no gradient.
 
     hidden: [B, T, D], or [N, D] with cu_seqlens; 4 N D V flops.

@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 _TYPES: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor | None]: "Tensor?[]", float: "float", list[float]: "float[]",
-    int: "int", bool: "bool", list[bool]: "bool[]", str: "str", list[str]: "str[]",
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor | None]: "Tensor?[]", float: "float",
+    list[float]: "float[]", int: "int", bool: "bool", list[bool]: "bool[]", str: "str", list[str]: "str[]",
 }  # fmt: skip
 
 
