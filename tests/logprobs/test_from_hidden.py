@@ -107,7 +107,9 @@ def test_rows_without_upstream_gradient(pulled, backend):
 def seen_tiles(monkeypatch):
     """The tiles that every later call chooses, in order."""
     seen, choose = [], token_logprobs.tiles_of
-    monkeypatch.setattr(token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
+    monkeypatch.setattr(
+        token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1]
+    )
     return seen
 
 

@@ -167,7 +167,9 @@ def test_many_small_gradients_add_up_in_fp32(monkeypatch):
     hidden, weight, _, ids = make(TOKENS, width=8, vocab=64, dtype=torch.bfloat16)
     hidden, ids = hidden.abs(), ids * 0
     seen, choose = [], token_logprobs.tiles_of
-    monkeypatch.setattr(token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1])
+    monkeypatch.setattr(
+        token_logprobs, "tiles_of", lambda *inputs, **more: seen.append(choose(*inputs, **more)) or seen[-1]
+    )
 
     def gradient(backend, hidden, weight, ids, **more):
         leaf = weight.clone().requires_grad_()

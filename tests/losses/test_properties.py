@@ -21,9 +21,7 @@ def made(gate, pair, aggregation="token-mean"):
     return tokenrl.Objective("under test", statistic, gate, aggregation, "", flow=flow, clamp=3.0, cap=2.5)
 
 
-OBJECTIVES = st.one_of(
-    st.sampled_from(WEIGHED), st.builds(made, st.sampled_from(list(GATES)), st.sampled_from(PAIRS))
-)
+OBJECTIVES = st.one_of(st.sampled_from(WEIGHED), st.builds(made, st.sampled_from(list(GATES)), st.sampled_from(PAIRS)))
 # The padded width is not a property of a packed batch, so the mode that divides by it gets its normalizer.
 MODES = st.sampled_from([(mode, 12.5 if a.over_width else None) for mode, a in AGGREGATIONS.items()])
 

@@ -184,7 +184,9 @@ def test_12_groups_that_micro_batches_split(mode, backend):
     mask, groups = [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], torch.tensor([0, 1, 1, 0])
     whole = gradient("ppo", x, a, backend, mask=mask, group_ids=groups, aggregation=mode)
     w = tokenrl.aggregation_weights(
-        mode, mask=torch.tensor(mask, dtype=torch.bool), advantages=torch.tensor(a, dtype=torch.float64),
+        mode,
+        mask=torch.tensor(mask, dtype=torch.bool),
+        advantages=torch.tensor(a, dtype=torch.float64),
         group_ids=groups,
     )
     parts = [

@@ -158,9 +158,7 @@ class ClipCov(_Covariance):
     @torch.no_grad()
     def dropped(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens that are dropped, PPO's clip from below, from above)."""
-        below, above, _ = tokens.gate.clipped(
-            tokens.x, tokens.x, tokens.logp, tokens.advantages, tokens.positions()
-        )
+        below, above, _ = tokens.gate.clipped(tokens.x, tokens.x, tokens.logp, tokens.advantages, tokens.positions())
         below, above = below & tokens.valid, above & tokens.valid
         covariance = self.covariance(tokens)
         inside = (covariance > self.low) & (covariance < self.high) & tokens.valid & ~below & ~above
