@@ -6,7 +6,9 @@ PIP := $(PYTHON) -m pip --python $(VENV)/bin/python
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check gpu clean
+CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test check lint gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
@@ -17,6 +19,12 @@ test: $(VENV)/.built $(VENV)/.rivals
 # The inner loop: of every room a few, in less than a minute (tests/support/order.py says which and why).
 check: $(VENV)/.built
 	$(VENV)/bin/python -m pytest -q $(WORKERS) --check tests
+
+lint: $(VENV)/.tools
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/python -m mypy
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
 gpu:
@@ -37,6 +45,11 @@ $(VENV)/.rivals: $(VENV)/.installed
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The pinned tools of the extra dev; they need no build of the package.
+$(VENV)/.tools: $(VENV)/.installed pyproject.toml
+	$(PIP) install -q $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """An objective of your own: a gate in torch, registered by name; then its Triton function, held to the torch value.
 
-    python examples/own_objective.py                        on a CPU: the reference backend
-    TRITON_INTERPRET=1 python examples/own_objective.py     the Triton kernel too, interpreted; on a GPU it is compiled
+On a CPU the reference runs it, and with TRITON_INTERPRET=1 the interpreted kernel too; on a GPU that is compiled.
+
+    python examples/own_objective.py
 """
 
 import torch
@@ -15,7 +16,7 @@ from tokenrl.ops import backends
 
 @tokenrl.parametrised
 class SoftBand(tokenrl.Gate):
-    """l = -A width tanh(s / width): the log ratio saturates smoothly, its gradient fades with the square of the tanh."""
+    """l = -A width tanh(s / width): the log ratio saturates smoothly, its gradient fades with the tanh's square."""
 
     name = "soft_band"
     width: float = 0.2

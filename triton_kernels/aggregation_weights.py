@@ -1,4 +1,4 @@
-"""Op aggregation_weights: the span weights of tokenrl/objectives/aggregations.py and the count that its normaliser needs.
+"""Op aggregation_weights: the span weights of tokenrl/objectives/aggregations.py and the count of its normaliser.
 
 Two kernels: counts and signs per sequence; then, where groups matter, each sequence against tiles of all sequences.
 The only atomics add integers, so the result does not depend on their order.

@@ -96,4 +96,3 @@ double tokenrl_measure_exponentials(int64_t count, int threads) {
   });
   return static_cast<double>(rounds * kValues) * threads / best;
 }
-

@@ -97,19 +97,19 @@ def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
         old, mask * 0.5, logp, mask, cu, None, *spans, None, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
         [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, 0.01,
     )  # fmt: skip
-    every, turned = [True] * 3, tensors[1].t().contiguous().t()
+    every, across = [True] * 3, (tensors[0], tensors[1].t().contiguous().t(), tensors[2])
     return {
         "linear_token_logprobs": lambda: (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
         "linear_token_logprobs without bias": lambda: (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
-        "linear_token_logprobs turned": lambda: (tensors[0], turned, tensors[2], ids, *head, ["log_sum_sq_probs"], None),
+        "linear_token_logprobs turned": lambda: (*across, ids, *head, ["log_sum_sq_probs"], None),
         "linear_token_logprobs_backward": lambda: (*tensors, ids, *head, *after(), every, None),
         "linear_token_logprobs_backward frozen": lambda: (*tensors, ids, *head, *after(), [False, True, False], None),
         "linear_token_logprobs_backward main_grad": lambda: (*tensors, ids, *head, *after(), every, main_grad),
-        "linear_token_logprobs_backward turned": lambda: (tensors[0], turned, tensors[2], ids, *head, *after(), every, None),
+        "linear_token_logprobs_backward turned": lambda: (*across, ids, *head, *after(), every, None),
         "linear_policy_loss": lambda: (*tensors, ids, *head, every, None, *loss),
         "linear_policy_loss frozen": lambda: (*tensors, ids, *head, [True, False, False], None, *loss),
         "linear_policy_loss main_grad": lambda: (*tensors, ids, *head, every, main_grad, *loss),
-        "linear_policy_loss turned": lambda: (tensors[0], turned, tensors[2], ids, *head, every, None, *loss),
+        "linear_policy_loss turned": lambda: (*across, ids, *head, every, None, *loss),
     }
 
 

@@ -1,6 +1,5 @@
 """What TRL 1.16 calls (trl.trainer.utils), computed by token_logprobs; see tokenrl/compat/__init__.py."""
 
-
 import torch
 
 from .stats import stats_of

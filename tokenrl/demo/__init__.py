@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built from a config; nothing is ever downloaded
 
-from transformers import LlamaForCausalLM  # noqa: E402
+from transformers import LlamaForCausalLM
 
-from ..ops import backends  # noqa: E402
-from . import loss_head, plots, report  # noqa: E402
-from .model import build  # noqa: E402
-from .report import OBJECTIVES, Result, Trained  # noqa: E402
-from .train import Settings, evaluate, reinforce, warm_up  # noqa: E402
+from ..ops import backends
+from . import loss_head, plots, report
+from .model import build
+from .report import OBJECTIVES, Result, Trained
+from .train import Settings, evaluate, reinforce, warm_up
 
 __all__ = ["Result", "Settings", "run"]
 

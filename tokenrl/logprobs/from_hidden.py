@@ -51,7 +51,9 @@ def head_arguments(
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
         raise wrong("memory_budget", memory_budget, "a positive number of bytes")
     like = hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
-    number, per_row, bend, scale, keep = from_logits.transform_arguments(temperature, softcap, logit_scale, keep_mask, like)
+    number, per_row, bend, scale, keep = from_logits.transform_arguments(
+        temperature, softcap, logit_scale, keep_mask, like
+    )
     keep = None if keep is None else keep.reshape(-1, like.shape[-1]) if keep.dim() > 1 else keep[None]
     return HeadArguments(
         like, hidden.reshape(-1, hidden.shape[-1]), weight, bias,

@@ -1,7 +1,5 @@
 """Masks, lengths, groups and signs -> the weights of a mode (tokenrl/objectives/aggregations.py), on a backend."""
 
-
-
 import torch
 from torch import Tensor
 

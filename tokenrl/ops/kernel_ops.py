@@ -98,8 +98,12 @@ SCHEMAS = {
     "token_logprobs": schema(
         "Tensor logits, Tensor ids", Transform, "str[] outputs, bool inplace_backward", returns=STATISTICS
     ),
-    "token_logprobs_backward": schema(Upstream, "Tensor logits, Tensor ids", SavedStatistics, Transform, returns="Tensor"),
-    "token_logprobs_backward_": schema(Upstream, "Tensor(a!) logits, Tensor ids", SavedStatistics, Transform, returns="()"),
+    "token_logprobs_backward": schema(
+        Upstream, "Tensor logits, Tensor ids", SavedStatistics, Transform, returns="Tensor"
+    ),
+    "token_logprobs_backward_": schema(
+        Upstream, "Tensor(a!) logits, Tensor ids", SavedStatistics, Transform, returns="()"
+    ),
 }
 
 

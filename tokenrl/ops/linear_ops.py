@@ -110,8 +110,9 @@ def _save_statistics(ctx, inputs, output):
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
     ctx.compute_dtype, ctx.memory_budget = head.compute_dtype, head.memory_budget
     ctx.save_for_backward(
-        head.hidden, head.weight, head.bias, head.ids, head.temperatures, head.keep_mask, lse, lse_rest, entropy, squares
-    )
+        head.hidden, head.weight, head.bias, head.ids, head.temperatures, head.keep_mask, lse, lse_rest, entropy,
+        squares,
+    )  # fmt: skip
     ctx.set_materialize_grads(False)
 
 

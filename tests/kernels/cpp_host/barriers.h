@@ -30,5 +30,4 @@ inline bool barrier_stands(const char* file, int line) {
 
 }  // namespace tokenrl::host
 
-#define __syncthreads() \
-  (::tokenrl::host::barrier_stands(__FILE__, __LINE__) ? (__syncthreads)() : static_cast<void>(0))
+#define __syncthreads() (::tokenrl::host::barrier_stands(__FILE__, __LINE__) ? (__syncthreads)() : static_cast<void>(0))
