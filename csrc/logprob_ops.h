@@ -31,23 +31,49 @@ struct TransformOptions {
   const Optional& keep_mask;
 };
 
+Sizes sizes_of(const Tensor& x, int64_t dims) {
+  Sizes sizes;
+  for (int64_t i = 0; i < dims; ++i) sizes.push_back(x.size(i));
+  return sizes;
+}
+
+// [B, T, V], or [N, V] as one batch of N rows.
+struct LogitShape {
+  int64_t dims, batch, time, vocab;
+
+  explicit LogitShape(const Tensor& logits) : dims(logits.dim()) {
+    STD_TORCH_CHECK(dims == 2 || dims == 3, "logits: expected [N, V] or [B, T, V].");
+    batch = dims == 3 ? logits.size(0) : 1, time = logits.size(dims - 2), vocab = logits.size(dims - 1);
+  }
+  int64_t stride_batch(const Tensor& x) const { return dims == 3 ? x.stride(0) : 0; }
+  int64_t stride_time(const Tensor& x) const { return x.stride(dims - 2); }
+};
+
 void check_strided(const Tensor& x, const char* name, const Tensor& logits) {
-  STD_TORCH_CHECK(
-      x.dim() == 3 && x.size(0) == logits.size(0) && x.size(1) == logits.size(1) && x.size(2) == logits.size(2), name,
-      ": expected [B, T, V].");
-  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1, name, ": the last stride must be 1.");
+  const int64_t dims = logits.dim();
+  STD_TORCH_CHECK(x.dim() == dims && sizes_of(x, dims) == sizes_of(logits, dims), name,
+                  ": expected the shape of the logits.");
+  STD_TORCH_CHECK(x.stride(dims - 1) == 1 || x.size(dims - 1) == 1, name, ": the last stride must be 1.");
+}
+
+// Ids are one per row, or K in a dimension of their own.
+int64_t ids_per_row(const Tensor& ids, const LogitShape& shape) {
+  return ids.dim() == shape.dims ? ids.size(shape.dims - 1) : 1;
 }
 
 template <class Logit, class T>
 LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, const TransformOptions& options) {
+  const LogitShape shape(logits);
   check_strided(logits, "logits", logits);
-  STD_TORCH_CHECK(logits.size(2) >= 1, "logits: expected V >= 1.");
-  STD_TORCH_CHECK(ids.dim() == 3 && ids.size(0) == logits.size(0) && ids.size(1) == logits.size(1) && ids.size(2) >= 1,
-                  "ids: expected [B, T, K] for logits [B, T, V].");
+  STD_TORCH_CHECK(shape.vocab >= 1, "logits: expected V >= 1.");
+  const int64_t rows = shape.dims - 1, per_row = ids_per_row(ids, shape);
+  STD_TORCH_CHECK((ids.dim() == rows || ids.dim() == rows + 1) && sizes_of(ids, rows) == sizes_of(logits, rows) &&
+                      per_row >= 1,
+                  "ids: expected one per row of logits, or K of them.");
   check(ids, "ids", ScalarType::Long, ids.numel(), logits);
   LogprobArgs<Logit, T> args{};
-  args.batch = logits.size(0), args.time = logits.size(1), args.vocab = logits.size(2), args.num_ids = ids.size(2);
-  args.stride_batch = logits.stride(0), args.stride_time = logits.stride(1);
+  args.batch = shape.batch, args.time = shape.time, args.vocab = shape.vocab, args.num_ids = per_row;
+  args.stride_batch = shape.stride_batch(logits), args.stride_time = shape.stride_time(logits);
   args.logits = pointer<Logit>(logits);
   args.ids = pointer<int64_t>(ids);
   Transform<T>& transform = args.transform;
@@ -61,7 +87,7 @@ LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, cons
     check_strided(keep, "keep_mask", logits);
     STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Bool, "keep_mask: expected bool.");
     transform.keep = pointer<bool>(keep);
-    transform.keep_stride_batch = keep.stride(0), transform.keep_stride_time = keep.stride(1);
+    transform.keep_stride_batch = shape.stride_batch(keep), transform.keep_stride_time = shape.stride_time(keep);
   }
   return args;
 }
@@ -74,19 +100,21 @@ ScalarType precision_of(const Tensor& logits) {
 struct LogprobResults {
   Tensor logp, entropy, lse, lse_rest, log_sum_sq_probs, mean_logit, max_prob, is_top1, rank;
 
-  LogprobResults(const Tensor& ids, ScalarType dtype, const std::vector<std::string>& outputs)
-      : logp(empty(ids, sizes(ids), dtype)),
-        entropy(empty(ids, rows(ids), dtype)),
-        lse(empty(ids, rows(ids), dtype)),
-        lse_rest(empty(ids, rows(ids), dtype)),
-        log_sum_sq_probs(made(outputs, "log_sum_sq_probs", ids, rows(ids), dtype)),
-        mean_logit(made(outputs, "mean_logit", ids, rows(ids), dtype)),
-        max_prob(made(outputs, "max_prob", ids, rows(ids), dtype)),
-        is_top1(made(outputs, "is_top1", ids, sizes(ids), ScalarType::Bool)),
-        rank(made(outputs, "rank", ids, sizes(ids), ScalarType::Long)) {}
+  LogprobResults(const Tensor& logits, const Tensor& ids, ScalarType dtype, const std::vector<std::string>& outputs)
+      : LogprobResults(ids, sizes_of(ids, ids.dim()), sizes_of(logits, logits.dim() - 1), dtype, outputs) {}
 
-  static Sizes rows(const Tensor& ids) { return {ids.size(0), ids.size(1)}; }
-  static Sizes sizes(const Tensor& ids) { return {ids.size(0), ids.size(1), ids.size(2)}; }
+  LogprobResults(const Tensor& ids, const Sizes& each, const Sizes& rows, ScalarType dtype,
+                 const std::vector<std::string>& outputs)
+      : logp(empty(ids, each, dtype)),
+        entropy(empty(ids, rows, dtype)),
+        lse(empty(ids, rows, dtype)),
+        lse_rest(empty(ids, rows, dtype)),
+        log_sum_sq_probs(made(outputs, "log_sum_sq_probs", ids, rows, dtype)),
+        mean_logit(made(outputs, "mean_logit", ids, rows, dtype)),
+        max_prob(made(outputs, "max_prob", ids, rows, dtype)),
+        is_top1(made(outputs, "is_top1", ids, each, ScalarType::Bool)),
+        rank(made(outputs, "rank", ids, each, ScalarType::Long)) {}
+
   static Tensor made(const std::vector<std::string>& outputs, const char* name, const Tensor& ids, const Sizes& sizes,
                      ScalarType dtype) {
     const bool wanted = std::find(outputs.begin(), outputs.end(), name) != outputs.end();
@@ -103,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& logits, const Tensor& ids, double temperature, const Optional& temperatures, double softcap,
     double logit_scale, const Optional& keep_mask, const std::vector<std::string>& outputs,
     bool /* inplace_backward: for the derivative */) {
-  const LogprobResults results(ids, precision_of(logits), outputs);
+  const LogprobResults results(logits, ids, precision_of(logits), outputs);
   by_logit(logits, [&](auto logit, auto precision) {
     using T = decltype(precision);
     auto args =
@@ -151,7 +179,8 @@ void run_logprobs_backward(const Tensor& logits, const Tensor& grad, const Logpr
     args.grad_lse = checked<T>(given.lse, "grad_lse", dtype, rows, logits);
     args.grad_log_sum_sq_probs = checked<T>(given.log_sum_sq_probs, "grad_log_sum_sq_probs", dtype, rows, logits);
     args.grad_logits = output<decltype(logit)>(grad);
-    args.grad_stride_batch = grad.stride(0), args.grad_stride_time = grad.stride(1);
+    const LogitShape shape(logits);
+    args.grad_stride_batch = shape.stride_batch(grad), args.grad_stride_time = shape.stride_time(grad);
     if (rows > 0) on_device_of(logits, [&](const auto& device) { device.token_logprobs_backward(args); });
   });
 }
@@ -161,7 +190,7 @@ Tensor token_logprobs_backward(const Optional& grad_logp, const Optional& grad_e
                                const Tensor& lse, const Tensor& lse_rest, const Tensor& entropy,
                                const Tensor& log_sum_sq_probs, double temperature, const Optional& temperatures,
                                double softcap, double logit_scale, const Optional& keep_mask) {
-  Tensor grad = empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  Tensor grad = empty(logits, sizes_of(logits, logits.dim()), logits.scalar_type());
   on_device_of(logits, [&](const auto& device) {
     device.announce_writes(grad.data_ptr(),
                            static_cast<size_t>(grad.numel()) * static_cast<size_t>(grad.element_size()));

@@ -12,7 +12,19 @@ from torch import Tensor
 from ..ops.kernel_ops import ALWAYS, logprob_results
 from . import launch
 from .row_state import empty, over_lanes, walk
-from .vocabulary import IGNORED, factors, keep_arguments, load_own, part_of, row_begin, row_scale, transformed, vector
+from .vocabulary import (
+    IGNORED,
+    factors,
+    ids_per_row,
+    keep_arguments,
+    load_own,
+    part_of,
+    row_begin,
+    row_scale,
+    row_strides,
+    transformed,
+    vector,
+)
 
 OUTPUTS = (*ALWAYS, "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
 SUMS = tl.constexpr(5)  # floats in the scratch memory per part: m and four sums
@@ -171,9 +183,9 @@ def token_logprobs(
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The results as tokenrl/ops/kernel_ops.py orders them; those neither in ALWAYS nor in outputs are empty."""
-    results = logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
-    _, time, vocab = logits.shape
-    rows, per_row = ids.shape[0] * time, ids.shape[-1]
+    results = logprob_results(logits, ids, outputs, torch.promote_types(logits.dtype, torch.float32))
+    *_, time, vocab = logits.shape
+    rows, per_row = logits.shape[:-1].numel(), ids_per_row(ids, logits)
     if rows == 0:
         return results
     wanted = [name in ALWAYS or name in outputs for name in OUTPUTS]
@@ -190,7 +202,7 @@ def token_logprobs(
     block = launch.vocab_block(vocab, logits.dtype, parts, heavy)
     kept, *keep_strides = keep_arguments(keep_mask)
     common = (
-        logits, ids, temperatures, kept, out, scratch, counts, time, vocab, per_row, parts, *logits.stride()[:2],
+        logits, ids, temperatures, kept, out, scratch, counts, time, vocab, per_row, parts, *row_strides(logits),
         *keep_strides, scale, inner,
     )  # fmt: skip
     how = {"KP": triton.next_power_of_2(per_row), "WANT": want, "SOFTCAP": capped}

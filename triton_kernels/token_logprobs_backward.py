@@ -18,6 +18,7 @@ from .vocabulary import (
     STAGES,
     blocks_of,
     factors,
+    ids_per_row,
     keep_arguments,
     lanes_of,
     load_block,
@@ -25,6 +26,7 @@ from .vocabulary import (
     part_of,
     row_begin,
     row_scale,
+    row_strides,
     transformed,
     vector,
 )
@@ -168,8 +170,8 @@ def _backward(
     keep_mask: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the gradient into `grad`, which may be logits."""
-    _, time, vocab = logits.shape
-    rows, per_row = ids.shape[0] * time, ids.shape[-1]
+    *_, time, vocab = logits.shape
+    rows, per_row = logits.shape[:-1].numel(), ids_per_row(ids, logits)
     if rows == 0:
         return
     scale, inner, capped = factors(temperature, softcap, logit_scale)
@@ -179,8 +181,8 @@ def _backward(
     with launch.on_device_of(logits):
         backward_kernel[(rows * parts,)](
             *grads, logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, kept, grad, time, vocab,
-            per_row, parts, *logits.stride()[:2], *grad.stride()[:2], *keep_strides, scale, inner,
-            KP=triton.next_power_of_2(per_row), SOFTCAP=capped, SAME=logits.stride()[:2] == grad.stride()[:2],
+            per_row, parts, *row_strides(logits), *row_strides(grad), *keep_strides, scale, inner,
+            KP=triton.next_power_of_2(per_row), SOFTCAP=capped, SAME=row_strides(logits) == row_strides(grad),
             SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, heavy=capped),
         )  # fmt: skip
 
@@ -189,7 +191,7 @@ def token_logprobs_backward(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None,
     grad_log_sum_sq_probs: Tensor | None, logits: Tensor, *rest,
 ) -> Tensor:  # fmt: skip
-    """Gradient with respect to logits, contiguous [B, T, V] in their dtype; rows without a gradient are not read."""
+    """Gradient with respect to logits, contiguous, in their shape and dtype; rows without a gradient are not read."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _backward((grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs), logits, grad, *rest)
     return grad

@@ -97,11 +97,21 @@ def factors(temperature: float, softcap: float, logit_scale: float) -> tuple[flo
     return softcap / temperature, logit_scale / softcap, True
 
 
+def row_strides(x: Tensor) -> tuple[int, int]:
+    """Over batch and time of [B, T, V]; [N, V] is one batch of N rows."""
+    return (x.stride(0) if x.dim() == 3 else 0), x.stride(-2)
+
+
+def ids_per_row(ids: Tensor, logits: Tensor) -> int:
+    """Ids are one per row, or K in a dimension of their own."""
+    return ids.shape[-1] if ids.dim() == logits.dim() else 1
+
+
 def keep_arguments(keep_mask: Tensor | None) -> tuple:
     """(keep, its strides over batch and time)."""
     if keep_mask is None:
         return None, 0, 0
-    return keep_mask.view(torch.uint8), keep_mask.stride(0), keep_mask.stride(1)
+    return keep_mask.view(torch.uint8), *row_strides(keep_mask)
 
 
 def vector(logits: Tensor) -> int:

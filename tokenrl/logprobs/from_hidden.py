@@ -1,16 +1,17 @@
 """linear_token_logprobs: the statistics of token_logprobs from hidden states, without the logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import wrong
 from ..ops import backends, dispatch, kernel_ops
+from ..ops.kernel_ops import Transform
 from ..ops.linear.head import HeadInputs
 from . import from_logits
-from .from_logits import DTYPES, IGNORED, TokenStats, TransformArguments
+from .from_logits import DTYPES, IGNORED, TokenStats
 
 # Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.
 DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -26,14 +27,15 @@ class HeadArguments:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    transform: TransformArguments
+    transform: Transform
     compute_dtype: str
     memory_budget: int
     main_grad: Tensor | None
 
     def inputs(self, ids: Tensor, row_mask: Tensor | None, ignore_index: int) -> HeadInputs:
         """With ids and hidden flat, [N, K] and [N, D]."""
-        ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like).flatten(0, -2)
+        ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like)
+        ids = ids.flatten(0, -2) if ids.dim() == self.like.dim() else ids.reshape(-1, 1)
         return HeadInputs(
             self.hidden, self.weight, self.bias, ids, *self.transform, self.compute_dtype, self.memory_budget
         )
@@ -51,14 +53,14 @@ def head_arguments(
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
         raise wrong("memory_budget", memory_budget, "a positive number of bytes")
     like = hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
-    number, per_row, bend, scale, keep = from_logits.transform_arguments(
-        temperature, softcap, logit_scale, keep_mask, like
-    )
-    keep = None if keep is None else keep.reshape(-1, like.shape[-1]) if keep.dim() > 1 else keep[None]
+    transform = from_logits.as_transform(temperature, softcap, logit_scale, keep_mask, like)
+    if transform.temperatures is not None:
+        transform = replace(transform, temperatures=transform.temperatures.reshape(-1))
+    if transform.keep_mask is not None:
+        transform = replace(transform, keep_mask=transform.keep_mask.reshape(-1, like.shape[-1]))
     return HeadArguments(
-        like, hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        (number, None if per_row is None else per_row.reshape(-1), bend, scale, keep),
-        str(dtype).removeprefix("torch."), memory_budget, main_grad,
+        like, hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, str(dtype).removeprefix("torch."),
+        memory_budget, main_grad,
     )  # fmt: skip
 
 
@@ -105,7 +107,8 @@ def linear_token_logprobs(
     check_main_grad_backend(main_grad, chosen)
     asked = [name for name in outputs if name not in kernel_ops.ALWAYS]
     found = dispatch.linear_token_logprobs(chosen, head.inputs(ids, row_mask, ignore_index), asked, main_grad)
-    return from_logits.token_stats(found, ids, head.like, outputs)
+    values, rows = dict(zip(kernel_ops.RESULTS, found, strict=True)), hidden.shape[:-1]
+    return TokenStats({name: values[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
 
 
 def _check_head(

@@ -1,18 +1,17 @@
 """token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import unknown, wrong
 from ..ops import backends, dispatch, kernel_ops
-from ..ops.kernel_ops import IGNORED
+from ..ops.kernel_ops import IGNORED, Transform
 
 OUTPUTS = tuple(name for name in kernel_ops.RESULTS if name != "lse_rest")
-PER_ID = ("logp", "is_top1", "rank")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-TransformArguments = tuple[float, Tensor | None, float, float, Tensor | None]  # of kernel_ops.Transform, in its order
 
 
 class TokenStats:
@@ -75,43 +74,33 @@ def token_logprobs(
     chosen = backends.choose(backend, logits.device)
     if inplace_backward:
         _check_inplace(logits, chosen)
-    *transform, keep = transform_arguments(temperature, softcap, logit_scale, keep_mask, logits)
+    transform = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
+    if transform.keep_mask is not None:
+        transform = replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
     results = dispatch.token_logprobs(
         chosen,
-        _unit_stride(logits if logits.dim() == 3 else logits.unsqueeze(0)),
+        _unit_stride(logits),
         aligned_ids(ids, row_mask, ignore_index, logits),
         *transform,
-        None if keep is None else keep.expand(_batched(logits)),
         [name for name in outputs if name not in kernel_ops.ALWAYS],
         inplace_backward,
     )
-    return token_stats(results, ids, logits, outputs)
+    return TokenStats({name: results[kernel_ops.RESULTS.index(name)] for name in outputs})
 
 
-def token_stats(results: tuple[Tensor, ...], ids: Tensor, logits: Tensor, outputs: Sequence[str]) -> TokenStats:
-    """The op's results that were asked for, in the shapes of the caller's tensors."""
-    values = dict(zip(kernel_ops.RESULTS, results, strict=True))
-    rows = logits.shape[:-1]
-    return TokenStats({name: values[name].view(ids.shape if name in PER_ID else rows) for name in outputs})
-
-
-def _batched(logits: Tensor) -> tuple[int, ...]:
-    """[B, T, V]"""
-    return (1,) * (3 - logits.dim()) + tuple(logits.shape)
-
-
-def transform_arguments(
+def as_transform(
     temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None, logits: Tensor
-) -> TransformArguments:
-    """(temperature, temperatures [B, T], softcap, logit_scale, keep_mask [V] or [B, T, V]), checked."""
+) -> Transform:
+    """Checked; temperatures of the shape of the rows, keep_mask [V] or of the shape of logits."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None:
             _check_positive(name, value)
-    shape = _batched(logits)
-    number, per_row = _temperature(temperature, logits, shape)
+    number, per_row = _temperature(temperature, logits)
     if keep_mask is not None:
-        keep_mask = _unit_stride(_check_keep(keep_mask, logits).view(shape[3 - keep_mask.dim() :]))
-    return number, per_row, float("inf") if softcap is None else float(softcap), float(logit_scale), keep_mask
+        _check_keep(keep_mask, logits)
+        keep_mask = _unit_stride(keep_mask)
+    cap = float("inf") if softcap is None else float(softcap)
+    return Transform(number, per_row, cap, float(logit_scale), keep_mask)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -119,8 +108,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
-    """int64 [B, T, K], -100 where ignored; checked against the vocabulary where that costs no sync."""
-    shape = _batched(logits)
+    """int64, -100 where ignored; checked against the vocabulary where that costs no sync."""
     ids = ids if ids.dtype == torch.int64 else ids.to(torch.int64)
     if ignore_index != IGNORED:
         ids = torch.where(ids == ignore_index, IGNORED, ids)
@@ -130,9 +118,8 @@ def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits:
             raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
         ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        _check_range(ids, shape[-1], ignore_index)
-    per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
-    return ids.reshape(*shape[:-1], per_row).contiguous()
+        _check_range(ids, logits.shape[-1], ignore_index)
+    return ids.contiguous()
 
 
 def _check_range(ids: Tensor, vocab: int, ignore_index: int) -> None:
@@ -143,7 +130,7 @@ def _check_range(ids: Tensor, vocab: int, ignore_index: int) -> None:
             raise wrong("ids", f"values from {low} to {high}", accepted)
 
 
-def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> tuple[float, Tensor | None]:
+def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, one per row) in the precision of the results."""
     if not isinstance(temperature, Tensor):
         _check_positive("temperature", temperature)
@@ -156,7 +143,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor, shape: tuple) -> t
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
         raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return 1.0, temperature.detach().to(logits.device, dtype).reshape(shape[:-1]).contiguous()
+    return 1.0, temperature.detach().to(logits.device, dtype).contiguous()
 
 
 def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
@@ -182,13 +169,12 @@ def _check_positive(name: str, value: object) -> None:
         raise wrong(name, value, "a positive finite number")
 
 
-def _check_keep(keep_mask: Tensor, logits: Tensor) -> Tensor:
+def _check_keep(keep_mask: Tensor, logits: Tensor) -> None:
     if keep_mask.dtype != torch.bool or keep_mask.shape not in (logits.shape, logits.shape[-1:]):
         accepted = f"bool [{logits.shape[-1]}] or {list(logits.shape)}"
         raise wrong("keep_mask", f"{keep_mask.dtype} {list(keep_mask.shape)}", accepted)
     if keep_mask.device != logits.device:
         raise wrong("keep_mask", f"device {keep_mask.device}", f"the device of logits, {logits.device}")
-    return keep_mask
 
 
 def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:

@@ -1,7 +1,7 @@
 """The ops that every kernel backend implements: their arguments, fakes and derivatives.
 
-Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are [B, T, V] with ids [B, T, K]; where a
-token has one id, K is 1. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
+Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are [N, V] or [B, T, V], with one id per
+row, or K of them in a last dimension of their own. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ RESULTS = (
     "logp", "entropy", "lse", "lse_rest", "log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank",
 )  # fmt: skip
 ALWAYS = RESULTS[:4]
+PER_ID = ("logp", "is_top1", "rank")  # of the shape of ids; the others have that of the rows of logits
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,20 @@ def _fake_weights(mask, cu_seqlens, *rest):
     )
 
 
-def logprob_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Memory for the results of token_logprobs, ids [..., K]; (0,) for those that are not asked for."""
+def logprob_results(logits: Tensor, ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Memory for the results of token_logprobs, of the shape of ids or of the rows of logits; (0,) for those that are not
+    asked for."""
     per_id = {"logp": dtype, "is_top1": torch.bool, "rank": ids.dtype}
 
     def made(name: str) -> Tensor:
-        shape = ids.shape if name in per_id else ids.shape[:-1]
+        shape = ids.shape if name in PER_ID else logits.shape[:-1]
         return ids.new_empty(shape if name in (*ALWAYS, *outputs) else (0,), dtype=per_id.get(name, dtype))
 
     return tuple(made(name) for name in RESULTS)
 
 
 def _fake_logprobs(logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward):
-    return logprob_results(ids, outputs, torch.promote_types(logits.dtype, torch.float32))
+    return logprob_results(logits, ids, outputs, torch.promote_types(logits.dtype, torch.float32))
 
 
 FAKES: dict[str, Callable[..., Any]] = {

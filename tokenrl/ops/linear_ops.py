@@ -86,7 +86,7 @@ def _fake_results(hidden, weight, bias, wanted, weight_dtype=None):
 
 def _fake_statistics(*args):
     inputs, (outputs, _) = HeadInputs.read(args)
-    return kernel_ops.logprob_results(inputs.ids, outputs, sum_dtype(inputs.dtype))
+    return kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(inputs.dtype))
 
 
 def _fake_backward(*args):

@@ -98,8 +98,8 @@ class Head:
         """The arguments of token_logprobs for `count` rows and some columns."""
         keep = self.keep_mask
         if keep is not None:
-            keep = (keep[:, at] if keep.shape[0] == 1 else keep[rows, at]).expand(1, count, -1)
-        per_row = None if self.temperatures is None else self.temperatures[rows][None]
+            keep = (keep[:, at] if keep.shape[0] == 1 else keep[rows, at]).expand(count, -1)
+        per_row = None if self.temperatures is None else self.temperatures[rows]
         return self.temperature, per_row, self.softcap, self.logit_scale, keep
 
 

@@ -122,14 +122,15 @@ class Chunk:
         self.states = hidden[rows].to(head.dtype)
         self.logits = as_tile(memory, self.states.shape[0], slice(0, head.vocab))
         head.whole_logits(self.states, self.logits)
-        stats = head.ops.token_logprobs(self.logits[None], self.ids[None], *self._transform(), [], False)
-        logp, self.entropy, self.lse, self.lse_rest, *_ = (x.squeeze(0) for x in stats)
-        self.logp = logp.squeeze(1)
+        stats = head.ops.token_logprobs(self.logits, self.ids, *self._transform(), [], False)
+        self.logp, self.entropy, self.lse, self.lse_rest, *_ = stats
 
     def _transform(self) -> tuple[Any, ...]:
         return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
 
-    def backward(self, coef: Tensor, grad_entropy: Tensor | None, weights: ProductSum | None, grads: Gradients) -> None:
+    def backward(
+        self, coef: Tensor, grad_entropy: Tensor | None, weight_sum: ProductSum | None, grads: Gradients
+    ) -> None:
         """coef, grad_entropy: of all tokens."""
         coef, grad_entropy = coef[self.rows], None if grad_entropy is None else grad_entropy[self.rows]
         index, count = compacted(coef != 0 if grad_entropy is None else (coef != 0) | (grad_entropy != 0))
@@ -137,14 +138,13 @@ class Chunk:
             coef, grad_entropy = coef[index], None if grad_entropy is None else grad_entropy[index]
             self._keep(index)
         self.head.ops.token_logprobs_backward_(
-            coef[None, :, None], None if grad_entropy is None else grad_entropy[None], None, None, self.logits[None],
-            self.ids[None], self.lse[None], self.lse_rest[None], self.entropy[None], self.lse.new_empty(0),
-            *self._transform(),
+            coef, grad_entropy, None, None, self.logits, self.ids, self.lse, self.lse_rest, self.entropy,
+            self.lse.new_empty(0), *self._transform(),
         )  # fmt: skip
         if grads.hidden is not None:
             grads.hidden[self.rows] = self._hidden_gradient().to(grads.hidden.dtype)
-        if weights is not None:
-            weights.add(self.logits.t(), self.states)
+        if weight_sum is not None:
+            weight_sum.add(self.logits.t(), self.states)
         if grads.bias is not None:
             grads.bias.add_(column_sums(self.logits))
 
@@ -215,7 +215,7 @@ def _one_pass(
     inputs: LinearPolicyLossInputs, head: Head, index: Tensor | None, chunks: list[slice], grads: Gradients
 ) -> Evaluated:
     """The loss, and the gradients, chunk by chunk."""
-    count = inputs.ids.shape[0]
+    ids, count = inputs.ids.squeeze(1), inputs.ids.shape[0]
     logp, entropy = (inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(2))
     ends = [chunk.stop for chunk in chunks]
     if index is not None:
@@ -225,19 +225,19 @@ def _one_pass(
     if inputs.old_logp is None:
         ends = [count] * len(ends)
     memory = inputs.hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks) * head.vocab, dtype=head.dtype)
-    weights = None
+    weight_sum = None
     if grads.weight is not None:
-        weights = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
+        weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at, end in zip(chunks, ends, strict=True):
-        chunk = Chunk(head, inputs.hidden, inputs.ids, rows_at(index, at), memory)
+        chunk = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
         if chunk.logp.numel() == count:
             logp, entropy = chunk.logp, chunk.entropy
         else:
             logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
         evaluated = inputs.evaluate(head.ops, logp, entropy, end)
-        chunk.backward(evaluated.grad_logp, evaluated.grad_entropy, weights, grads)
-    if weights is not None:
-        weights.finish()
+        chunk.backward(evaluated.grad_logp, evaluated.grad_entropy, weight_sum, grads)
+    if weight_sum is not None:
+        weight_sum.finish()
     return evaluated
 
 

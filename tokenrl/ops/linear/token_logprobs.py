@@ -19,9 +19,9 @@ ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile 
 
 
 def local_ids(ids: Tensor, at: slice) -> Tensor:
-    """ids [n, K] as those of a tile, [1, n, K]."""
+    """ids [n, K] as those of a tile."""
     here = torch.where((ids >= at.start) & (ids < at.stop), ids - at.start, ELSEWHERE)
-    return torch.where(ids == IGNORED, IGNORED, here)[None]
+    return torch.where(ids == IGNORED, IGNORED, here)
 
 
 def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> list[Tensor]:
@@ -32,7 +32,7 @@ def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budg
     memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
     if index is None and tiles == Tiles(count, head.vocab):
         return _of_rows(head, hidden.to(head.dtype), ids, slice(0, count), outputs, tiles, memory)
-    results = [x.zero_() for x in logprob_results(ids, outputs, sum_dtype(head.dtype))]
+    results = [x.zero_() for x in logprob_results(hidden, ids, outputs, sum_dtype(head.dtype))]
     for at in split(count, tiles.rows):
         rows = rows_at(index, at)
         found = _of_rows(head, hidden[rows].to(head.dtype), ids[rows], rows, outputs, tiles, memory)
@@ -50,13 +50,13 @@ def _of_rows(
     if tiles.columns == head.vocab:
         logits = head.whole_logits(hidden, as_tile(memory, hidden.shape[0], whole))
         transform = head.transform(rows, hidden.shape[0], whole)
-        return [x.squeeze(0) for x in head.ops.token_logprobs(logits[None], ids[None], *transform, outputs, False)]
+        return list(head.ops.token_logprobs(logits, ids, *transform, outputs, False))
     parts = []
     for at in split(head.vocab, tiles.columns):
         logits = head.logits(hidden, head.columns(at), at, as_tile(memory, hidden.shape[0], at))
         transform = head.transform(rows, hidden.shape[0], at)
-        found = head.ops.token_logprobs(logits[None], local_ids(ids, at), *transform, outputs, False)
-        parts.append({name: x.squeeze(0) for name, x in zip(RESULTS, found, strict=True)})
+        found = head.ops.token_logprobs(logits, local_ids(ids, at), *transform, outputs, False)
+        parts.append(dict(zip(RESULTS, found, strict=True)))
         parts[-1]["here"] = (ids >= at.start) & (ids < at.stop)
         if "mean_logit" in outputs:
             parts[-1]["kept"] = _kept(head, rows, at, ids.shape[0])
@@ -130,30 +130,30 @@ def gradients(
     index, count = compacted(_has_gradient(ids, upstream))
     rows = rows_at(index, slice(0, count))
     states, ids = hidden[rows].to(head.dtype), ids[rows]
-    upstream = [None if g is None else g[rows][None] for g in upstream]
-    saved = [x[rows][None] if x.numel() else x[None] for x in saved]
+    upstream = [None if g is None else g[rows] for g in upstream]
+    saved = [x[rows] if x.numel() else x for x in saved]
     total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
     tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
     memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
     for at in split(head.vocab, tiles.columns):
         columns, local = head.columns(at), local_ids(ids, at)
         if grads.weight is not None:
-            weights = ProductSum(grads.weight[at], head.dtype, once=count <= tiles.rows, adds=grads.adds)
+            weight_sum = ProductSum(grads.weight[at], head.dtype, once=count <= tiles.rows, adds=grads.adds)
         for some in split(count, tiles.rows):
             logits = head.logits(states[some], columns, at, as_tile(memory, some.stop - some.start, at))
             head.ops.token_logprobs_backward_(
-                *(None if g is None else g[:, some].contiguous() for g in upstream), logits[None],
-                local[:, some].contiguous(), *(x[:, some].contiguous() for x in saved),
+                *(None if g is None else g[some].contiguous() for g in upstream), logits, local[some].contiguous(),
+                *(x[some] if x.numel() else x for x in saved),
                 *head.transform(rows_at(index, some), logits.shape[0], at),
             )  # fmt: skip
             if grads.hidden is not None:
                 add_product(total[some], logits, columns)
             if grads.weight is not None:
-                weights.add(logits.t(), states[some])
+                weight_sum.add(logits.t(), states[some])
             if grads.bias is not None:
                 grads.bias[at] += column_sums(logits)
         if grads.weight is not None:
-            weights.finish()
+            weight_sum.finish()
     if grads.hidden is not None:
         grads.hidden[rows] = total.to(hidden.dtype)
 
