@@ -55,6 +55,7 @@ def arguments(dtype=torch.float32, device="cpu") -> dict[str, tuple]:
             torch.tensor([4, 4, 1], device=device),
             "balanced",
             "groups",
+            0.7,
         ),
         "token_logprobs": (logits, ids, *transform, list(OUTPUTS), False),
         "token_logprobs_backward": backward,

@@ -1,7 +1,5 @@
 """Masks, lengths, groups and signs -> the weights of a mode (tokenrl/objectives/aggregations.py), on a backend."""
 
-
-
 import torch
 from torch import Tensor
 
@@ -18,42 +16,55 @@ def span_weights(
     normalizer: float | Tensor | None, backend: backends.Backend,
 ) -> SpanWeights:  # fmt: skip
     """The two factors of a mode's weights. advantages: flat [S] or [N] (a sequence's sign is that of their sum)."""
+    mode = _checked_mode(aggregation, layout, advantages, group_ids, normalizer)
+    groups = layout.flat_sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
+    signs = advantages if mode.span == "balanced" else None
+    unit, scale = mode.unit, layout.width if mode.over_width else None
+    if normalizer is not None:
+        _check_normalizer(normalizer)
+        unit, scale = "one", None if isinstance(normalizer, Tensor) else normalizer
+    # A number in an op is there once and for all: a trace multiplies by what may change from call to call.
+    outside = scale is not None and torch.compiler.is_compiling()
+    number = 1.0 if scale is None or outside else float(scale)
+    weights = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, unit, number)
+    if outside:
+        return SpanWeights(weights.span_weight, weights.normalizer * scale)
+    if not isinstance(normalizer, Tensor):
+        return weights
+    if normalizer.dtype != torch.float64 or normalizer.device != weights.span_weight.device or normalizer.dim():
+        normalizer = normalizer.to(weights.span_weight.device, torch.float64).reshape(())
+    return SpanWeights(weights.span_weight, normalizer)
+
+
+def _checked_mode(
+    aggregation: str, layout: Layout, advantages: Tensor | None, group_ids: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Aggregation:  # fmt: skip
+    """The mode, where the batch has what it needs."""
     if aggregation not in AGGREGATIONS:
         raise unknown("aggregation", aggregation, AGGREGATIONS)
     mode = AGGREGATIONS[aggregation]
     if mode.by_group and group_ids is None:
-        raise wrong(
-            "group_ids",
-            None,
-            f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it",
-        )
+        accepted = f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it"
+        raise wrong("group_ids", None, accepted)
     if mode.span == "balanced" and advantages is None:
         raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
     if mode.over_width and normalizer is None and layout.width is None:
-        raise wrong(
-            "normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
-        )
+        accepted = "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
+        raise wrong("normalizer", None, accepted)
     if mode.by_group:
         check_integers("group_ids", group_ids)
-    groups = layout.flat_sequences("group_ids", group_ids, torch.int64) if mode.by_group else None
-    signs = advantages if mode.span == "balanced" else None
-    weight, count = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, mode.unit or "tokens")
-    return SpanWeights(weight, _normalizer(normalizer, mode, count, layout))
+    return mode
 
 
-def _normalizer(given: float | Tensor | None, mode: Aggregation, count: Tensor, layout: Layout) -> Tensor:
-    if isinstance(given, Tensor):
-        check_constant("normalizer", given)
-        if given.numel() != 1:
-            raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
-        return given.to(count.device, torch.float64).reshape(())
-    if given is not None:
+def _check_normalizer(given: float | Tensor) -> None:
+    if not isinstance(given, Tensor):
         if not given > 0:
             raise wrong("normalizer", given, "a positive number (the global count that the mode divides by)")
-        return torch.full((), given, dtype=torch.float64, device=count.device)
-    if mode.unit is None:
-        return torch.ones((), dtype=torch.float64, device=count.device)
-    return count.to(torch.float64) * (layout.width if mode.over_width else 1)
+        return
+    check_constant("normalizer", given)
+    if given.numel() != 1:
+        raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
 
 
 def aggregation_weights(

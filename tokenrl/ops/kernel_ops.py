@@ -91,8 +91,8 @@ SCHEMAS = {
     "-> Tensor",
     "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
     "Tensor?[] param_tensors) -> (Tensor clipped, Tensor inside)",
-    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, "
-    "str span, str unit) -> (Tensor span_weight, Tensor count)",
+    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, SymInt num_tokens, Tensor? advantages, "
+    "Tensor? group_ids, str span, str unit, float scale) -> (Tensor span_weight, Tensor normalizer)",
     "token_logprobs": schema(
         "Tensor logits, Tensor ids", Transform, "str[] outputs, bool inplace_backward", returns=STATISTICS
     ),
@@ -106,9 +106,8 @@ def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_w
 
 
 def _fake_weights(mask, cu_seqlens, *rest):
-    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
-        (), dtype=torch.int64
-    )
+    span_weight = cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64)
+    return span_weight, span_weight.new_empty(())
 
 
 def logprob_results(ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
