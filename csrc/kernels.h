@@ -73,8 +73,9 @@ struct WeightArgs {
   const void* advantages;  // optional; float or double
   bool advantages_double, advantages_per_token;
   const int64_t* group_ids;  // [S], optional
-  double* span_weight;       // [S]
-  int64_t* count;            // [1], zeroed by the caller
+  double scale;
+  double* span_weight;  // [S]
+  double* normalizer;   // [1]: scale times the count of the unit
 };
 
 // z = softcap tanh(logit_scale x / softcap) / temperature of a logit x; without a softcap it is infinite.

@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> position_adaptive_clip(const Tensor& log_ratio, const
 
 std::tuple<Tensor, Tensor> aggregation_weights(const Optional& mask, const Tensor& cu_seqlens, int64_t num_tokens,
                                                const Optional& advantages, const Optional& group_ids,
-                                               const std::string& span, const std::string& unit) {
+                                               const std::string& span, const std::string& unit, double scale) {
   WeightArgs args{};
   args.spans = spans_of(mask, cu_seqlens, std::nullopt, num_tokens);
   const auto which = static_cast<Span>(named(kSpans, span, "span"));
@@ -119,12 +119,12 @@ std::tuple<Tensor, Tensor> aggregation_weights(const Optional& mask, const Tenso
     args.advantages = advantages->data_ptr();
   }
   Tensor span_weight = empty(cu_seqlens, {args.spans.num_sequences}, ScalarType::Double);
-  Tensor count = torch::stable::new_zeros(cu_seqlens, {}, ScalarType::Long);
+  Tensor normalizer = empty(cu_seqlens, {}, ScalarType::Double);
+  args.scale = scale;
   args.span_weight = output<double>(span_weight);
-  args.count = output<int64_t>(count);
-  if (args.spans.num_sequences > 0)
-    on_device_of(cu_seqlens, [&](const auto& device) { device.aggregation_weights(args, which, counted); });
-  return std::make_tuple(span_weight, count);
+  args.normalizer = output<double>(normalizer);
+  on_device_of(cu_seqlens, [&](const auto& device) { device.aggregation_weights(args, which, counted); });
+  return std::make_tuple(span_weight, normalizer);
 }
 
 }  // namespace

@@ -39,8 +39,8 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
       "position_adaptive_clip(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
       "Tensor?[] param_tensors) -> (Tensor clipped, Tensor inside)");
   m.def(
-      "aggregation_weights(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, "
-      "str span, str unit) -> (Tensor span_weight, Tensor count)");
+      "aggregation_weights(Tensor? mask, Tensor cu_seqlens, SymInt num_tokens, Tensor? advantages, Tensor? group_ids, "
+      "str span, str unit, float scale) -> (Tensor span_weight, Tensor normalizer)");
 #define TRL_TRANSFORM "float temperature, Tensor? temperatures, float softcap, float logit_scale, Tensor? keep_mask"
 #define TRL_UPSTREAM "(Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_log_sum_sq_probs, "
 #define TRL_SAVED "Tensor ids, Tensor lse, Tensor lse_rest, Tensor entropy, Tensor log_sum_sq_probs, "

@@ -24,8 +24,8 @@ TRL_HD T least_before(Statistic statistic, bool some, T least) {
 // What aggregation_weights puts on a sequence, and what its normaliser counts (tokenrl/losses/aggregation.py).
 enum class Span { one, inverse_length, group, balanced };
 inline constexpr const char* kSpans[] = {"one", "inverse_length", "group", "balanced"};
-enum class Unit { tokens, rows, groups };
-inline constexpr const char* kUnits[] = {"tokens", "rows", "groups"};
+enum class Unit { one, tokens, rows, groups };
+inline constexpr const char* kUnits[] = {"one", "tokens", "rows", "groups"};
 
 // The entry of one of the name lists above; -1 where there is none.
 template <int kCount>

@@ -1,7 +1,7 @@
-"""Op aggregation_weights: the span weights of tokenrl/objectives/aggregations.py and the count of its normaliser.
+"""Op aggregation_weights: the span weights of tokenrl/objectives/aggregations.py and their normaliser.
 
 Two kernels: counts and signs per sequence; then, where groups matter, each sequence against tiles of all sequences.
-The only atomics add integers, so the result does not depend on their order.
+The last program of the kernel that counts the unit adds up what all of them left.
 """
 
 import torch
@@ -21,11 +21,25 @@ def sign_of(x):
 
 
 @triton.jit
+def finish(counts, n, ticket, normalizer, scale, POSITIVE: tl.constexpr, TILE: tl.constexpr):
+    """The last program adds up n counts, or how many of them are positive, and scales the sum."""
+    tl.debug_barrier()  # all threads' stores come before the ticket
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        sums = tl.zeros((TILE,), tl.int64)
+        for first in range(0, n, TILE):
+            i = first + tl.arange(0, TILE)
+            # Not from L1: other multiprocessors wrote these.
+            some = tl.load(counts + i, mask=i < n, other=0, cache_modifier=".cg")
+            sums += (some > 0).to(tl.int64) if POSITIVE else some
+        tl.store(normalizer, tl.sum(sums, 0).to(tl.float64) * tl.full((), scale, tl.float64))
+
+
+@triton.jit
 def count_kernel(
-    spans, advantages, counts, signs, span_weight, total, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    spans, advantages, counts, signs, span_weight, ticket, normalizer, scale: tl.float64, PER_TOKEN: tl.constexpr,
+    SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Valid tokens and sign of one sequence; its weight where that needs no group; tokens and rows in total."""
+    """Valid tokens and sign of one sequence; its weight where that needs no group; the normaliser, but of groups."""
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     numbers, sums = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.float64)
@@ -45,10 +59,11 @@ def count_kernel(
         tl.store(span_weight + i, (n > 0).to(tl.float64))
     elif SPAN == "inverse_length":
         tl.store(span_weight + i, tl.where(n > 0, 1.0 / tl.maximum(n, 1).to(tl.float64), 0.0))
-    if UNIT == "tokens":
-        tl.atomic_add(total, n)
-    elif UNIT == "rows":
-        tl.atomic_add(total, (n > 0).to(tl.int64))
+    if UNIT == "one":
+        if i == 0:
+            tl.store(normalizer, tl.full((), scale, tl.float64))
+    elif UNIT != "groups":
+        finish(counts, spans.num_sequences, ticket, normalizer, scale, UNIT == "rows", TILE)
 
 
 @triton.jit
@@ -62,8 +77,8 @@ def balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign
 
 @triton.jit
 def group_kernel(
-    counts, signs, group_ids, span_weight, total, num_sequences, SPAN: tl.constexpr, UNIT: tl.constexpr,
-    TILE: tl.constexpr,
+    counts, signs, group_ids, span_weight, leading, ticket, normalizer, num_sequences, scale: tl.float64,
+    SPAN: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Weights of TILE sequences from the counts in their groups; a group is counted at its first sequence."""
     own = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -98,30 +113,35 @@ def group_kernel(
         tl.store(span_weight + own, tl.where(n > 0, weight, 0.0), mask=exists)
     if UNIT == "groups":
         leads = exists & (n > 0) & (earlier == 0)
-        tl.atomic_add(total, tl.sum(leads.to(tl.int64), 0))
+        tl.store(leading + tl.program_id(0), tl.sum(leads.to(tl.int64), 0))
+        finish(leading, tl.num_programs(0), ticket, normalizer, scale, False, TILE)
 
 
 def aggregation_weights(
     mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
-    span: str, unit: str,
+    span: str, unit: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(span_weight float64 [S], count int64 0-d)."""
+    """(span_weight float64 [S], normalizer float64 0-d)."""
     sequences = cu_seqlens.numel() - 1
     span_weight = cu_seqlens.new_empty(sequences, dtype=torch.float64)
-    total = cu_seqlens.new_zeros(())
     if sequences == 0:
-        return span_weight, total
+        return span_weight, span_weight.new_full((), scale if unit == "one" else 0.0)
+    normalizer = span_weight.new_empty(())
     counts = cu_seqlens.new_empty(sequences)
     signs = None if advantages is None else cu_seqlens.new_empty(sequences, dtype=torch.int32)
     per_token = advantages is not None and advantages.numel() == num_tokens
-    block = launch.token_block(num_tokens, sequences)
+    block, tiles = launch.token_block(num_tokens, sequences), triton.cdiv(sequences, TILE)
+    ticket = cu_seqlens.new_zeros(1, dtype=torch.int32)
     with launch.on_device_of(cu_seqlens):
         count_kernel[(sequences,)](
-            Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, total,
-            PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, num_warps=launch.token_warps(block),
+            Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, ticket,
+            normalizer, scale, PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, TILE=128,
+            num_warps=launch.token_warps(block),
         )  # fmt: skip
-        if group_ids is not None and (span in ("group", "balanced") or unit == "groups"):
-            group_kernel[(triton.cdiv(sequences, TILE),)](
-                counts, signs, group_ids, span_weight, total, sequences, SPAN=span, UNIT=unit, TILE=TILE
-            )
-    return span_weight, total
+        if span in ("group", "balanced") or unit == "groups":
+            leading = counts.new_empty(tiles) if unit == "groups" else None
+            group_kernel[(tiles,)](
+                counts, signs, group_ids, span_weight, leading, ticket, normalizer, sequences, scale, SPAN=span,
+                UNIT=unit, TILE=TILE,
+            )  # fmt: skip
+    return span_weight, normalizer

@@ -72,7 +72,8 @@ void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Thr
     const auto group = args.group_ids ? groups.find(args.group_ids[i]) : groups.end();
     args.span_weight[i] = weight_of(span, counts[i], group == groups.end() ? Group{} : group->second);
   }
-  args.count[0] = unit == Unit::tokens ? tokens : unit == Unit::rows ? rows : static_cast<int64_t>(groups.size());
+  const int64_t counted[] = {1, tokens, rows, static_cast<int64_t>(groups.size())};  // as Unit orders them
+  args.normalizer[0] = args.scale * static_cast<double>(counted[static_cast<int>(unit)]);
 }
 
 }  // namespace tokenrl::cpu

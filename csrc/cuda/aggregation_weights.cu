@@ -1,4 +1,5 @@
-// Aggregation weights: tokens and sign of each sequence, then, for groups, every sequence against every other.
+// Aggregation weights: tokens and sign of each sequence, then, for groups, every sequence against every other. Blocks
+// leave counts, which the last of them adds up.
 #include "launch.h"
 #include "spans.cuh"
 
@@ -25,6 +26,7 @@ struct AddCounts {
     a.add(b);
     return a;
   }
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
 };
 
 __device__ __forceinline__ double advantage_at(const WeightArgs& args, int64_t i) {
@@ -34,45 +36,72 @@ __device__ __forceinline__ double advantage_at(const WeightArgs& args, int64_t i
 
 __device__ __forceinline__ int32_t sign_of(double x) { return (x > 0) - (x < 0); }
 
-__device__ __forceinline__ void add_to(int64_t* count, int64_t amount) {
-  if (amount != 0) atomicAdd(reinterpret_cast<unsigned long long*>(count), static_cast<unsigned long long>(amount));
+struct WeightScratch {
+  SequenceCount* counts;  // [S]
+  int64_t* groups;        // one per block of the group kernel
+  unsigned* ticket;       // [1], zero before a launch
+};
+
+// The last block adds up count(i) of all blocks, or sequences, and scales it.
+template <class Count>
+__device__ __forceinline__ void finish(const WeightArgs& args, unsigned* ticket, int64_t n, Count count) {
+  if (!is_last_block(ticket, gridDim.x)) return;
+  TRL_SHARED(int64_t, memory, kWarps);
+  int64_t sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += count(i);
+  sum = reduce(sum, AddCounts{}, memory);
+  if (threadIdx.x == 0) args.normalizer[0] = args.scale * static_cast<double>(sum);
 }
 
-// One block per sequence. Weights that need no group are final here.
-__global__ void __launch_bounds__(kThreads) count_kernel(WeightArgs args, SequenceCount* counts, Span span, Unit unit) {
-  TRL_SHARED(CountAndSum, memory, kWarps);
-  const int64_t i = blockIdx.x;
+// Valid tokens and the sum of their advantages, as far as this thread sees them.
+__device__ __forceinline__ CountAndSum count_tokens(const WeightArgs& args, int64_t i) {
   const Sequence q = sequence_of(args.spans, i);
   CountAndSum own{0, 0};
   for (int64_t token = q.begin + threadIdx.x; token < q.end; token += kThreads) {
     if (!is_valid(args.spans, token)) continue;
     own.add({1, args.advantages && args.advantages_per_token ? advantage_at(args, token) : 0.0});
   }
-  own = reduce(own, AddCounts{}, memory);
-  if (threadIdx.x != 0) return;
-  if (args.advantages && !args.advantages_per_token) own.advantage = advantage_at(args, i);
-  if (unit == Unit::tokens) add_to(args.count, own.tokens);
-  if (unit == Unit::rows) add_to(args.count, own.tokens > 0);
-  if (span == Span::one) args.span_weight[i] = own.tokens > 0 ? 1.0 : 0.0;
-  if (span == Span::inverse_length) args.span_weight[i] = own.tokens > 0 ? 1.0 / static_cast<double>(own.tokens) : 0.0;
-  counts[i] = {own.tokens, span == Span::balanced ? sign_of(own.advantage) : 0, 0};
+  return own;
+}
+
+// One block per sequence. Weights that need no group are final here.
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
+  TRL_SHARED(CountAndSum, memory, kWarps);
+  const int64_t i = blockIdx.x, sequences = args.spans.num_sequences;
+  if (i < sequences) {
+    CountAndSum own = reduce(count_tokens(args, i), AddCounts{}, memory);
+    if (args.advantages && !args.advantages_per_token) own.advantage = advantage_at(args, i);
+    if (threadIdx.x == 0) {
+      if (span == Span::one) args.span_weight[i] = own.tokens > 0 ? 1.0 : 0.0;
+      if (span == Span::inverse_length)
+        args.span_weight[i] = own.tokens > 0 ? 1.0 / static_cast<double>(own.tokens) : 0.0;
+      scratch.counts[i] = {own.tokens, span == Span::balanced ? sign_of(own.advantage) : 0, 0};
+    }
+  }
+  if (unit == Unit::one && i == 0 && threadIdx.x == 0) args.normalizer[0] = args.scale;
+  if (unit != Unit::tokens && unit != Unit::rows) return;
+  finish(args, scratch.ticket, sequences, [&](int64_t j) {
+    const int64_t tokens = scratch.counts[j].tokens;
+    return unit == Unit::tokens ? tokens : int64_t{tokens > 0};
+  });
 }
 
 // One thread per sequence, which meets all others in tiles of shared memory. Signs are all 0 unless they matter.
 __global__ void __launch_bounds__(kThreads)
-    group_kernel(WeightArgs args, const SequenceCount* counts, Span span, Unit unit) {
+    group_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
   TRL_SHARED(SequenceCount, other_counts, kThreads);
   TRL_SHARED(int64_t, other_groups, kThreads);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, sequences = args.spans.num_sequences;
   const bool exists = i < sequences, balanced = span == Span::balanced;
-  const SequenceCount own = exists ? counts[i] : SequenceCount{0, 0, 0};
+  const SequenceCount own = exists ? scratch.counts[i] : SequenceCount{0, 0, 0};
   const int64_t group = exists ? args.group_ids[i] : 0;
   int64_t tokens = 0, same_sign = 0, signed_rows = 0;
   bool leads = own.tokens > 0;
   for (int64_t tile = 0; tile < sequences; tile += kThreads) {
     const int64_t mine = tile + threadIdx.x;
     if (mine < sequences) {
-      other_counts[threadIdx.x] = counts[mine];
+      other_counts[threadIdx.x] = scratch.counts[mine];
       other_groups[threadIdx.x] = args.group_ids[mine];
     }
     __syncthreads();
@@ -88,23 +117,32 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (!exists) return;
-  if (unit == Unit::groups && leads) add_to(args.count, 1);
-  if (span != Span::group && !balanced) return;
-  const bool weighs = own.tokens > 0 && (!balanced || own.sign != 0);
-  const double share = balanced ? static_cast<double>(same_sign) / static_cast<double>(signed_rows) : 1.0;
-  args.span_weight[i] = weighs ? share / static_cast<double>(tokens) : 0.0;
+  if (exists && (span == Span::group || balanced)) {
+    const bool weighs = own.tokens > 0 && (!balanced || own.sign != 0);
+    const double share = balanced ? static_cast<double>(same_sign) / static_cast<double>(signed_rows) : 1.0;
+    args.span_weight[i] = weighs ? share / static_cast<double>(tokens) : 0.0;
+  }
+  if (unit != Unit::groups) return;
+  TRL_SHARED(int64_t, memory, kWarps);
+  const int64_t leading = reduce(int64_t{leads}, AddCounts{}, memory);
+  if (threadIdx.x == 0) scratch.groups[blockIdx.x] = leading;
+  finish(args, scratch.ticket, gridDim.x, [&](int64_t j) { return scratch.groups[j]; });
 }
 
-size_t aggregation_weights_scratch_bytes(int64_t num_sequences) { return num_sequences * sizeof(SequenceCount); }
+int64_t group_blocks(int64_t num_sequences) { return larger((num_sequences + kThreads - 1) / kThreads, int64_t{1}); }
 
-const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* scratch, void* stream) {
+size_t aggregation_weights_scratch_bytes(int64_t num_sequences) {
+  return kTicketBytes + num_sequences * sizeof(SequenceCount) + group_blocks(num_sequences) * sizeof(int64_t);
+}
+
+const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* memory, void* stream) {
   const int64_t sequences = args.spans.num_sequences;
-  if (sequences == 0) return nullptr;
-  auto* counts = static_cast<SequenceCount*>(scratch);
-  TRL_LAUNCH(count_kernel, sequences, kThreads, 0, stream, args, counts, span, unit);
-  if (args.group_ids)
-    TRL_LAUNCH(group_kernel, (sequences + kThreads - 1) / kThreads, kThreads, 0, stream, args, counts, span, unit);
+  auto* counts = reinterpret_cast<SequenceCount*>(static_cast<char*>(memory) + kTicketBytes);
+  const WeightScratch scratch{counts, reinterpret_cast<int64_t*>(counts + sequences), static_cast<unsigned*>(memory)};
+  zero(memory, sizeof(unsigned), stream);
+  TRL_LAUNCH(count_kernel, blocks_of(args.spans), kThreads, 0, stream, args, scratch, span, unit);
+  if (span == Span::group || span == Span::balanced || unit == Unit::groups)
+    TRL_LAUNCH(group_kernel, group_blocks(sequences), kThreads, 0, stream, args, scratch, span, unit);
   return launch_error();
 }
 

@@ -90,6 +90,7 @@ __device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
 
 // True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before.
 // ticket starts at 0.
+constexpr size_t kTicketBytes = 16;
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   TRL_SHARED(unsigned, position, 1);
   if (threadIdx.x == 0) {

@@ -61,6 +61,7 @@ def arguments(backend) -> dict[str, tuple]:
             torch.tensor([4, 4, 1], device=device)[:rows],
             "balanced",
             "groups",
+            0.7,
         ),
         "token_logprobs": (logits, ids, *transform, list(OUTPUTS), False),
         "token_logprobs_backward": backward,

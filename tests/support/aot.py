@@ -134,7 +134,11 @@ def parts():
                 yield label, "statistic_backward", (x, flags, cu, starts, name, "through")
     yield "", "position_adaptive_clip", (x, flags, cu, [0.1, 0.1, 0.3], [None, x, None])
     for span in ("one", "inverse_length", "group", "balanced"):
-        yield span, "aggregation_weights", (flags, cu, 8000, x if span == "balanced" else None, cu[:4], span, "groups")
+        yield (
+            span,
+            "aggregation_weights",
+            (flags, cu, 8000, x if span == "balanced" else None, cu[:4], span, "groups", 1.0),
+        )
 
 
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")

@@ -36,9 +36,8 @@ class HeadArguments:
         """With ids and hidden flat, [N, K] and [N, D]."""
         ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like)
         ids = ids.flatten(0, -2) if ids.dim() == self.like.dim() else ids.reshape(-1, 1)
-        return HeadInputs(
-            self.hidden, self.weight, self.bias, ids, *self.transform, self.compute_dtype, self.memory_budget
-        )
+        tensors = (self.hidden, self.weight, self.bias, ids)
+        return HeadInputs(*(*tensors, *self.transform, self.compute_dtype, self.memory_budget))
 
 
 def head_arguments(

@@ -16,49 +16,69 @@ def span_weights(
     normalizer: float | Tensor | None, backend: backends.Backend,
 ) -> SpanWeights:  # fmt: skip
     """The two factors of a mode's weights. advantages: flat [S] or [N] (a sequence's sign is that of their sum)."""
-    if aggregation not in AGGREGATIONS:
-        raise unknown("aggregation", aggregation, AGGREGATIONS)
-    mode = AGGREGATIONS[aggregation]
-    if mode.by_group and group_ids is None:
-        raise wrong(
-            "group_ids",
-            None,
-            f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it",
-        )
-    if mode.span == "balanced" and advantages is None:
-        raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
-    if mode.over_width and normalizer is None and layout.width is None:
-        raise wrong(
-            "normalizer", None, "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
-        )
+    mode = _checked_mode(aggregation, layout, advantages, group_ids, normalizer)
     groups = None
     if mode.by_group and group_ids is not None:
         check_integers("group_ids", group_ids)
         groups = layout.flat_sequences("group_ids", group_ids, torch.int64)
     signs = advantages if mode.span == "balanced" else None
-    weight, count = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, mode.unit or "tokens")
-    return SpanWeights(weight, _normalizer(normalizer, mode, count, layout))
+    unit, scale = mode.unit, float(layout.width or 0) if mode.over_width else 1.0
+    if normalizer is not None:
+        _check_normalizer(normalizer)
+        unit, scale = "one", 1.0 if isinstance(normalizer, Tensor) else float(normalizer)
+    # A number in an op is there once and for all: a trace multiplies by what may change from call to call.
+    outside = torch.compiler.is_compiling()
+    weights = dispatch.aggregation_weights(
+        backend, layout, signs, groups, mode.span, unit, 1.0 if outside else scale
+    )
+    if outside:
+        weights = SpanWeights(weights.span_weight, weights.normalizer * scale)
+    if not isinstance(normalizer, Tensor):
+        return weights
+    if normalizer.dtype != torch.float64 or normalizer.device != weights.span_weight.device or normalizer.dim():
+        normalizer = normalizer.to(weights.span_weight.device, torch.float64).reshape(())
+    return SpanWeights(weights.span_weight, normalizer)
 
 
-def _normalizer(given: float | Tensor | None, mode: Aggregation, count: Tensor, layout: Layout) -> Tensor:
-    if isinstance(given, Tensor):
-        check_constant("normalizer", given)
-        if given.numel() != 1:
-            raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
-        return given.to(count.device, torch.float64).reshape(())
-    if given is not None:
+def _checked_mode(
+    aggregation: str, layout: Layout, advantages: Tensor | None, group_ids: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Aggregation:  # fmt: skip
+    """The mode, where the batch has what it needs."""
+    if aggregation not in AGGREGATIONS:
+        raise unknown("aggregation", aggregation, AGGREGATIONS)
+    mode = AGGREGATIONS[aggregation]
+    if mode.by_group and group_ids is None:
+        accepted = f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it"
+        raise wrong("group_ids", None, accepted)
+    if mode.span == "balanced" and advantages is None:
+        raise wrong("advantages", None, "one per sequence or token; aggregation 'balanced' needs their signs")
+    if mode.over_width and normalizer is None and layout.width is None:
+        accepted = "sequences x horizon: a packed batch has no width for 'seq-mean-token-sum-norm'"
+        raise wrong("normalizer", None, accepted)
+    return mode
+
+
+def _check_normalizer(given: float | Tensor) -> None:
+    if not isinstance(given, Tensor):
         if not given > 0:
             raise wrong("normalizer", given, "a positive number (the global count that the mode divides by)")
-        return torch.full((), given, dtype=torch.float64, device=count.device)
-    if mode.unit is None:
-        return torch.ones((), dtype=torch.float64, device=count.device)
-    return count.to(torch.float64) * (layout.width or 0 if mode.over_width else 1)
+        return
+    check_constant("normalizer", given)
+    if given.numel() != 1:
+        raise wrong("normalizer", f"a tensor of shape {list(given.shape)}", "a number or a 0-d tensor")
 
 
 def aggregation_weights(
-    aggregation: str, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, advantages: Tensor | None = None,
-    group_ids: Tensor | None = None, normalizer: float | Tensor | None = None, backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    aggregation: str,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    advantages: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """The weight of each token, w, so that a loss is sum_t w_t l_t.
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,

@@ -3,10 +3,10 @@
 A mode is a row: w_t = span_weight / normaliser for the valid tokens of a sequence with n > 0 of them.
 
     span             span_weight                                              unit     normaliser counts
-    one              1                                                        tokens   valid tokens
-    inverse_length   1 / n                                                    rows     sequences with a valid token
-    group            1 / tokens of the group                                  groups   groups with a valid token
-    balanced         |own sign| / (|P| + |N|) / tokens of the own sign
+    one              1                                                        one      nothing: it is 1
+    inverse_length   1 / n                                                    tokens   valid tokens
+    group            1 / tokens of the group                                  rows     sequences with a valid token
+    balanced         |own sign| / (|P| + |N|) / tokens of the own sign        groups   groups with a valid token
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Aggregation:
-    """A mode: its span weight, what its normaliser counts (None: the normaliser is 1), and whether it is also divided
-    by the padded width T."""
+    """A mode: its span weight, what its normaliser counts, and whether it is also divided by the padded width T."""
 
     span: str
-    unit: str | None
+    unit: str
     over_width: bool = False
 
     @property
@@ -28,7 +27,7 @@ class Aggregation:
 
 AGGREGATIONS = {
     "token-mean": Aggregation("one", "tokens"),
-    "token-sum": Aggregation("one", None),
+    "token-sum": Aggregation("one", "one"),
     "seq-mean-token-mean": Aggregation("inverse_length", "rows"),
     "seq-mean-token-sum": Aggregation("one", "rows"),
     "seq-mean-token-sum-norm": Aggregation("one", "rows", over_width=True),

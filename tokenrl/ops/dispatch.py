@@ -121,11 +121,14 @@ def position_adaptive_clip(
 
 
 def aggregation_weights(
-    chosen: Backend, layout: Layout, advantages: Tensor | None, group_ids: Tensor | None, span: str, unit: str
-) -> tuple[Tensor, Tensor]:
-    """(span_weight float64 [S], count int64); advantages flat [S] or [N]."""
+    chosen: Backend, layout: Layout, advantages: Tensor | None, group_ids: Tensor | None, span: str, unit: str,
+    scale: float,
+) -> SpanWeights:  # fmt: skip
+    """The normalizer is scale times the count of the unit; advantages flat [S] or [N]."""
     run = reference.aggregation_weights if chosen.namespace is None else chosen.ops.aggregation_weights
-    return run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit)
+    return SpanWeights(
+        *run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit, scale)
+    )
 
 
 def token_logprobs(chosen: Backend, *inputs: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """The ops that every kernel backend implements: their arguments, fakes and derivatives.
 
 Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are [N, V] or [B, T, V], with one id per
-row, or K of them in a last dimension of their own. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
+row, or K of them in a last dimension of their own. Ops from hidden states are written once over these:
+tokenrl/ops/linear_ops.py.
 """
 
 from collections.abc import Callable
@@ -94,8 +95,8 @@ SCHEMAS = {
     "-> Tensor",
     "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
     "Tensor?[] param_tensors) -> (Tensor clipped, Tensor inside)",
-    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, int num_tokens, Tensor? advantages, Tensor? group_ids, "
-    "str span, str unit) -> (Tensor span_weight, Tensor count)",
+    "aggregation_weights": "(Tensor? mask, Tensor cu_seqlens, SymInt num_tokens, Tensor? advantages, "
+    "Tensor? group_ids, str span, str unit, float scale) -> (Tensor span_weight, Tensor normalizer)",
     "token_logprobs": schema(
         "Tensor logits, Tensor ids", Transform, "str[] outputs, bool inplace_backward", returns=STATISTICS
     ),
@@ -113,14 +114,13 @@ def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_w
 
 
 def _fake_weights(mask, cu_seqlens, *rest):
-    return cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64), cu_seqlens.new_empty(
-        (), dtype=torch.int64
-    )
+    span_weight = cu_seqlens.new_empty(cu_seqlens.numel() - 1, dtype=torch.float64)
+    return span_weight, span_weight.new_empty(())
 
 
 def logprob_results(logits: Tensor, ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Memory for the results of token_logprobs, of the shape of ids or of the rows of logits; (0,) for those that are not
-    asked for."""
+    """Memory for the results of token_logprobs, of the shape of ids or of the rows of logits; (0,) for those that are
+    not asked for."""
     per_id = {"logp": dtype, "is_top1": torch.bool, "rank": ids.dtype}
 
     def made(name: str) -> Tensor:

@@ -140,9 +140,9 @@ def position_adaptive_clip(
 
 def aggregation_weights(
     mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
-    span: str, unit: str,
+    span: str, unit: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(span_weight float64 [S], count int64): the table at the head of tokenrl/losses/aggregation.py."""
+    """(span_weight float64 [S], normalizer float64): the table at the head of tokenrl/objectives/aggregations.py."""
     sequences = cu_seqlens.numel() - 1
     if mask is None:
         mask = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
@@ -150,7 +150,7 @@ def aggregation_weights(
     owner = index.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
     n = torch.zeros(sequences, dtype=torch.int64, device=mask.device).index_add(0, owner, mask.long())
     nonempty = n > 0
-    counts = {"tokens": n, "rows": nonempty}
+    counts = {"one": torch.ones_like(n[:1].sum()), "tokens": n, "rows": nonempty}
     weight = torch.ones(sequences, dtype=torch.float64, device=mask.device)
     if span == "inverse_length":
         weight = 1 / n.clamp(min=1).double()
@@ -168,7 +168,7 @@ def aggregation_weights(
             same = own
         tokens = (same * n).sum(1)
         weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
-    return torch.where(nonempty, weight, 0.0), counts[unit].sum()
+    return torch.where(nonempty, weight, 0.0), counts[unit].sum().double() * scale
 
 
 def _transformed(

@@ -6,6 +6,8 @@
 
 namespace tokenrl {
 
+constexpr double kScale = 0.3;
+
 // 300 sequences, so that groups lie in more than one tile.
 struct Groups {
   int64_t sequences = 300, tokens = 900;
@@ -26,7 +28,7 @@ struct Groups {
   }
 };
 
-// The weights, then the count.
+// The weights, then the normalizer.
 std::vector<double> truth_of(const Groups& batch, Span span, Unit unit) {
   const bool balanced = span == Span::balanced;
   std::map<int64_t, std::map<int, std::pair<double, double>>> groups;  // group -> sign -> rows, tokens
@@ -54,7 +56,8 @@ std::vector<double> truth_of(const Groups& batch, Span span, Unit unit) {
     if (span == Span::group) truth[i] = 1 / group[0].second;
     if (balanced && sign != 0) truth[i] = group[sign].first / (group[1].first + group[-1].first) / group[sign].second;
   }
-  truth.back() = unit == Unit::tokens ? tokens : unit == Unit::rows ? rows : static_cast<double>(groups.size());
+  const double counted[] = {1, tokens, rows, static_cast<double>(groups.size())};
+  truth.back() = kScale * counted[static_cast<int>(unit)];
   return truth;
 }
 
@@ -64,17 +67,16 @@ void check_weights(const Groups& batch, Span span, Unit unit) {
   const bool balanced = span == Span::balanced;
   const auto out = under_all_schedules(what, [&] {
     std::vector<double> weight(batch.sequences + 1, std::nan(""));
-    int64_t count = 0;
     std::vector<char> scratch(cuda::aggregation_weights_scratch_bytes(batch.sequences), '\xff');
     const WeightArgs args{{batch.tokens, batch.sequences, batch.cu_seqlens.data(), batch.mask.get(), nullptr},
                           balanced ? batch.advantages.data() : nullptr,
                           false,
                           true,
                           balanced || span == Span::group ? batch.ids.data() : nullptr,
+                          kScale,
                           weight.data(),
-                          &count};
+                          &weight.back()};
     cuda::aggregation_weights(args, span, unit, scratch.data(), nullptr);
-    weight.back() = static_cast<double>(count);
     return weight;
   });
   expect_close(out, truth_of(batch, span, unit), 1e-14, what);
@@ -86,7 +88,7 @@ int main() {
   using namespace tokenrl;
   const Groups groups;
   for (Span span : {Span::one, Span::inverse_length, Span::group, Span::balanced})
-    for (Unit unit : {Unit::tokens, Unit::rows, Unit::groups})
+    for (Unit unit : {Unit::one, Unit::tokens, Unit::rows, Unit::groups})
       if (unit != Unit::groups || span == Span::group || span == Span::balanced) check_weights(groups, span, unit);
   std::printf("all as expected\n");
 }
