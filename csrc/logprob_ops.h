@@ -67,9 +67,9 @@ LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, cons
   check_strided(logits, "logits", logits);
   STD_TORCH_CHECK(shape.vocab >= 1, "logits: expected V >= 1.");
   const int64_t rows = shape.dims - 1, per_row = ids_per_row(ids, shape);
-  STD_TORCH_CHECK((ids.dim() == rows || ids.dim() == rows + 1) && sizes_of(ids, rows) == sizes_of(logits, rows) &&
-                      per_row >= 1,
-                  "ids: expected one per row of logits, or K of them.");
+  STD_TORCH_CHECK(
+      (ids.dim() == rows || ids.dim() == rows + 1) && sizes_of(ids, rows) == sizes_of(logits, rows) && per_row >= 1,
+      "ids: expected one per row of logits, or K of them.");
   check(ids, "ids", ScalarType::Long, ids.numel(), logits);
   LogprobArgs<Logit, T> args{};
   args.batch = shape.batch, args.time = shape.time, args.vocab = shape.vocab, args.num_ids = per_row;

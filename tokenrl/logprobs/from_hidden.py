@@ -36,7 +36,7 @@ class HeadArguments:
         """With ids and hidden flat, [N, K] and [N, D]."""
         ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like)
         ids = ids.flatten(0, -2) if ids.dim() == self.like.dim() else ids.reshape(-1, 1)
-        return HeadInputs(
+        return HeadInputs(  # type: ignore[call-arg]  # more after a *
             self.hidden, self.weight, self.bias, ids, *self.transform, self.compute_dtype, self.memory_budget
         )
 

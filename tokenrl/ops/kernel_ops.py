@@ -1,7 +1,8 @@
 """The ops that every kernel backend implements: their arguments, fakes and derivatives.
 
 Tokens are flat [N], sequences are given by cu_seqlens int64 [S + 1]. Logits are [N, V] or [B, T, V], with one id per
-row, or K of them in a last dimension of their own. Ops from hidden states are written once over these: tokenrl/ops/linear_ops.py.
+row, or K of them in a last dimension of their own. Ops from hidden states are written once over these:
+tokenrl/ops/linear_ops.py.
 """
 
 from collections.abc import Callable
@@ -119,8 +120,8 @@ def _fake_weights(mask, cu_seqlens, *rest):
 
 
 def logprob_results(logits: Tensor, ids: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Memory for the results of token_logprobs, of the shape of ids or of the rows of logits; (0,) for those that are not
-    asked for."""
+    """Memory for the results of token_logprobs, of the shape of ids or of the rows of logits; (0,) for those that are
+    not asked for."""
     per_id = {"logp": dtype, "is_top1": torch.bool, "rank": ids.dtype}
 
     def made(name: str) -> Tensor:
