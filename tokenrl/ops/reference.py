@@ -188,8 +188,8 @@ def token_logprobs(
     """The op's results, zero where an id, or every id of a row, is -100; anything where an output is not asked for."""
     if ids.dim() < logits.dim():
         how = (temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward)
-        logp, *stats, is_top1, rank = token_logprobs(logits, ids[..., None], *how)
-        return logp.squeeze(-1), *stats, is_top1.squeeze(-1), rank.squeeze(-1)
+        logp, *per_row, is_top1, rank = token_logprobs(logits, ids[..., None], *how)
+        return logp.squeeze(-1), *per_row, is_top1.squeeze(-1), rank.squeeze(-1)
     used, row_used = ids != -100, (ids != -100).any(-1)
     logits = torch.where(row_used[..., None], logits, 0)
     z = _transformed(logits, temperature, temperatures, softcap, logit_scale)
