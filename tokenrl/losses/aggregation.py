@@ -28,9 +28,7 @@ def span_weights(
         unit, scale = "one", 1.0 if isinstance(normalizer, Tensor) else float(normalizer)
     # A number in an op is there once and for all: a trace multiplies by what may change from call to call.
     outside = torch.compiler.is_compiling()
-    weights = dispatch.aggregation_weights(
-        backend, layout, signs, groups, mode.span, unit, 1.0 if outside else scale
-    )
+    weights = dispatch.aggregation_weights(backend, layout, signs, groups, mode.span, unit, 1.0 if outside else scale)
     if outside:
         weights = SpanWeights(weights.span_weight, weights.normalizer * scale)
     if not isinstance(normalizer, Tensor):
