@@ -134,13 +134,10 @@ def backward_kernel(
         _zeros(grad, low, high, BLOCK)
     else:
         # Blocks are aligned in the gradient; `lag` leads to the same logit of a padded or sliced input.
-        lag = tl.zeros((), tl.int64)
-        if not SAME:
-            lag = row_begin(row, time, stride_batch, stride_time) - begin
+        lag = tl.zeros((), tl.int64) if SAME else row_begin(row, time, stride_batch, stride_time) - begin
         keep_begin = row_begin(row, time, keep_batch, keep_time)
         factor, bend = row_scale(scale, temperatures, row, T), tl.full((), inner, T)
-        column = low - begin
-        mine = used & (id >= column) & (id < high - begin)
+        mine = used & (id >= low - begin) & (id < high - begin)
         own, kept = load_own(logits, keep, begin + lag, keep_begin, id, mine, T)
         lse, rest = tl.load(lse_in + row), tl.load(rest_in + row)
         a = g_lse - tl.sum(g_logp, 0)
