@@ -11,6 +11,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <optional>
+#include <vector>
+
 #include "cpu/kernels.h"
 #if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
 #include "cuda/launch.h"
@@ -88,12 +91,27 @@ struct CudaDevice {
     return nullptr;
 #endif
   }
+  // Where the stream has none, fresh memory that it zeroes.
+  struct Ticket {
+    std::optional<torch::stable::Tensor> fresh;
+    unsigned* at;
+  };
+  Ticket ticket() const {
+#ifdef TOKENRL_WITH_CUDA
+    if (unsigned* kept = cuda::ticket_of(like.get_device_index(), stream())) return {std::nullopt, kept};
+    auto fresh = torch::stable::new_zeros(like, std::vector<int64_t>{1}, torch::headeronly::ScalarType::Int);
+    return {fresh, static_cast<unsigned*>(fresh.data_ptr())};
+#else
+    static thread_local unsigned of_this_thread = 0;
+    return {std::nullopt, &of_this_thread};
+#endif
+  }
   static void check(const char* error) { STD_TORCH_CHECK(!error, "tokenrl: CUDA launch failed: ", error ? error : ""); }
 
   template <class T>
   void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
     const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences));
-    check(cuda::objective(args, statistic, through, gate, memory.data_ptr(), stream()));
+    check(cuda::objective(args, statistic, through, gate, memory.data_ptr(), ticket().at, stream()));
   }
   template <class T>
   void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint) const {
@@ -107,7 +125,7 @@ struct CudaDevice {
   }
   void aggregation_weights(const WeightArgs& args, Span span, Unit unit) const {
     const auto memory = scratch(cuda::aggregation_weights_scratch_bytes(args.spans.num_sequences));
-    check(cuda::aggregation_weights(args, span, unit, memory.data_ptr(), stream()));
+    check(cuda::aggregation_weights(args, span, unit, memory.data_ptr(), ticket().at, stream()));
   }
   template <class Args>
   void token_logprobs(const Args& args) const {

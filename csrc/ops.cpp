@@ -6,6 +6,14 @@
 #include "logprob_ops.h"
 #include "objective_ops.h"
 
+#ifdef TOKENRL_SIM
+#include "host/fibres.h"
+#include "introspection.h"
+
+// How many kernels the calling thread has launched.
+TOKENRL_EXPORT int64_t tokenrl_launches() { return tokenrl::host::launches(); }
+#endif
+
 #ifndef TOKENRL_LIBRARY
 #define TOKENRL_LIBRARY tokenrl
 #endif

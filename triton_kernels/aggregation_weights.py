@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .spans import Spans, sequence, valid_tokens
+from .spans import Spans, is_last, sequence, valid_tokens
 
 TILE = 32  # sequences compared with TILE others at a time
 
@@ -23,8 +23,7 @@ def sign_of(x):
 @triton.jit
 def finish(counts, n, ticket, normalizer, scale, POSITIVE: tl.constexpr, TILE: tl.constexpr):
     """The last program adds up n counts, or how many of them are positive, and scales the sum."""
-    tl.debug_barrier()  # all threads' stores come before the ticket
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if is_last(ticket):
         sums = tl.zeros((TILE,), tl.int64)
         for first in range(0, n, TILE):
             i = first + tl.arange(0, TILE)
@@ -131,7 +130,7 @@ def aggregation_weights(
     signs = None if advantages is None else cu_seqlens.new_empty(sequences, dtype=torch.int32)
     per_token = advantages is not None and advantages.numel() == num_tokens
     block, tiles = launch.token_block(num_tokens, sequences), triton.cdiv(sequences, TILE)
-    ticket = cu_seqlens.new_zeros(1, dtype=torch.int32)
+    ticket = launch.ticket(cu_seqlens)
     with launch.on_device_of(cu_seqlens):
         count_kernel[(sequences,)](
             Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, ticket,

@@ -1,6 +1,7 @@
 """How kernels are launched: the device, block sizes and warps."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -14,6 +15,33 @@ def interpreting() -> bool:
 def on_device_of(x: Tensor):
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+_TICKETS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def ticket(x: Tensor) -> Tensor:
+    """int32 [1], 0, as every launch leaves it: that of the current stream, whose kernels, one after another, need no
+    second one."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return x.new_zeros(1, dtype=torch.int32)  # a graph may run on any stream
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    key = x.device, 0 if stream is None else stream.cuda_stream
+    if key not in _TICKETS:
+        _TICKETS[key] = _zero(x.device, stream)
+    return _TICKETS[key]
+
+
+def _zero(device: torch.device, stream) -> Tensor:
+    """Made in a thread of its own: what this one allocates may belong to the pool of a graph that is only being warmed
+    up, in which nothing may stay."""
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(1, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def token_block(num_tokens: int, num_sequences: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .gates import GATES, NEED_POSITION
-from .spans import Spans, fill_outside, sequence
+from .spans import Spans, fill_outside, is_last, sequence
 from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
 MAX_PARAMS = 6
@@ -101,8 +101,7 @@ def objective_kernel(
             NUM_PARAMS, PER_TOKEN, BLOCK,
         )  # fmt: skip
     publish(partials, i, spans.num_sequences, sums)
-    tl.debug_barrier()  # all threads' stores come before the ticket
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == spans.num_sequences - 1:
+    if is_last(ticket):
         finish(partials, spans.num_sequences, loss, metrics, TILE)
 
 
@@ -133,7 +132,7 @@ def objective(
             normalizer, coef, torch.empty_like(logp) if needs_scratch else None,
             torch.empty_like(logp, dtype=torch.int32) if segmented_span else None,
             logp.new_empty(NUM_SUMS.value * sequences, dtype=torch.float64),
-            cu_seqlens.new_zeros(1, dtype=torch.int32), loss, metrics, clamp, cap, *params, *[0.0] * padding,
+            launch.ticket(logp), loss, metrics, clamp, cap, *params, *[0.0] * padding,
             STATISTIC=statistic, FLOW=flow, GATE=GATES[gate], NUM_PARAMS=len(params),
             PER_TOKEN=advantages is not None and advantages.numel() == num_tokens, POSITION=gate in NEED_POSITION,
             BLOCK=block, TILE=min(triton.next_power_of_2(sequences), 64), num_warps=launch.token_warps(block),

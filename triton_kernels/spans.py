@@ -72,6 +72,16 @@ def fill_outside(spans, i, begin, end, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def is_last(ticket):
+    """Whether all other programs have come here, so that what they stored before is seen. Leaves the ticket at 0."""
+    tl.debug_barrier()  # all threads' stores come before the ticket
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
 def log_ratios(logp, old_logp, at, valid, clamp):
     """logp; x = logp - old_logp (None: 0) clamped to +-clamp (None: not); where the clamp does not bind. Masked: 0."""
     own = tl.load(logp + at, mask=valid, other=0.0)

@@ -39,7 +39,7 @@ __device__ __forceinline__ int32_t sign_of(double x) { return (x > 0) - (x < 0);
 struct WeightScratch {
   SequenceCount* counts;  // [S]
   int64_t* groups;        // one per block of the group kernel
-  unsigned* ticket;       // [1], zero before a launch
+  unsigned* ticket;
 };
 
 // The last block adds up count(i) of all blocks, or sequences, and scales it.
@@ -65,8 +65,7 @@ __device__ __forceinline__ CountAndSum count_tokens(const WeightArgs& args, int6
 }
 
 // One block per sequence. Weights that need no group are final here.
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
+__global__ void __launch_bounds__(kThreads) count_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
   TRL_SHARED(CountAndSum, memory, kWarps);
   const int64_t i = blockIdx.x, sequences = args.spans.num_sequences;
   if (i < sequences) {
@@ -88,8 +87,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One thread per sequence, which meets all others in tiles of shared memory. Signs are all 0 unless they matter.
-__global__ void __launch_bounds__(kThreads)
-    group_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
+__global__ void __launch_bounds__(kThreads) group_kernel(WeightArgs args, WeightScratch scratch, Span span, Unit unit) {
   TRL_SHARED(SequenceCount, other_counts, kThreads);
   TRL_SHARED(int64_t, other_groups, kThreads);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, sequences = args.spans.num_sequences;
@@ -132,14 +130,14 @@ __global__ void __launch_bounds__(kThreads)
 int64_t group_blocks(int64_t num_sequences) { return larger((num_sequences + kThreads - 1) / kThreads, int64_t{1}); }
 
 size_t aggregation_weights_scratch_bytes(int64_t num_sequences) {
-  return kTicketBytes + num_sequences * sizeof(SequenceCount) + group_blocks(num_sequences) * sizeof(int64_t);
+  return num_sequences * sizeof(SequenceCount) + group_blocks(num_sequences) * sizeof(int64_t);
 }
 
-const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* memory, void* stream) {
+const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, void* memory, unsigned* ticket,
+                                void* stream) {
   const int64_t sequences = args.spans.num_sequences;
-  auto* counts = reinterpret_cast<SequenceCount*>(static_cast<char*>(memory) + kTicketBytes);
-  const WeightScratch scratch{counts, reinterpret_cast<int64_t*>(counts + sequences), static_cast<unsigned*>(memory)};
-  zero(memory, sizeof(unsigned), stream);
+  auto* counts = static_cast<SequenceCount*>(memory);
+  const WeightScratch scratch{counts, reinterpret_cast<int64_t*>(counts + sequences), ticket};
   TRL_LAUNCH(count_kernel, blocks_of(args.spans), kThreads, 0, stream, args, scratch, span, unit);
   if (span == Span::group || span == Span::balanced || unit == Unit::groups)
     TRL_LAUNCH(group_kernel, group_blocks(sequences), kThreads, 0, stream, args, scratch, span, unit);

@@ -89,13 +89,12 @@ __device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
 }
 
 // True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before.
-// ticket starts at 0.
-constexpr size_t kTicketBytes = 16;
+// The ticket starts at 0 and is 0 again after the last block has drawn it.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   TRL_SHARED(unsigned, position, 1);
   if (threadIdx.x == 0) {
     __threadfence();
-    position[0] = atomicAdd(ticket, 1u);
+    position[0] = atomicInc(ticket, blocks - 1);
   }
   __syncthreads();
   if (position[0] != blocks - 1) return false;
@@ -116,14 +115,6 @@ template <class Kernel>
 bool list_kernel(const std::string& name, Kernel* kernel) {
   named_kernels().push_back({name, reinterpret_cast<const void*>(kernel)});
   return true;
-}
-
-inline void zero(void* memory, size_t bytes, [[maybe_unused]] void* stream) {
-#ifdef __CUDACC__
-  cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
-#else
-  std::memset(memory, 0, bytes);
-#endif
 }
 
 // Of the current device; the CPU plays a small one.

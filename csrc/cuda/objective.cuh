@@ -13,7 +13,7 @@ struct ObjectiveScratch {
   SequenceTotals<T>* totals;  // [S]
   T* direct;                  // [N]: w d_logp
   int32_t* counts;            // [N]
-  unsigned* ticket;           // [1], zero before the launch
+  unsigned* ticket;
 };
 
 // What args.coef holds in turn; no statistic and flow needs all of it:

@@ -91,6 +91,11 @@ V atomicAdd(V* at, V value) {
   *at += value;
   return before;
 }
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  const unsigned before = *at;
+  *at = before >= last ? 0 : before + 1;
+  return before;
+}
 template <class V>
 V __ldg(const V* at) {
   return *at;

@@ -204,8 +204,15 @@ inline void run_block(Order& warps, Order& lanes) {
   }
 }
 
+// How many kernels this thread has launched.
+inline int64_t& launches() {
+  static thread_local int64_t count = 0;
+  return count;
+}
+
 template <class Body>
 void launch(int64_t grid, int64_t threads, size_t shared_bytes, const Body& body) {
+  ++launches();
   if (grid < 1 || grid > 2147483647 || threads < 1 || threads > 1024 || threads % 32 != 0)
     fail("no such grid or block");
   Block& b = block();

@@ -15,8 +15,10 @@ from made_once import made_once
 from paths import CPP_HOST, ROOT
 
 BUILD = ROOT / "build" / "host"
-# attributes.cu asks the CUDA runtime, and has no kernel.
-CUDA_SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "attributes")
+# Those without a kernel, which ask the CUDA runtime, are left out.
+CUDA_SOURCES = sorted(
+    path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem not in ("attributes", "tickets")
+)
 # Of the CUDA sources in the backend "sim" and in the drivers, which so are the same objects.
 PLAIN = ["-O1", "-fPIC", "-include", str(CPP_HOST / "barriers.h")]
 

@@ -67,6 +67,7 @@ void check_weights(const Groups& batch, Span span, Unit unit) {
   const bool balanced = span == Span::balanced;
   const auto out = under_all_schedules(what, [&] {
     std::vector<double> weight(batch.sequences + 1, std::nan(""));
+    unsigned ticket = 0;
     std::vector<char> scratch(cuda::aggregation_weights_scratch_bytes(batch.sequences), '\xff');
     const WeightArgs args{{batch.tokens, batch.sequences, batch.cu_seqlens.data(), batch.mask.get(), nullptr},
                           balanced ? batch.advantages.data() : nullptr,
@@ -76,7 +77,8 @@ void check_weights(const Groups& batch, Span span, Unit unit) {
                           kScale,
                           weight.data(),
                           &weight.back()};
-    cuda::aggregation_weights(args, span, unit, scratch.data(), nullptr);
+    cuda::aggregation_weights(args, span, unit, scratch.data(), &ticket, nullptr);
+    expect(ticket == 0, what + ": the ticket is not 0 again");
     return weight;
   });
   expect_close(out, truth_of(batch, span, unit), 1e-14, what);

@@ -86,8 +86,10 @@ std::vector<T> run(ObjectiveArgs<T> args, const Options& options, const char* ga
   args.metrics = args.loss + 1;
   args.coef = args.metrics + kNumMetrics;
   std::vector<char> scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences), '\xff');
+  unsigned ticket = 0;
   const char* error =
-      cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), nullptr);
+      cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), &ticket, nullptr);
+  expect(ticket == 0, "the ticket is not 0 again");
   expect(error == nullptr, std::string("the launcher says ") + (error ? error : ""));
   return out;
 }
