@@ -3,7 +3,22 @@
 import pytest
 import torch
 from cases import device_of, kernel_backends
-from linear_policy_cases import HEAD, budget_of, called, check, gemms, leaves, make, packed, placed, run, same, settled
+from linear_cases import same_bits
+from linear_policy_cases import (
+    HEAD,
+    TORCHS,
+    budget_of,
+    called,
+    check,
+    gemms,
+    leaves,
+    make,
+    packed,
+    placed,
+    run,
+    same,
+    settled,
+)
 from linear_policy_cases import valid as active
 
 import tokenrl
@@ -28,11 +43,11 @@ def step(objective, case, backend, dtype=torch.float32, frozen=(), **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.125, 3.0])
 def test_the_upstream_gradient_scales_the_gradients(scale, dtype, backend):
-    """Exactly by a power of two, to a rounding by any other number."""
-    case = make()
-    plain, scaled = (run("ctpo", case, backend, dtype, scale=by, **BOTH) for by in (1.0, scale))
-    exact = {name: (plain[name].double() * scale).to(dtype) for name in HEAD}
-    assert all(torch.equal(scaled[name], x) for name, x in exact.items())
+    """Exactly by a power of two, to a rounding by any other number; no GEMM of the forward is repeated."""
+    loss, wanted = step("ctpo", make(), backend, dtype, **BOTH)
+    plain, scaled = (torch.autograd.grad(loss * by, wanted.values(), retain_graph=True) for by in (1.0, scale))
+    exact = [(x.double() * scale).to(dtype) for x in plain]
+    assert all(torch.equal(x, y) for x, y in zip(scaled, exact, strict=True))
 
 
 @COMPILED
@@ -72,7 +87,7 @@ def test_under_no_grad_there_is_the_forward_alone(rows, objective, backend, monk
 @CPU
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids="+".join)
 def test_a_frozen_tensor_costs_no_gemm(frozen):
-    """And gets no gradient; the others get the same bits."""
+    """And gets no gradient; the others get the same."""
     case = make()
     count = active(case).sum().item()
     logits, of_hidden, of_weight = ((count, 8), (8, 50)), ((count, 50), (50, 8)), ((50, count), (count, 8))
@@ -82,7 +97,7 @@ def test_a_frozen_tensor_costs_no_gemm(frozen):
     _, found = gemms(loss.backward)
     assert found == [] and set(wanted) == {*HEAD} - {*frozen}
     every = run("cispo", case, "cpu", torch.float32)
-    assert all(torch.equal(x.grad, every[name]) for name, x in wanted.items())
+    same_bits({name: x.grad for name, x in wanted.items()}, every)
 
 
 @CPU
@@ -187,10 +202,9 @@ def test_one_traced_graph_gives_the_same_numbers(shape, objective, backend):
 @pytest.mark.parametrize("rows", [5, 200])
 def test_the_same_call_gives_the_same_bits(rows, backend, monkeypatch):
     monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
-    case = make(rows=9, width=20)
+    case = make(rows=9, width=20, exact=True)
     more = {"memory_budget": budget_of(case, rows)} | BOTH
-    first, second = (run("ctpo", case, backend, torch.float32, **more) for _ in range(2))
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    same_bits(*(run("ctpo", case, backend, torch.float32, **more) for _ in range(2)), torchs=TORCHS)
 
 
 # The interpreter divides before it selects.
@@ -220,11 +234,11 @@ def test_a_batch_without_tokens_has_loss_zero_and_a_graph(shape, backend):
 
 
 @CPU
-def test_autocast_changes_no_bit():
+def test_autocast_changes_nothing():
     plain = run("ctpo", make(), "cpu", torch.float32, **BOTH)
     with torch.autocast("cpu", torch.bfloat16):
         cast = run("ctpo", make(), "cpu", torch.float32, **BOTH)
-    assert all(torch.equal(plain[name], x) for name, x in cast.items())
+    same_bits(plain, cast, torchs=plain)
 
 
 @CPU

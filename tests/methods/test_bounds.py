@@ -211,15 +211,16 @@ def test_a_split_batch_is_the_same_and_masked_cells_do_not_matter():
     whole = list(every_result(entropy, VALID, SPANS, IDS, *given))
     halves = zip(*(every_result(entropy[p], VALID[p], SPANS[p], IDS[p], *given) for p in parts), strict=True)
     for expected, found in zip(whole, halves, strict=True):
-        assert torch.equal(torch.cat(found), expected) and not expected[~VALID].any()
+        near(torch.cat(found), expected, "parts", 1e-12)  # sums are torch's, which promises no bits
+        assert not expected[~VALID].any()
     own = bounds.entropy_bounds(entropy, SPANS, eps_low=0.1, eps_high=0.3, mask=VALID, scope="batch")
-    assert all(torch.equal(x, y) for x, y in zip(own, whole[-3:-1], strict=True))
-    assert torch.equal(bounds.hapo_score(entropy, mask=VALID), whole[-1])
+    for found, expected in zip((*own, bounds.hapo_score(entropy, mask=VALID)), whole[-3:], strict=True):
+        near(found, expected, "of the whole batch", 1e-12)
     for garbage in (math.inf, -math.inf, 3.0):
         other = entropies(garbage=garbage)
         junk = [torch.where(VALID, x, 2) for x in (SPANS, IDS)]
         for found, expected in zip(every_result(other, VALID, *junk, *given), whole, strict=True):
-            assert torch.equal(found, expected)
+            near(found, expected, "masked cells", 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 3)])

@@ -119,7 +119,8 @@ def test_masked_cells_and_other_groups_do_not_matter():
     hidden, weight, ids, mask = batch()
     found = hr.thr(hidden, weight, ids, CORRECT, IDS, mask=mask)
     again = hr.thr(torch.where(mask[..., None], hidden, math.inf), weight, ids, CORRECT, IDS, mask=mask)
-    assert torch.equal(found, again) and not found[~mask].any() and found[mask].isfinite().all()
+    near(again, found, "masked cells", 1e-12)  # the GEMMs are torch's, which promises no bits
+    assert not found[~mask].any() and found[mask].isfinite().all()
     for group in (7, 2, 5):
         own = IDS == group
         alone = hr.thr(hidden[own], weight, ids[own], CORRECT[own], IDS[own], mask=mask[own])
@@ -135,7 +136,7 @@ def test_its_parts_add_up():
     near(others[wrong], every[wrong], "nor a row")
     right = mask & CORRECT[:, None]
     assert (every[right] > distinct[right]).all(), "a token's pair with itself is positive"
-    assert not others[1].any(), "the only correct row of its group"
+    assert others[1].abs().max() < 1e-12 * every.abs().max(), "the only correct row of its group"
     parameter = torch.nn.Parameter(weight)
     assert not hr.thr(hidden.clone().requires_grad_(), parameter, ids, CORRECT, IDS, mask=mask).requires_grad
 

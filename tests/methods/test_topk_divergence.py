@@ -76,7 +76,7 @@ def test_it_grows_with_k_to_the_full_divergence(kind):
         assert (fewer <= more + 1e-7).all() and (fewer < more).any()
     full = {"tv": 0.5 * (new.exp() - old.exp()).abs().sum(-1), "kl": (old.exp() * (old - new)).sum(-1)}[kind]
     torch.testing.assert_close(every[-1], full, rtol=1e-9, atol=1e-12)
-    assert (topk_divergence(old[..., :4], old[..., :4], kind=kind) == 0).all()
+    assert topk_divergence(old[..., :4], old[..., :4], kind=kind).abs().max() < 1e-12
 
 
 def test_one_bucket_is_the_binary_divergence():
@@ -99,12 +99,12 @@ def test_packed_parts_and_dtypes(kind):
         x.flatten(0, 1), y.flatten(0, 1), kind=kind, mask=mask.flatten(), cu_seqlens=cu,
         **{name: t.flatten(0, 1) for name, t in given.items()},
     )  # fmt: skip
-    assert torch.equal(flat.view(mask.shape), whole)
+    near(flat.view(mask.shape), whole, "packed", 1e-12)  # the sums are torch's, which promises no bits
     parts = [
         topk_divergence(x[s], y[s], kind=kind, mask=mask[s], **{name: t[s] for name, t in given.items()})
         for s in (slice(2), slice(2, 5))
     ]
-    assert torch.equal(torch.cat(parts), whole)
+    near(torch.cat(parts), whole, "parts", 1e-12)
     single = topk_divergence(x.float(), y.float(), kind=kind, mask=mask)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), topk_divergence(x, y, kind=kind, mask=mask), rtol=1e-5, atol=1e-6)

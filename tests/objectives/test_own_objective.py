@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cases import batch, device_of, run
+from cases import batch, device_of, run, to_rounding
 from paths import ROOT
 
 import tokenrl
@@ -57,7 +57,8 @@ def test_by_name_it_runs_on_the_reference_with_autograd(hinge):
     del case["segment_ids"], case["group_ids"]
     loss, grad, _ = run("hinge", case, "reference", torch.float64)
     chosen, own, _ = run(tokenrl.objective("hinge", width=0.1), case, None, torch.float64)
-    assert torch.equal(loss, chosen) and torch.equal(grad, own)
+    to_rounding(loss, chosen)
+    to_rounding(grad, own)
     mask, a, w = case["mask"], case["advantages"][:, None], case["token_weight"]
     s = torch.where(mask, case["logp"] - case["old_logp"], 0).cumsum(1)
     t = mask.cumsum(1).double()

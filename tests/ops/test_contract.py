@@ -1,5 +1,6 @@
 """The op contract: schemas, opcheck, gradcheck, torch.compile, double backward."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -154,6 +155,8 @@ def test_every_backend_has_the_schema_of_the_contract(op, backend):
 @pytest.mark.parametrize("backend", backends_to_test())
 def test_gradcheck(backend):
     device = device_of(backend)
+    # The backward of the reference is torch's, which promises no bits.
+    gradcheck = functools.partial(torch.autograd.gradcheck, nondet_tol=1e-12 if backend == "reference" else 0.0)
     small = interpreted(backend)  # two calls for every entry of the inputs
     case = {k: v.to(device) for k, v in batch(3, rows=3, width=3 if small else 5, poison=False).items()}
     logp, old = case["logp"].requires_grad_(), case["old_logp"]
@@ -165,21 +168,17 @@ def test_gradcheck(backend):
 
     through = tokenrl.objective("gspo", eps_low=0.9, eps_high=9.0)
     for objective in ("sapo", "kl_k3", through, tokenrl.objective(through, statistic="prefix_sum", cap=9.0)):
-        assert torch.autograd.gradcheck(loss(objective), logp)
-    assert torch.autograd.gradcheck(
-        lambda x: tokenrl.group_aggregate(x, "token-mean", mask=case["mask"], backend=backend), logp
-    )
+        assert gradcheck(loss(objective), logp)
+    assert gradcheck(lambda x: tokenrl.group_aggregate(x, "token-mean", mask=case["mask"], backend=backend), logp)
     for kind in ("sum", "mean"):
-        assert torch.autograd.gradcheck(
+        assert gradcheck(
             lambda x, kind=kind: tokenrl.prefix_ratio(
                 x, old, mask=case["mask"], kind=kind, flow="through", backend=backend
             ),
             logp,
         )
     clip = dict(mask=case["mask"], eps_low=0.3, eps_high=0.2, power=0.5, backend=backend)
-    assert torch.autograd.gradcheck(
-        lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_()
-    )
+    assert gradcheck(lambda x: tokenrl.position_adaptive_clip(x, **clip), (logp - old).detach().requires_grad_())
     last = 3 if small else 8
     logits = torch.randn(4, last + 1, dtype=torch.float64, device=device, requires_grad=True)
     ids = torch.tensor([[0, last], [last, last], [-100, -100], [3, -100]], device=device)
@@ -187,9 +186,7 @@ def test_gradcheck(backend):
     outputs = ("logp", "entropy", "lse", "log_sum_sq_probs")
     for options in ({}, {"softcap": 3.0, "logit_scale": 0.8, "keep_mask": keep}):
         options |= {"temperature": 0.7, "outputs": outputs, "backend": backend}
-        assert torch.autograd.gradcheck(
-            lambda z, options=options: tuple(tokenrl.token_logprobs(z, ids, **options)), logits
-        )
+        assert gradcheck(lambda z, options=options: tuple(tokenrl.token_logprobs(z, ids, **options)), logits)
 
 
 def head(logits, ids, old_logp, advantages, mask, backend):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from cases import device_of
+from cases import device_of, to_rounding
 from logit_cases import DIFFERENTIABLE, EXACT, held, long_logits, long_statistics, on, upstream, weighted
 
 import tokenrl
@@ -36,6 +36,15 @@ def budget_of(weight, rows, columns=FEWEST):
     """A memory_budget for which tiles have so many columns, and at most so many rows where there are more."""
     size, width = weight.dtype.itemsize, weight.shape[1]
     return columns * width * (size + max(size, 4)) + rows * (columns * size + width * size + 256)
+
+
+def same_bits(one: dict, other: dict, torchs=("hidden", "weight", "bias")) -> None:
+    """Bit by bit what we compute; what comes out of torch's GEMMs and sums, which promise no bits, to its rounding."""
+    for name, x in one.items():
+        if name in torchs:
+            to_rounding(x, other[name], name)
+        else:
+            assert torch.equal(x.nan_to_num(), other[name].nan_to_num()), name
 
 
 def run(hidden, weight, bias, ids, backend, outputs=VALUES, pulled=DIFFERENTIABLE, rows=None, frozen=(), **options):

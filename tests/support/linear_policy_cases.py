@@ -21,19 +21,22 @@ TOGETHER = {
     "sums": ("tokens", "ratio_sum", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares"),
     "range": ("ratio_min", "ratio_max"),
 } | {name: (name,) for name in HEAD}
+TORCHS = (*HEAD, "loss", "kl", "entropy")  # GEMMs of torch, and its sums over tokens
 KL_ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if isinstance(row.gate, KlGate)]
+OF_COVARIANCE = ("clip_cov", "kl_cov")  # clip_cov also draws
 # A log-prob from 16-bit logits errs by about 0.02.
 STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
-def make(seed=0, rows=6, width=9, dim=8, vocab=50, spread=1.0, poison=True, **how) -> dict:
+def make(seed=0, rows=6, width=9, dim=8, vocab=50, spread=1.0, poison=True, exact=False, **how) -> dict:
     """A batch of cases.py with a head, in numbers that bf16 holds; old_logp and ref_logp lie around its own.
 
+    exact: in small whole numbers, whose logits have the same bits in whatever order they are summed.
     logp is that of the head under `how`. Masked tokens hold NaN and inf; one valid token is ignored by its id."""
     g = torch.Generator().manual_seed(seed)
     case = cases.batch(seed, rows, width, poison=False)
     head = (torch.randn(*shape, generator=g) for shape in ((rows, width, dim), (vocab, dim), (vocab,)))
-    hidden, weight, bias = (x.bfloat16().double() for x in head)
+    hidden, weight, bias = (x.round().clamp(-2, 2).double() if exact else x.bfloat16().double() for x in head)
     ids = torch.randint(0, vocab, (rows, width), generator=g)
     if "keep_mask" in how:
         ids = how["keep_mask"].expand(rows, width, vocab).double().argmax(-1)
@@ -78,17 +81,24 @@ def settled(objective, made=make, dtype=torch.float64, **more) -> dict:
         case = made(seed)
         tokens = without(case, *HEAD, *TRANSFORM, "ids", "ref_logp", "ignore_index") | {"mask": valid(case)}
         moved = [tokens | {"logp": case["logp"] + step} for step in (-STEPS[dtype], STEPS[dtype])]
-        low, high = (decisions(objective, tokens, **more) for tokens in moved)
-        if torch.equal(low, high):
+        if objective in OF_COVARIANCE:  # which an equal step of all tokens does not move
+            signs = torch.arange(case["logp"].numel()).view_as(case["logp"]) % 2 * 2 - 1
+            moved += [tokens | {"logp": case["logp"] + by * STEPS[dtype] * signs} for by in (-1, 1)]
+        first, *others = (decisions(objective, tokens, **more) for tokens in moved)
+        if all(torch.equal(first, other) for other in others):
             return case
     raise AssertionError("no seed is away from every edge")
 
 
 def decisions(objective, tokens: dict, **more) -> torch.Tensor:
-    """How many tokens each bound clips."""
+    """How many tokens each bound clips, or which tokens a covariance leaves out."""
     rest = without(tokens, "logp", "old_logp", "advantages")
-    order = (tokens["logp"], tokens["old_logp"], tokens["advantages"])
-    return tokenrl.policy_loss(objective, *order, backend="reference", **rest, **more)[1].raw[4:7]
+    logp = tokens["logp"].clone().requires_grad_()
+    torch.manual_seed(0)
+    loss, metrics = tokenrl.policy_loss(
+        objective, logp, tokens["old_logp"], tokens["advantages"], backend="reference", **rest, **more
+    )
+    return torch.autograd.grad(loss, logp)[0].sign() if objective in OF_COVARIANCE else metrics.raw[4:7]
 
 
 def placed(case: dict, backend: str, dtype: torch.dtype) -> dict:
@@ -118,6 +128,7 @@ def run(objective, case: dict, backend: str, dtype: torch.dtype, frozen=(), scal
     """Loss, metrics, passes, left_out and the gradients of the head's tensors, by name. scale: upstream gradient."""
     given = placed(case | more, backend, dtype)
     wanted = leaves(given, frozen)
+    torch.manual_seed(0)
     loss, metrics = called(objective, given, backend)
     grads = torch.autograd.grad(loss * scale, wanted.values())
     values = [loss.detach(), *metrics.raw]
