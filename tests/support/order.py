@@ -28,6 +28,7 @@ CHECK = {
     "advantages/test_rewards.py": ("golden", "recorded outputs"),
     "advantages/test_segments.py": ("golden_(chain|tree)", "recorded outputs"),
     "advantages/test_prefix_tree.py": ("golden", "recorded outputs"),
+    "methods/test_bandpo.py": ("golden", "recorded outputs"),
     "methods/test_bounds.py": ("golden|formula", "one paper's own part, with its recorded outputs"),
     "methods/test_gtpo.py": ("golden_weights", "recorded outputs"),
     "methods/test_tw_grpo.py": ("golden.*cpu", "recorded outputs, loss and gradient"),

@@ -144,5 +144,5 @@ def _check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
 
 
 def check_main_grad_backend(main_grad: Tensor | None, chosen: backends.Backend) -> None:
-    if main_grad is not None and chosen.namespace is None:
+    if main_grad is not None and chosen.is_reference:
         raise wrong("main_grad", "a tensor", "None: the reference backend leaves its backward to autograd")

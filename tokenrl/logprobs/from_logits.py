@@ -185,7 +185,7 @@ def _check_inplace(logits: Tensor, chosen: backends.Backend) -> None:
 def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
     """Why a gradient in the logits' memory would be noticed by autograd or miss that memory; None where it may go."""
     owner = logits if logits._base is None else logits._base
-    if chosen.namespace is None:
+    if chosen.is_reference:
         return "the reference backend leaves its backward to autograd"
     if torch.compiler.is_compiling():
         return "a traced graph may not write to what it saved"

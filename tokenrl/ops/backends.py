@@ -29,6 +29,10 @@ class Backend:
     automatic: Callable[[torch.device], bool] = lambda device: True
     gates: Callable[[], Collection[str]] = lambda: _BUILT_IN
 
+    @property
+    def is_reference(self) -> bool:
+        return self.namespace is None
+
     def why_not_gate(self, gate: str | None) -> str | None:
         """Why a gate of that name cannot run on it, or None."""
         if gate is None or self.namespace is None or gate in self.gates():

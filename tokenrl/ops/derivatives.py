@@ -21,7 +21,7 @@ class _Functions(NamedTuple):
     transformed: type[torch.autograd.Function]
 
 
-_FUNCTIONS: dict[tuple[str, str], _Functions] = {}
+_FUNCTIONS: dict[tuple[str | None, str], _Functions] = {}
 
 
 def register_derivative(namespace: str, op: str, save: Callable, backward: Callable, differentiable: int = 1) -> None:
@@ -79,7 +79,7 @@ def _transformed(op: Callable, save: Callable, backward: Callable) -> type[torch
     return Transformed
 
 
-def call(namespace: str, op: str, *inputs: Any) -> Any:
+def call(namespace: str | None, op: str, *inputs: Any) -> Any:
     """The op's results, with their derivative. Torch knows the derivative of the op itself, and a trace needs no more;
     its eager way there, torch.library's, takes 20 us of Python without a gradient and 100 us with one."""
     found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]

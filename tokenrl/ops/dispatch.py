@@ -100,7 +100,7 @@ def statistic(
     chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, starts: Tensor | None, statistic: str, flow: str
 ) -> Tensor:
     """The statistic of logp - old_logp over each token's span, flat [N], zero in masked cells."""
-    if chosen.namespace is None:
+    if chosen.is_reference:
         return reference.statistic(
             logp, old_logp, layout.valid(), layout.cu_seqlens, starts, statistic, flow, layout.width
         )
@@ -111,7 +111,7 @@ def position_adaptive_clip(
     chosen: Backend, layout: Layout, log_ratio: Tensor, eps_low: Bound, eps_high: Bound, power: Bound
 ) -> Tensor:
     """clip(x_t, -eps_low t^power, eps_high t^power), flat [N], zero in masked cells."""
-    if chosen.namespace is None:
+    if chosen.is_reference:
         mask, cu_seqlens = layout.valid(), layout.cu_seqlens
         return reference.position_adaptive_clip(log_ratio, mask, cu_seqlens, eps_low, eps_high, power, layout.width)
     numbers, tensors = _split((eps_low, eps_high, power))
@@ -125,7 +125,7 @@ def aggregation_weights(
     scale: float,
 ) -> SpanWeights:  # fmt: skip
     """The normalizer is scale times the count of the unit; advantages flat [S] or [N]."""
-    run = reference.aggregation_weights if chosen.namespace is None else chosen.ops.aggregation_weights
+    run = reference.aggregation_weights if chosen.is_reference else chosen.ops.aggregation_weights
     return SpanWeights(
         *run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit, scale)
     )
@@ -133,7 +133,7 @@ def aggregation_weights(
 
 def token_logprobs(chosen: Backend, *inputs: Any) -> tuple[Tensor, ...]:
     """The results of op token_logprobs, in its order."""
-    if chosen.namespace is None:
+    if chosen.is_reference:
         return reference.token_logprobs(*inputs)
     return call(chosen.namespace, "token_logprobs", *inputs)
 
@@ -143,7 +143,7 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, ...]:
     """The results of op token_logprobs from hidden states."""
     inputs = (*head, outputs, main_grad)
-    if chosen.namespace is None:
+    if chosen.is_reference:
         return reference.linear_token_logprobs(*inputs)
     return call(chosen.namespace, "linear_token_logprobs", *inputs)
 
@@ -196,7 +196,7 @@ def _row(
     chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor]:
     row, weights = inputs.row, inputs.weights
-    if chosen.namespace is None:
+    if chosen.is_reference:
         return reference.objective(
             logp, old_logp, inputs.advantages, layout.valid(), layout.cu_seqlens, inputs.starts, weights.span_weight,
             weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate, row.clamp, row.cap,
@@ -223,14 +223,14 @@ def linear_policy_loss(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor]:
     """(loss, raw metrics [12]) of policy_loss from hidden states, with the number of passes over the logits."""
-    one_op = chosen.namespace is not None and inputs.form is None
+    one_op = not chosen.is_reference and inputs.form is None
     return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)
 
 
 def _one_op(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor]:
-    assert chosen.namespace is not None
+    assert not chosen.is_reference
     tensors = (head.hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
@@ -258,5 +258,5 @@ def _two_ops(
     head = replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
     logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad)
     loss, raw = policy_loss(chosen, layout, logp.squeeze(1), entropy, inputs)
-    passes = 2 if loss.requires_grad and chosen.namespace is not None else 1
+    passes = 2 if loss.requires_grad and not chosen.is_reference else 1
     return loss, torch.cat([raw, raw.new_full((1,), passes)])
