@@ -133,7 +133,7 @@ def global_count(case, mode):
     """What a mode divides by, counted over the whole batch in plain Python."""
     n = case["mask"].sum(1).tolist()
     groups = {g for g, count in zip(case["group_ids"].tolist(), n, strict=True) if count}
-    units = {"tokens": sum(n), "rows": sum(count > 0 for count in n), "groups": len(groups), None: None}
+    units = {"tokens": sum(n), "rows": sum(count > 0 for count in n), "groups": len(groups), "one": None}
     count = units[AGGREGATIONS[mode].unit]
     return count * case["mask"].shape[1] if AGGREGATIONS[mode].over_width else count
 

@@ -1,5 +1,5 @@
 // The position-adaptive clip under several schedules, against a loop in double.
-#include "../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/launch.h"
 #include "batch.h"
 
 namespace tokenrl {

@@ -1,5 +1,5 @@
 // The statistics and their adjoints under several schedules, against loops in double.
-#include "../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/launch.h"
 #include "batch.h"
 
 namespace tokenrl {
