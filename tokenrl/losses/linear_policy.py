@@ -89,7 +89,8 @@ def linear_policy_loss(
     chosen = backends.choose(backend, hidden.device, row.gate.name)
     check_main_grad_backend(main_grad, chosen)
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
-    layout = dataclasses.replace(layout, mask=layout.valid() & (ids.reshape(-1) != ignore_index))
+    named = ids.reshape(-1) != ignore_index
+    layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
     dtype = sum_dtype(head.like.dtype)
     old_logp = None if on_policy else old_logp
     token_weight = corrected_weights(layout, old_logp, rollout_logp, segment_ids, token_weight, correction)
@@ -104,7 +105,7 @@ def linear_policy_loss(
     if silent and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
     loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
-    left_out = (valid.sum() - layout.valid().sum()).to(raw.dtype)
+    left_out = (valid ^ layout.valid()).sum(dtype=raw.dtype)
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
 
 

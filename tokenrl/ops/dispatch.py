@@ -3,6 +3,7 @@
 Tensors are checked and flat; a layout says where they lie (tokenrl/batch/layout.py).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +14,17 @@ from torch import Tensor
 from ..batch.layout import Layout
 from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Bound, Gate
-from ..objectives.policy import Objective
+from ..objectives.policy import Objective, find_objective
 from . import reference
 from .backends import Backend
 from .derivatives import call
 from .kernel_ops import IGNORED, ObjectiveInputs
-from .linear.gemm import sum_dtype
 from .linear.head import HeadInputs
 from .linear.policy_loss import LinearPolicyLossInputs
 from .reference import regularized
+
+# sum_t w_t x_t, as k1 of x to 0: the entropy bonus, weighed by the kernel that weighs the objective.
+ITSELF = replace(find_objective("kl_k1"), clamp=math.inf)
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,9 @@ class PolicyLossInputs:
     weights: SpanWeights
     regularizers: Regularizers
 
-    def token_weights(self, layout: Layout, like: Tensor) -> Tensor:
-        """w [N]."""
-        weight = torch.where(self.weights.normalizer > 0, self.weights.span_weight / self.weights.normalizer, 0.0)
-        w = layout.spread(weight)
-        if self.token_weight is not None:
-            w = w * torch.where(layout.valid(), self.token_weight, 0)
-        return torch.where(layout.valid(), w, 0).to(like.dtype)
-
-    def kl(self) -> "PolicyLossInputs":
-        """The KL term, as an objective on the same batch."""
-        kl = self.regularizers.kl
-        return replace(self, row=kl, gate=kl.gate, form=None, advantages=None, starts=None)
+    def beside(self, row: Objective) -> "PolicyLossInputs":
+        """Another term, as an objective of single tokens under the same weights."""
+        return replace(self, row=row, gate=row.gate, form=None, advantages=None, starts=None)
 
 
 class _Statistic(torch.autograd.Function):
@@ -159,10 +153,9 @@ def policy_loss(
         return loss, raw
     kl = bonus = None
     if extra.ref_logp is not None:
-        kl, _ = _row(chosen, layout, logp, extra.ref_logp, inputs.kl())
+        kl, _ = _row(chosen, layout, logp, extra.ref_logp, inputs.beside(extra.kl))
     if entropy is not None:
-        weights = inputs.token_weights(layout, logp)
-        bonus = torch.where(weights != 0, weights * entropy, 0).sum()
+        bonus, _ = _row(chosen, layout, entropy, torch.zeros_like(entropy), inputs.beside(ITSELF))
     zero = raw.new_zeros(())
     sums = torch.stack([zero if x is None else x.detach() for x in (kl, bonus)])
     return regularized(loss, kl, extra.kl_coef, bonus, extra.entropy_coef), torch.cat([raw, sums])
@@ -234,18 +227,17 @@ def _one_op(
     tensors = (head.hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
-    like = head.hidden.new_empty((), dtype=sum_dtype(head.dtype))
     advantages = inputs.advantages
-    if advantages is not None:
-        advantages = layout.per_token(advantages, like)
+    if advantages is not None and advantages.numel() != layout.num_tokens:
+        advantages = layout.spread(advantages).contiguous()
     numbers, bounds = _split(inputs.gate.params())
     kl_numbers, _ = _split(extra.kl.gate.params())
     loss, raw, *_ = call(
         chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
-            *head, wanted, main_grad, inputs.old_logp, inputs.token_weights(layout, like), advantages, layout.mask,
-            layout.cu_seqlens, inputs.starts, weights.span_weight, weights.normalizer, inputs.token_weight,
-            row.statistic, row.flow, inputs.gate.name, numbers, bounds, row.clamp, row.cap, extra.ref_logp,
-            extra.kl.gate.name, kl_numbers, extra.kl.clamp, extra.kl.cap, extra.kl_coef, extra.entropy_coef,
+            *head, wanted, main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
+            weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
+            numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
+            extra.kl.cap, extra.kl_coef, extra.entropy_coef,
         )
     )  # fmt: skip
     return loss, raw

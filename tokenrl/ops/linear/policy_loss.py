@@ -10,6 +10,7 @@ The scan is carried from chunk to chunk by the log-probs: the objective's kernel
 chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take microseconds per token.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,23 +30,21 @@ WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are 
 
 
 class Evaluated(NamedTuple):
-    """A loss, its raw metrics [11], and its gradients by the log-probs and the entropies of the tokens, [N]."""
+    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]."""
 
     loss: Tensor
-    metrics: Tensor
+    metrics: tuple[Tensor, Tensor, Tensor]
     grad_logp: Tensor
     grad_entropy: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Gradients(OpArguments):
-    """wanted: of hidden, weight, bias. main_grad: only its dtype matters here. old_logp None: on-policy. weights: the w
-    of each token."""
+    """wanted: of hidden, weight, bias. main_grad: only its dtype matters here. old_logp None: on-policy."""
 
     wanted: list[bool]
     main_grad: Tensor | None
     old_logp: Tensor | None
-    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,41 +76,48 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
         local = self.statistic == "token" or (self.statistic.startswith("prefix") and self.flow == "local")
         return not local and self.old_logp is not None
 
-    def objective(self, logp: Tensor, old_logp: Tensor, end: int) -> ObjectiveInputs:
-        """Of op objective, the tokens before `end`."""
-
-        def until(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:end]
-
+    def objective(self, logp: Tensor, old_logp: Tensor) -> ObjectiveInputs:
+        """Of op objective, for as many tokens as there are log-probs."""
+        count = logp.numel()
+        cu_seqlens = self.cu_seqlens if count == self.ids.numel() else self.cu_seqlens.clamp(max=count)
         return ObjectiveInputs(
-            logp[:end], old_logp[:end], until(self.advantages), until(self.mask), self.cu_seqlens.clamp(max=end),
-            until(self.starts), self.span_weight, self.normalizer, until(self.token_weight), self.statistic, self.flow,
-            self.gate, self.params, [until(p) for p in self.param_tensors], self.clamp, self.cap,
+            logp, _first(old_logp, count), _first(self.advantages, count), _first(self.mask, count), cu_seqlens,
+            _first(self.starts, count), self.span_weight, self.normalizer, _first(self.token_weight, count),
+            self.statistic, self.flow, self.gate, self.params, [_first(p, count) for p in self.param_tensors],
+            self.clamp, self.cap,
         )  # fmt: skip
 
     def kl(self, inputs: ObjectiveInputs) -> ObjectiveInputs:
         """Of op objective, for the KL term beside it."""
-        assert self.ref_logp is not None
         return replace(
-            inputs, old_logp=self.ref_logp[: inputs.logp.numel()], advantages=None, statistic="token", flow="through",
-            gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params), clamp=self.kl_clamp,
-            cap=self.kl_cap,
+            inputs, old_logp=_first(self.ref_logp, inputs.logp.numel()), advantages=None, statistic="token",
+            flow="through", gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params),
+            clamp=self.kl_clamp, cap=self.kl_cap,
         )  # fmt: skip
 
-    def evaluate(self, ops: Any, logp: Tensor, entropy: Tensor, end: int) -> "Evaluated":
-        """The loss of the tokens before `end`."""
-        inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp, end)
+    def evaluate(self, ops: Any, logp: Tensor, entropy: Tensor) -> "Evaluated":
+        """The loss of the first tokens, whose log-probs and entropies these are."""
+        inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp)
         loss, coef, metrics = ops.objective(*inputs)
-        kl = kl_grad = None
+        kl = kl_grad = grad_entropy = None
         if self.ref_logp is not None:
             kl, kl_grad, _ = ops.objective(*self.kl(inputs))
-        weights = self.weights[:end]
-        bonus = torch.where(weights != 0, weights * entropy[:end], 0).sum()
+        # sum_t w_t entropy_t, as k1 of the entropy to 0.
+        bonus, weights, _ = ops.objective(
+            *replace(
+                inputs, logp=entropy, old_logp=torch.zeros_like(entropy), advantages=None, statistic="token",
+                flow="through", gate="kl_k1", params=[], param_tensors=[], clamp=math.inf, cap=math.inf,
+            )
+        )  # fmt: skip
         loss = regularized(loss, kl, self.kl_coef, bonus, self.entropy_coef)
         grad_logp = regularized(coef, kl_grad, self.kl_coef, None, self.entropy_coef)
-        grad_entropy = -self.entropy_coef * weights if self.entropy_coef != 0 else None
-        kl = torch.zeros_like(bonus) if kl is None else kl
-        return Evaluated(loss, torch.cat([metrics, torch.stack([kl, bonus])]), grad_logp, grad_entropy)
+        if self.entropy_coef != 0:
+            grad_entropy = -self.entropy_coef * weights
+        return Evaluated(loss, (metrics, torch.zeros_like(bonus) if kl is None else kl, bonus), grad_logp, grad_entropy)
+
+
+def _first(x: Tensor | None, count: int) -> Tensor | None:
+    return x if x is None or x.numel() == count else x[:count]
 
 
 class Chunk:
@@ -151,7 +157,7 @@ class Chunk:
     def _keep(self, index: Tensor) -> None:
         """Leaves out the other tokens; logits move up in their own memory, in order, an eighth at a time."""
         self.rows = index + self.rows.start if isinstance(self.rows, slice) else self.rows[index]
-        for to in split(index.numel(), -(-self.logits.shape[0] // 8)):
+        for to in split(index.numel(), -(-max(self.logits.shape[0], FEWEST_TOKENS) // 8)):
             self.logits[to] = self.logits[index[to]]
         self.logits = self.logits[: index.numel()]
         self.states, self.ids, self.entropy = self.states[index], self.ids[index], self.entropy[index]
@@ -177,8 +183,9 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
         evaluated = _one_pass(inputs, head, index, chunks, grads)
     else:
         evaluated = _two_passes(inputs, head, grads if wanted else None)
-    passes = 2 if wanted and chunks is None else 1
-    return evaluated.loss, torch.cat([evaluated.metrics, evaluated.metrics.new_full((1,), passes)])
+    metrics, kl, entropy = evaluated.metrics
+    passes = metrics.new_full((), 2 if wanted and chunks is None else 1)
+    return evaluated.loss, torch.cat([metrics, torch.stack([kl, entropy, passes])])
 
 
 def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
@@ -216,7 +223,7 @@ def _one_pass(
 ) -> Evaluated:
     """The loss, and the gradients, chunk by chunk."""
     ids, count = inputs.ids.squeeze(1), inputs.ids.shape[0]
-    logp, entropy = (inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(2))
+    logp, entropy = inputs.hidden.new_zeros(2, count, dtype=sum_dtype(head.dtype)).unbind()
     ends = [chunk.stop for chunk in chunks]
     if index is not None:
         ends = [last + 1 for last in index[[end - 1 for end in ends]].tolist()]
@@ -234,7 +241,7 @@ def _one_pass(
             logp, entropy = chunk.logp, chunk.entropy
         else:
             logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
-        evaluated = inputs.evaluate(head.ops, logp, entropy, end)
+        evaluated = inputs.evaluate(head.ops, logp[:end], entropy[:end])
         chunk.backward(evaluated.grad_logp, evaluated.grad_entropy, weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
@@ -246,7 +253,7 @@ def _two_passes(inputs: LinearPolicyLossInputs, head: Head, grads: Gradients | N
     hidden, budget = inputs.hidden, inputs.memory_budget
     active = torch.where(inputs.active[:, None], inputs.ids, IGNORED)
     logp, entropy, *saved = token_logprobs.statistics(head, hidden, active, [], budget)
-    evaluated = inputs.evaluate(head.ops, logp.squeeze(1), entropy, active.shape[0])
+    evaluated = inputs.evaluate(head.ops, logp.squeeze(1), entropy)
     if grads is not None:
         lse, lse_rest, squares, *_ = saved
         upstream = (evaluated.grad_logp[:, None], evaluated.grad_entropy, None, None)
