@@ -12,7 +12,7 @@ chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take m
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .token_logprobs import Gradients
 
 FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class Evaluated(NamedTuple):
@@ -89,6 +90,7 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
 
     def kl(self, inputs: ObjectiveInputs) -> ObjectiveInputs:
         """Of op objective, for the KL term beside it."""
+        assert self.ref_logp is not None
         return replace(
             inputs, old_logp=_first(self.ref_logp, inputs.logp.numel()), advantages=None, statistic="token",
             flow="through", gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params),
@@ -116,7 +118,7 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
         return Evaluated(loss, (metrics, torch.zeros_like(bonus) if kl is None else kl, bonus), grad_logp, grad_entropy)
 
 
-def _first(x: Tensor | None, count: int) -> Tensor | None:
+def _first(x: MaybeTensor, count: int) -> MaybeTensor:
     return x if x is None or x.numel() == count else x[:count]
 
 
