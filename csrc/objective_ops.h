@@ -67,7 +67,7 @@ Tensor run_statistic(const Tensor& input, const Tensor* input2, const Optional& 
 }
 
 Tensor statistic(const Tensor& logp, const Tensor& old_logp, const Optional& mask, const Tensor& cu_seqlens,
-                 const Optional& starts, const std::string& statistic) {
+                 const Optional& starts, const std::string& statistic, const std::string& /* of the derivative */) {
   const Statistic which = statistic_named(statistic);
   return run_statistic(logp, &old_logp, mask, cu_seqlens, starts, which, false);
 }

@@ -38,7 +38,8 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
       "Tensor span_weight, Tensor normalizer, Tensor? token_weight, str statistic, str flow, str gate, float[] params, "
       "Tensor?[] param_tensors, float clamp, float cap) -> (Tensor loss, Tensor coef, Tensor metrics)");
   m.def(
-      "statistic(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) -> "
+      "statistic(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str "
+      "flow) -> "
       "Tensor");
   m.def(
       "statistic_backward(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) -> "

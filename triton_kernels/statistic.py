@@ -187,9 +187,10 @@ def _launch_statistic(x: Tensor, old: Tensor | None, spans: Spans, statistic: st
 
 
 def statistic(
-    logp: Tensor, old_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None, statistic: str
-) -> Tensor:
-    """The statistic of logp - old_logp, [N], zero in masked cells."""
+    logp: Tensor, old_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None, statistic: str,
+    flow: str,
+) -> Tensor:  # fmt: skip
+    """The statistic of logp - old_logp, [N], zero in masked cells. flow: of its derivative."""
     return _launch_statistic(
         logp, old_logp, Spans(cu_seqlens, mask, starts, logp.numel(), cu_seqlens.numel() - 1), statistic
     )

@@ -175,7 +175,7 @@ def test_what_is_done_to_a_gradient_does_not_reach_a_retained_graph():
 def test_double_backward_raises(backend):
     loss, wanted = step("grpo", make(), backend)
     (grad,) = torch.autograd.grad(loss.square(), wanted["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiated twice"):
         grad.sum().backward()
 
 

@@ -51,7 +51,7 @@ def arguments(backend) -> dict[str, tuple]:
             20.0,
             10.0,
         ),
-        "statistic": (logp, old, mask, cu, None, "prefix_mean"),
+        "statistic": (logp, old, mask, cu, None, "prefix_mean", "through"),
         "statistic_backward": (logp, mask, cu, None, "prefix_mean", "through"),
         "position_adaptive_clip": (logp, mask, cu, [0.1, 0.2, 0.5], [None, None, None]),
         "aggregation_weights": (

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tokenrl
 
@@ -46,3 +47,37 @@ def test_without_a_gradient_nothing_is_recorded(function):
     assert not function(x).requires_grad
     with torch.no_grad():
         assert not function(x.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("function", CASES)
+def test_a_second_derivative_raises_and_is_never_zero_in_silence(function):
+    x = torch.randn(*CASES[function], generator=torch.Generator().manual_seed(0)) - 1
+    leaf = x.clone().requires_grad_()
+    loss = function(leaf)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice, accepted: once"):
+        (loss + grad.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.functional.hessian(function, x)
+    with pytest.raises(RuntimeError, match="two levels of torch.func.grad|forward-mode AD"):
+        torch.func.hessian(function)(x)
+    with pytest.raises(RuntimeError, match="two levels of torch.func.grad"):
+        torch.func.grad(lambda y: torch.func.grad(function)(y).sum())(x)
+
+
+@pytest.mark.parametrize("function", CASES)
+def test_forward_mode_raises_and_is_never_zero_in_silence(function):
+    x = torch.zeros(*CASES[function])
+    with pytest.raises(RuntimeError, match="forward-mode AD, accepted: reverse mode"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode AD"):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("name", ["gmpo", "fipo", "hmpo", "fiberpo", "cppo"])
+def test_forms_have_one_gradient_however_they_are_differentiated(name):
+    def loss(logp):
+        return tokenrl.policy_loss(name, logp, torch.full((2, 3), -1.1), torch.tensor([1.0, -2.0]))[0]
+
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)) - 1
+    torch.testing.assert_close(torch.func.grad(loss)(x), gradient(loss, x), rtol=0, atol=0)

@@ -4,10 +4,35 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import wrong
 
 FLOATS = (torch.float32, torch.float64)
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def values_known(x: Tensor) -> bool:
+    """Whether a check may read the values of x: on a GPU that were a sync, in a trace there are none."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not isinstance(x, FakeTensor)
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """The kernels read memory of their own process: of a DTensor that is a shard."""
+    if type(x) not in PLAIN and (placements := getattr(x, "placements", None)):
+        raise wrong(name, f"a DTensor, {placements}", f"a plain tensor ({name}.full_tensor(), which carries gradients)")
+
+
+def made_in_inference_mode(x: Tensor) -> bool:
+    """Whether autograd, which is on again, may not save x. A trace cannot ask."""
+    return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def as_saved(x: Tensor) -> Tensor:
+    """x, or a copy of what was made in inference mode."""
+    return x.clone() if made_in_inference_mode(x) else x
 
 
 def check_integers(name: str, x: Tensor) -> None:
@@ -37,6 +62,7 @@ def as_float64(name: str, x: Tensor, shape: tuple[int, ...] | torch.Size, like: 
     check_constant(name, x)
     if tuple(x.shape) != tuple(shape):
         raise wrong(name, f"shape {list(x.shape)}", f"shape {list(shape)}")
+    check_plain(name, x)
     if x.device != like.device:
         raise wrong(name, f"device {x.device}", f"the device of the rewards, {like.device}")
     return x.double()

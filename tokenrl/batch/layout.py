@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
+from .checks import as_saved, check_plain, values_known
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,20 @@ class Layout:
         )
 
     def _check_device(self, name: str, x: Tensor) -> None:
+        check_plain(name, x)
         if x.device != self.cu_seqlens.device:
             raise wrong(name, f"device {x.device}", f"the device of the other tensors, {self.cu_seqlens.device}")
 
 
 def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Without a call into torch where there is nothing to do."""
-    x = x if x.dtype == dtype else x.to(dtype)
+    x = as_saved(x) if x.dtype == dtype else x.to(dtype)
     return x if x.is_contiguous() else x.contiguous()
 
 
 def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
     """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
+    check_plain(name, x)
     if cu_seqlens is None:
         if x.dim() != 2:
             raise wrong(
@@ -107,6 +110,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
             raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
         cu_seqlens, width = _as_boundaries(cu_seqlens, x), None
     if mask is not None:
+        check_plain("mask", mask)
         if mask.dtype != torch.bool:
             raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
         if mask.shape != x.shape:
@@ -118,11 +122,12 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
 
 
 def _as_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    check_plain("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
     if cu_seqlens.device != x.device:
         raise wrong("cu_seqlens", f"device {cu_seqlens.device}", f"the device of the tokens, {x.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_known(cu_seqlens):
         # On a GPU this would be a host sync; there the kernels clamp every boundary to [0, N] instead.
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.numel() or (steps < 0).any():

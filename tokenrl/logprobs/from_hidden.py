@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..batch.checks import as_saved, check_plain, made_in_inference_mode
 from ..errors import wrong
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import Transform
@@ -58,8 +59,8 @@ def head_arguments(
     if transform.keep_mask is not None:
         transform = replace(transform, keep_mask=transform.keep_mask.reshape(-1, like.shape[-1]))
     return HeadArguments(
-        like, hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, str(dtype).removeprefix("torch."),
-        memory_budget, main_grad,
+        like, as_saved(hidden).reshape(-1, hidden.shape[-1]), weight, bias, transform,
+        str(dtype).removeprefix("torch."), memory_budget, main_grad,
     )  # fmt: skip
 
 
@@ -122,14 +123,23 @@ def _check_head(
     if compute_dtype is not None and compute_dtype not in DTYPES:
         raise wrong("compute_dtype", compute_dtype, ", ".join(map(str, DTYPES)))
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and x.device != hidden.device:
-            raise wrong(name, f"device {x.device}", f"the device of hidden, {hidden.device}")
-        if x is not None and x.dtype not in DTYPES:
-            raise wrong(name, f"dtype {x.dtype}", ", ".join(map(str, DTYPES)))
-        if x is not None and x.dtype != hidden.dtype and compute_dtype is None:
-            raise wrong(name, f"dtype {x.dtype}", f"that of hidden, {hidden.dtype}, or any beside compute_dtype")
+        if x is not None:
+            _check_factor(name, x, hidden, compute_dtype)
     if main_grad is not None:
         _check_main_grad(main_grad, weight)
+
+
+def _check_factor(name: str, x: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> None:
+    check_plain(name, x)
+    if x.device != hidden.device:
+        raise wrong(name, f"device {x.device}", f"the device of hidden, {hidden.device}")
+    if x.dtype not in DTYPES:
+        raise wrong(name, f"dtype {x.dtype}", ", ".join(map(str, DTYPES)))
+    if x.dtype != hidden.dtype and compute_dtype is None:
+        raise wrong(name, f"dtype {x.dtype}", f"that of hidden, {hidden.dtype}, or any beside compute_dtype")
+    # A copy of hidden is made where it is needed; the weight is too large for one a call.
+    if x is not hidden and made_in_inference_mode(x):
+        raise wrong(name, "a tensor made in inference mode", f"one that autograd may save ({name}.clone(), once)")
 
 
 def _check_main_grad(main_grad: Tensor, weight: Tensor) -> None:

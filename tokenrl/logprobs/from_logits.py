@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..batch.checks import as_saved, check_plain, values_known
 from ..errors import unknown, wrong
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import IGNORED, Transform
@@ -98,7 +99,7 @@ def as_transform(
     number, per_row = _temperature(temperature, logits)
     if keep_mask is not None:
         _check_keep(keep_mask, logits)
-        keep_mask = _unit_stride(keep_mask)
+        keep_mask = as_saved(_unit_stride(keep_mask))
     cap = float("inf") if softcap is None else float(softcap)
     return Transform(number, per_row, cap, float(logit_scale), keep_mask)
 
@@ -113,13 +114,14 @@ def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits:
     if ignore_index != IGNORED:
         ids = torch.where(ids == ignore_index, IGNORED, ids)
     if row_mask is not None:
+        check_plain("row_mask", row_mask)
         if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
             given = f"{row_mask.dtype} {list(row_mask.shape)}"
             raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
         ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if ids.numel() and values_known(ids):
         _check_range(ids, logits.shape[-1], ignore_index)
-    return ids.contiguous()
+    return as_saved(ids.contiguous())
 
 
 def _check_range(ids: Tensor, vocab: int, ignore_index: int) -> None:
@@ -140,13 +142,16 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
     if temperature.requires_grad:
         raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
+    check_plain("temperature", temperature)
+    if values_known(temperature) and not (temperature > 0).all():
         raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return 1.0, temperature.detach().to(logits.device, dtype).contiguous()
+    return 1.0, as_saved(temperature.detach().to(logits.device, dtype).contiguous())
 
 
 def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
+    check_plain("logits", logits)
+    check_plain("ids", ids)
     if logits.dtype not in DTYPES:
         raise wrong("logits", f"dtype {logits.dtype}", ", ".join(map(str, DTYPES)))
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
@@ -173,6 +178,7 @@ def _check_keep(keep_mask: Tensor, logits: Tensor) -> None:
     if keep_mask.dtype != torch.bool or keep_mask.shape not in (logits.shape, logits.shape[-1:]):
         accepted = f"bool [{logits.shape[-1]}] or {list(logits.shape)}"
         raise wrong("keep_mask", f"{keep_mask.dtype} {list(keep_mask.shape)}", accepted)
+    check_plain("keep_mask", keep_mask)
     if keep_mask.device != logits.device:
         raise wrong("keep_mask", f"device {keep_mask.device}", f"the device of logits, {logits.device}")
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 
 class _Functions(NamedTuple):
@@ -31,15 +33,52 @@ def register_derivative(namespace: str, op: str, save: Callable, backward: Calla
 
     def setup_context(ctx, inputs, output):
         save(ctx, inputs, output)
+        ctx.differentiable = inputs[:differentiable]
         ctx.nothing = [_nothing(x) if takes_lists else None for x in inputs]
 
     def padded(ctx, *upstream):
         grads = backward(ctx, *upstream)
         return *grads, *ctx.nothing[len(grads) :]
 
+    backward = _once(backward, f"{namespace}.{op}")
     torch.library.register_autograd(f"{namespace}::{op}", padded, setup_context=setup_context)
     functions = (make(found, save, backward) for make in (_eager, _transformed))
     _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
+
+
+class _Refuse(torch.autograd.Function):
+    """Gradients as they are; whoever differentiates them by what is linked gets an error."""
+
+    @staticmethod
+    def forward(ctx, message, grads, *linked):
+        ctx.message = message
+        return tuple(g if g is None else g.detach() for g in grads)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError(ctx.message)
+
+
+def _once(backward: Callable, name: str) -> Callable:
+    """backward, whose results raise where they are differentiated. Torch's once_differentiable looks at the upstream
+    gradients alone: a gradient penalty or a Hessian would lack the kernel's part in silence.
+
+    ctx.differentiable: the op's inputs that get gradients, kept until there are some."""
+    message = f"{name}: differentiated twice, accepted: once (backend='reference' differentiates as often as you like)."
+
+    def once(ctx, *upstream):
+        if not torch.is_grad_enabled():
+            ctx.differentiable = None
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if torch._C._are_functorch_transforms_active():  # call() has counted the levels
+            return grads
+        if ctx.differentiable is None:
+            raise RuntimeError(message)
+        return _Refuse.apply(message, grads, *ctx.differentiable, *upstream)
+
+    return once
 
 
 def _nothing(x: object) -> list[None] | None:
@@ -57,6 +96,7 @@ def _eager(op: Callable, save: Callable, backward: Callable) -> type[torch.autog
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs)
             save(ctx, inputs, output)
+            ctx.differentiable = differentiable
             return output
 
         @staticmethod
@@ -85,10 +125,22 @@ def call(namespace: str | None, op: str, *inputs: Any) -> Any:
     found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]
     if torch.compiler.is_compiling():
         return found(*inputs)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, inputs)
     leading = inputs[:differentiable]
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leading)):
         with torch._C._AutoDispatchBelowAutograd():
             return found(*inputs)
     if torch._C._are_functorch_transforms_active():
+        if sum(level.key() == TransformType.Grad for level in get_interpreter_stack() or ()) > 1:
+            raise RuntimeError(f"{op}: inside two levels of torch.func.grad, accepted: one, or backend='reference'.")
         return transformed.apply(*inputs)
     return eager.apply(*leading, inputs[differentiable:])
+
+
+def _refuse_tangents(op: str, inputs: tuple[Any, ...]) -> None:
+    """The kernels have no forward-mode derivative; below autograd a tangent would be lost in silence."""
+    levels = get_interpreter_stack() or ()
+    dual = (isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    if any(level.key() == TransformType.Jvp for level in levels) or any(dual):
+        raise RuntimeError(f"{op}: forward-mode AD, accepted: reverse mode, or backend='reference'.")

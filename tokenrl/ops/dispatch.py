@@ -72,24 +72,6 @@ class PolicyLossInputs:
         return replace(self, row=row, gate=row.gate, form=None, advantages=None, starts=None)
 
 
-class _Statistic(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logp: Tensor, old_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, starts: Tensor | None,
-        statistic: str, flow: str, ops: Any,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(mask, cu_seqlens, starts)
-        ctx.rest = statistic, flow, ops
-        return ops.statistic(logp, old_logp, mask, cu_seqlens, starts, statistic)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        statistic, flow, ops = ctx.rest
-        grad_logp = ops.statistic_backward(grad.contiguous(), *ctx.saved_tensors, statistic, flow)
-        return grad_logp, None, None, None, None, None, None, None
-
-
 def statistic(
     chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, starts: Tensor | None, statistic: str, flow: str
 ) -> Tensor:
@@ -98,7 +80,9 @@ def statistic(
         return reference.statistic(
             logp, old_logp, layout.valid(), layout.cu_seqlens, starts, statistic, flow, layout.width
         )
-    return _Statistic.apply(logp, old_logp, layout.mask, layout.cu_seqlens, starts, statistic, flow, chosen.ops)
+    return call(
+        chosen.namespace, "statistic", logp, old_logp, layout.mask, layout.cu_seqlens, starts, statistic, flow
+    )  # fmt: skip
 
 
 def position_adaptive_clip(

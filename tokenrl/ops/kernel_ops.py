@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import OpArguments, schema
 from .derivatives import register_derivative
@@ -89,8 +88,8 @@ class SavedStatistics(OpArguments):
 STATISTICS = "(" + ", ".join(f"Tensor {name}" for name in RESULTS) + ")"
 SCHEMAS = {
     "objective": schema(ObjectiveInputs, returns="(Tensor loss, Tensor coef, Tensor metrics)"),
-    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic) "
-    "-> Tensor",
+    "statistic": "(Tensor logp, Tensor old_logp, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, "
+    "str flow) -> Tensor",
     "statistic_backward": "(Tensor grad, Tensor? mask, Tensor cu_seqlens, Tensor? starts, str statistic, str flow) "
     "-> Tensor",
     "position_adaptive_clip": "(Tensor log_ratio, Tensor? mask, Tensor cu_seqlens, float[] params, "
@@ -153,7 +152,6 @@ def _save_objective(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
     (coef,) = ctx.saved_tensors
     return (None if grad_loss is None else grad_loss * coef,)
@@ -164,7 +162,22 @@ def _save_clip(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
-@once_differentiable
+def _save_statistic(ctx, inputs, output):
+    *_, mask, cu_seqlens, starts, ctx.statistic, ctx.flow = inputs
+    ctx.save_for_backward(mask, cu_seqlens, starts)
+    ctx.set_materialize_grads(False)
+
+
+def _statistic_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,)
+        op = getattr(torch.ops, namespace).statistic_backward
+        return (op(grad.contiguous(), *ctx.saved_tensors, ctx.statistic, ctx.flow),)
+
+    return backward
+
+
 def _clip_backward(ctx, grad, _):
     (inside,) = ctx.saved_tensors
     return (torch.where(inside != 0, grad, 0),)
@@ -187,7 +200,6 @@ def _save_logprobs(ctx, inputs, output):
 
 
 def _logprobs_backward(namespace: str) -> Callable[..., Any]:
-    @once_differentiable
     def backward(ctx, *upstream):
         grad_logp, grad_entropy, grad_lse, _, grad_log_sum_sq_probs, *_ = upstream
         wanted = (grad_logp, grad_entropy, grad_lse, grad_log_sum_sq_probs)
@@ -212,5 +224,6 @@ def register(namespace: str) -> None:
     for op, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{op}", fake)
     register_derivative(namespace, "objective", _save_objective, _objective_backward)
+    register_derivative(namespace, "statistic", _save_statistic, _statistic_backward(namespace))
     register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward)
     register_derivative(namespace, "token_logprobs", _save_logprobs, _logprobs_backward(namespace))

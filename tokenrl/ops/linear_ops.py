@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import kernel_ops
 from .arguments import schema
@@ -117,7 +116,6 @@ def _save_statistics(ctx, inputs, output):
 
 
 def _statistics_backward(namespace: str) -> Callable[..., Any]:
-    @once_differentiable
     def backward(ctx, *upstream):
         grad_logp, grad_entropy, grad_lse, _, grad_squares, *_ = upstream
         wanted_of = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
@@ -146,7 +144,6 @@ def _save_policy_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None
