@@ -196,6 +196,7 @@ def token_logprobs(
     if keep_mask is not None:
         keep_mask = keep_mask | ~row_used[..., None]
         z = torch.where(keep_mask, z, -torch.inf)
+    z = z + torch.where(z == torch.inf, torch.nan, 0)  # no distribution: NaN for the row, as in the kernels
     lse = z.logsumexp(-1)
     log_p = z - lse[..., None]
     p = log_p.exp()
