@@ -153,6 +153,7 @@ def gradients(
                 weight_sum.add(logits.t(), states[some])
             if grads.bias is not None:
                 grads.bias[at] += column_sums(logits)
+        del columns  # the next are cast without these
         if grads.weight is not None:
             weight_sum.finish()
     if grads.hidden is not None:
