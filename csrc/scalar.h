@@ -76,15 +76,25 @@ TRL_HD float excess(float x) {
   p = p * x + 1.66666667e-1f;
   p = p * x + 0.5f;
   const float direct = exponential(x) - 1.0f - x;
-  return x > -0.5f && x < 0.5f ? p * x * x : direct;
+  return (x > -0.5f) & (x < 0.5f) ? p * x * x : direct;
 }
 TRL_HD double excess(double x) { return ::expm1(x) - x; }
 
 // m / (m + 2) with m = e^2x - 1, exact near 0; beyond 20 it is 1.
-template <class T>
-TRL_HD T hyperbolic_tangent(T x) {
-  const T twice = clamp(2 * x, T(-40), T(40)), m = excess(twice) + twice;
+TRL_HD double hyperbolic_tangent(double x) {
+  const double m = ::expm1(clamp(2 * x, -40.0, 40.0));
   return m / (m + 2);
+}
+// 1 - 2 / (e^2|x| + 1), an odd polynomial near 0: straight-line code.
+TRL_HD float hyperbolic_tangent(float x) {
+  const float size = larger(x, -x), square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+  return size < 0.625f ? p * square * x + x : x < 0 ? -far : far;
 }
 
 // log x for normal x > 0, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.

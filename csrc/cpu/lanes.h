@@ -115,7 +115,8 @@ struct Exponential<double> {
 };
 
 // 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n
-// goes straight into the exponent's bits. Below 2^-126, where they end, d is held: -inf then weighs 1e-38.
+// goes straight into the exponent's bits. Below 2^-125, where n = -126 would leave a subnormal number, d is held: -inf
+// then weighs 2e-38.
 template <>
 struct Exponential<float> {
   float high, low, least;
@@ -123,7 +124,7 @@ struct Exponential<float> {
   explicit Exponential(double factor)
       : high(static_cast<float>(factor * 1.4426950408889634)),
         low(static_cast<float>(factor * 1.4426950408889634 - static_cast<double>(high))),
-        least(static_cast<float>(-126 / (factor * 1.4426950408889634))) {}
+        least(static_cast<float>(-125 / (factor * 1.4426950408889634))) {}
   // For each vector of d: every step for all of them before the next.
   TRL_INLINE void operator()(const Floats (&d)[kUnroll], Floats (&e)[kUnroll]) const {
     Floats shifted[kUnroll], r[kUnroll];

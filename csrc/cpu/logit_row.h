@@ -42,19 +42,27 @@ struct Row {
   }
   // y of logits first to first + n.
   inline void fill(int64_t first, int64_t n, T* y) const {
+    if (!args.transform.keep) return fill_where(first, n, y, [](int64_t) { return true; });
+    const auto* kept = reinterpret_cast<const uint8_t*>(keep() + first);  // loops over bool do not vectorise
+    fill_where(first, n, y, [kept](int64_t v) { return kept[v] != 0; });
+  }
+  template <class Kept>
+  inline void fill_where(int64_t first, int64_t n, T* y, Kept kept) const {
     const Logit* x = logits() + first;
     if (transform.capped) {
       const RowTransform<T> local = transform;
 #pragma omp simd
-      for (int64_t v = 0; v < n; ++v) y[v] = local.cap(static_cast<T>(widen(x[v])));
-    } else {
-#pragma omp simd
-      for (int64_t v = 0; v < n; ++v) y[v] = static_cast<T>(widen(x[v]));
+      for (int64_t v = 0; v < n; ++v) {
+        const T capped = local.cap(static_cast<T>(widen(x[v])));
+        y[v] = kept(v) ? capped : -infinity<T>();
+      }
+      return;
     }
-    if (!args.transform.keep) return;
-    const bool* kept = keep() + first;
 #pragma omp simd
-    for (int64_t v = 0; v < n; ++v) y[v] = kept[v] ? y[v] : -infinity<T>();
+    for (int64_t v = 0; v < n; ++v) {
+      const T raw = static_cast<T>(widen(x[v]));
+      y[v] = kept(v) ? raw : -infinity<T>();
+    }
   }
   // f(y, n) with the y of a block, in whatever type they are stored.
   template <class F>

@@ -1,21 +1,12 @@
 // The objective of each sequence: a sequential walk for the statistic, then a vector loop over its tokens for the gate.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
-#include <cstdlib>
-
 #include "kernels.h"
 #include "scan.h"
+#include "scratch.h"
 #include "totals.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
-
-// The memory of n objects that a constructor is not needed for.
-template <class Object>
-Object* allocate(int64_t n) {
-  void* memory = std::malloc(sizeof(Object) * static_cast<size_t>(larger(n, int64_t{1})));
-  if (!memory) std::abort();
-  return static_cast<Object*>(memory);
-}
 
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
@@ -236,9 +227,8 @@ void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, T
       const Sequence q = sequence_of(args.spans, i);
       longest = larger(longest, q.end - q.begin);
     }
-    T* memory = allocate<T>(Lanes<T>::room(longest) * Lanes<T>::kArrays);
-    for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory, totals[i]);
-    std::free(memory);
+    const Scratch<T> memory(Lanes<T>::room(longest) * Lanes<T>::kArrays);
+    for (int64_t i = begin; i < end; ++i) run_sequence<T, Gate>(args, statistic, through, i, memory.at, totals[i]);
   });
 }
 
@@ -264,10 +254,9 @@ template <class T>
 bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                const Threads& threads) {
   clear_outside(args.spans, args.coef);
-  Totals* totals = allocate<Totals>(args.spans.num_sequences);  // one per sequence
-  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals, threads);
-  if (known) add_up_sequences(args, totals);
-  std::free(totals);
+  const Scratch<Totals> totals(args.spans.num_sequences);  // one per sequence
+  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals.at, threads);
+  if (known) add_up_sequences(args, totals.at);
   return known;
 }
 

@@ -1,9 +1,9 @@
 // The statistics of each row of logits in one pass.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
-#include <cstdlib>
 #include <initializer_list>
 
 #include "logit_row.h"
+#include "scratch.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
@@ -121,7 +121,7 @@ inline Softmax<T> part_softmax(const Row<Logit, T>& row, int64_t part) {
     });
   }
   if (highest > state.max) state = rescaled(state, highest, factor);
-  // The 2^-126 of logits that are -inf are not to be seen in a row without entropy; the sum is at least 1.
+  // The 2^-125 of logits that are -inf are not to be seen in a row without entropy; the sum is at least 1.
   if (state.weighted > T(-1e-30)) state.weighted = 0;
   return state;
 }
@@ -234,11 +234,10 @@ inline void forward_row(const LogprobArgs<Logit, T>& args, int64_t index, int64_
 template <class Logit, class T>
 inline void forward_parts(const LogprobArgs<Logit, T>& args, int64_t parts, const Threads& threads) {
   const int64_t rows = args.batch * args.time;
-  auto* states = static_cast<Softmax<T>*>(std::malloc(sizeof(Softmax<T>) * static_cast<size_t>(rows * parts)));
-  if (!states) std::abort();
+  const Scratch<Softmax<T>> states(rows * parts);
   parallel(threads, rows * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      if (!is_ignored(args, i / parts)) states[i] = part_softmax(Row<Logit, T>(args, i / parts), i % parts);
+      if (!is_ignored(args, i / parts)) states.at[i] = part_softmax(Row<Logit, T>(args, i / parts), i % parts);
   });
   parallel(threads, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -247,10 +246,9 @@ inline void forward_parts(const LogprobArgs<Logit, T>& args, int64_t parts, cons
         continue;
       }
       const Row<Logit, T> row(args, index);
-      store_row(row, merged(states + index * parts, parts, row.transform.factor));
+      store_row(row, merged(states.at + index * parts, parts, row.transform.factor));
     }
   });
-  std::free(states);
 }
 
 }  // namespace

@@ -30,13 +30,13 @@ struct Dhpo : DhpoGate {
     const Clipped<T> span = clipped_ratio(in.s, params.span_eps_low, params.span_eps_high);
     const T w = params.mix, a = in.advantage;
     const T mixed = w * own.ratio + (1 - w) * span.ratio, kept = w * own.kept + (1 - w) * span.kept;
-    const bool low = (a < 0) & (mixed < kept), high = (a > 0) & (mixed > kept), bound = low | high;
+    const bool positive = a > 0, bound = (positive ? mixed : kept) > (positive ? kept : mixed);
     Gated<T> out;
     out.value = -a * (bound ? kept : mixed);
     out.d_s = -a * (1 - w) * span.ratio * (bound ? span.slope : T(1));
     out.d_logp = -a * w * own.ratio * (bound ? own.slope : T(1));
-    out.low = low;
-    out.high = high;
+    out.low = (a < 0) & bound ? T(1) : T(0);
+    out.high = positive & bound ? T(1) : T(0);
     return out;
   }
 };
@@ -45,16 +45,18 @@ struct DhpoBranch : DhpoGate {
   static constexpr const char* name = "dhpo_branch";
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T w = params.mix, a = in.advantage;
-    const Bounded<T> own = bounded(a, exponential(in.x), 1 - params.eps_low, 1 + params.eps_high, infinity<T>());
-    const Bounded<T> span =
-        bounded(a, exponential(in.s), 1 - params.span_eps_low, 1 + params.span_eps_high, infinity<T>());
+    const T w = params.mix, a = in.advantage, ratio = exponential(in.x), span_ratio = exponential(in.s);
+    const T own = bounded(a, ratio, 1 - params.eps_low, 1 + params.eps_high, infinity<T>()).y;
+    const T span = bounded(a, span_ratio, 1 - params.span_eps_low, 1 + params.span_eps_high, infinity<T>()).y;
+    // In numbers: bools of several comparisons become branches, and loops over tokens do not vectorise.
+    const T own_bound = own != ratio ? T(1) : T(0), span_bound = span != span_ratio ? T(1) : T(0);
+    const T bound = larger(own_bound, span_bound);
     Gated<T> out;
-    out.value = -a * (w * own.y + (1 - w) * span.y);
-    out.d_s = span.low + span.high > 0 ? T(0) : -a * (1 - w) * span.y;
-    out.d_logp = own.low + own.high > 0 ? T(0) : -a * w * own.y;
-    out.low = larger(own.low, span.low);
-    out.high = larger(own.high, span.high);
+    out.value = -a * (w * own + (1 - w) * span);
+    out.d_s = span_bound > 0 ? T(0) : -a * (1 - w) * span;
+    out.d_logp = own_bound > 0 ? T(0) : -a * w * own;
+    out.low = a < 0 ? bound : T(0);
+    out.high = a > 0 ? bound : T(0);
     return out;
   }
 };

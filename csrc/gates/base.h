@@ -70,11 +70,13 @@ struct Bounded {
 };
 template <class T>
 TRL_HD Bounded<T> bounded(T advantage, T x, T low, T high, T dual) {
-  // & and selections, no branches: loops over tokens vectorise.
+  // Bounds chosen first, then & and selections: a choice between two ways to bound becomes branches, and loops over
+  // tokens do not vectorise.
   const bool positive = advantage > 0, negative = advantage < 0;
-  const T clipped = clamp(x, low, high), above = smaller(larger(x, clipped), dual);
-  return {positive ? smaller(x, clipped) : above, negative & (x < low) ? T(1) : T(0),
-          positive & (x > high) ? T(1) : T(0), negative & (x > dual) ? T(1) : T(0)};
+  const T lower = positive ? -infinity<T>() : low, upper = positive ? high : dual;
+  const bool above = x > upper;
+  return {clamp(x, lower, upper), negative & (x < lower) ? T(1) : T(0), positive & above ? T(1) : T(0),
+          negative & above ? T(1) : T(0)};
 }
 
 // -A ratio, where the ratio's own bounds or those of its logarithm have been applied.

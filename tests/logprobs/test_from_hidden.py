@@ -154,6 +154,18 @@ def test_many_tiles_are_one(options, backend, dtype, monkeypatch):
 
 
 @EVERY_KERNEL
+def test_an_id_of_a_tile_that_the_mask_takes_out(backend):
+    """Its log-prob is -inf, as in one tile; the gradients are those of the other tile, and finite."""
+    hidden, weight, bias, ids = make_exact(12, vocab=500, width=4)
+    ids[:6] %= 256
+    ids[6:] = 256 + ids[6:] % 244
+    keep = torch.arange(500) >= 256
+    found = check(hidden, weight, bias, ids, backend, memory_budget=budget_of(weight, 3), keep_mask=keep)
+    assert (found["logp"][:6] == -torch.inf).all() and found["logp"][6:].isfinite().all()
+    assert all(found[name].isfinite().all() for name in ("hidden", "weight", "bias"))
+
+
+@EVERY_KERNEL
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_large_logits(offset, backend):
     """Integers, so that what is rounded is not the GEMM but what the kernels make of it."""

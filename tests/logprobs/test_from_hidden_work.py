@@ -159,6 +159,22 @@ def test_what_is_held_stays_within_the_budget(head):
         assert peak_memory(lambda: step("reference"), "cpu") - results - grads > ROWS * vocab * dtype.itemsize
 
 
+@CPU
+def test_tiles_of_all_rows_stay_within_the_budget():
+    """A tile's cast weights and the sum of their gradient are gone before the next tile's."""
+    budget = 10 << 20
+    hidden, weight, ids = (torch.randn(64, 256), torch.randn(20011, 256), torch.randint(0, 20011, (64,)))
+    tensors = [x.to(torch.bfloat16).requires_grad_() for x in (hidden, weight)]
+
+    def step():
+        stats = tokenrl.linear_token_logprobs(
+            *tensors, ids, memory_budget=budget, compute_dtype=torch.float32, backend="cpu"
+        )
+        return stats, torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), tensors)
+
+    assert peak_memory(step, "cpu") - sum(x.nbytes for x in tensors) - 4 * 4 * 64 <= budget
+
+
 TOKENS = 100_000
 
 

@@ -8,8 +8,8 @@ from logit_cases import DTYPES, check, make, run
 from tokenrl.logprobs.from_logits import OUTPUTS
 
 EVERY_KERNEL = pytest.mark.parametrize("backend", kernel_backends())
-# The interpreter multiplies -inf by 0 before it selects.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
+# The interpreter multiplies -inf by 0 before it selects, and subtracts inf from itself.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 def zeros(found, rows):
@@ -94,6 +94,19 @@ def test_an_id_of_minus_infinity(softcap, backend):
     others = torch.ones(2, 33, dtype=torch.bool).scatter(1, ids[:, None], False)
     torch.testing.assert_close(found["gradient"][others].double(), truth["gradient"][others], rtol=1e-5, atol=1e-5)
     check(logits, ids, backend, softcap=softcap, pulled=())
+
+
+@pytest.mark.parametrize("vocab", [5, 40000])
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+def test_a_logit_of_plus_infinity(backend, vocab):
+    """It leaves no distribution: NaN for its row alone, in values and gradient; under a softcap it is a number."""
+    logits, ids = torch.zeros(2, vocab), torch.tensor([1, 1])
+    logits[0, 3] = torch.inf
+    found = run(logits, ids, backend)
+    for name in ("logp", "entropy", "lse", "max_prob", "log_sum_sq_probs", "gradient"):
+        assert found[name][0].isnan().all() and not found[name][1].isnan().any(), name
+    values = run(logits, ids, backend, softcap=30.0)
+    assert not any(values[name].isnan().any() for name in ("logp", "entropy", "lse", "gradient"))
 
 
 @EVERY_KERNEL

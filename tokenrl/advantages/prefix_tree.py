@@ -10,7 +10,7 @@ from ..errors import unknown
 
 HOLES = ("stop", "skip")
 ENDS = ("valid", "cells")
-BLOCK = 512  # positions compared at a time: most pairs part in the first block
+BLOCK = 512  # positions compared at a time at most: most pairs part in the first block
 CELLS = 1 << 21  # cells compared at a time, which bounds the memory
 
 
@@ -114,7 +114,8 @@ def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: 
     leaves, left = torch.full_like(members, never), torch.full_like(start, never)
     kind, shared = group.clone(), torch.zeros_like(start)
     alive = rows[(members >= 0).sum(1) > 1]
-    blocks = torch.nn.functional.pad(ids, (0, BLOCK)).unfold(0, BLOCK, 1)
+    block = min(max(int(length.max()), 1), BLOCK)
+    blocks = torch.nn.functional.pad(ids, (0, block)).unfold(0, block, 1)
     while alive.numel():
         _, index = kind[alive].unique(return_inverse=True)
         leader = torch.full_like(rows, never).scatter_reduce_(0, index, alive, "amin")[index]
@@ -138,12 +139,13 @@ def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: 
 
 def _common(blocks: Tensor, start: Tensor, length: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """int64 [P]: how many cells the rows left and right of a pair share from their start; the first shared[left] are
-    known to be. blocks: [N + 1, BLOCK], the ids from each cell on."""
+    known to be. blocks: [N + 1, block], the ids from each cell on."""
+    block = blocks.shape[1]
     common, done = torch.minimum(length[left], length[right]), shared[left]
     together = (common > done).nonzero()[:, 0]
     while together.numel():
         still = []
-        for pairs in together.split(CELLS // BLOCK):
+        for pairs in together.split(CELLS // block):
             at = done[pairs]
             differ = blocks[start[left[pairs]] + at] != blocks[start[right[pairs]] + at]
             parted = differ.any(1)
@@ -152,7 +154,7 @@ def _common(blocks: Tensor, start: Tensor, length: Tensor, shared: Tensor, left:
             common[pairs[parted]] = torch.minimum(common[pairs[parted]], found)
             still.append(pairs[~parted])
         together = torch.cat(still)
-        done[together] += BLOCK
+        done[together] += block
         together = together[common[together] > done[together]]
     return common
 

@@ -155,18 +155,22 @@ def aggregation_weights(
     if span == "inverse_length":
         weight = 1 / n.clamp(min=1).double()
     if group_ids is not None:
-        same = (group_ids[:, None] == group_ids[None, :]) & nonempty[None, :]
-        counts["groups"] = nonempty & ~(same & (index[None, :] < index[:, None])).any(1)
+        # A group's number is where its first sequence stands in order.
+        group = torch.searchsorted(group_ids.sort().values, group_ids)
+
+        def total(counted: Tensor) -> Tensor:
+            return torch.zeros_like(n).index_add(0, group, counted.long())
+
+        counts["groups"], tokens = total(nonempty) > 0, total(n)[group]
         if span == "balanced":
             assert advantages is not None
             if advantages.numel() == num_tokens:
                 advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
-            sign = advantages.sign()
-            signed = same & (sign != 0)[None, :]
-            own = signed & (sign[:, None] == sign[None, :])
-            weight = own.sum(1).double() / signed.sum(1).clamp(min=1)
-            same = own
-        tokens = (same * n).sum(1)
+            above, below = advantages > 0, advantages < 0
+            rows = [total(sign & nonempty)[group] for sign in (above, below)]
+            lengths = [total(torch.where(sign, n, 0))[group] for sign in (above, below)]
+            weight = torch.where(above, rows[0], rows[1]).double() / (rows[0] + rows[1]).clamp(min=1)
+            tokens = torch.where(above | below, torch.where(above, lengths[0], lengths[1]), 0)
         weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
     return torch.where(nonempty, weight, 0.0), counts[unit].sum().double() * scale
 
@@ -196,6 +200,7 @@ def token_logprobs(
     if keep_mask is not None:
         keep_mask = keep_mask | ~row_used[..., None]
         z = torch.where(keep_mask, z, -torch.inf)
+    z = z + torch.where(z == torch.inf, torch.nan, 0)  # no distribution: NaN for the row, as in the kernels
     lse = z.logsumexp(-1)
     log_p = z - lse[..., None]
     p = log_p.exp()

@@ -118,10 +118,23 @@ class Real(Form):
 
     def _groups(self, s: Tensor, positive: Tensor, known: Tensor, group_ids: Tensor) -> Tensor:
         """[S]: of each known sequence an equal share of its group's loss, 0 of the others."""
-        same = (group_ids[:, None] == group_ids[None, :]) & known[None, :]
-        both = (same & positive).any(1) & (same & ~positive).any(1)
-        loss = torch.zeros_like(s)
-        for members, sign in ((same & positive, -1), (same & ~positive, 1)):
-            terms = torch.where(members, sign * s[None, :] / self.tau, -torch.inf)
-            loss = loss + torch.cat([terms, torch.zeros_like(s)[:, None]], 1).logsumexp(1)
-        return torch.where(known & both, loss / same.sum(1).clamp(min=1), 0)
+        # A group's number is where its first sequence stands in order: no shape depends on how many there are.
+        ordered, order = group_ids.sort(stable=True)
+        group = torch.searchsorted(ordered, group_ids)
+        lengths = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))
+        loss, sizes, both = torch.zeros_like(s), torch.zeros_like(s), known
+        for members, sign in ((known & positive, -1), (known & ~positive, 1)):
+            terms = torch.where(members, sign * s / self.tau, -torch.inf)
+            loss = loss + _log1p_sum_exp(terms[order], lengths)[group]
+            count = torch.segment_reduce(members[order].to(s.dtype), "sum", lengths=lengths)[group]
+            sizes, both = sizes + count, both & (count > 0)
+        return torch.where(both, loss / sizes.clamp(min=1), 0)
+
+
+def _log1p_sum_exp(x: Tensor, lengths: Tensor) -> Tensor:
+    """log(1 + sum e^x) of each of the segments of x."""
+    with torch.no_grad():
+        most = torch.segment_reduce(x, "max", lengths=lengths, initial=0.0)  # at least that of the 1
+        most = torch.where(most == torch.inf, 0, most)
+    terms = (x - most.repeat_interleave(lengths, output_size=x.numel())).exp()
+    return most + torch.log((-most).exp() + torch.segment_reduce(terms, "sum", lengths=lengths))

@@ -60,6 +60,7 @@ class ProductSum:
             self.out.zero_()
         elif self.total is not self.out:
             self.out.copy_(self.total)
+        self.total = self.out  # gives the sum's memory back
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> 
     def weigh(values: Tensor) -> Tensor:
         return torch.where(share == 0, 0, values)
 
-    own = torch.where(of["here"], of["logp"] + log_share[..., None], 0).sum(0)
+    shifted = torch.where(log_share[..., None] == -torch.inf, -torch.inf, of["logp"] + log_share[..., None])
+    own = torch.where(of["here"], shifted, 0).sum(0)
     known = of["here"].any(0) | (ids == IGNORED)
     found = {name: lse.new_empty(0) for name in RESULTS} | {
         "logp": torch.where(known, own, torch.nan),
@@ -152,6 +153,7 @@ def gradients(
                 weight_sum.add(logits.t(), states[some])
             if grads.bias is not None:
                 grads.bias[at] += column_sums(logits)
+        del columns  # the next are cast without these
         if grads.weight is not None:
             weight_sum.finish()
     if grads.hidden is not None:
