@@ -5,25 +5,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_rewards
+from ..batch.checks import as_rewards, as_scalar, check_name, check_number
 from ..batch.groups import as_groups, groups_of, moments, statistics_of
 from ..batch.valid_tokens import HOLES, ValidTokens, valid_of, valid_tokens
-from ..errors import unknown, wrong
+from ..errors import wrong
 
 POSITIONS = ("column", "valid")
-
-
-def _check_discount(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise wrong(name, value, "a number in [0, 1]")
 
 
 def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
     if (mean is None) != (var is None):
         raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
+    check_number("eps", eps, 0)
     if mean is None or var is None:
         mean, var = moments(x, torch.ones_like(x))
-    return (x - mean) * torch.as_tensor(var + eps, dtype=x.dtype, device=x.device).rsqrt()
+    return (x - as_scalar("mean", mean, x)) * (as_scalar("var", var, x) + eps).rsqrt()
 
 
 def whiten(
@@ -49,7 +45,7 @@ def discounted_returns(
     token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount (verl)."""
-    _check_discount("gamma", gamma)
+    check_number("gamma", gamma, 0, 1)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
 
@@ -61,7 +57,7 @@ def reinforce_plus_plus(
 
     Source: arXiv 2501.03262, verl (trainers).
     """
-    _check_discount("gamma", gamma)
+    check_number("gamma", gamma, 0, 1)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
     return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
@@ -100,10 +96,9 @@ def gae(
 
     Source: arXiv 1506.02438, verl (trainers).
     """
-    _check_discount("gamma", gamma)
-    _check_discount("lam", lam)
-    if holes not in HOLES:
-        raise unknown("holes", holes, HOLES)
+    check_number("gamma", gamma, 0, 1)
+    check_number("lam", lam, 0, 1)
+    check_name("holes", holes, HOLES)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
     r, v = (
@@ -138,8 +133,8 @@ def otb(
 
     Source: verl (trainers).
     """
-    if position not in POSITIONS:
-        raise unknown("position", position, POSITIONS)
+    check_name("position", position, POSITIONS)
+    check_number("eps", eps, 0)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
     w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
+from .checks import check_tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Layout:
         return torch.where(self.valid(), x, 0).to(like.dtype)
 
     def check_tokens(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
         if x.shape != self.shape:
             raise wrong(name, f"shape {list(x.shape)}", f"one value per token, {list(self.shape)}")
         self._check_device(name, x)
@@ -65,6 +67,7 @@ class Layout:
 
     def flat_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A per-sequence argument, checked, as a contiguous [S]."""
+        check_tensor(name, x)
         if x.shape != (self.num_sequences,):
             raise wrong(name, f"shape {list(x.shape)}", f"one value per sequence, [{self.num_sequences}]")
         self._check_device(name, x)
@@ -72,6 +75,7 @@ class Layout:
 
     def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
+        check_tensor(name, x)
         if x.shape == self.shape:
             return self.flat_tokens(name, x, dtype)
         if x.shape == (self.num_sequences,):
@@ -95,6 +99,7 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
     """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
+    check_tensor(name, x)
     if cu_seqlens is None:
         if x.dim() != 2:
             raise wrong(
@@ -107,6 +112,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
             raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
         cu_seqlens, width = _as_boundaries(cu_seqlens, x), None
     if mask is not None:
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
         if mask.shape != x.shape:
@@ -118,6 +124,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
 
 
 def _as_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
     if cu_seqlens.device != x.device:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
-from .checks import as_float64, check_constant
+from .checks import as_float64, check_constant, check_number
 from .layout import Layout, layout_of
 
 HOLES = ("skip", "count")  # what a masked cell is to a distance in tokens: nothing, or a step
@@ -61,6 +61,7 @@ def valid_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: st
 def per_token(name: str, x: float | Tensor, valid: ValidTokens) -> Tensor:
     """fp64, [M] or 0-d."""
     if not isinstance(x, Tensor):
+        check_number(name, x)
         return torch.tensor(float(x), dtype=torch.float64, device=valid.cells.device)
     check_constant(name, x)
     rows = valid.layout.num_sequences
