@@ -37,10 +37,10 @@ class ValidTokens:
         out[: x.numel() - distance] = torch.where(same, x[distance:], 0.0)
         return out
 
-    def suffix_sums(self, x: Tensor, factor: float) -> Tensor:
-        """y_t = x_t + factor y_{t+1} inside each sequence, in log2 steps: after the step of `distance`, y_t holds its
-        first 2 distance terms. Only products with powers, no division by them, so that factor 0.9 over 10k tokens is
-        exact."""
+    def suffix_sums(self, x: Tensor, factor: float | Tensor) -> Tensor:
+        """y_t = x_t + factor y_{t+1} inside each sequence, factor a number or a row's own, [M], in log2 steps: after the
+        step of `distance`, y_t holds its first 2 distance terms. Only products with powers, no division by them, so
+        that factor 0.9 over 10k tokens is exact."""
         longest = min(self.layout.width or x.numel(), x.numel())
         distance = 1
         while distance < longest:
