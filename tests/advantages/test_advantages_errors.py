@@ -27,6 +27,13 @@ ERRORS = [
     (lambda: adv.gae(R, R[:2], M), r"values: got shape \[2, 4\]"),
     (lambda: adv.gae(R, R, M, 1.5), r"gamma: got 1.5, accepted: a number in \[0, 1\]"),
     (lambda: adv.gae(R, R, M, 1.0, -0.1), "lam: got -0.1"),
+    (lambda: adv.gae(R, R, M, 1.0, torch.tensor([0.5, 2.0, 1.0])), "lam: got 0.5 to 2.0 in the tensor"),
+    (lambda: adv.gae(R, R, M, 1.0, torch.ones(2)), r"lam: got shape \[2\].*a number, 0-d or \[3\]"),
+    (lambda: adv.discounted_returns(R, M, R), r"gamma: got shape \[3, 4\]"),
+    (
+        lambda: adv.grpo(X.detach(), G, eps=X.detach()),
+        r"eps: got a torch.Tensor of torch.float32 \[3\], accepted: a number",
+    ),
     (lambda: adv.gae(R.long(), R, M), "token_rewards: got dtype torch.int64"),
     (lambda: adv.whiten(R, M, mean=0.0), "var: got None"),
     (lambda: adv.otb(R, G, R, R, M, position="row"), "position: got 'row', accepted: column, valid"),

@@ -66,6 +66,27 @@ def test_token_estimators(gamma, lam):
     same(adv.reinforce_plus_plus(r, mask, gamma), whitened_by_hand(to_go, mask))
 
 
+def test_discounts_of_each_row_are_those_of_a_call_per_row():
+    r, v, mask = token_batch()
+    gamma, lam = (torch.linspace(*ends, 5, dtype=torch.float64) for ends in ((1.0, 0.5), (0.0, 1.0)))
+    cu = torch.arange(6) * 37
+    for holes in ("skip", "count"):
+        rows = [slice(i, i + 1) for i in range(5)]
+        each = [adv.gae(r[i], v[i], mask[i], float(gamma[i]), float(lam[i]), whiten=False, holes=holes) for i in rows]
+        expected = [torch.cat(parts) for parts in zip(*each, strict=True)]
+        found = adv.gae(r, v, mask, gamma, lam, whiten=False, holes=holes)
+        flat = (x.reshape(-1) for x in (r, v, mask))
+        packed = adv.gae(*flat, gamma, lam, whiten=False, holes=holes, cu_seqlens=cu)
+        for x, y, z in zip(found, packed, expected, strict=True):
+            assert torch.equal(x, z) and torch.equal(y.view(5, 37), z)
+    same(adv.gae(r, v, mask, gamma, 0.3, whiten=False)[0], torch.cat(
+        [adv.gae(r[i], v[i], mask[i], float(gamma[i]), 0.3, whiten=False)[0] for i in rows]))  # fmt: skip
+    returns = torch.cat([adv.discounted_returns(r[i], mask[i], float(gamma[i])) for i in rows])
+    assert torch.equal(adv.discounted_returns(r, mask, gamma), returns)
+    same(adv.reinforce_plus_plus(r, mask, gamma), whitened_by_hand(returns, mask))
+    assert torch.equal(adv.discounted_returns(r, mask, gamma[1]), adv.discounted_returns(r, mask, float(gamma[1])))
+
+
 def test_a_broadcast_baseline_is_whitened_over_tokens():
     x, ids = of(REWARDS[:5]), torch.tensor([0, 0, 1, 1, 1])
     mask = token_batch()[2]

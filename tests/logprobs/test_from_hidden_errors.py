@@ -71,7 +71,9 @@ def test_a_wrong_compute_dtype_is_named(bad):
 
 @pytest.mark.parametrize("bad", [0, -1, True, False, 1e9, "1 GiB"])
 def test_a_wrong_memory_budget_is_named(bad):
-    refused("memory_budget", bad, "a positive number of bytes", memory_budget=bad)
+    given = bad if type(bad) is int else f"{bad!r}, a {type(bad).__name__}"
+    accepted = "a positive number of bytes, as an integer (int(memory_budget))"
+    refused("memory_budget", given, accepted, memory_budget=bad)
 
 
 @EVERY_KERNEL

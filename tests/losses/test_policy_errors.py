@@ -51,10 +51,16 @@ def test_a_wrong_shape_of_group_ids_is_named(shape):
         call(group_ids=torch.zeros(shape, dtype=INT), aggregation="group-mean")
 
 
-@pytest.mark.parametrize("name,dtype", [("logp", torch.bfloat16), ("logp", torch.int64), ("old_logp", torch.float16)])
+@pytest.mark.parametrize("name", ["logp", "old_logp", "ref_logp", "rollout_logp", "entropy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64])
 def test_log_probs_of_a_wrong_dtype_are_named(name, dtype):
+    wrong = {name: torch.zeros(2, 3, dtype=dtype)}
     with pytest.raises(ValueError, match=f"^{name}: got dtype {dtype}, accepted: float32 or float64"):
-        call(**{name: torch.zeros(2, 3, dtype=dtype)})
+        call(**wrong)
+    if name in ("ref_logp", "rollout_logp"):
+        hidden, weight, ids = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=INT)
+        with pytest.raises(ValueError, match=f"^{name}: got dtype {dtype}, accepted: float32 or float64"):
+            tokenrl.linear_policy_loss("ppo", hidden, weight, ids, torch.zeros(2, 3), torch.ones(2), **wrong)
 
 
 def test_a_mask_of_integers_is_named():
@@ -163,7 +169,7 @@ def test_boundaries_of_a_wrong_type_are_named(bad):
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf, "hot"])
 def test_a_temperature_that_is_not_positive_is_named(temperature):
-    with pytest.raises(ValueError, match=f"^temperature: got {temperature}, accepted: a positive finite number"):
+    with pytest.raises(ValueError, match=f"^temperature: got {temperature!r}.*, accepted: a positive finite number"):
         tokenrl.token_logprobs(torch.zeros(2, 4), torch.zeros(2, dtype=INT), temperature=temperature)
 
 
@@ -213,17 +219,17 @@ def test_a_bad_normalizer_is_named(bad):
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (0,)])
-@pytest.mark.parametrize("name", ["ppo", "gspo", "ctpo", "minpro", "kl_k3"])
+@pytest.mark.parametrize("name", ["ppo", "gspo", "ctpo", "minpro", "kl_k3", "real", "gmpo", "fipo", "clip_cov"])
 def test_a_batch_without_tokens_has_loss_zero_and_a_graph(name, shape, backend):
     device = device_of(backend)
-    for mode in AGGREGATIONS:
+    for mode in ["group-mean"] if name == "real" else AGGREGATIONS:
         rows = shape[0]
         logp = torch.zeros(shape, device=device, requires_grad=True)
         more = {"cu_seqlens": torch.zeros(1, dtype=INT, device=device), "normalizer": 1.0} if len(shape) == 1 else {}
         ids = torch.zeros(rows, dtype=INT, device=device)
         loss, metrics = tokenrl.policy_loss(
             name, logp, None, torch.ones(rows, device=device), aggregation=mode, group_ids=ids, backend=backend,
-            segment_ids=torch.zeros(shape, dtype=INT, device=device), **more,
+            segment_ids=None if name == "real" else torch.zeros(shape, dtype=INT, device=device), **more,
         )  # fmt: skip
         (grad,) = torch.autograd.grad(loss, logp)
         assert loss.item() == 0 and grad.shape == shape and metrics.tokens == 0 and math.isnan(metrics.ess)

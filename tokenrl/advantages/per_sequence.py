@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_lengths, as_rewards
+from ..batch.checks import as_float64, as_lengths, as_rewards, check_name, check_number, check_tensor
 from ..batch.groups import as_groups, moments, statistics_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 from .per_token import discounted_returns
 
 SCALES = ("std", "none", "batch")
@@ -32,8 +32,8 @@ def grpo(
 
     Source: verl core_algos, TRL; Dr.GRPO, arXiv 2503.20783 (trainers).
     """
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
+    check_name("scale", scale, SCALES)
+    check_number("eps", eps, 0)
     x = as_rewards(rewards)
     own: Any = None
     if mean is None or (std is None and scale == "std"):
@@ -91,6 +91,7 @@ def remax(rewards: Tensor, greedy_rewards: Tensor, mask: Tensor | None = None) -
 
     Source: arXiv 2310.10505, verl (trainers).
     """
+    check_tensor("rewards", rewards)
     if rewards.dim() == 1:
         x = as_rewards(rewards)
         return (x - as_float64("greedy_rewards", greedy_rewards, x.shape, x)).to(rewards.dtype)
@@ -115,6 +116,9 @@ def gpg(
 
     Source: arXiv 2504.02546, verl (trainers).
     """
+    check_number("f_norm", f_norm, above=0)
+    if alpha is not None:
+        check_number("alpha", alpha)
     x = as_rewards(rewards)
     own = statistics_of(x, as_groups(group_ids, x), True, singleton).mean if mean is None else mean
     factor = x.numel() / (x != 0).double().sum().clamp(min=1) if alpha is None else alpha
@@ -129,8 +133,8 @@ def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: fl
 
     Source: arXiv 2503.19595, verl grpo_passk (trainers).
     """
-    if scale not in SCALES[:2]:
-        raise unknown("scale", scale, SCALES[:2])
+    check_name("scale", scale, SCALES[:2])
+    check_number("eps", eps, 0)
     x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     statistics = statistics_of(x, groups, True, "zero")
     alone, second = groups.top_two(x)
@@ -155,6 +159,7 @@ def gdpo(
 
     Source: arXiv 2601.05242, verl, TRL (trainers).
     """
+    check_number("eps", eps, 0)
     x = as_rewards(rewards, dims="[S, K]")
     groups, w = as_groups(group_ids, x), x.new_ones(x.shape[1])
     if weights is not None:

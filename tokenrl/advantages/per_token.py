@@ -5,25 +5,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_rewards
+from ..batch.checks import as_rewards, as_scalar, check_name, check_number
 from ..batch.groups import as_groups, groups_of, moments, statistics_of
-from ..batch.valid_tokens import HOLES, ValidTokens, valid_of, valid_tokens
-from ..errors import unknown, wrong
+from ..batch.valid_tokens import HOLES, ValidTokens, per_token, valid_of, valid_tokens
+from ..errors import wrong
 
 POSITIONS = ("column", "valid")
 
 
-def _check_discount(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise wrong(name, value, "a number in [0, 1]")
+def _discount(name: str, x: float | Tensor, valid: ValidTokens) -> float | Tensor:
+    """A number, or [M] of one per row."""
+    if not isinstance(x, Tensor):
+        check_number(name, x, 0, 1)
+        return x
+    found = per_token(name, x, valid)
+    if found.device.type == "cpu" and not ((found >= 0) & (found <= 1)).all():  # on a GPU a host sync
+        raise wrong(name, f"{x.min()} to {x.max()} in the tensor", "numbers in [0, 1]")
+    return found
 
 
 def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
     if (mean is None) != (var is None):
         raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
+    check_number("eps", eps, 0)
     if mean is None or var is None:
         mean, var = moments(x, torch.ones_like(x))
-    return (x - mean) * torch.as_tensor(var + eps, dtype=x.dtype, device=x.device).rsqrt()
+    return (x - as_scalar("mean", mean, x)) * (as_scalar("var", var, x) + eps).rsqrt()
 
 
 def whiten(
@@ -46,23 +53,26 @@ def whiten(
 
 
 def discounted_returns(
-    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float | Tensor = 1.0, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount (verl)."""
-    _check_discount("gamma", gamma)
+    """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount (verl).
+
+    gamma: a number, or one per sequence, [S].
+    """
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    gamma = _discount("gamma", gamma, valid)
     return valid.put(valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma), token_rewards.dtype)
 
 
 def reinforce_plus_plus(
-    token_rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0, *, cu_seqlens: Tensor | None = None
+    token_rewards: Tensor, mask: Tensor | None = None, gamma: float | Tensor = 1.0, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T].
+    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. gamma: a number, or [S].
 
     Source: arXiv 2501.03262, verl (trainers).
     """
-    _check_discount("gamma", gamma)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
+    gamma = _discount("gamma", gamma, valid)
     returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
     return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
 
@@ -84,8 +94,8 @@ def gae(
     token_rewards: Tensor,
     values: Tensor,
     mask: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 1.0,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
     whiten: bool = True,
     *,
     holes: str = "skip",
@@ -94,18 +104,17 @@ def gae(
     """GAE over valid tokens: (advantages, returns), [B, T] each.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
+    gamma, lam: numbers, or one per sequence, [S], as VAPO's lambda of 1 - 1 / (alpha n).
     holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next cell,
     and a masked one has r = V = 0 (OpenRLHF, and the code of RTO's authors). whiten: the advantages only, over all
     tokens.
 
     Source: arXiv 1506.02438, verl (trainers).
     """
-    _check_discount("gamma", gamma)
-    _check_discount("lam", lam)
-    if holes not in HOLES:
-        raise unknown("holes", holes, HOLES)
+    check_name("holes", holes, HOLES)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
+    gamma, lam = _discount("gamma", gamma, walked), _discount("lam", lam, walked)
     r, v = (
         walked.take(name, valid.put(valid.take(name, x), torch.float64))
         for name, x in (("token_rewards", token_rewards), ("values", values))
@@ -138,8 +147,8 @@ def otb(
 
     Source: verl (trainers).
     """
-    if position not in POSITIONS:
-        raise unknown("position", position, POSITIONS)
+    check_name("position", position, POSITIONS)
+    check_number("eps", eps, 0)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
     w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_rewards, check_integers
+from ..batch.checks import as_float64, as_rewards, check_integers, check_name, check_number
 from ..batch.groups import SCALES, Groups, as_groups, statistics_of
 from ..batch.valid_tokens import ValidTokens, valid_of
-from ..errors import unknown
 
 HOLES = ("stop", "skip")
 ENDS = ("valid", "cells")
@@ -49,8 +48,8 @@ def tempo(
     Source: arXiv 2509.18314 (authors' code).
     """
     for name, value, accepted in (("scale", scale, SCALES), ("holes", holes, HOLES), ("ends", ends, ENDS)):
-        if value not in accepted:
-            raise unknown(name, value, accepted)
+        check_name(name, value, accepted)
+    check_number("eps", eps, 0)
     check_integers("ids", ids)
     valid = valid_of(ids, mask, cu_seqlens, "ids")
     x = valid.layout.flat_sequences("rewards", as_rewards(rewards), torch.float64)

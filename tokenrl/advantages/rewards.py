@@ -6,7 +6,7 @@ Results that come of integers alone have torch's default dtype.
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_lengths, as_rewards
+from ..batch.checks import as_float64, as_lengths, as_rewards, check_number, check_tensor
 from ..batch.valid_tokens import valid_of
 from ..errors import wrong
 from ..objectives.policy import kl_estimator
@@ -37,10 +37,10 @@ def rto(
     Source: arXiv 2404.18922 (authors' code).
     """
     for name, bound in (("clip", clip), ("reward_clip", reward_clip)):
-        if bound is not None and not bound > 0:
-            raise wrong(name, bound, "a positive number, or None")
-    if not kl_coef >= 0:
-        raise wrong("kl_coef", kl_coef, "a number, at least 0")
+        if bound is not None:
+            check_number(name, bound, above=0, accepted="a positive number, or None")
+    check_number("kl_coef", kl_coef, 0)
+    check_number("scale", scale)
     valid = valid_of(old_logp, mask, cu_seqlens, "old_logp")
     dpo, ref, old = (
         valid.take(name, x) for name, x in (("dpo_logp", dpo_logp), ("ref_logp", ref_logp), ("old_logp", old_logp))
@@ -56,6 +56,7 @@ def _clamped(x: Tensor, bound: float | None) -> Tensor:
 
 
 def _float_lengths(lengths: Tensor) -> Tensor:
+    check_tensor("lengths", lengths)
     if lengths.dim() != 1:
         raise wrong("lengths", f"shape {list(lengths.shape)}", "[S], one per sequence")
     return as_lengths(lengths, lengths)
@@ -86,10 +87,12 @@ def overlong_penalty(
 
     Source: arXiv 2503.14476 (paper); verl (trainers).
     """
-    if not 0 < buffer <= max_length:
-        raise wrong("buffer", buffer, f"a number above 0 and at most max_length, {max_length}")
-    if floor is not None and not floor <= 0:
-        raise wrong("floor", floor, "a number, at most 0, or None")
+    check_number("max_length", max_length)
+    accepted = f"a number above 0 and at most max_length, {max_length}"
+    check_number("buffer", buffer, most=max_length, above=0, accepted=accepted)
+    check_number("factor", factor)
+    if floor is not None:
+        check_number("floor", floor, most=0, accepted="a number, at most 0, or None")
     over = (max_length - buffer - _float_lengths(lengths)) / buffer
     return (factor * over.clamp(min=floor, max=0.0)).to(torch.get_default_dtype())
 
@@ -103,9 +106,11 @@ def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None =
 
     Source: DAPO, arXiv 2503.14476 (paper); TRL mask_truncated_completions, ms-swift overlong_filter (trainers).
     """
+    check_number("max_length", max_length)
     kept = _float_lengths(lengths) < max_length
     if finished is None:
         return kept
+    check_tensor("finished", finished)
     if finished.dtype != torch.bool or finished.shape != kept.shape:
         raise wrong("finished", f"{finished.dtype} {list(finished.shape)}", f"torch.bool {list(kept.shape)}")
     return kept | finished
@@ -117,12 +122,10 @@ def reasoning_budget(progress: float, *, initial: float = 800, minimum: int = 1,
 
     Source: arXiv 2509.24375 (notes).
     """
-    if not 0 <= progress <= 1:
-        raise wrong("progress", progress, "a number in [0, 1]: step / steps")
-    if not 0 < gamma <= 1:
-        raise wrong("gamma", gamma, "a number above 0, at most 1")
-    if not minimum >= 1:
-        raise wrong("minimum", minimum, "an integer, at least 1")
+    check_number("progress", progress, 0, 1, accepted="a number in [0, 1]: step / steps")
+    check_number("gamma", gamma, most=1, above=0)
+    check_number("minimum", minimum, 1, accepted="an integer, at least 1")
+    check_number("initial", initial)
     return max(minimum, int(initial * gamma**progress))
 
 
@@ -132,8 +135,8 @@ def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
 
     Source: arXiv 2509.24375 (notes, which have no number for r_max).
     """
-    if not budget > 0:
-        raise wrong("budget", budget, "a positive number")
+    check_number("budget", budget, above=0, accepted="a positive number")
+    check_number("r_max", r_max)
     n = _float_lengths(lengths)
     return (r_max * (1 - (n / budget - 1).abs()).clamp(min=0.0)).to(torch.get_default_dtype())
 
@@ -143,8 +146,8 @@ def rmt_reward(correct: Tensor, length_rewards: Tensor, weight: float) -> Tensor
 
     Source: arXiv 2509.24375 (notes, which have no number for weight).
     """
-    if not 0 <= weight <= 1:
-        raise wrong("weight", weight, "a number in [0, 1]")
+    check_number("weight", weight, 0, 1)
+    check_tensor("correct", correct)
     extra = as_rewards(length_rewards, "length_rewards")
     if correct.dtype != torch.bool or correct.shape != extra.shape:
         raise wrong("correct", f"{correct.dtype} {list(correct.shape)}", f"torch.bool {list(extra.shape)}")

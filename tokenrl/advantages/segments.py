@@ -17,11 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_rewards, check_constant, check_floats, check_integers
+from ..batch.checks import (
+    as_float64,
+    as_rewards,
+    check_constant,
+    check_floats,
+    check_integers,
+    check_name,
+    check_number,
+    check_tensor,
+)
 from ..batch.groups import Groups
 from ..batch.layout import layout_of
 from ..batch.valid_tokens import ValidTokens, valid_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 
 METHODS = ("rloo", "grpo")
 INNER = ("mean", "given")
@@ -46,8 +55,7 @@ class SpoEdges(NamedTuple):
 
 
 def _check_threshold(threshold: float) -> None:
-    if not 0 < threshold <= 1:
-        raise wrong("threshold", threshold, "a probability, above 0 and at most 1")
+    check_number("threshold", threshold, most=1, above=0, accepted="a probability, above 0 and at most 1")
 
 
 def spo_mask(
@@ -122,6 +130,7 @@ def spo_chain(
     check_integers("segment_ids", segment_ids)
     segment = tokens.layout.flat_tokens("segment_ids", segment_ids, torch.int64)[tokens.cells]
     row, size = tokens.row, tokens.layout.num_sequences
+    check_tensor("values", values)
     if values.dim() != 2:
         raise wrong("values", f"shape {list(values.shape)}", f"[{size}, K], a row per sequence")
     v = as_float64("values", values, (size, values.shape[1]), old_logp)
@@ -156,8 +165,9 @@ def spo_tree(
     A kept edge is a training sample: its advantage stands on the tokens of its own segment.
     """
     for name, value, accepted in (("method", method, METHODS), ("inner", inner, INNER)):
-        if value not in accepted:
-            raise unknown(name, value, accepted)
+        check_name(name, value, accepted)
+    check_number("eps", eps, 0)
+    check_number("tolerance", tolerance, 0)
     v, up = as_rewards(values, "values", "[N]"), _as_parents(parents, values)
     below = (up >= 0).nonzero()[:, 0]
     families = Groups(up[below], v.numel())

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import unknown, wrong
-from .checks import as_rewards, check_integers
+from ..errors import wrong
+from .checks import as_rewards, check_integers, check_name
 
 SINGLETONS = ("raw", "zero")
 SCALES = ("std", "none")  # what a centred reward is divided by
@@ -70,8 +70,7 @@ def groups_of(ids: Tensor) -> Groups:
 
 
 def statistics_of(x: Tensor, groups: Groups, unbiased: bool, singleton: str) -> GroupStatistics:
-    if singleton not in SINGLETONS:
-        raise unknown("singleton", singleton, SINGLETONS)
+    check_name("singleton", singleton, SINGLETONS)
     # Per group until the end, and few calls into torch: of a small batch they are all that it costs.
     index, count = groups.index, groups.total(torch.ones_like(x))
     low = x.new_full((groups.number,), torch.inf).scatter_reduce_(0, index, x, "amin")

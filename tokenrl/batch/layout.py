@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
-from .checks import as_saved, check_plain, values_known
+from .checks import as_saved, check_tensor, values_known
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Layout:
         return torch.where(self.valid(), x, 0).to(like.dtype)
 
     def check_tokens(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
         if x.shape != self.shape:
             raise wrong(name, f"shape {list(x.shape)}", f"one value per token, {list(self.shape)}")
         self._check_device(name, x)
@@ -66,6 +67,7 @@ class Layout:
 
     def flat_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A per-sequence argument, checked, as a contiguous [S]."""
+        check_tensor(name, x)
         if x.shape != (self.num_sequences,):
             raise wrong(name, f"shape {list(x.shape)}", f"one value per sequence, [{self.num_sequences}]")
         self._check_device(name, x)
@@ -73,6 +75,7 @@ class Layout:
 
     def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
+        check_tensor(name, x)
         if x.shape == self.shape:
             return self.flat_tokens(name, x, dtype)
         if x.shape == (self.num_sequences,):
@@ -84,7 +87,7 @@ class Layout:
         )
 
     def _check_device(self, name: str, x: Tensor) -> None:
-        check_plain(name, x)
+        check_tensor(name, x)
         if x.device != self.cu_seqlens.device:
             raise wrong(name, f"device {x.device}", f"the device of the other tensors, {self.cu_seqlens.device}")
 
@@ -97,7 +100,7 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name: str = "logp") -> Layout:
     """The layout of a batch whose token tensor `x` (`name` in errors) is [B, T], or [N] with cu_seqlens [S + 1]."""
-    check_plain(name, x)
+    check_tensor(name, x)
     if cu_seqlens is None:
         if x.dim() != 2:
             raise wrong(
@@ -110,7 +113,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
             raise wrong(name, f"shape {list(x.shape)} with cu_seqlens", "packed [N]")
         cu_seqlens, width = _as_boundaries(cu_seqlens, x), None
     if mask is not None:
-        check_plain("mask", mask)
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise wrong("mask", f"dtype {mask.dtype}", "torch.bool (mask.bool() if it holds zeros and ones)")
         if mask.shape != x.shape:
@@ -122,7 +125,7 @@ def layout_of(x: Tensor, *, mask: Tensor | None, cu_seqlens: Tensor | None, name
 
 
 def _as_boundaries(cu_seqlens: Tensor, x: Tensor) -> Tensor:
-    check_plain("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise wrong("cu_seqlens", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}", "int32 or int64 [S + 1]")
     if cu_seqlens.device != x.device:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
-from .checks import as_float64, check_constant
+from .checks import as_float64, check_constant, check_number
 from .layout import Layout, layout_of
 
 HOLES = ("skip", "count")  # what a masked cell is to a distance in tokens: nothing, or a step
@@ -37,10 +37,10 @@ class ValidTokens:
         out[: x.numel() - distance] = torch.where(same, x[distance:], 0.0)
         return out
 
-    def suffix_sums(self, x: Tensor, factor: float) -> Tensor:
-        """y_t = x_t + factor y_{t+1} inside each sequence, in log2 steps: after the step of `distance`, y_t holds its
-        first 2 distance terms. Only products with powers, no division by them, so that factor 0.9 over 10k tokens is
-        exact."""
+    def suffix_sums(self, x: Tensor, factor: float | Tensor) -> Tensor:
+        """y_t = x_t + factor y_{t+1} inside each sequence, factor a number or one per row, [M], in log2 steps: after
+        the step of `distance`, y_t holds its first 2 distance terms. Only products with powers, no division by them, so
+        that factor 0.9 over 10k tokens is exact."""
         longest = min(self.layout.width or x.numel(), x.numel())
         distance = 1
         while distance < longest:
@@ -61,6 +61,7 @@ def valid_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: st
 def per_token(name: str, x: float | Tensor, valid: ValidTokens) -> Tensor:
     """fp64, [M] or 0-d."""
     if not isinstance(x, Tensor):
+        check_number(name, x)
         return torch.tensor(float(x), dtype=torch.float64, device=valid.cells.device)
     check_constant(name, x)
     rows = valid.layout.num_sequences

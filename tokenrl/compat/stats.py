@@ -2,6 +2,7 @@
 
 import torch
 
+from ..batch.checks import check_tensor
 from ..errors import wrong
 from ..logprobs.from_logits import TokenStats, token_logprobs
 from ..ops.kernel_ops import IGNORED
@@ -14,13 +15,17 @@ def stats_of(
     row_mask: torch.Tensor | None,
     outputs: tuple[str, ...],
     inplace_backward: bool = False,
+    name: str = "index",
 ) -> TokenStats:
+    check_tensor("logits", logits)
+    check_tensor(name, index)
     rows = logits.shape[:-1]
     if index.shape[: len(rows)] != rows or index.dim() > logits.dim():
-        raise wrong("index", f"shape {list(index.shape)}", f"one id per row of logits, {list(rows)}, or K of them")
+        raise wrong(name, f"shape {list(index.shape)}", f"one id per row of logits, {list(rows)}, or K of them")
     if row_mask is not None:
+        check_tensor("row_mask", row_mask)
         if row_mask.shape != index.shape:
-            raise wrong("row_mask", f"shape {list(row_mask.shape)}", f"the shape of index, {list(index.shape)}")
+            raise wrong("row_mask", f"shape {list(row_mask.shape)}", f"the shape of {name}, {list(index.shape)}")
         index = index.masked_fill(row_mask == 0, IGNORED)
     if logits.dim() not in (2, 3):
         index = index.reshape(rows.numel(), *index.shape[len(rows) :])

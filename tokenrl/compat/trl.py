@@ -2,6 +2,7 @@
 
 import torch
 
+from ..batch.checks import check_tensor
 from .stats import stats_of
 
 
@@ -17,6 +18,7 @@ def selective_log_softmax(
 
 def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
     """TRL: the entropy of softmax(logits), [...]. chunk_size has no effect: nothing is chunked."""
+    check_tensor("logits", logits)
     rows = logits.shape[:-1]
     index = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     return stats_of(logits, index, 1.0, None, ("entropy",)).entropy.view(rows)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..batch.checks import check_tensor
 from ..logprobs.from_logits import why_not_inplace
 from ..ops import backends
 from .stats import stats_of
@@ -15,6 +16,8 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_bac
     overlap, their last stride is 1, the call runs eagerly and on a kernel backend; elsewhere the gradient is fresh. An
     operation beside this one that saved the logits then raises in its backward, as autograd does after any write.
     """
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
     chosen = backends.choose(None, logits.device)
     inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None
-    return stats_of(logits, labels, 1.0, None, ("logp",), inplace_backward).logp.view(labels.shape)
+    return stats_of(logits, labels, 1.0, None, ("logp",), inplace_backward, "labels").logp.view(labels.shape)

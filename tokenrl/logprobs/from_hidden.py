@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_saved, check_plain, made_in_inference_mode
+from ..batch.checks import as_saved, check_bytes, check_tensor, made_in_inference_mode
 from ..errors import wrong
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import Transform
@@ -38,7 +38,8 @@ class HeadArguments:
         ids = from_logits.aligned_ids(ids, row_mask, ignore_index, self.like)
         ids = ids.flatten(0, -2) if ids.dim() == self.like.dim() else ids.reshape(-1, 1)
         tensors = (self.hidden, self.weight, self.bias, ids)
-        return HeadInputs(*(*tensors, *self.transform, self.compute_dtype, self.memory_budget))
+        transform = from_logits.of_rows_read(self.transform, ids, several=True)
+        return HeadInputs(*(*tensors, *transform, self.compute_dtype, self.memory_budget))
 
 
 def head_arguments(
@@ -50,8 +51,7 @@ def head_arguments(
     dtype = compute_dtype or hidden.dtype
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"])
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise wrong("memory_budget", memory_budget, "a positive number of bytes")
+    check_bytes("memory_budget", memory_budget)
     like = hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
     transform = from_logits.as_transform(temperature, softcap, logit_scale, keep_mask, like)
     if transform.temperatures is not None:
@@ -114,12 +114,14 @@ def linear_token_logprobs(
 def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None, main_grad: Tensor | None
 ) -> None:
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
         raise wrong("hidden", f"shape {list(hidden.shape)}", "[N, D] or [B, T, D] with D >= 1")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise wrong("weight", f"shape {list(weight.shape)}", f"[V, {hidden.shape[-1]}] for this hidden, V >= 1")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise wrong("bias", f"shape {list(bias.shape)}", f"[{weight.shape[0]}]")
+    if bias is not None:
+        _check_bias(bias, weight)
     if compute_dtype is not None and compute_dtype not in DTYPES:
         raise wrong("compute_dtype", compute_dtype, ", ".join(map(str, DTYPES)))
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -130,7 +132,7 @@ def _check_head(
 
 
 def _check_factor(name: str, x: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> None:
-    check_plain(name, x)
+    check_tensor(name, x)
     if x.device != hidden.device:
         raise wrong(name, f"device {x.device}", f"the device of hidden, {hidden.device}")
     if x.dtype not in DTYPES:
@@ -142,7 +144,14 @@ def _check_factor(name: str, x: Tensor, hidden: Tensor, compute_dtype: torch.dty
         raise wrong(name, "a tensor made in inference mode", f"one that autograd may save ({name}.clone(), once)")
 
 
+def _check_bias(bias: Tensor, weight: Tensor) -> None:
+    check_tensor("bias", bias)
+    if bias.shape != weight.shape[:1]:
+        raise wrong("bias", f"shape {list(bias.shape)}", f"[{weight.shape[0]}]")
+
+
 def _check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
+    check_tensor("main_grad", main_grad)
     accepted = torch.promote_types(weight.dtype, torch.float32)
     if main_grad.shape != weight.shape or main_grad.dtype != accepted or main_grad.device != weight.device:
         given = f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_saved, check_plain, values_known
-from ..errors import unknown, wrong
+from ..batch.checks import FP32, as_saved, check_name, check_positive, check_tensor, values_known
+from ..errors import described, wrong
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import IGNORED, Transform
 
@@ -78,11 +78,12 @@ def token_logprobs(
     transform = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
     if transform.keep_mask is not None:
         transform = replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
+    ids = aligned_ids(ids, row_mask, ignore_index, logits)
     results = dispatch.token_logprobs(
         chosen,
         _unit_stride(logits),
-        aligned_ids(ids, row_mask, ignore_index, logits),
-        *transform,
+        ids,
+        *of_rows_read(transform, ids, ids.dim() == logits.dim()),
         [name for name in outputs if name not in kernel_ops.ALWAYS],
         inplace_backward,
     )
@@ -95,7 +96,7 @@ def as_transform(
     """Checked; temperatures of the shape of the rows, keep_mask [V] or of the shape of logits."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None:
-            _check_positive(name, value)
+            check_positive(name, value)
     number, per_row = _temperature(temperature, logits)
     if keep_mask is not None:
         _check_keep(keep_mask, logits)
@@ -110,48 +111,69 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
     """int64, -100 where ignored; checked against the vocabulary where that costs no sync."""
-    ids = ids if ids.dtype == torch.int64 else ids.to(torch.int64)
-    if ignore_index != IGNORED:
-        ids = torch.where(ids == ignore_index, IGNORED, ids)
+    if not isinstance(ignore_index, int):
+        raise wrong("ignore_index", described(ignore_index), f"an integer ({IGNORED} where no id is ignored)")
+    given = ids = ids if ids.dtype == torch.int64 else ids.to(torch.int64)
+    if ignore_index != IGNORED:  # then IGNORED is an id out of range like any other
+        ids = torch.where(ids == ignore_index, IGNORED, torch.where(ids == IGNORED, -1, ids))
     if row_mask is not None:
-        check_plain("row_mask", row_mask)
-        if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
-            given = f"{row_mask.dtype} {list(row_mask.shape)}"
-            raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
+        _check_row_mask(row_mask, logits)
         ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
     if ids.numel() and values_known(ids):
-        _check_range(ids, logits.shape[-1], ignore_index)
+        _check_range(ids, given, logits.shape[-1], ignore_index)
     return as_saved(ids.contiguous())
 
 
-def _check_range(ids: Tensor, vocab: int, ignore_index: int) -> None:
-    low, high = (int(x) for x in ids.aminmax())  # where nothing is ignored one pass says it all
+def _check_row_mask(row_mask: Tensor, logits: Tensor) -> None:
+    check_tensor("row_mask", row_mask)
+    if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
+        given = f"{row_mask.dtype} {list(row_mask.shape)}"
+        raise wrong("row_mask", given, f"bool, one per row of logits, {list(logits.shape[:-1])}")
+    if row_mask.device != logits.device:
+        raise wrong("row_mask", f"device {row_mask.device}", f"the device of logits, {logits.device}")
+
+
+def _check_range(ids: Tensor, given: Tensor, vocab: int, ignore_index: int) -> None:
+    low, high = ids.aminmax()  # where nothing is ignored one pass says it all
     if low < 0 or high >= vocab:
         if ((ids != IGNORED) & ((ids < 0) | (ids >= vocab))).any():
+            low, high = given.aminmax()
             accepted = f"0 to {vocab - 1}, or {ignore_index} to ignore a row"
             raise wrong("ids", f"values from {low} to {high}", accepted)
+
+
+def of_rows_read(transform: Transform, ids: Tensor, several: bool) -> Transform:
+    """With a temperature of 1 in the rows that are never read, whatever it was there. several: ids has K a row."""
+    if transform.temperatures is None:
+        return transform
+    read = ids != IGNORED
+    read = read.any(-1) if several else read
+    temperatures = torch.where(read.view(transform.temperatures.shape), transform.temperatures, 1)
+    if values_known(temperatures):
+        good = (temperatures >= FP32.tiny) & (temperatures <= FP32.max)
+        if not good.all():
+            bad = temperatures[~good][0].item()
+            raise wrong("temperature", f"{bad} in the tensor", "positive finite numbers in the range of fp32")
+    return replace(transform, temperatures=temperatures)
 
 
 def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, one per row) in the precision of the results."""
     if not isinstance(temperature, Tensor):
-        _check_positive("temperature", temperature)
+        check_positive("temperature", temperature)
         return float(temperature), None
     if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
         accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
     if temperature.requires_grad:
         raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
-    check_plain("temperature", temperature)
-    if values_known(temperature) and not (temperature > 0).all():
-        raise wrong("temperature", f"{temperature.min()} in the tensor", "positive numbers")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return 1.0, as_saved(temperature.detach().to(logits.device, dtype).contiguous())
 
 
 def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
-    check_plain("logits", logits)
-    check_plain("ids", ids)
+    check_tensor("logits", logits)
+    check_tensor("ids", ids)
     if logits.dtype not in DTYPES:
         raise wrong("logits", f"dtype {logits.dtype}", ", ".join(map(str, DTYPES)))
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
@@ -164,21 +186,19 @@ def check_ids(logits: Tensor, ids: Tensor, outputs: Sequence[str]) -> None:
         raise wrong("ids", f"dtype {ids.dtype}", "int64 or int32")
     if ids.device != logits.device:
         raise wrong("ids", f"device {ids.device}", f"the device of logits, {logits.device}")
+    if isinstance(outputs, str) or not isinstance(outputs, (list, tuple, Sequence)):
+        raise wrong("outputs", described(outputs), "a list of names, as ['logp', 'entropy']")
     for name in outputs:
-        if name not in OUTPUTS:
-            raise unknown("outputs", name, OUTPUTS)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-        raise wrong(name, value, "a positive finite number")
+        check_name("outputs", name, OUTPUTS)
+    if len(set(outputs)) != len(outputs):
+        raise wrong("outputs", f"{list(outputs)}", "every name once")
 
 
 def _check_keep(keep_mask: Tensor, logits: Tensor) -> None:
+    check_tensor("keep_mask", keep_mask)
     if keep_mask.dtype != torch.bool or keep_mask.shape not in (logits.shape, logits.shape[-1:]):
         accepted = f"bool [{logits.shape[-1]}] or {list(logits.shape)}"
         raise wrong("keep_mask", f"{keep_mask.dtype} {list(keep_mask.shape)}", accepted)
-    check_plain("keep_mask", keep_mask)
     if keep_mask.device != logits.device:
         raise wrong("keep_mask", f"device {keep_mask.device}", f"the device of logits, {logits.device}")
 

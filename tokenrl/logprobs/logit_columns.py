@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch.checks import check_bytes, check_tensor
 from ..batch.layout import layout_of
 from ..batch.valid_tokens import ValidTokens, valid_tokens
 from ..errors import wrong
@@ -117,6 +118,7 @@ def head_columns(
 
 
 def tokens_of(x: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None) -> ValidTokens:
+    check_tensor(name, x)
     last = "V" if name == "logits" else "D"
     if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
         accepted = f"[B, T, {last}], or [N, {last}] with cu_seqlens, {last} >= 1"
@@ -129,6 +131,5 @@ def tokens_of(x: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | No
 def budget_of(memory_budget: int | None, like: Tensor) -> int:
     if memory_budget is None:
         return DEFAULT_BUDGET.get(like.device.type, DEFAULT_BUDGET["cpu"])
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise wrong("memory_budget", memory_budget, "a positive number of bytes")
+    check_bytes("memory_budget", memory_budget)
     return memory_budget

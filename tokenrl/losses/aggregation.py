@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_integers
+from ..batch.checks import check_constant, check_integers, check_name, check_number, check_tensor
 from ..batch.layout import Layout, layout_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 from ..objectives.aggregations import AGGREGATIONS, Aggregation
 from ..ops import backends, dispatch
 from ..ops.dispatch import SpanWeights
@@ -43,8 +43,7 @@ def _checked_mode(
     normalizer: float | Tensor | None,
 ) -> Aggregation:  # fmt: skip
     """The mode, where the batch has what it needs."""
-    if aggregation not in AGGREGATIONS:
-        raise unknown("aggregation", aggregation, AGGREGATIONS)
+    check_name("aggregation", aggregation, AGGREGATIONS)
     mode = AGGREGATIONS[aggregation]
     if mode.by_group and group_ids is None:
         accepted = f"one integer per sequence, [{layout.num_sequences}]; aggregation {aggregation!r} needs it"
@@ -59,8 +58,8 @@ def _checked_mode(
 
 def _check_normalizer(given: float | Tensor) -> None:
     if not isinstance(given, Tensor):
-        if not given > 0:
-            raise wrong("normalizer", given, "a positive number (the global count that the mode divides by)")
+        accepted = "a positive number (the global count that the mode divides by)"
+        check_number("normalizer", given, above=0, accepted=accepted)
         return
     check_constant("normalizer", given)
     if given.numel() != 1:
@@ -93,6 +92,7 @@ def aggregation_weights(
     if mask is not None:
         tokens = mask
     elif cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         tokens = _packed_like(cu_seqlens)
     else:
         raise wrong("mask", None, "a bool [B, T], or cu_seqlens [S + 1] of a packed batch")

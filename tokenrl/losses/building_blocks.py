@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats
+from ..batch.checks import check_constant, check_floats, check_name, check_number
 from ..batch.layout import layout_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 from ..objectives.gates.bounded import Identity
 from ..objectives.policy import Objective
 from ..objectives.statistics import check_statistic
@@ -37,8 +37,7 @@ def prefix_ratio(
 
     Source: CTPO, arXiv 2605.07331 (authors' code); MinPRO, arXiv 2601.22718 (notes).
     """
-    if kind not in KINDS:
-        raise unknown("kind", kind, KINDS)
+    check_name("kind", kind, KINDS)
     statistic = KINDS[kind]
     check_statistic(statistic, flow)
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
@@ -79,6 +78,8 @@ def position_adaptive_clip(
             if bound.requires_grad:
                 raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
             bounds[name] = layout.flat_tokens(name, bound, log_ratio.dtype)
+        else:
+            check_number(name, bound)
     chosen = backends.choose(backend, log_ratio.device)
     flat = layout.flat_tokens("log_ratio", log_ratio)
     clipped = dispatch.position_adaptive_clip(chosen, layout, flat, **bounds)

@@ -79,6 +79,7 @@ def policy_loss(
     if entropy is None and entropy_coef != 0:
         raise wrong("entropy", None, f"one entropy per token, {list(layout.shape)}; entropy_coef is {entropy_coef}")
     if entropy is not None:
+        check_floats("entropy", entropy)
         entropy = layout.flat_tokens("entropy", entropy, logp.dtype)
     loss, raw = dispatch.policy_loss(chosen, layout, layout.flat_tokens("logp", logp), entropy, inputs)
     return loss, Metrics(raw) if ref_logp is None and entropy is None else TermMetrics(raw)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_floats, check_integers
+from ..batch.checks import check_floats, check_integers, check_tensor
 from ..batch.layout import Layout
 from ..batch.spans import span_starts
 from ..errors import wrong
@@ -33,6 +33,8 @@ def policy_loss_inputs(
     if advantages is None and row.gate.uses_advantages:
         raise wrong("advantages", None, f"one per sequence or one per token; {row.name!r} needs them")
     for name, x in (("old_logp", old_logp), ("advantages", advantages), ("token_weight", token_weight)):
+        if x is not None:
+            check_tensor(name, x)
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a constant ({name}.detach()); only logp gets a gradient")
     if old_logp is not None:

@@ -23,15 +23,16 @@ computed in fp64.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_integers
+from ..batch.checks import check_constant, check_floats, check_integers, check_name, check_number, check_tensor
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import Spans, spans_of
-from ..errors import unknown, wrong
+from ..errors import described, unknown, wrong
 from ..methods.top_entropy import entropy_threshold, top_entropy_mask
 
 __all__ = [
@@ -57,6 +58,7 @@ REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
 }
 CLAMP = 20.0
+CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize")  # of importance_weights
 TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
@@ -76,15 +78,14 @@ def _log_ratios(
 
 def _check_range(low: float | None, high: float | None, least: float = 0.0) -> None:
     for name, x in (("low", low), ("high", high)):
-        if x is not None and not x >= least:
-            raise wrong(name, x, f"a number, at least {least:g}, or None")
+        if x is not None:
+            check_number(name, x, least, accepted=f"a number, at least {least:g}, or None")
     if low is not None and high is not None and low > high:
         raise wrong("low", low, f"at most high, {high}")
 
 
 def _check_bounds(bound: str, low: float | None, high: float | None) -> None:
-    if bound not in BOUNDS:
-        raise unknown("bound", bound, BOUNDS)
+    check_name("bound", bound, BOUNDS)
     if bound == "none" and (low is not None or high is not None):
         raise wrong("low" if high is None else "high", low if high is None else high, "None where bound is 'none'")
     if bound == "truncate" and high is None:
@@ -139,13 +140,11 @@ def importance_weights(
     Source: verl rollout_correction for "token" and "sequence"; TRL, ROLL for the bounds and the other levels
     (trainers).
     """
-    if level not in LEVELS:
-        raise unknown("level", level, LEVELS)
-    if normalize not in NORMALIZATIONS:
-        raise unknown("normalize", normalize, NORMALIZATIONS)
+    check_name("level", level, LEVELS)
+    check_name("normalize", normalize, NORMALIZATIONS)
     _check_bounds(bound, low, high)
-    if clamp is not None and not clamp > 0:
-        raise wrong("clamp", clamp, "a positive number, or None")
+    if clamp is not None:
+        check_number("clamp", clamp, above=0, accepted="a positive number, or None")
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
     kind, what = LEVELS[level]
     spans = spans_of(kind, layout, _segments(level, segment_ids, layout))
@@ -187,8 +186,7 @@ def rejection_mask(
 
     Source: verl (trainers).
     """
-    if statistic not in REJECTIONS:
-        raise unknown("statistic", statistic, REJECTIONS)
+    check_name("statistic", statistic, REJECTIONS)
     kind, what, k = REJECTIONS[statistic]
     if k != "k1" and low is not None:
         raise wrong("low", low, f"None for {statistic!r}: a divergence has an upper bound only")
@@ -228,8 +226,7 @@ def off_policy_sequence_mask(
 
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
     """
-    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
-        raise wrong("threshold", threshold, "a number, in nats per token")
+    check_number("threshold", threshold, accepted="a number, in nats per token")
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
     check_constant("advantages", advantages)
     per_token = advantages.shape == layout.shape
@@ -240,13 +237,22 @@ def off_policy_sequence_mask(
     return ((near | positive) & layout.valid()).view(layout.shape)
 
 
+def _checked_correction(correction: object) -> Mapping[str, Any]:
+    if not isinstance(correction, Mapping):
+        raise wrong("correction", described(correction), "a dict, as {'bound': 'truncate', 'high': 2.0}")
+    for key in correction:
+        if key not in CORRECTION:
+            raise unknown("correction", key, CORRECTION)
+    return correction
+
+
 def corrected_weights(
     layout: Layout,
     logp: Tensor | None,
     rollout_logp: Tensor | None,
     segment_ids: Tensor | None,
     token_weight: Tensor | None,
-    correction: dict[str, Any] | None,
+    correction: Mapping[str, Any] | None,
 ) -> Tensor | None:
     """token_weight times the importance weights of logp to the rollout's, if that is given."""
     if rollout_logp is None:
@@ -255,13 +261,17 @@ def corrected_weights(
         return token_weight
     if logp is None:
         raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
-    given = TRUNCATED if correction is None else correction
+    check_tensor("old_logp", logp)
+    given = TRUNCATED if correction is None else _checked_correction(correction)
     if given.get("level") == "segment":
-        given = {"segment_ids": segment_ids} | given
+        given = {"segment_ids": segment_ids, **given}
     if logp.shape != layout.shape:
         raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
     where: dict[str, Any] = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
     if layout.width is None:
         where["cu_seqlens"] = layout.cu_seqlens
     weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
-    return weights if token_weight is None else torch.where(weights != 0, weights * token_weight, 0)
+    if token_weight is None:
+        return weights
+    check_tensor("token_weight", token_weight)
+    return torch.where(weights != 0, weights * token_weight, 0)

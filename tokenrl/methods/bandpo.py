@@ -14,9 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_number
+from ..batch.checks import FINITE, check_name, check_number
 from ..batch.valid_tokens import valid_of
-from ..errors import unknown, wrong
 
 KINDS = ("tv", "chi2", "kl")
 EDGE = 1e-6
@@ -46,10 +45,8 @@ def bandpo(
     "kl" is the code's default. relax: the window is at least eps_low, eps_high, those of a plain clip. 1 + eps_high is
     at most ceiling. NaN stays.
     """
-    if kind not in KINDS:
-        raise unknown("kind", kind, KINDS)
-    if not 0 < delta < math.inf:
-        raise wrong("delta", delta, "a positive number")
+    check_name("kind", kind, KINDS)
+    check_number("delta", delta, above=0, most=FINITE, accepted="a positive number")
     check_number("eps_low", eps_low, 0, 1)
     check_number("eps_high", eps_high, 0)
     check_number("ceiling", ceiling, 1)

@@ -15,9 +15,9 @@ Source: arXiv 2509.22115 (notes).
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_rewards, as_scalar, check_constant
+from ..batch.checks import as_rewards, as_scalar, check_constant, check_name, check_number
 from ..batch.valid_tokens import ValidTokens, valid_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 from .sspo import SCOPES
 
 TIE = 1e-12
@@ -26,8 +26,9 @@ TIE = 1e-12
 def d3s_schedule(progress: float, initial: float, final: float) -> float:
     """(1 - p) initial + p final: the number of rollouts or the fraction of tokens at progress p in [0, 1] of the
     training."""
-    if not 0 <= progress <= 1:
-        raise wrong("progress", progress, "a number in [0, 1]")
+    check_number("progress", progress, 0, 1)
+    check_number("initial", initial)
+    check_number("final", final)
     return (1 - progress) * initial + progress * final
 
 
@@ -100,8 +101,7 @@ def advantage_entropy_mask(
     threshold: a number or 0-d tensor in place of fraction, for scope "batch": advantage_entropy_threshold of the whole
     of a batch that comes in parts.
     """
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
+    check_name("scope", scope, SCOPES)
     if (threshold is None) == (fraction is None):
         raise wrong("fraction", fraction, "a fraction, or a threshold in its place")
     valid, scores = _scores(advantages, entropy, mask, cu_seqlens)
@@ -129,8 +129,8 @@ def _scores(
 
 def _thresholds(scores: Tensor, within: Tensor, number: int, fraction: float) -> Tensor:
     """[number]: the lowest of the kept scores of each span that `within` names; inf if there are no scores."""
-    if not 0 < fraction <= 1:
-        raise wrong("fraction", fraction, "the fraction of tokens to keep, above 0 and at most 1")
+    accepted = "the fraction of tokens to keep, above 0 and at most 1"
+    check_number("fraction", fraction, most=1, above=0, accepted=accepted)
     ordered, order = scores.sort()
     ordered = ordered[within[order].sort(stable=True).indices]
     ends = torch.bincount(within, minlength=number).cumsum(0)

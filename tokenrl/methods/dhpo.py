@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..batch.checks import check_number
 from ..batch.groups import Groups
 from ..batch.valid_tokens import per_token, valid_of
 
@@ -26,6 +27,7 @@ def entropy_mix(
 
     Source: DHPO, arXiv 2601.05607 (notes, our reading).
     """
+    check_number("eps", eps, 0)
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x, rows = valid.take("entropy", entropy), Groups(valid.row, valid.layout.num_sequences)
     low = -rows.max(-x) if lowest is None else per_token("lowest", lowest, valid)

@@ -14,11 +14,10 @@ Source: arXiv 2508.03772 (authors' code).
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, check_integers
+from ..batch.checks import as_float64, check_integers, check_number
 from ..batch.groups import as_groups, groups_of
 from ..batch.spans import spans_of
 from ..batch.valid_tokens import ValidTokens, valid_of
-from ..errors import wrong
 
 
 def conflict_weights(
@@ -40,6 +39,8 @@ def conflict_weights(
     else 1; lambda is the product of the factors from the left and from the right. Rows with A = 0 have 1 and match
     nobody. That masked cells inside a row are no positions is our reading.
     """
+    check_number("positive", positive)
+    check_number("negative", negative)
     valid, sign, *runs = _runs(ids, advantages, group_ids, mask, cu_seqlens)
     weight = torch.where(sign > 0, torch.full_like(sign, positive), negative)
     out = torch.ones_like(sign)
@@ -99,10 +100,8 @@ def entropy_shaped_advantages(
     threshold: 0.7 in the code, ln 2 in the paper; inf: no row is dropped. The paper keeps all rows where the entropy of
     the first policy is above it, the code does not. A row without tokens has <H> = 0.
     """
-    if not scale >= 0:
-        raise wrong("scale", scale, "a number, at least 0")
-    if not threshold >= 0:
-        raise wrong("threshold", threshold, "a number, at least 0 (inf: no row is dropped)")
+    check_number("scale", scale, 0)
+    check_number("threshold", threshold, 0, accepted="a number, at least 0 (inf: no row is dropped)")
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     a = as_float64("advantages", advantages, (valid.layout.num_sequences,), entropy)
     x = valid.put(valid.take("entropy", entropy), a.dtype)

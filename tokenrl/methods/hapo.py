@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_lengths, as_rewards, as_scalar, check_number
+from ..batch.checks import as_float64, as_lengths, as_rewards, as_scalar, check_name, check_number
 from ..batch.groups import SCALES, GroupStatistics, as_groups, statistics_of
 from ..batch.valid_tokens import valid_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 
 FLOOR = 1e-8
 
@@ -89,10 +89,9 @@ def reward_statistics(
     singleton: str = "raw",
 ) -> GroupStatistics:
     """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    if not limit > 0:
-        raise wrong("limit", limit, "a positive number, inf to turn the fallback off")
+    check_name("scale", scale, SCALES)
+    check_number("limit", limit, above=0, accepted="a positive number, inf to turn the fallback off")
+    check_number("eps", eps, 0)
     x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
     n, plain = as_lengths(lengths, x), statistics_of(x, groups, True, singleton)
     mean = groups.mean(x, n)
@@ -128,8 +127,8 @@ def hapo(
     the masked cells, whose reward is 0, as this then does. None (our reading): padding does not matter.
     mean, std: [S], both or neither, of hapo_statistics over all rows of the groups; nothing else but eps is then used.
     """
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
+    check_name("scale", scale, SCALES)
+    check_number("eps", eps, 0)
     if (mean is None) != (std is None):
         raise wrong("std" if std is None else "mean", None, "both of mean and std, or neither")
     x = as_rewards(rewards)

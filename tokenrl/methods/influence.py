@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_integers
+from ..batch.checks import check_integers, check_name, check_tensor
 from ..batch.groups import Groups, as_groups
 from ..batch.valid_tokens import ValidTokens
-from ..errors import unknown, wrong
+from ..errors import wrong
 from ..logprobs.logit_columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_columns, tokens_of
 from ..ops.linear.head import split
 
@@ -25,10 +25,8 @@ def influence(
     memory_budget: int | None,
 ) -> tuple[ValidTokens, Tensor]:  # fmt: skip
     """(the M valid tokens, sum over the correct rows' tokens u of <t, u>, fp64 [M])."""
-    if vocabulary not in VOCABULARIES:
-        raise unknown("vocabulary", vocabulary, VOCABULARIES)
-    if pairs not in PAIRS:
-        raise unknown("pairs", pairs, PAIRS)
+    check_name("vocabulary", vocabulary, VOCABULARIES)
+    check_name("pairs", pairs, PAIRS)
     if (weight is None) == (logits is None):
         raise wrong("logits", "None" if logits is None else "a tensor", "one of weight and logits")
     valid, budget = tokens_of(hidden, "hidden", mask, cu_seqlens), budget_of(memory_budget, hidden)
@@ -148,6 +146,7 @@ def _tile_size(tokens: _Tokens, group: _Group, vocab: int, pairs: str, budget: i
 
 
 def check_correct(correct: Tensor, valid: ValidTokens) -> None:
+    check_tensor("correct", correct)
     if correct.dtype != torch.bool:
         raise wrong("correct", f"dtype {correct.dtype}", "torch.bool, whether a row was rewarded")
     valid.layout.flat_sequences("correct", correct, torch.bool)

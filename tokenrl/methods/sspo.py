@@ -12,12 +12,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_scalar, check_integers, check_number
+from ..batch.checks import as_scalar, check_integers, check_name, check_number
 from ..batch.groups import Groups
 from ..batch.layout import layout_of
 from ..batch.spans import spans_of
 from ..batch.valid_tokens import ValidTokens, valid_of
-from ..errors import unknown, wrong
+from ..errors import wrong
 
 SCOPES = ("sequence", "batch")
 EQUAL = 1e-8
@@ -93,8 +93,7 @@ def entropy_bounds(
     less (a sequence of one span) h is 1/2; h is kept in [0, 1].
     The source fixes that the window of a span grows with its entropy; the formula and its numbers are our reading.
     """
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
+    check_name("scope", scope, SCOPES)
     for name, x in (("eps_low", eps_low), ("eps_high", eps_high), ("low_factor", low_factor)):
         check_number(name, x, 0)
     check_number("high_factor", high_factor, low_factor)

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant
+from ..batch.checks import FINITE, check_constant, check_number
 from ..batch.groups import as_groups
 from ..batch.valid_tokens import ValidTokens, per_token, valid_of
-from ..errors import wrong
 from .influence import check_correct, influence
 
 
@@ -122,8 +121,7 @@ def thr_advantages(
     advantages: [S], or of thr's shape. p: 0.1 favours exploitation, -0.1 exploration. tau: a number, 0-d, or one per
     sequence [S], as thr_threshold gives it.
     """
-    if not abs(p) < torch.inf:
-        raise wrong("p", p, "a finite number (0.1 or -0.1)")
+    check_number("p", p, -FINITE, FINITE, accepted="a finite number (0.1 or -0.1)")
     valid = valid_of(thr, mask, cu_seqlens, "thr")
     x, a = valid.take("thr", thr), _advantages(valid, advantages)
     kept = x.abs() > per_token("tau", tau, valid)
@@ -142,6 +140,7 @@ def nthr_statistics(
     """tau = beta min_i mean_t nthr_t over the correct rows i of the group, inf if it has none; eta = 2 |1/2 - p|, p the
     fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only (our
     reading)."""
+    check_number("beta", beta)
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     check_correct(correct, valid)
     groups, x = as_groups(group_ids, correct), valid.take("nthr", nthr)

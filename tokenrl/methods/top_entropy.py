@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats
+from ..batch.checks import as_scalar, check_constant, check_floats, check_number, check_tensor
 from ..batch.layout import layout_of
 from ..errors import wrong
 
@@ -16,10 +16,11 @@ def entropy_threshold(entropy: Tensor, quantile: float, mask: Tensor | None = No
     """
     check_floats("entropy", entropy)
     check_constant("entropy", entropy)
-    if not 0 < quantile <= 1:
-        raise wrong("quantile", quantile, "the fraction of tokens to keep, above 0 and at most 1")
+    accepted = "the fraction of tokens to keep, above 0 and at most 1"
+    check_number("quantile", quantile, most=1, above=0, accepted=accepted)
     if mask is None:
         mask = torch.ones_like(entropy, dtype=torch.bool)
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool or mask.shape != entropy.shape:
         raise wrong("mask", f"{mask.dtype} {list(mask.shape)}", f"torch.bool {list(entropy.shape)}")
     # Infinity after the last entropy: what an empty batch finds, and what lets the masked cells stay, without a sync.
@@ -55,10 +56,6 @@ def top_entropy_mask(
     check_constant("entropy", entropy)
     if threshold is None:
         threshold = entropy_threshold(entropy, quantile, mask)
-    elif isinstance(threshold, Tensor):
-        check_constant("threshold", threshold)
-        if threshold.numel() != 1:
-            raise wrong("threshold", f"a tensor of shape {list(threshold.shape)}", "a number or a 0-d tensor")
-        threshold = threshold.to(entropy.device, torch.float64).reshape(())
     flat = layout.flat_tokens("entropy", entropy, torch.float64)
+    threshold = as_scalar("threshold", threshold, flat)
     return ((flat >= threshold) & layout.valid()).view(layout.shape)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_integers
+from ..batch.checks import check_constant, check_floats, check_integers, check_name, check_tensor
 from ..batch.layout import layout_of
 from ..batch.valid_tokens import ValidTokens, valid_tokens
-from ..errors import unknown, wrong
+from ..errors import wrong
 
 KINDS = ("tv", "kl")
 FLOOR = 1e-8
@@ -43,8 +43,7 @@ def topk_divergence(
 
     Source: DPPO, arXiv 2602.04879 (paper; the 1e-8: authors' code); CPPO, arXiv 2606.10968 (paper).
     """
-    if kind not in KINDS:
-        raise unknown("kind", kind, KINDS)
+    check_name("kind", kind, KINDS)
     valid = _as_valid_tokens(logp_topk, old_logp_topk, mask, cu_seqlens)
     x, y = (t.reshape(-1, t.shape[-1])[valid.cells].double() for t in (logp_topk, old_logp_topk))
     sampled: dict[str, Any] = {"ids_topk": ids_topk, "ids": ids, "logp": logp, "old_logp": old_logp}
@@ -68,6 +67,7 @@ def _as_valid_tokens(
 ) -> ValidTokens:
     dims = "[B, T, K]" if cu_seqlens is None else "[N, K] with cu_seqlens"
     for name, x in (("logp_topk", logp_topk), ("old_logp_topk", old_logp_topk)):
+        check_tensor(name, x)
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
             raise wrong(name, f"shape {list(x.shape)}", f"{dims}, K >= 1")
         check_floats(name, x)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch.checks import FINITE, check_name, check_number
 from ..batch.groups import Groups, as_groups
 from ..batch.layout import Layout
 from ..batch.valid_tokens import ValidTokens
-from ..errors import unknown, wrong
+from ..errors import wrong
 from ..logprobs.logit_columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_columns, tokens_of
 
 POSITIONS = ("all", "valid")
@@ -143,12 +144,10 @@ def _batch(
     positions: str, width: int | None, memory_budget: int | None,
 ) -> tuple[ValidTokens, Groups, _Slots, int]:  # fmt: skip
     """Checked; x: [B, T, .] or [N, .]."""
-    if positions not in POSITIONS:
-        raise unknown("positions", positions, POSITIONS)
+    check_name("positions", positions, POSITIONS)
     if width is not None and positions != "all":
         raise wrong("width", width, f"None for positions {positions!r} (positions='all' uses it)")
-    if not abs(alpha) < torch.inf:
-        raise wrong("alpha", alpha, "a finite number, the largest weight")
+    check_number("alpha", alpha, -FINITE, FINITE, accepted="a finite number, the largest weight")
     valid = tokens_of(x, name, mask, cu_seqlens)
     groups = as_groups(group_ids, valid.layout.cu_seqlens[1:])
     return valid, groups, _slots(valid, groups), budget_of(memory_budget, x)

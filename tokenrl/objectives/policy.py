@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import unknown, wrong
+from ..batch.checks import check_name, check_number
+from ..errors import described, unknown, wrong
 from .aggregations import AGGREGATIONS
 from .forms.base import Form
 from .forms.ratios import FiberPo, Gmpo, Hmpo, Real
@@ -53,10 +54,16 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic, self.flow)
-        if self.aggregation not in AGGREGATIONS:
-            raise unknown("aggregation", self.aggregation, AGGREGATIONS)
-        if not self.clamp > 0:
-            raise wrong("clamp", self.clamp, "a positive number, inf to turn it off")
+        check_name("aggregation", self.aggregation, AGGREGATIONS)
+        check_number("clamp", self.clamp, above=0, accepted="a positive number, inf to turn it off")
+        check_number("cap", self.cap, accepted="a number, inf to turn it off")
+        for name in ("clamp", "cap"):  # the ops take Python's floats alone
+            if type(getattr(self, name)) is not float:
+                object.__setattr__(self, name, float(getattr(self, name)))
+        if not isinstance(self.gate, Gate):
+            raise wrong("gate", described(self.gate), "a gate, as those of tokenrl/objectives/gates")
+        if self.form is not None and not isinstance(self.form, Form):
+            raise wrong("form", described(self.form), "a form, as those of tokenrl/objectives/forms, or None")
         if GATES.get(self.gate.name, type(self.gate)) is not type(self.gate):  # its kernels would run another formula
             given = f"{type(self.gate).__name__} of the name {self.gate.name!r}"
             raise wrong("gate", given, f"a name of its own, that one is {GATES[self.gate.name].__name__}'s")
@@ -156,8 +163,9 @@ def find_objective(name: str | Objective) -> Objective:
     """The row of that name, or the row itself."""
     if isinstance(name, Objective):
         return name
-    if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES)
+    if not isinstance(name, str):
+        raise wrong("objective", described(name), "a name of tokenrl.OBJECTIVES, or what tokenrl.objective returns")
+    check_name("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
 
 
@@ -190,9 +198,10 @@ def objective(name: str | Objective, **parameters: Any) -> Objective:
 
 def kl_estimator(name: str | Objective) -> Objective:
     """A row that estimates a KL divergence token by token: kl_*, with any of its numbers changed."""
-    row = find_objective(name)
-    if not isinstance(row.gate, KlGate) or row.statistic != "token":
-        raise unknown("kl", row.name, [known.name for known in OBJECTIVES.values() if isinstance(known.gate, KlGate)])
+    known = {row.name: row for row in OBJECTIVES.values() if isinstance(row.gate, KlGate)}
+    row = name if isinstance(name, Objective) else known.get(name if isinstance(name, str) else "")
+    if row is None or not isinstance(row.gate, KlGate) or row.statistic != "token":
+        raise unknown("kl", name if row is None else row.name, known)
     if any(isinstance(p, Tensor) for p in row.gate.params()):
         raise wrong("kl", "a gate with a tensor for a parameter", "numbers")
     return row

@@ -12,7 +12,7 @@ flow says what a gradient sees: "through" is the true derivative, "local" stops 
 import torch
 from torch import Tensor
 
-from ..errors import unknown
+from ..batch.checks import check_name
 
 
 def token(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
@@ -68,7 +68,5 @@ FLOWS = {  # a token has no other token to stop at; the prefix minimum is always
 
 
 def check_statistic(statistic: str, flow: str) -> None:
-    if statistic not in FLOWS:
-        raise unknown("statistic", statistic, FLOWS)
-    if flow not in FLOWS[statistic]:
-        raise unknown(f"flow of statistic {statistic!r}", flow, FLOWS[statistic])
+    check_name("statistic", statistic, FLOWS)
+    check_name(f"flow of statistic {statistic!r}", flow, FLOWS[statistic])

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import unknown, wrong
+from ..batch.checks import check_name
+from ..errors import wrong
 from ..objectives.gates import GATES
 from ..objectives.gates.base import Gate
 from . import kernel_ops, linear_ops
@@ -47,10 +48,11 @@ class Backend:
 def choose(name: str | None, device: torch.device, gate: str | None = None) -> Backend:
     """The backend for a call on `device`, of an objective with that gate: the named one, else TOKENRL_BACKEND, else the
     first that can run it."""
-    name = name or os.environ.get("TOKENRL_BACKEND") or None
+    argument = "backend"
+    if name is None and (name := os.environ.get("TOKENRL_BACKEND") or None):
+        argument = "TOKENRL_BACKEND, the environment's backend"
     if name is not None:
-        if name not in BACKENDS:
-            raise unknown("backend", name, BACKENDS)
+        check_name(argument, name, BACKENDS)
         reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_gate(gate)
         if reason is None:
             return BACKENDS[name]

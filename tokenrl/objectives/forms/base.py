@@ -23,6 +23,8 @@ class Form:
     """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate."""
 
     names: ClassVar[tuple[str, ...]]
+    words: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def evaluate(self, tokens: "FormInputs") -> tuple[Tensor, Tensor]:

@@ -106,6 +106,8 @@ class Real(Form):
         for name, given in (("token_weight", tokens.token_weight), ("segment_ids", tokens.starts)):
             if given is not None:
                 raise wrong(name, "a tensor", "None; REAL compares whole sequences")
+        if not layout.num_sequences:  # of nothing segment_reduce raises
+            return tokens.run()
         counts = torch.segment_reduce(tokens.valid.to(tokens.x.dtype), "sum", lengths=layout.cu_seqlens.diff())
         s = torch.segment_reduce(tokens.x, "sum", lengths=layout.cu_seqlens.diff()) / counts.clamp(min=1)
         if a.numel() == layout.num_tokens and a.numel() != layout.num_sequences:

@@ -4,9 +4,9 @@ kl_cov."""
 import torch
 from torch import Tensor
 
+from ...batch.checks import check_name
 from ...batch.layout import Layout
 from ...batch.valid_tokens import HOLES
-from ...errors import unknown
 from ..gates.base import INF, parametrised
 from ..gates.kl import KlAbs
 from .base import Form, FormInputs
@@ -87,8 +87,7 @@ class FutureKl(Form):
     holes: str = "skip"
 
     def __post_init__(self) -> None:
-        if self.holes not in HOLES:
-            raise unknown("holes", self.holes, HOLES)
+        check_name("holes", self.holes, HOLES)
 
     @torch.no_grad()
     def factor(self, tokens: FormInputs) -> Tensor:

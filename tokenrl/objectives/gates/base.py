@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from ...batch.checks import check_number
 from ...errors import wrong
 
 Bound = float | Tensor
@@ -32,6 +33,8 @@ class Parametrised(Protocol):
     """A gate or a form."""
 
     names: ClassVar[tuple[str, ...]]
+    words: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
@@ -43,7 +46,10 @@ AnyClass = TypeVar("AnyClass", bound=type)
 def parametrised(cls: AnyClass) -> AnyClass:
     """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not)."""
     made: Any = dataclass(frozen=True, eq=False)(cls)
-    made.names = tuple(field.name for field in dataclasses.fields(made))
+    fields = dataclasses.fields(made)
+    made.names = tuple(field.name for field in fields)
+    made.words = tuple(field.name for field in fields if field.type in (str, "str"))
+    made.optional = tuple(field.name for field in fields if "None" in str(field.type))
     return made
 
 
@@ -55,6 +61,8 @@ class Gate:
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
+    words: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
     uses_advantages: ClassVar[bool] = True
     vanishes: ClassVar[bool] = True
@@ -92,7 +100,8 @@ def check_params(gate: Parametrised) -> None:
     """Numbers must be numbers, and no parameter may expect a gradient."""
     for name in gate.names:
         value = getattr(gate, name)
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
-        if isinstance(value, float) and value != value:
-            raise wrong(name, "nan", "a number or a tensor with one value per token")
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
+        elif name not in gate.words and not (value is None and name in gate.optional):
+            check_number(name, value, accepted="a number or a tensor with one value per token")

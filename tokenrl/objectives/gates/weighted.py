@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import unknown
+from ...batch.checks import check_name
 from .base import INF, Bound, Bounds, Gate, clamp, parametrised
 
 LOG_FLOOR = math.log(1e-8)
@@ -28,8 +28,7 @@ class Cispo(Gate):
     bound: str = "raw"
 
     def __post_init__(self) -> None:
-        if self.bound not in ("raw", "relative"):
-            raise unknown("bound", self.bound, ("raw", "relative"))
+        check_name("bound", self.bound, ("raw", "relative"))
 
     def params(self) -> tuple[Bound, Bound]:
         low = 0.0 if self.eps_low is None else self.eps_low

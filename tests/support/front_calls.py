@@ -1,0 +1,129 @@
+"""A good call of every public function, by argument, on a batch of three sequences of five tokens; and what its
+arguments are said to be."""
+
+import inspect
+import typing
+
+import torch
+from torch import Tensor
+
+import tokenrl
+from tokenrl import advantages, bounds, compat, conflicts, corrections, divergence_weights, hidden_reward, rewards
+from tokenrl import selection as d3s
+
+INT = torch.int64
+DRAW = torch.Generator().manual_seed(3)
+
+
+def _draw(*shape):
+    return torch.rand(shape, generator=DRAW)
+
+
+MASK = torch.ones(3, 5, dtype=torch.bool)
+GROUPS = torch.tensor([0, 0, 1])
+LENGTHS = torch.tensor([5, 4, 3])
+CORRECT = torch.tensor([True, False, True])
+LOGP, OLD, X, HIDDEN, WEIGHT, LOGITS = (
+    -_draw(3, 5),
+    -_draw(3, 5),
+    _draw(3, 5),
+    _draw(3, 5, 4),
+    _draw(11, 4),
+    _draw(3, 5, 11),
+)
+R = _draw(3)
+IDS = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 4, 4, 5], [6, 7, 8, 9, 10]])
+TOKENS = {"mask": MASK}
+LOSS = {
+    "old_logp": OLD, "advantages": R, "mask": MASK, "segment_ids": IDS, "group_ids": GROUPS, "rollout_logp": LOGP,
+    "token_weight": X, "aggregation": "group-mean", "normalizer": 2.0, "ref_logp": OLD, "kl_coef": 0.1,
+    "entropy_coef": 0.1,
+}  # fmt: skip
+VOCABULARY = {"temperature": 1.0, "softcap": 30.0, "logit_scale": 1.0, "keep_mask": torch.ones(11, dtype=torch.bool)}
+HEAD = {"hidden": HIDDEN, "weight": WEIGHT, "bias": _draw(11), "memory_budget": 1 << 20} | VOCABULARY
+SHARED = {"rewards": R, "group_ids": GROUPS}
+POLICIES = {"logp": LOGP, "rollout_logp": OLD, "mask": MASK}
+BALANCED = {"aggregation": "balanced", "advantages": R, "group_ids": GROUPS, "normalizer": 2.0, "mask": MASK}
+OTB = {"logp": LOGP, "sum_pi_squared": X, "is_weights": X}
+BOUNDS = {"eps_low": 0.1, "eps_high": 0.2, "scope": "batch", "lowest": 0.0, "highest": 1.0}
+NODES = {"values": R, "parents": torch.tensor([-1, 0, 0])}
+TOPK = {"logp_topk": LOGITS.log_softmax(-1), "old_logp_topk": LOGITS.log_softmax(-1), "mask": MASK}
+HIDDEN_REWARD = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "correct": CORRECT, "group_ids": GROUPS, "mask": MASK}
+
+CALLS = [
+    (tokenrl.policy_loss, {"objective": "ppo", "logp": LOGP, "entropy": X} | LOSS),
+    (tokenrl.linear_policy_loss, {"objective": "ppo", "ids": IDS} | HEAD | LOSS),
+    (tokenrl.token_logprobs, {"logits": LOGITS, "ids": IDS, "row_mask": MASK} | VOCABULARY),
+    (tokenrl.linear_token_logprobs, {"ids": IDS, "row_mask": MASK} | HEAD),
+    (tokenrl.aggregation_weights, BALANCED), (tokenrl.group_aggregate, {"values": X} | BALANCED),
+    (tokenrl.prefix_ratio, {"logp": LOGP, "old_logp": OLD} | TOKENS),
+    (tokenrl.position_adaptive_clip, {"log_ratio": X, "eps_low": 0.1, "eps_high": 0.1, "power": 0.5} | TOKENS),
+    (tokenrl.entropy_mix, {"entropy": X, "lowest": 0.0, "highest": 1.0} | TOKENS),
+    (tokenrl.topk_divergence, TOPK),
+    (advantages.grpo, SHARED), (advantages.rloo, SHARED), (advantages.gpg, SHARED), (advantages.pass_at_k, SHARED),
+    (advantages.group_statistics, SHARED),
+    (advantages.opo, {"lengths": LENGTHS} | SHARED),
+    (advantages.remax, {"rewards": R, "greedy_rewards": R}),
+    (advantages.gdpo, {"rewards": X, "group_ids": GROUPS, "weights": _draw(5), "lengths": LENGTHS}),
+    (advantages.hapo, {"lengths": LENGTHS} | SHARED), (advantages.hapo_statistics, {"lengths": LENGTHS} | SHARED),
+    (advantages.whiten, {"values": X, "mean": 0.0, "var": 1.0} | TOKENS),
+    (advantages.discounted_returns, {"token_rewards": X} | TOKENS),
+    (advantages.reinforce_plus_plus, {"token_rewards": X} | TOKENS),
+    (advantages.reinforce_plus_plus_baseline, SHARED | TOKENS),
+    (advantages.gae, {"token_rewards": X, "values": X} | TOKENS),
+    (advantages.otb, {"token_rewards": X, "group_ids": GROUPS} | OTB | TOKENS),
+    (advantages.tempo, {"ids": IDS} | SHARED | TOKENS),
+    (advantages.spo_mask, {"old_logp": OLD} | TOKENS), (advantages.spo_cutpoints, {"old_logp": OLD} | TOKENS),
+    (advantages.spo_chain, {"values": R[:, None], "rewards": R, "segment_ids": IDS * 0, "old_logp": OLD} | TOKENS),
+    (advantages.spo_tree, NODES),
+    (bounds.bandpo, {"old_logp": OLD} | TOKENS),
+    (bounds.hapo_score, {"entropy": X} | TOKENS), (bounds.hapo_statistics, {"entropy": X} | TOKENS),
+    (bounds.entropy_range, {"entropy": X, "segment_ids": IDS} | TOKENS),
+    (bounds.entropy_bounds, {"entropy": X, "segment_ids": IDS} | BOUNDS | TOKENS),
+    (bounds.segment_ids, {"ids": IDS, "delimiters": [4]} | TOKENS),
+    (conflicts.conflict_weights, {"ids": IDS, "advantages": R, "group_ids": GROUPS} | TOKENS),
+    (conflicts.conflict_lengths, {"ids": IDS, "advantages": R, "group_ids": GROUPS} | TOKENS),
+    (conflicts.entropy_shaped_advantages, {"advantages": R, "entropy": X} | TOKENS),
+    (corrections.importance_weights, {"high": 2.0} | POLICIES),
+    (corrections.rejection_mask, {"statistic": "token_k1", "low": 0.5, "high": 2.0} | POLICIES),
+    (corrections.off_policy_sequence_mask, {"advantages": R, "threshold": 0.5} | POLICIES),
+    (corrections.top_entropy_mask, {"entropy": X} | TOKENS),
+    (corrections.entropy_threshold, {"entropy": X, "quantile": 0.5} | TOKENS),
+    (divergence_weights.tw_grpo_weights, {"logits": LOGITS, "group_ids": GROUPS} | TOKENS),
+    (divergence_weights.linear_tw_grpo_weights, {"hidden": HIDDEN, "weight": WEIGHT, "group_ids": GROUPS} | TOKENS),
+    (hidden_reward.thr, HIDDEN_REWARD), (hidden_reward.nthr, HIDDEN_REWARD),
+    (hidden_reward.thr_threshold, {"thr": X, "correct": CORRECT, "group_ids": GROUPS} | TOKENS),
+    (hidden_reward.thr_advantages, {"thr": X, "advantages": R, "p": 0.1, "tau": 0.5} | TOKENS),
+    (hidden_reward.nthr_statistics, {"nthr": X, "correct": CORRECT, "group_ids": GROUPS} | TOKENS),
+    (d3s.max_variance_rollouts, {"advantages": R, "keep": 2}),
+    (d3s.advantage_entropy_mask, {"advantages": R, "entropy": X, "fraction": 0.5} | TOKENS),
+    (d3s.advantage_entropy_mask, {"advantages": R, "entropy": X, "threshold": 0.5} | TOKENS),
+    (d3s.advantage_entropy_threshold, {"advantages": R, "entropy": X, "fraction": 0.5} | TOKENS),
+    (d3s.d3s_schedule, {"progress": 0.5, "initial": 4.0, "final": 2.0}),
+    (rewards.rto, {"dpo_logp": LOGP, "ref_logp": OLD, "old_logp": OLD, "rewards": R} | TOKENS),
+    (rewards.kl_estimate, {"logp": LOGP, "ref_logp": OLD} | TOKENS),
+    (rewards.overlong_penalty, {"lengths": LENGTHS, "max_length": 6, "buffer": 2}),
+    (rewards.overlong_mask, {"lengths": LENGTHS, "max_length": 6, "finished": CORRECT}),
+    (rewards.length_reward, {"lengths": LENGTHS, "budget": 4, "r_max": 1.0}),
+    (rewards.rmt_reward, {"correct": CORRECT, "length_rewards": R, "weight": 0.5}),
+    (rewards.reasoning_budget, {"progress": 0.5}),
+    (compat.selective_log_softmax, {"logits": LOGITS, "index": IDS, "row_mask": MASK}),
+    (compat.selective_log_softmax_and_entropy, {"logits": LOGITS, "index": IDS, "row_mask": MASK}),
+    (compat.entropy_from_logits, {"logits": LOGITS}),
+    (compat.logprobs_from_logits, {"logits": LOGITS, "labels": IDS}),
+]  # fmt: skip
+
+
+def kinds(function, name):
+    """The types of an argument, as its annotation has them."""
+    annotation = inspect.signature(function).parameters[name].annotation
+    return typing.get_args(annotation) or (annotation,)
+
+
+def arguments(*kind):
+    """(function, the good arguments, the name of one of a kind), for every such argument with a value or a default."""
+    for function, given in CALLS:
+        for name, parameter in inspect.signature(function).parameters.items():
+            known = name in given or parameter.default not in (None, parameter.empty)
+            if known and kind == tuple(k for k in (Tensor, float) if k in kinds(function, name)):
+                yield function, given, name
