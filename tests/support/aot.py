@@ -129,7 +129,7 @@ def parts():
     for name in STATISTICS:
         for starts in (None, flags):
             label = f"{name}{'' if starts is None else ' segments'}"
-            yield label, "statistic", (x, x, flags, cu, starts, name)
+            yield label, "statistic", (x, x, flags, cu, starts, name, "through")
             if name.startswith("prefix"):
                 yield label, "statistic_backward", (x, flags, cu, starts, name, "through")
     yield "", "position_adaptive_clip", (x, flags, cu, [0.1, 0.1, 0.3], [None, x, None])

@@ -162,6 +162,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return float(temperature), None
+    check_tensor("temperature", temperature)
     if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
         accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
