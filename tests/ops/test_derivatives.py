@@ -1,5 +1,7 @@
 """However a call is differentiated, eagerly, in a trace or under torch.func, the derivative is the same."""
 
+import weakref
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -81,3 +83,17 @@ def test_forms_have_one_gradient_however_they_are_differentiated(name):
 
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)) - 1
     torch.testing.assert_close(torch.func.grad(loss)(x), gradient(loss, x), rtol=0, atol=0)
+
+
+def test_what_autograd_saves_can_be_moved_away_meanwhile():
+    """Checkpoints and offloading replace what is saved: nothing beside it may keep logits or hidden states alive."""
+    for function, shape in CASES.items():
+        leaf = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = leaf * 1
+        gone = weakref.ref(given)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+            loss = function(given)
+        del given
+        assert gone() is None, function.__name__
+        loss.backward()
+        torch.testing.assert_close(leaf.grad, gradient(function, leaf.detach()), rtol=0, atol=0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_rewards, as_scalar, check_name, check_number
+from ..batch.checks import as_rewards, as_scalar, check_name, check_number, values_known
 from ..batch.groups import as_groups, groups_of, moments, statistics_of
 from ..batch.valid_tokens import HOLES, ValidTokens, per_token, valid_of, valid_tokens
 from ..errors import wrong
@@ -19,7 +19,7 @@ def _discount(name: str, x: float | Tensor, valid: ValidTokens) -> float | Tenso
         check_number(name, x, 0, 1)
         return x
     found = per_token(name, x, valid)
-    if found.device.type == "cpu" and not ((found >= 0) & (found <= 1)).all():  # on a GPU a host sync
+    if values_known(found) and not ((found >= 0) & (found <= 1)).all():
         raise wrong(name, f"{x.min()} to {x.max()} in the tensor", "numbers in [0, 1]")
     return found
 

@@ -73,10 +73,9 @@ def check_floats(name: str, x: Tensor) -> None:
 
 def as_float64(name: str, x: Tensor, shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     """fp64 of a checked argument; integers are refused, as half of them are counts or masks in the wrong place."""
-    check_tensor(name, x)
+    check_constant(name, x)
     if x.dtype not in FLOATS:
         raise wrong(name, f"dtype {x.dtype}", f"float32 or float64 ({name}.float())")
-    check_constant(name, x)
     if tuple(x.shape) != tuple(shape):
         raise wrong(name, f"shape {list(x.shape)}", f"shape {list(shape)}")
     if x.device != like.device:

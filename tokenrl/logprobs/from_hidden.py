@@ -132,7 +132,6 @@ def _check_head(
 
 
 def _check_factor(name: str, x: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> None:
-    check_tensor(name, x)
     if x.device != hidden.device:
         raise wrong(name, f"device {x.device}", f"the device of hidden, {hidden.device}")
     if x.dtype not in DTYPES:

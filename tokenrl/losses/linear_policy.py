@@ -105,7 +105,7 @@ def linear_policy_loss(
     if silent and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
     loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
-    left_out = (valid ^ layout.valid()).sum(dtype=raw.dtype)
+    left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
 
 

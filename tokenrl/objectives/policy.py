@@ -198,9 +198,9 @@ def objective(name: str | Objective, **parameters: Any) -> Objective:
 
 def kl_estimator(name: str | Objective) -> Objective:
     """A row that estimates a KL divergence token by token: kl_*, with any of its numbers changed."""
-    known = {row.name: row for row in OBJECTIVES.values() if isinstance(row.gate, KlGate)}
-    row = name if isinstance(name, Objective) else known.get(name if isinstance(name, str) else "")
+    row = name if isinstance(name, Objective) else OBJECTIVES.get(name) if isinstance(name, str) else None
     if row is None or not isinstance(row.gate, KlGate) or row.statistic != "token":
+        known = [known.name for known in OBJECTIVES.values() if isinstance(known.gate, KlGate)]
         raise unknown("kl", name if row is None else row.name, known)
     if any(isinstance(p, Tensor) for p in row.gate.params()):
         raise wrong("kl", "a gate with a tensor for a parameter", "numbers")

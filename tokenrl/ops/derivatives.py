@@ -1,7 +1,8 @@
 """How an op gets its derivative: registered with torch for traces, and as a plain autograd.Function for eager calls.
 
 A derivative is two functions: save(ctx, inputs, output), and backward(ctx, *upstream), which returns the gradients of
-the op's first inputs; the others have none.
+the op's first inputs; the others have none. save saves these first inputs even where the backward reads none of them:
+a second derivative, which is refused, finds its way by them.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,6 @@ def register_derivative(namespace: str, op: str, save: Callable, backward: Calla
 
     def setup_context(ctx, inputs, output):
         save(ctx, inputs, output)
-        ctx.differentiable = inputs[:differentiable]
         ctx.nothing = [_nothing(x) if takes_lists else None for x in inputs]
 
     def padded(ctx, *upstream):
@@ -61,22 +61,19 @@ class _Refuse(torch.autograd.Function):
 
 def _once(backward: Callable, name: str) -> Callable:
     """backward, whose results raise where they are differentiated. Torch's once_differentiable looks at the upstream
-    gradients alone: a gradient penalty or a Hessian would lack the kernel's part in silence.
-
-    ctx.differentiable: the op's inputs that get gradients, kept until there are some."""
+    gradients alone: a gradient penalty or a Hessian would lack the kernel's part in silence. What leads from a result
+    to the op's inputs are the inputs that it saved."""
     message = f"{name}: differentiated twice, accepted: once (backend='reference' differentiates as often as you like)."
 
     def once(ctx, *upstream):
         if not torch.is_grad_enabled():
-            ctx.differentiable = None
             return backward(ctx, *upstream)
+        inputs = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
         with torch.no_grad():
             grads = backward(ctx, *upstream)
         if torch._C._are_functorch_transforms_active():  # call() has counted the levels
             return grads
-        if ctx.differentiable is None:
-            raise RuntimeError(message)
-        return _Refuse.apply(message, grads, *ctx.differentiable, *upstream)
+        return _Refuse.apply(message, grads, *inputs, *upstream)
 
     return once
 
@@ -96,7 +93,6 @@ def _eager(op: Callable, save: Callable, backward: Callable) -> type[torch.autog
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs)
             save(ctx, inputs, output)
-            ctx.differentiable = differentiable
             return output
 
         @staticmethod

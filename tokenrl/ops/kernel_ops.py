@@ -148,23 +148,23 @@ FAKES: dict[str, Callable[..., Any]] = {
 def _save_objective(ctx, inputs, output):
     _, coef, metrics = output
     ctx.mark_non_differentiable(coef, metrics)
-    ctx.save_for_backward(coef)
+    ctx.save_for_backward(coef, inputs[0])
     ctx.set_materialize_grads(False)
 
 
 def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
-    (coef,) = ctx.saved_tensors
+    coef, _ = ctx.saved_tensors
     return (None if grad_loss is None else grad_loss * coef,)
 
 
 def _save_clip(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
 
 
 def _save_statistic(ctx, inputs, output):
     *_, mask, cu_seqlens, starts, ctx.statistic, ctx.flow = inputs
-    ctx.save_for_backward(mask, cu_seqlens, starts)
+    ctx.save_for_backward(mask, cu_seqlens, starts, inputs[0])
     ctx.set_materialize_grads(False)
 
 
@@ -172,14 +172,15 @@ def _statistic_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx, grad):
         if grad is None:
             return (None,)
+        *where, _ = ctx.saved_tensors
         op = getattr(torch.ops, namespace).statistic_backward
-        return (op(grad.contiguous(), *ctx.saved_tensors, ctx.statistic, ctx.flow),)
+        return (op(grad.contiguous(), *where, ctx.statistic, ctx.flow),)
 
     return backward
 
 
 def _clip_backward(ctx, grad, _):
-    (inside,) = ctx.saved_tensors
+    inside, _ = ctx.saved_tensors
     return (torch.where(inside != 0, grad, 0),)
 
 

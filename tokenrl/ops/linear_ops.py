@@ -140,14 +140,14 @@ def _save_policy_loss(ctx, inputs, output):
     given = LinearPolicyLossInputs(*inputs)
     ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
     ctx.mark_non_differentiable(metrics, *grads)
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
 
 
 def _policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None
-    of_hidden, of_weight, of_bias = ctx.saved_tensors
+    of_hidden, of_weight, of_bias, *_ = ctx.saved_tensors
     wanted = list(ctx.wanted)
     if wanted[1] and ctx.main_grad is not None:
         ctx.main_grad.addcmul_(of_weight, grad_loss.to(of_weight.dtype))

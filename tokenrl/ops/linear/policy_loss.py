@@ -88,29 +88,19 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
             self.clamp, self.cap,
         )  # fmt: skip
 
-    def kl(self, inputs: ObjectiveInputs) -> ObjectiveInputs:
-        """Of op objective, for the KL term beside it."""
-        assert self.ref_logp is not None
-        return replace(
-            inputs, old_logp=_first(self.ref_logp, inputs.logp.numel()), advantages=None, statistic="token",
-            flow="through", gate=self.kl_gate, params=self.kl_params, param_tensors=[None] * len(self.kl_params),
-            clamp=self.kl_clamp, cap=self.kl_cap,
-        )  # fmt: skip
-
     def evaluate(self, ops: Any, logp: Tensor, entropy: Tensor) -> "Evaluated":
         """The loss of the first tokens, whose log-probs and entropies these are."""
         inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp)
         loss, coef, metrics = ops.objective(*inputs)
         kl = kl_grad = grad_entropy = None
+        beside = replace(inputs, advantages=None, statistic="token", flow="through")
         if self.ref_logp is not None:
-            kl, kl_grad, _ = ops.objective(*self.kl(inputs))
+            term = replace(beside, old_logp=_first(self.ref_logp, logp.numel()), gate=self.kl_gate)
+            term = replace(term, params=self.kl_params, param_tensors=[None] * len(self.kl_params))
+            kl, kl_grad, _ = ops.objective(*replace(term, clamp=self.kl_clamp, cap=self.kl_cap))
         # sum_t w_t entropy_t, as k1 of the entropy to 0.
-        bonus, weights, _ = ops.objective(
-            *replace(
-                inputs, logp=entropy, old_logp=torch.zeros_like(entropy), advantages=None, statistic="token",
-                flow="through", gate="kl_k1", params=[], param_tensors=[], clamp=math.inf, cap=math.inf,
-            )
-        )  # fmt: skip
+        term = replace(beside, logp=entropy, old_logp=torch.zeros_like(entropy), gate="kl_k1")
+        bonus, weights, _ = ops.objective(*replace(term, params=[], param_tensors=[], clamp=math.inf, cap=math.inf))
         loss = regularized(loss, kl, self.kl_coef, bonus, self.entropy_coef)
         grad_logp = regularized(coef, kl_grad, self.kl_coef, None, self.entropy_coef)
         if self.entropy_coef != 0:
