@@ -162,7 +162,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
-        if torch.compiler.is_compiling() and temperature != 1:  # the number of an op is burnt into a graph, a factor not
+        if torch.compiler.is_compiling() and temperature != 1:  # an op's number is burnt into a graph, a factor not
             return 1.0, logits.new_ones(logits.shape[:-1], dtype=dtype) * temperature
         return float(temperature), None
     check_tensor("temperature", temperature)
