@@ -167,7 +167,8 @@ OWN = {
     "grpo": "seq-mean-token-mean", "gspo": "seq-mean-token-mean", "gspo_token": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean", "ctpo": "seq-mean-token-mean", "ctpo_geomean": "seq-mean-token-mean",
     "dr_grpo": "seq-mean-token-sum-norm", "dppo_tv": "seq-mean-token-sum-norm", "dppo_kl": "seq-mean-token-sum-norm",
-    "luspo": "seq-mean-token-sum", "topr": "seq-mean-token-sum", "ba": "balanced", "dppo_topk": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum", "topr": "seq-mean-token-sum", "ba": "balanced",
+    "dppo_topk": "seq-mean-token-sum-norm",
     **dict.fromkeys(
         ("ctpo_fixed", "ctpo_geomean_fixed", "sspo", "dhpo", "dhpo_branch", "gmpo", "hmpo", "fiberpo", "topr_roll"),
         "seq-mean-token-mean",
