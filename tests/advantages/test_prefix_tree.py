@@ -89,8 +89,8 @@ def test_rows_that_leave_one_by_one_do_not_cost_a_round_each(monkeypatch):
     rows = 64
     ids, mask = torch.ones(rows, rows).tril(-1).long(), torch.ones(rows, rows, dtype=torch.bool)
     rewards = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    case = rewards, torch.zeros(rows).long(), ids, mask
-    for case in (case, tuple(x.flip(0) for x in case)):
+    chain = rewards, torch.zeros(rows).long(), ids, mask
+    for case in (chain, tuple(x.flip(0) for x in chain)):
         rounds.clear()
         near(adv.tempo(*case), by_hand(*case), "a chain")
         assert len(rounds) <= 16
