@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..objectives import statistics
 from ..objectives.gates.base import Bound, Gate, map_params
+from .linear.gemm import linear
 
 
 class Rows:
@@ -223,7 +224,7 @@ def linear_token_logprobs(
     """The op's results, by way of all logits."""
     dtype = getattr(torch, compute_dtype)
     hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
-    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     return token_logprobs(
         logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
     )

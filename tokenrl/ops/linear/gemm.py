@@ -1,5 +1,7 @@
 """Matrix products of the head: torch's GEMMs, with the sums of many products in fp32."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,35 @@ SUMMED_ROWS = 64
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of sums of products of that dtype: fp32, or fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Linear(torch.autograd.Function):
+    """torch's linear outside of autocast, which looks at products of a backward too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.biased = inputs[2] is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_weight = linear(grad.t(), x.t())
+        return linear(grad, weight.t()), of_weight, grad.sum(0) if ctx.biased else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias, [N, D], in their own dtype whatever autocast is; differentiable as often as wanted."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _Linear.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
