@@ -33,6 +33,15 @@ def test_fiberpo_without_bounds_is_the_token_ratio(backend):
 
 
 @EVERY_BACKEND
+def test_fiberpo_passes_its_gradient_at_the_bounds(backend):
+    """Of two log ratios 1/8, -1/8: S+ = S- = 1/16, num = +-1/16, den = -+1/16, all of them exact."""
+    logp = torch.full((1, 2), -1.0, dtype=torch.float64)
+    case = {"logp": logp, "old_logp": logp - torch.tensor([[0.125, -0.125]]), "advantages": torch.ones(1).double()}
+    at = tokenrl.objective("fiberpo", c_pos=0.0625, c_neg=0.0625, eps=0.0625)
+    same(at, tokenrl.objective(at, form=None), case, backend)
+
+
+@EVERY_BACKEND
 @pytest.mark.parametrize("name", ["ctpo", "ctpo_geomean"])
 def test_ctpo_of_single_tokens_is_ppo_with_log_bounds(name, backend):
     g = torch.Generator().manual_seed(0)

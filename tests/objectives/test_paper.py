@@ -80,7 +80,7 @@ def minpro(d, p, a):
     for x, adv, logp in zip(d, a, p, strict=True):
         x = clip(x, -20, 20)
         m = 1.0 if lowest is None else math.exp(lowest)
-        w = min(m * math.exp(x), 1 + 4.0)
+        w = clip(m * math.exp(x), 1 - 0.8, 1 + 4.0)
         losses.append(-w * adv * logp)
         slopes.append(-w * adv)
         lowest = x if lowest is None else min(lowest, x)
@@ -167,9 +167,10 @@ OWN = {
     "grpo": "seq-mean-token-mean", "gspo": "seq-mean-token-mean", "gspo_token": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean", "ctpo": "seq-mean-token-mean", "ctpo_geomean": "seq-mean-token-mean",
     "dr_grpo": "seq-mean-token-sum-norm", "dppo_tv": "seq-mean-token-sum-norm", "dppo_kl": "seq-mean-token-sum-norm",
-    "luspo": "seq-mean-token-sum", "ba": "balanced", "dppo_topk": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum", "topr": "seq-mean-token-sum", "ba": "balanced",
+    "dppo_topk": "seq-mean-token-sum-norm",
     **dict.fromkeys(
-        ("ctpo_fixed", "ctpo_geomean_fixed", "sspo", "dhpo", "dhpo_branch", "gmpo", "hmpo", "fiberpo"),
+        ("ctpo_fixed", "ctpo_geomean_fixed", "sspo", "dhpo", "dhpo_branch", "gmpo", "hmpo", "fiberpo", "topr_roll"),
         "seq-mean-token-mean",
     ),
 }  # fmt: skip

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import backends_to_test, device_of, kernel_backends
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from graphs import counted
 
 import tokenrl
 from tokenrl.objectives.aggregations import AGGREGATIONS
@@ -59,20 +58,14 @@ NORMALIZERS = {
     [*(("token-mean", name) for name in backends_to_test()), *((kind, KERNELS[0]) for kind in NORMALIZERS)],
 )
 def test_a_length_is_not_burnt_into_a_graph(normalizer, backend):
-    graphs, device = [], device_of(backend)
+    device = device_of(backend)
     aggregation = normalizer if normalizer in AGGREGATIONS else None
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
 
     def loss(logp, old_logp, advantages, **options):
         options |= {"aggregation": aggregation, "backend": backend}
         return tokenrl.policy_loss("grpo", logp, old_logp, advantages, **options)[0]
 
-    torch._dynamo.reset()
-    forward_only = aot_autograd(fw_compiler=counting, bw_compiler=lambda graph, _: make_boxed_func(graph.forward))
-    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend=forward_only)
+    compiled, graphs = counted(loss)
     for width in (5, 7, 16, 23):
         g = torch.Generator().manual_seed(width)
         logp, old = (torch.randn(3, width, generator=g).to(device) for _ in range(2))

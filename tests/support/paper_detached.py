@@ -39,6 +39,12 @@ def topr(d, p, a):
     return weighted([1.0 if adv > 0 else min(ratio, 1.0) for adv in a], p, a)
 
 
+def topr_of_tokens(d, p, a):
+    return weighted(
+        [1.0 if adv > 0 else min(math.exp(clip(x, -20, 20)), 1.0) for x, adv in zip(d, a, strict=True)], p, a
+    )
+
+
 def vespo(d, p, a):
     log_w = clip(sum(clip(x, -20, 20) for x in d), math.log(1e-8), 20)
     phi = {}
@@ -71,9 +77,11 @@ def divergence(new, old, x):
 DETACHED = {
     "reinforce": reinforce,
     "gpg": reinforce,
-    "dro": quadratic(1.0),
+    "dro": quadratic(0.05),
     "kimi15": quadratic(0.1),
     "topr": topr,
+    "topr_roll": topr_of_tokens,
+    "topr_trinity": topr_of_tokens,
     "vespo": vespo,
     "dppo_topk": dppo(lambda new, old, x: 0.0, 0.15),  # with divergences: test_dppo_with_a_given_divergence
     "dppo_tv": dppo(total_variation, 0.15),

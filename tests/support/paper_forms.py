@@ -53,7 +53,7 @@ def lowest(before, d):
 def minpro_capped(d, p, a):
     d = [clip(x, -20, 20) for x in d]
     m = [min(1.0, min((math.exp(x) for x in d[:t]), default=1.0)) for t in range(len(d))]
-    return weighted([min(m_t * math.exp(x), 5.0) for m_t, x in zip(m, d, strict=True)], p, a)
+    return weighted([clip(m_t * math.exp(x), 0.2, 5.0) for m_t, x in zip(m, d, strict=True)], p, a)
 
 
 def dhpo(branch):
@@ -104,7 +104,7 @@ def hmpo(d, p, a):
     return [-adv * h for adv in a], [[-adv * h * s for s in share] for adv in a]
 
 
-def fiberpo(d, p, a, c_pos=0.12, c_neg=0.08, eps=0.05):
+def fiberpo(d, p, a, c_pos=0.12, c_neg=0.05, eps=0.04):
     x, n = [clip(y, -20, 20) for y in d], len(d)
     above = sum(y for y in x if y >= 0) / n
     below = -sum(y for y in x if y < 0) / n

@@ -159,8 +159,11 @@ def of_rows_read(transform: Transform, ids: Tensor, several: bool) -> Transform:
 
 def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, one per row) in the precision of the results."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
+        if torch.compiler.is_compiling() and temperature != 1:  # an op's number is burnt into a graph, a factor not
+            return 1.0, logits.new_ones(logits.shape[:-1], dtype=dtype) * temperature
         return float(temperature), None
     check_tensor("temperature", temperature)
     if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
@@ -168,7 +171,6 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
     if temperature.requires_grad:
         raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     return 1.0, as_saved(temperature.detach().to(logits.device, dtype).contiguous())
 
 
@@ -222,9 +224,18 @@ def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
         return "logits is expanded: several of its elements share memory"
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return "the last stride of logits is not 1, so the kernel reads a copy"
-    for made in (logits, owner):
-        node = made.grad_fn
-        saved = getattr(node, "_saved_result", None)
-        if node is not None and isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
-            return f"{node.name()}, which made the logits, needs them for its own backward"
+    for node in (logits.grad_fn, owner.grad_fn):
+        # Asked of the type: a look at what a node saved would run a checkpointed forward again.
+        if hasattr(type(node), "_saved_result") or hasattr(type(node), "_saved_output"):
+            return f"{type(node).__name__}, which made the logits, needs them for its own backward"
     return None
+
+
+def made_by_torch(logits: Tensor) -> bool:
+    """Whether torch's own operations made them, of which why_not_inplace knows what they save: a Function written in
+    Python, a compiled graph among them, may keep its output where nobody sees it, and a write through a view hides
+    whose output it wrote."""
+    owner = logits if logits._base is None else logits._base
+    nodes = (type(made.grad_fn) for made in (logits, owner) if made.grad_fn is not None)
+    named = {node.__name__: node for node in nodes}
+    return "CopySlices" not in named and all(vars(torch._C._functions).get(n) is node for n, node in named.items())

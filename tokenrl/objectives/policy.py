@@ -77,6 +77,7 @@ class Objective:
 
 
 _BAND = LogBand()
+_FIFTH_TO_FIVE = Cispo(eps_low=0.8, eps_high=4.0, bound="relative")
 _KL = "Schulman, Approximating KL divergence; old_logp is the reference's log-prob"
 
 _ROWS = (
@@ -103,8 +104,7 @@ _ROWS = (
     Objective("hmpo", "token", Ratio(), "seq-mean-token-mean", "GMPO's authors' code", clamp=60.0, form=Hmpo(),
               certainty="C"),
     Objective("fiberpo", "token", Ratio(), "seq-mean-token-mean",
-              "arXiv 2603.08239, 2604.03044; the numbers of the bounds are our reading", form=FiberPo(),
-              certainty="PRV"),
+              "arXiv 2603.08239, 2604.03044; bounds of its fig. 4", form=FiberPo(), certainty="PV"),
     Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift)", clamp=INF, form=Real(),
               certainty="T"),
     Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",
@@ -113,11 +113,12 @@ _ROWS = (
     Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347", certainty="TV"),
     Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl", certainty="T"),
     Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl)", certainty="T"),
-    Objective("dro", "token", Quadratic(), "token-mean",
-              "arXiv 2405.19107 (verl); the default of beta is our reading", clamp=INF, certainty="TR"),
+    Objective("dro", "token", Quadratic(0.05), "token-mean",
+              "arXiv 2405.19107 (verl); beta as in verl's tests and Tinker's documentation", clamp=INF, certainty="T"),
     Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL)", clamp=INF, certainty="T"),
-    Objective("topr", "span_sum", Topr(), "token-mean",
-              "arXiv 2503.14286; ROLL with statistic=token; aggregation is our reading", certainty="TR"),
+    Objective("topr", "span_sum", Topr(), "seq-mean-token-sum", "arXiv 2503.14286, eq. 8", certainty="PT"),
+    Objective("topr_roll", "token", Topr(), "seq-mean-token-mean", "arXiv 2503.14286 (ROLL)", certainty="T"),
+    Objective("topr_trinity", "token", Topr(), "token-mean", "arXiv 2503.14286 (Trinity-RFT)", certainty="T"),
     Objective("vespo", "span_sum", Vespo(), "token-mean", "VESPO, authors' code", cap=20.0, certainty="CTV"),
     Objective("dppo_tv", "token", DppoTv(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary TV", certainty="CT"),
     Objective("dppo_kl", "token", DppoKl(), "seq-mean-token-sum-norm", "arXiv 2602.04879, binary KL", certainty="CT"),
@@ -131,12 +132,12 @@ _ROWS = (
               "arXiv 2605.07331, cum-token-cumprod", flow="local", cap=10.0, certainty="C"),
     Objective("ctpo_geomean_fixed", "prefix_mean", PpoClip(dual=3.0), "seq-mean-token-mean",
               "arXiv 2605.07331, cum-token-geomean", flow="local", cap=10.0, certainty="C"),
-    Objective("minpro", "prefix_min", Cispo(eps_high=4.0, bound="relative"), "token-mean",
+    Objective("minpro", "prefix_min", _FIFTH_TO_FIVE, "token-mean",
               "arXiv 2601.22718; bounds are our reading", flow="local", certainty="NR"),
-    Objective("minpro_capped", "prefix_min_capped", Cispo(eps_high=4.0, bound="relative"), "token-mean",
-              "arXiv 2601.22718; the cap at 1 and the bounds are our reading", flow="local", certainty="NR"),
+    Objective("minpro_capped", "prefix_min_capped", _FIFTH_TO_FIVE, "token-mean",
+              "our reading of arXiv 2601.22718: m_t at most 1", flow="local", certainty="R"),
     Objective("minpro_clip", "prefix_min", PpoClip(), "token-mean",
-              "arXiv 2601.22718; PPO's clip of m_t r_t is our reading", flow="local", certainty="NR"),
+              "our reading of arXiv 2601.22718: PPO's clip of m_t r_t", flow="local", certainty="R"),
     Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591", clamp=INF, certainty="C"),
     Objective("rmt", "token", PpoNtp(), "token-mean",
               "arXiv 2509.24375; how the two means are joined is our reading", certainty="NR"),

@@ -61,16 +61,16 @@ class FiberPo(Form):
         num_t = x_t - l_t S^(l_t), den_t = -l_t S^(-l_t)
         g(S, C) = S for S <= C, (n + 1) C - n S for C < S < (1 + 1 / n) C, 0 beyond
 
-    Everything is differentiated, the aggregates S too. Where nothing is gated or clipped G = r. The numbers of the
-    bounds are not published: c_pos, c_neg and eps are our reading. clip_low, clip_high count the tokens whose num is
+    Everything is differentiated, the aggregates S too, at the bounds as inside them. Where nothing is gated or clipped
+    G = r. c_pos, c_neg and eps are the paper's illustration (fig. 4). clip_low, clip_high count the tokens whose num is
     clipped.
 
     Source: FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 (paper, verified).
     """
 
     c_pos: float = 0.12
-    c_neg: float = 0.08
-    eps: float = 0.05
+    c_neg: float = 0.05
+    eps: float = 0.04
 
     def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         x, n = tokens.x, tokens.lengths()

@@ -1,10 +1,12 @@
-"""The temperature of a row that is never read may be anything: it changes no bit and is no error."""
+"""The temperature of a row that is never read may be anything: it changes no bit and is no error. A temperature is not
+burnt into a graph of torch.compile."""
 
 import math
 
 import pytest
 import torch
 from cases import backends_to_test, device_of
+from graphs import counted
 
 import tokenrl
 
@@ -74,3 +76,24 @@ def test_the_temperature_of_a_row_that_is_read_is_checked(call, bad, backend):
     temperature[1, 0] = bad
     with pytest.raises(ValueError, match=f"^temperature: got {bad} in the tensor, accepted: positive finite numbers"):
         call(temperature, torch.zeros(2, 3, dtype=torch.int64), mask, backend)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("call", [of_logits, from_hidden], ids=["token_logprobs", "linear_token_logprobs"])
+def test_a_temperature_is_not_burnt_into_a_graph(call, backend):
+    mask = MASK.to(device_of(backend))
+    ids = torch.zeros(2, 3, dtype=torch.int64, device=mask.device)
+    _, leaves = call(1.0, ids, mask, backend)
+
+    def logp(temperature, *leaves):
+        if call is of_logits:
+            return tokenrl.token_logprobs(*leaves, ids, temperature=temperature, backend=backend).logp
+        return tokenrl.linear_token_logprobs(*leaves, ids, temperature=temperature, backend=backend).logp
+
+    compiled, graphs = counted(logp)
+    for temperature in (0.5, 0.7, 1.0, 1.2, 1.3):
+        plain, traced = logp(temperature, *leaves), compiled(temperature, *leaves)
+        torch.testing.assert_close(traced, plain, rtol=1e-6, atol=1e-6)
+        gradients = [torch.autograd.grad(out.sum(), leaves) for out in (traced, plain)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2
