@@ -67,4 +67,4 @@ def test_the_losses_name_the_argument():
 def test_where_a_look_were_a_sync_nan_stays(monkeypatch):
     monkeypatch.setattr("tokenrl.losses.rollout_correction.values_known", lambda x: False)
     assert CALLS["token"](ROLLOUT).isnan().tolist() == [[False, True, False]]
-    assert CALLS["token_k1"](ROLLOUT).tolist() == [[True, False, True]]
+    assert cor.rejection_mask(OLD, ROLLOUT, statistic="token_k2", high=1.0).tolist() == [[True, False, True]]
