@@ -111,7 +111,7 @@ def _fake_backward(*args):
 def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
-    return loss, loss.new_empty(12), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+    return loss, loss.new_empty(12, dtype=torch.float64), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
 def _save_statistics(ctx, inputs, output):
