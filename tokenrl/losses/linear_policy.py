@@ -76,7 +76,8 @@ def linear_policy_loss(
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
     where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
     coefficient is zero enter no GEMM of the backward.
-    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none.
+    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
+    weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
     Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
     given and what is accepted.

@@ -57,7 +57,8 @@ def policy_loss(
     entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
     rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
     tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
-    bound, low, high, ...; None: of single tokens, truncated at 2.
+    bound, low, high, ...; None: of single tokens, truncated at 2. A NaN, a token that the engine did not score, raises,
+    but for correction={..., "unknown": "neutral"}, which gives it a ratio of 1.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,

@@ -114,8 +114,25 @@ def _fake_policy_loss(*args):
     return loss, loss.new_empty(12, dtype=torch.float64), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
+def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The parameter, where a hook of Megatron's DDP reads on it whether its gradient went to main_grad. Kept beside
+    what is saved, as a checkpoint gives back a copy without attributes."""
+    told = main_grad is not None and weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
+    return weight if told else None
+
+
+def _beside_main_grad(weight: Any) -> Tensor | None:
+    """The gradient of a weight whose own was added to main_grad: none. Megatron's hook asserts that there is one, of
+    any memory, and leaves it out by the flag; with zero_out_wgrad it adds it all the same."""
+    if weight is None:
+        return None
+    weight.grad_added_to_main_grad = True
+    return (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
+
+
 def _save_statistics(ctx, inputs, output):
     head, (_, ctx.main_grad) = HeadInputs.read(inputs)
+    ctx.told = _told_of_main_grad(ctx.main_grad, head.weight)
     _, entropy, lse, lse_rest, squares, *_ = output
     kernel_ops.mark_constants(ctx, output)
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
@@ -140,8 +157,9 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])
         op = getattr(torch.ops, namespace).linear_token_logprobs_backward
-        grads = op(*head, *wanted_of, *saved, wanted, ctx.main_grad)
-        wanted[1] = wanted[1] and ctx.main_grad is None
+        grads = list(op(*head, *wanted_of, *saved, wanted, ctx.main_grad))
+        if wanted[1] and ctx.main_grad is not None:
+            grads[1] = _beside_main_grad(ctx.told)
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
     return backward
@@ -151,6 +169,7 @@ def _save_policy_loss(ctx, inputs, output):
     loss, metrics, *grads = output
     given = LinearPolicyLossInputs(*inputs)
     ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
+    ctx.told = _told_of_main_grad(given.main_grad, given.weight)
     ctx.mark_non_differentiable(metrics, *grads)
     ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
@@ -160,12 +179,13 @@ def _policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None
     *grads, hidden, weight, bias = ctx.saved_tensors
-    wanted = list(ctx.wanted)
-    if wanted[1] and ctx.main_grad is not None:
+    added = ctx.wanted[1] and ctx.main_grad is not None
+    if added:
         ctx.main_grad.addcmul_(grads[1], grad_loss.to(grads[1].dtype))
-        wanted[1] = False
+    wanted = (ctx.wanted[0], ctx.wanted[1] and not added, ctx.wanted[2])
     found = zip(grads, (hidden, weight, bias), wanted, strict=True)
-    return tuple(scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
+    of_hidden, of_weight, of_bias = (scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
+    return of_hidden, _beside_main_grad(ctx.told) if added else of_weight, of_bias
 
 
 def _eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:

@@ -92,7 +92,7 @@ def token_weights(
     span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor
 ) -> Tensor:
     """w_t [N] in the dtype of `like`, zero in masked cells."""
-    weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
+    weight = torch.where(span_weight == 0, 0.0, span_weight / normalizer)
     w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
     if token_weight is not None:
         w = w * torch.where(mask, token_weight, 0)

@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         ctx.biased = inputs[2] is not None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_weight = linear(grad.t(), x.t())
         return linear(grad, weight.t()), of_weight, grad.sum(0) if ctx.biased else None
