@@ -110,7 +110,8 @@ def objective_kernel(
 def _nothing(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The result of a batch without sequences."""
     inf = float("inf")
-    return logp.new_zeros(()), torch.zeros_like(logp), logp.new_tensor([0, 0, inf, -inf, 0, 0, 0, 0, 0], dtype=torch.float64)
+    metrics = torch.tensor([0, 0, inf, -inf, 0, 0, 0, 0, 0], dtype=torch.float64, device=logp.device)
+    return logp.new_zeros(()), torch.zeros_like(logp), metrics
 
 
 def objective(

@@ -95,9 +95,9 @@ def k3_of(x):
 
 
 @triton.jit
-def wide_k3_of(x, e):
-    """The same in fp64, beyond the range of fp32; e: wide_exponential(x)."""
-    return tl.where(x < 60.0, k3_of(smaller(x, 60.0)).to(tl.float64), e)
+def wide_k3_of(x):
+    """The same in fp64, beyond the range of fp32."""
+    return tl.where(x < 60.0, k3_of(smaller(x, 60.0)).to(tl.float64), wide_exponential(x))
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def gated(
     sums = (
         count + valid.to(tl.int32), ratios + ratio, smaller(least, tl.where(valid, capped, float("inf"))),
         larger(most, tl.where(valid, capped, -float("inf"))), lows + (valid & low).to(tl.int32),
-        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + wide_k3_of(x, wide_exponential(x)),
+        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + wide_k3_of(x),
         squares + ratio * ratio, loss + tl.where(live, weight * value, 0.0),
     )  # fmt: skip
     return g, e, sums
