@@ -45,6 +45,7 @@ from ..batch.layout import Layout, layout_of
 from ..batch.spans import Spans, spans_of
 from ..errors import described, unknown, wrong
 from ..methods.top_entropy import entropy_threshold, top_entropy_mask
+from ..objectives.excess import excess
 
 __all__ = [
     "entropy_threshold", "importance_weights", "off_policy_sequence_mask", "rejection_mask", "top_entropy_mask",
@@ -62,7 +63,7 @@ NORMALIZATIONS = ("none", "batch")
 DIVERGENCES = {  # of x = q clamped to +-CLAMP; k1 is the log of rollout / train
     "k1": lambda x: -x,
     "k2": lambda x: 0.5 * x.square(),
-    "k3": lambda x: x.expm1() - x,
+    "k3": excess,
 }
 REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"token_{k}": ("token", "sum", k) for k in ("k1", "k2", "k3")},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...batch.layout import Layout
+from ..excess import excess
 from ..gates.base import Gate, parametrised
 from ..metrics import RAW
 
@@ -71,7 +72,7 @@ class FormInputs:
             return self.run_row(self.logp, self.old_logp, gate or self.gate, weight)
         loss, raw = self.run_row(log_ratio, torch.zeros_like(log_ratio), gate or self.gate, weight)
         x = self.x.detach()
-        return loss, self._with(raw, kl_sum=(torch.expm1(x) - x).sum())  # of the token's own ratio
+        return loss, self._with(raw, kl_sum=excess(x.double()).sum())  # of the token's own ratio
 
     def lengths(self) -> Tensor:
         """The number of valid tokens of each token's span, at least 1."""

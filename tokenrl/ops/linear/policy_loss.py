@@ -179,7 +179,7 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
         evaluated = _two_passes(inputs, head, grads if wanted else None)
     metrics, kl, entropy = evaluated.metrics
     passes = metrics.new_full((), 2 if wanted and chunks is None else 1)
-    return evaluated.loss, torch.cat([metrics, torch.stack([kl, entropy, passes])])
+    return evaluated.loss, torch.cat([metrics, torch.stack([kl.double(), entropy.double(), passes])])
 
 
 def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
