@@ -1,0 +1,88 @@
+"""A world small enough for TRL's real trainers on a CPU: a model, a tokenizer and prompts made here, nothing fetched."""
+
+import functools
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+@functools.cache
+def model_folder(**changes: Any) -> str:
+    """Of a Qwen2 of two layers, saved with its tokenizer, as TRL loads a reference model by name."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(SPECIAL) + len(LETTERS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, **changes,
+    )  # fmt: skip
+    folder = tempfile.mkdtemp(prefix="tokenrl-world-")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def prompts(rows: int = 32) -> Dataset:
+    g = torch.Generator().manual_seed(1)
+    picks = torch.randint(0, len(LETTERS), (rows, 4), generator=g)
+    return Dataset.from_dict({"prompt": ["".join(LETTERS[i] for i in row) for row in picks.tolist()]})
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    """The reward: the share of vowels, less a little for length."""
+    return [sum(c in "aeiou" for c in text) / max(len(text), 1) - 0.01 * len(text) for text in completions]
+
+
+class Rollouts:
+    """What needs vLLM, tools or a user's own advantages, made of seeded noise. Before a GRPOTrainer among the bases."""
+
+    extra = ""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self.use_vllm = False
+        out = super()._generate_and_score_completions(inputs)
+        mask, g = out["completion_mask"], torch.Generator().manual_seed(int(out["completion_ids"].sum()))
+        if self.extra in ("token ratio", "sequence ratio"):
+            self.use_vllm = True
+            shape = mask.shape if self.extra == "token ratio" else (mask.shape[0], 1)
+            out["importance_sampling_ratio"] = (0.3 * torch.randn(shape, generator=g)).exp()
+        if self.extra == "tool mask":
+            out["tool_mask"] = (torch.rand(mask.shape, generator=g) > 0.3).long()
+        if self.extra == "token advantages":
+            out["advantages"] = out["advantages"][:, None] + 0.1 * torch.randn(mask.shape, generator=g)
+        return out
+
+
+def trained(trainer: Any, extra: str = "", steps: int = 6, model: str | None = None, **options: Any) -> Any:
+    """A trainer after some steps on the world, its reference config, from one seed."""
+    own = {name: options.pop(name) for name in ("tokenrl", "peft_config") if name in options}
+    defaults = {
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "learning_rate": 3e-3,
+        "num_iterations": 2, "epsilon": 0.1, "epsilon_high": 0.15, "logging_steps": 1, "report_to": [], "bf16": False,
+        "save_strategy": "no", "use_cpu": True, "seed": 3, "disable_tqdm": True, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    args = GRPOConfig(output_dir=tempfile.mkdtemp(prefix="tokenrl-world-"), max_steps=steps, **(defaults | options))
+    made = type(trainer.__name__, (trainer,), {})(
+        model=model or model_folder(), reward_funcs=vowels, args=args, train_dataset=prompts(),
+        processing_class=tokenizer(), **own,
+    )  # fmt: skip
+    made.extra = extra
+    made.train()
+    return made
