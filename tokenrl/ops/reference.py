@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
-from ..objectives.gates.base import Bound, Gate, map_params
+from ..objectives.gates.base import Bound, Gate, map_params, straight_through
 
 
 class Rows:
@@ -34,11 +34,6 @@ class Rows:
 
     def flat(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(-1) if self.width is not None else matrix[self.span, self.column]
-
-
-def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
-    """The value of one tensor with the derivative of another."""
-    return value.detach() + carrier - carrier.detach()
 
 
 def regularized(
@@ -73,7 +68,12 @@ def objective(
     gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
     s, own = torch.where(mask, s, 0), straight_through(x, kept)
     w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
-    loss = torch.where(w != 0, w * gate.value(s, own, kept, a, t), 0).sum()
+    live = w != 0
+    if gate.uses_advantages and gate.vanishes:
+        live = live & (a != 0)
+    # What is not live enters no derivative either: 0 times an infinite slope would be NaN.
+    shown, own, logp = (torch.where(live, y, 0) for y in (s, own, kept))
+    loss = torch.where(live, w * gate.value(shown, own, logp, a, t), 0).sum()
     return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
 
 
