@@ -180,9 +180,8 @@ def balanced(n, sums):
     weights, groups = [], {g for i, g in enumerate(GROUPS) if n[i]}
     for i, group in enumerate(GROUPS):
         members = [j for j in range(len(n)) if GROUPS[j] == group and n[j]]
-        signed = [j for j in members if sums[j] != 0]
-        own = [j for j in signed if sums[j] * sums[i] > 0]
-        weights.append(len(own) / len(signed) / sum(n[j] for j in own) / len(groups) if n[i] and own else 0.0)
+        own = [j for j in members if sums[j] * sums[i] > 0]
+        weights.append(len(own) / len(members) / sum(n[j] for j in own) / len(groups) if n[i] and own else 0.0)
     return weights
 
 

@@ -10,7 +10,7 @@ from ..objectives.policy import Objective, find_objective
 from ..ops import backends, dispatch
 from .policy_arguments import policy_loss_inputs
 from .regularizers import regularizers_of
-from .rollout_correction import corrected_weights
+from .rollout_correction import corrected
 
 
 def policy_loss(
@@ -57,7 +57,7 @@ def policy_loss(
     entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
     rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
     tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
-    bound, low, high, ...; None: of single tokens, truncated at 2.
+    bound, low, high, ...; None: of single tokens, truncated at 2. "vespo" takes them into its ratio instead.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
@@ -68,8 +68,9 @@ def policy_loss(
     row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
     chosen = backends.choose(backend, logp.device, row.gate.name)
-    trained = logp.detach() if old_logp is None else old_logp
-    token_weight = corrected_weights(layout, trained, rollout_logp, segment_ids, token_weight, correction)
+    old_logp, token_weight = corrected(
+        row.gate.reads_rollout, layout, old_logp, logp, rollout_logp, segment_ids, token_weight, correction
+    )
     regularizers = regularizers_of(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
     inputs = policy_loss_inputs(
         row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,

@@ -246,23 +246,29 @@ def _checked_correction(correction: object) -> Mapping[str, Any]:
     return correction
 
 
-def corrected_weights(
+def corrected(
+    in_ratio: bool,
     layout: Layout,
-    logp: Tensor | None,
+    old_logp: Tensor | None,
+    current: Tensor | None,
     rollout_logp: Tensor | None,
     segment_ids: Tensor | None,
     token_weight: Tensor | None,
     correction: Mapping[str, Any] | None,
-) -> Tensor | None:
-    """token_weight times the importance weights of logp to the rollout's, if that is given."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """(old_logp, token_weight), one of them with the importance weights of old_logp (on-policy: current) to the
+    rollout's as a factor, if that is given: of the ratio to old_logp, or of token_weight."""
     if rollout_logp is None:
         if correction is not None:
             raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
-        return token_weight
+        return old_logp, token_weight
+    logp = current if old_logp is None else old_logp
     if logp is None:
         raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
     check_tensor("old_logp", logp)
     given = TRUNCATED if correction is None else _checked_correction(correction)
+    if in_ratio and given.get("level", "token") != "token":
+        raise wrong("correction", f"level {given['level']!r}", "'token': the objective multiplies them over the row")
     if given.get("level") == "segment":
         given = {"segment_ids": segment_ids, **given}
     if logp.shape != layout.shape:
@@ -271,7 +277,9 @@ def corrected_weights(
     if layout.width is None:
         where["cu_seqlens"] = layout.cu_seqlens
     weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
+    if in_ratio:
+        return logp.detach() - weights.clamp(min=1e-8).log(), token_weight
     if token_weight is None:
-        return weights
+        return old_logp, weights
     check_tensor("token_weight", token_weight)
-    return torch.where(weights != 0, weights * token_weight, 0)
+    return old_logp, torch.where(weights != 0, weights * token_weight, 0)

@@ -167,9 +167,9 @@ def aggregation_weights(
             if advantages.numel() == num_tokens:
                 advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
             above, below = advantages > 0, advantages < 0
-            rows = [total(sign & nonempty)[group] for sign in (above, below)]
+            rows = [total(some & nonempty)[group] for some in (above, below, nonempty)]
             lengths = [total(torch.where(sign, n, 0))[group] for sign in (above, below)]
-            weight = torch.where(above, rows[0], rows[1]).double() / (rows[0] + rows[1]).clamp(min=1)
+            weight = torch.where(above, rows[0], rows[1]).double() / rows[2].clamp(min=1)
             tokens = torch.where(above | below, torch.where(above, lengths[0], lengths[1]), 0)
         weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
     return torch.where(nonempty, weight, 0.0), counts[unit].sum().double() * scale

@@ -57,7 +57,9 @@ def parametrised(cls: AnyClass) -> AnyClass:
 class Gate:
     """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order.
 
-    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0."""
+    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0. slopes:
+    in which of s (with it x) and logp it has a derivative. reads_rollout: importance weights of the rollout are factors
+    of the ratio, not of the loss."""
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
@@ -66,6 +68,8 @@ class Gate:
     __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
     uses_advantages: ClassVar[bool] = True
     vanishes: ClassVar[bool] = True
+    slopes: ClassVar[tuple[str, ...]] = ("s",)
+    reads_rollout: ClassVar[bool] = False
 
     def params(self) -> tuple[Bound, ...]:
         return tuple(getattr(self, name) for name in self.names)

@@ -52,6 +52,7 @@ class PpoNtp(PpoClip):
 
     name = "ppo_ntp"
     vanishes = False
+    slopes = ("s", "logp")
     ntp: Bound = 0.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ class Identity(Gate):
 
     name = "identity"
     uses_advantages = False
+    slopes = ("logp",)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return logp

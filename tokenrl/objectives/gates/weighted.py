@@ -27,6 +27,7 @@ class Cispo(Gate):
     """
 
     name = "cispo"
+    slopes = ("logp",)
     eps_low: Bound | None = None
     eps_high: Bound = 5.0
     bound: str = "raw"
@@ -56,6 +57,7 @@ class Reinforce(Gate):
     """
 
     name = "reinforce"
+    slopes = ("logp",)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return weighted(1, advantages, logp)
@@ -70,6 +72,7 @@ class Quadratic(Gate):
 
     name = "quadratic"
     vanishes = False
+    slopes = ("s", "logp")
     beta: Bound = 1.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
@@ -87,6 +90,7 @@ class Topr(Gate):
     """
 
     name = "topr"
+    slopes = ("logp",)
     ceiling: Bound = 1.0
     score: Bound | None = None
 
@@ -109,12 +113,15 @@ class Topr(Gate):
 class Vespo(Gate):
     """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios, log r in +-20.
 
+    Importance weights of the rollout (rollout_logp, correction) are factors of r, each at least 1e-8.
     k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
 
     Source: VESPO (authors' code, trainers, verified).
     """
 
     name = "vespo"
+    slopes = ("logp",)
+    reads_rollout = True
     k_pos: Bound = 2.0
     lambda_pos: Bound = 3.0
     k_neg: Bound = 3.0
@@ -138,6 +145,7 @@ class DppoGate(Gate):
     Source: arXiv 2602.04879 (authors' code); verl (trainers).
     """
 
+    slopes = ("logp",)
     eps_low: Bound = 0.15
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
