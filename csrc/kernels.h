@@ -43,7 +43,7 @@ struct ObjectiveArgs {
   const T* advantages;       // [S] or [N], optional (gates that use none)
   bool advantages_per_token;
   const double* span_weight;  // [S]
-  const double* normalizer;   // [1]; a weight is span_weight / normalizer, 0 where the normalizer is not positive
+  const double* normalizer;   // [1]; a weight is span_weight / normalizer, and 0 / 0 is 0
   const T* token_weight;      // [N], optional
   Param<T> params[kMaxParams];
   T clamp, cap;              // log ratios are clamped to +-clamp; the statistic to at most cap

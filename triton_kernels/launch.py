@@ -5,11 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-
-def interpreting() -> bool:
-    return triton.knobs.runtime.interpret
+# A function is made for the interpreter or for a GPU when it is defined, by what TRITON_INTERPRET is then: ours now,
+# those of Triton's language when Triton was imported.
+INTERPRETED = triton.knobs.runtime.interpret
+MADE_ALIKE = isinstance(tl.sum, triton.JITFunction) != INTERPRETED
 
 
 def on_device_of(x: Tensor):
@@ -47,7 +49,7 @@ def _zero(device: torch.device, stream) -> Tensor:
 def token_block(num_tokens: int, num_sequences: int) -> int:
     """Tokens of a sequence per block: about the mean length; longer sequences are walked."""
     mean = triton.cdiv(num_tokens, max(num_sequences, 1))
-    return min(max(triton.next_power_of_2(mean), 16 if interpreting() else 128), 512)
+    return min(max(triton.next_power_of_2(mean), 16 if INTERPRETED else 128), 512)
 
 
 def token_warps(block: int) -> int:
@@ -71,7 +73,7 @@ def vocab_block(vocab: int, dtype: torch.dtype, parts: int = 1, heavy: bool = Fa
     interpreter pays per operation, not per element.
 
     A part of a row is at least four blocks, or blocks would not spread evenly over the parts, until they are small."""
-    most = 65536 if interpreting() else 1024 if heavy else 2048 if dtype == torch.float64 else 4096
+    most = 65536 if INTERPRETED else 1024 if heavy else 2048 if dtype == torch.float64 else 4096
     if parts > 1:
         most = min(most, max(1 << (vocab // (4 * parts)).bit_length() >> 1, 1024))
     return min(max(triton.next_power_of_2(vocab), 128), most)
@@ -83,4 +85,4 @@ def vocab_warps(block: int, heavy: bool = False) -> int:
 
 def several_ids(per_row: int) -> dict:
     """Options of a kernel that counts for several ids at once: ptxas would rather spill than use so many registers."""
-    return {"maxnreg": 160} if per_row > 1 and not interpreting() else {}
+    return {"maxnreg": 160} if per_row > 1 and not INTERPRETED else {}

@@ -59,8 +59,8 @@ def finish(partials, num_sequences, loss, metrics, TILE: tl.constexpr):
 @triton.jit
 def of_sequence(tokens, span_weight, normalizer, i, T: tl.constexpr, PER_TOKEN: tl.constexpr):
     """Weight and advantage that all tokens of sequence i share."""
-    divisor = tl.load(normalizer)
-    weight = tl.where(divisor > 0, tl.load(span_weight + i) / divisor, 0.0).to(T)
+    share = tl.load(span_weight + i)
+    weight = tl.where(share == 0, 0.0, share / tl.load(normalizer)).to(T)
     advantage = tl.zeros((), T)
     if tokens.advantages is not None and not PER_TOKEN:
         advantage = tl.load(tokens.advantages + i)

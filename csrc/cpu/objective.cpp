@@ -39,8 +39,8 @@ inline void load(const ObjectiveArgs<T>& args, Sequence q, int64_t i, const Lane
   } else {
     for (int64_t k = 0; k < n; ++k) valid[k] = 1;
   }
-  const double normalizer = args.normalizer[0];
-  const T sequence_weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
+  const double span_weight = args.span_weight[i];
+  const T sequence_weight = span_weight == 0 ? T(0) : static_cast<T>(span_weight / args.normalizer[0]);
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     const bool counts = valid[k] != 0;

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const int64_t i = blockIdx.x;
   clear_outside(args.spans, i, [&](int64_t token) { args.coef[token] = 0; });
   if (i < args.spans.num_sequences) {
-    const double normalizer = args.normalizer[0];
-    const T weight = normalizer > 0 ? static_cast<T>(args.span_weight[i] / normalizer) : T(0);
+    const double span_weight = args.span_weight[i];
+    const T weight = span_weight == 0 ? T(0) : static_cast<T>(span_weight / args.normalizer[0]);
     const T advantage = args.advantages && !args.advantages_per_token ? args.advantages[i] : T(0);
     SequenceObjective<T, Gate> sequence{args,
                                         scratch,

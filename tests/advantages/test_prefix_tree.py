@@ -83,6 +83,19 @@ def test_walk(monkeypatch, scale, holes, ends):
     assert branches > 400
 
 
+def test_rows_that_leave_one_by_one_do_not_cost_a_round_each(monkeypatch):
+    rounds, common = [], module._common
+    monkeypatch.setattr(module, "_common", lambda *pairs: rounds.append(pairs) or common(*pairs))
+    rows = 64
+    ids, mask = torch.ones(rows, rows).tril(-1).long(), torch.ones(rows, rows, dtype=torch.bool)
+    rewards = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chain = rewards, torch.zeros(rows).long(), ids, mask
+    for case in (chain, tuple(x.flip(0) for x in chain)):
+        rounds.clear()
+        near(adv.tempo(*case), by_hand(*case), "a chain")
+        assert len(rounds) <= 16
+
+
 @pytest.mark.parametrize("holes, ends", WAYS)
 def test_packed_is_padded(holes, ends):
     for seed in range(6):

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from cases import to_rounding
+from torch.utils.checkpoint import checkpoint
 
 from tokenrl import compat
 from tokenrl.instruments.parity import close
@@ -110,6 +111,41 @@ def test_logprobs_from_logits(shape, inplace_backward, dtype):
     check(ours, formula, logits, labels)
 
 
+class Saved(torch.autograd.Function):
+    """Keeps its output as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class Kept(Saved):
+    """Keeps its output where autograd does not see it: a write there would give a wrong gradient in silence."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.saved = y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved * ctx.saved)
+
+
+def tanh_of_a_slice(x):
+    y = x * 1
+    y[:, 1:7].tanh_()
+    return y
+
+
 MADE = {
     "an output": (lambda x: x * 1, True),
     "a view of an output": (lambda x: (x * 1)[:, 1:7], True),
@@ -120,6 +156,11 @@ MADE = {
     "tanh": (lambda x: x.tanh(), False),
     "softmax": (lambda x: x.softmax(-1), False),
     "a view of exp": (lambda x: x.exp()[:, 1:7], False),
+    "a head": (lambda x: torch.nn.functional.linear(x[None], torch.eye(8, dtype=x.dtype))[0], True),
+    "a compiled graph": (lambda x: torch.compile(torch.tanh, backend="aot_eager")(x), False),
+    "a Function that saves its output": (lambda x: Saved.apply(x), False),
+    "a Function that keeps its output": (lambda x: Kept.apply(x), False),
+    "a write through a view": (tanh_of_a_slice, False),
 }
 
 
@@ -137,10 +178,27 @@ def test_the_rule_for_a_gradient_in_place(made):
         (grad,) = torch.autograd.grad(compat.logprobs_from_logits(logits, labels, permitted).sum(), leaf)
         grads.append(grad)
         assert torch.equal(logits.detach(), before) != (permitted and in_place)
-    if made in ("softmax", "expanded"):  # from there on the backward is torch's, which promises no bits
+    if made in ("softmax", "expanded", "a head"):  # from there on the backward is torch's, which promises no bits
         to_rounding(*grads)
     else:
         assert torch.equal(*grads)
+
+
+@INPLACE
+@pytest.mark.parametrize("made", ["a head", "tanh"])
+def test_a_checkpointed_head_runs_as_often_as_in_eager_torch(made):
+    labels, found = torch.tensor([0, 3, 1]), []
+
+    def eager(logits, labels):
+        return logits.log_softmax(-1).gather(1, labels[:, None])
+
+    for function in (eager, compat.logprobs_from_logits):
+        runs, leaf = [], torch.linspace(-2, 2, 24, dtype=torch.float64).view(3, 8).requires_grad_()
+        logits = checkpoint(lambda x, runs=runs: runs.append(1) or MADE[made][0](x * 1), leaf, use_reentrant=False)
+        (grad,) = torch.autograd.grad(function(logits, labels).sum(), leaf)
+        found.append((len(runs), grad))
+    assert found[0][0] == found[1][0] == 2
+    to_rounding(found[1][1], found[0][1])
 
 
 @INPLACE

@@ -1,5 +1,9 @@
 """The choice of a backend, its reasons, the supported versions, and metrics that are read once."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import CPU
@@ -50,6 +54,24 @@ def test_cpu_tensors_get_the_cpp_kernels_and_never_the_interpreter(monkeypatch):
     monkeypatch.delenv("TOKENRL_BACKEND", raising=False)
     expected = "cpu" if backends.BACKENDS["cpu"].why_not(CPU) is None else "reference"
     assert backends.choose(None, CPU).name == expected
+
+
+CHANGED = {
+    "set after both": "import triton, tokenrl; os.environ['TRITON_INTERPRET'] = '1'",
+    "set between": "import triton.language; os.environ['TRITON_INTERPRET'] = '1'",
+    "gone after both": "os.environ['TRITON_INTERPRET'] = '1'; import tokenrl; del os.environ['TRITON_INTERPRET']",
+}
+
+
+@pytest.mark.skipif(backends.TRITON_REASON is not None, reason="no triton")
+@pytest.mark.parametrize("when", CHANGED)
+def test_a_variable_that_triton_read_before_it_changed_is_named(when):
+    """Triton's functions and ours are made by what it was: it cannot run, and says so before it tries."""
+    code = f"import os; {CHANGED[when]}; import torch; from tokenrl.ops.backends import BACKENDS; "
+    code += "print([BACKENDS['triton'].why_not(torch.device(kind)) for kind in ('cpu', 'cuda')])"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
+    assert ran.stdout.count("TRITON_INTERPRET changed") == 2, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("python,torch_version,name", [((3, 9), "2.13.0", "Python"), ((3, 11), "2.10.1", "torch")])

@@ -25,7 +25,7 @@ TORCHS = (*HEAD, "loss", "kl", "entropy")  # GEMMs of torch, and its sums over t
 KL_ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if isinstance(row.gate, KlGate)]
 OF_COVARIANCE = ("clip_cov", "kl_cov")  # clip_cov also draws
 # A log-prob from 16-bit logits errs by about 0.02.
-STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.02}
+STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
 def make(seed=0, rows=6, width=9, dim=8, vocab=50, spread=1.0, poison=True, exact=False, **how) -> dict:

@@ -105,19 +105,22 @@ def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: 
     """int64 [S, G]: the position at which each member of a row's group leaves the row; the number of all tokens for the
     row itself and for members of -1.
 
-    A class is a set of rows that share their first cells. In a round all its rows are compared with its first row only:
-    two that leave that row at different positions leave each other at the earlier one, and two that leave it at the
-    same position with different ids do so there. Those with the same id are a class of the next round.
+    A class is a set of rows that share their first cells. In a round all its rows are compared with one of them only,
+    its leader: two that leave that row at different positions leave each other at the earlier one, and two that leave
+    it at the same position with different ids do so there. Those with the same id are a class of the next round. The
+    leader is drawn, so that a row's class is halved on average: the first row would cost a chain a round per row.
     """
     never, rows = ids.numel(), torch.arange(start.numel(), device=ids.device)
     leaves, left = torch.full_like(members, never), torch.full_like(start, never)
     kind, shared = group.clone(), torch.zeros_like(start)
     alive = rows[(members >= 0).sum(1) > 1]
+    draw = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0)).to(rows.device)
+    drawn = draw.argsort()
     block = min(max(int(length.max()), 1), BLOCK)
     blocks = torch.nn.functional.pad(ids, (0, block)).unfold(0, block, 1)
     while alive.numel():
         _, index = kind[alive].unique(return_inverse=True)
-        leader = torch.full_like(rows, never).scatter_reduce_(0, index, alive, "amin")[index]
+        leader = drawn[torch.full_like(rows, rows.numel()).scatter_reduce_(0, index, draw[alive], "amin")[index]]
         led = leader != alive
         left[leader] = never
         left[alive[led]] = _common(blocks, start, length, shared, alive[led], leader[led])
@@ -126,8 +129,10 @@ def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: 
         leaves[alive] = torch.where(met, torch.minimum(left[others], left[alive, None]), leaves[alive])
         on = left[alive] < length[alive]
         going, at = alive[on], left[alive[on]]
-        keys = torch.stack([kind[going], at, ids[start[going] + at].long()], 1)
-        _, index, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
+        # Three times unique and not once with dim=0, which walks its rows one by one.
+        _, ids_met = ids[start[going] + at].unique(return_inverse=True)
+        _, index = (kind[going] * (never + 1) + at).unique(return_inverse=True)
+        _, index, counts = (index * (rows.numel() + 1) + ids_met).unique(return_inverse=True, return_counts=True)
         company = counts[index] > 1
         # Whoever is done is in no class that a later round numbers.
         kind[alive] = -1 - alive

@@ -3,7 +3,7 @@
 import torch
 
 from ..batch.checks import check_tensor
-from ..logprobs.from_logits import why_not_inplace
+from ..logprobs.from_logits import made_by_torch, why_not_inplace
 from ..ops import backends
 from .stats import stats_of
 
@@ -11,13 +11,14 @@ from .stats import stats_of
 def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
     """verl: the log-probs of labels, in their shape.
 
-    inplace_backward permits the gradient to lie in the memory of the logits. It is used where the logits are an
-    operation's output, or a view of one, that the operation does not need for its own backward, their elements do not
-    overlap, their last stride is 1, the call runs eagerly and on a kernel backend; elsewhere the gradient is fresh. An
-    operation beside this one that saved the logits then raises in its backward, as autograd does after any write.
+    inplace_backward permits the gradient to lie in the memory of the logits. It is used where the logits are the output
+    of an operation of torch, or a view of one, that the operation does not need for its own backward, their elements do
+    not overlap, their last stride is 1, the call runs eagerly and on a kernel backend; elsewhere, and so behind a
+    compiled head, an autograd.Function or a write through a view, the gradient is fresh. An operation beside this one
+    that saved the logits then raises in its backward, as autograd does after any write.
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)
     chosen = backends.choose(None, logits.device)
-    inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None
+    inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None and made_by_torch(logits)
     return stats_of(logits, labels, 1.0, None, ("logp",), inplace_backward, "labels").logp.view(labels.shape)

@@ -93,7 +93,8 @@ def linear_token_logprobs(
     hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what
     token_logprobs saves, its backward computes the logits again: 8 N D V flops in all. Gradients are summed in fp32
     (fp64 for fp64) and rounded to the dtype of their tensor at the end.
-    main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none.
+    main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none;
+    where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
     memory_budget: bytes that a forward or a backward may hold beyond inputs and results, at most; None: 256 MiB on a
     CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on top. Tiles are
     of some rows and, unless is_top1 or rank are asked for, of some columns.

@@ -224,9 +224,18 @@ def why_not_inplace(logits: Tensor, chosen: backends.Backend) -> str | None:
         return "logits is expanded: several of its elements share memory"
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return "the last stride of logits is not 1, so the kernel reads a copy"
-    for made in (logits, owner):
-        node = made.grad_fn
-        saved = getattr(node, "_saved_result", None)
-        if node is not None and isinstance(saved, Tensor) and saved.data_ptr() == made.data_ptr():
-            return f"{node.name()}, which made the logits, needs them for its own backward"
+    for node in (logits.grad_fn, owner.grad_fn):
+        # Asked of the type: a look at what a node saved would run a checkpointed forward again.
+        if hasattr(type(node), "_saved_result") or hasattr(type(node), "_saved_output"):
+            return f"{type(node).__name__}, which made the logits, needs them for its own backward"
     return None
+
+
+def made_by_torch(logits: Tensor) -> bool:
+    """Whether torch's own operations made them, of which why_not_inplace knows what they save: a Function written in
+    Python, a compiled graph among them, may keep its output where nobody sees it, and a write through a view hides
+    whose output it wrote."""
+    owner = logits if logits._base is None else logits._base
+    nodes = (type(made.grad_fn) for made in (logits, owner) if made.grad_fn is not None)
+    named = {node.__name__: node for node in nodes}
+    return "CopySlices" not in named and all(vars(torch._C._functions).get(n) is node for n, node in named.items())

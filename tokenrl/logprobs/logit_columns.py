@@ -10,7 +10,7 @@ from ..batch.checks import check_bytes, check_tensor
 from ..batch.layout import layout_of
 from ..batch.valid_tokens import ValidTokens, valid_tokens
 from ..errors import wrong
-from ..ops.linear.gemm import sum_dtype
+from ..ops.linear.gemm import linear, sum_dtype
 from ..ops.linear.head import Head
 from .from_hidden import DEFAULT_BUDGET, linear_token_logprobs
 from .from_logits import DTYPES, token_logprobs
@@ -81,7 +81,7 @@ class HeadColumns:
         return self.hidden.index_select(0, cells).to(self.head.dtype)
 
     def columns(self, states: Tensor, at: slice | Tensor) -> Tensor:
-        z = states @ self.head.columns(at).t()
+        z = linear(states, self.head.columns(at))
         if self.head.bias is not None:
             z += self.head.bias[at].to(self.head.dtype)
         return z.to(self.dtype).div_(self.head.temperature)

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_integers, check_name, check_number, check_tensor
+from ..batch.checks import check_constant, check_integers, check_name, check_number, check_tensor, values_known
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..objectives.aggregations import AGGREGATIONS, Aggregation
 from ..ops import backends, dispatch
 from ..ops.dispatch import SpanWeights
+
+POSITIVE = "a positive number (the global count that the mode divides by), or 0 where no token is valid"
 
 
 def span_weights(
@@ -32,10 +34,10 @@ def span_weights(
     if outside:
         weights = SpanWeights(weights.span_weight, weights.normalizer * scale)
     if not isinstance(normalizer, Tensor):
+        if normalizer == 0 and values_known(weights.span_weight) and weights.span_weight.any():
+            raise wrong("normalizer", normalizer, POSITIVE)
         return weights
-    if normalizer.dtype != torch.float64 or normalizer.device != weights.span_weight.device or normalizer.dim():
-        normalizer = normalizer.to(weights.span_weight.device, torch.float64).reshape(())
-    return SpanWeights(weights.span_weight, normalizer)
+    return SpanWeights(weights.span_weight, _as_divisor(normalizer, weights.span_weight))
 
 
 def _checked_mode(
@@ -56,10 +58,20 @@ def _checked_mode(
     return mode
 
 
+def _as_divisor(given: Tensor, span_weight: Tensor) -> Tensor:
+    """float64, 0-d, on the device of the weights. Where a check were a sync a count below zero becomes NaN, so that no
+    loss has the wrong sign; NaN and 0 show in the loss as they are."""
+    count = given.to(span_weight.device, torch.float64).reshape(())
+    if not values_known(count):
+        return torch.where(count < 0, torch.nan, count)
+    if count > 0 or (count == 0 and not span_weight.any()):
+        return count
+    raise wrong("normalizer", f"{count.item()} in the tensor", POSITIVE)
+
+
 def _check_normalizer(given: float | Tensor) -> None:
     if not isinstance(given, Tensor):
-        accepted = "a positive number (the global count that the mode divides by)"
-        check_number("normalizer", given, above=0, accepted=accepted)
+        check_number("normalizer", given, 0, accepted=POSITIVE)
         return
     check_constant("normalizer", given)
     if given.numel() != 1:
@@ -79,12 +91,13 @@ def aggregation_weights(
     """The weight of each token, w, so that a loss is sum_t w_t l_t.
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
-    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
-    (Balanced Aggregation: S the sequences of the group with the sign of this one's advantage; sequences with advantage
-    0 weigh nothing and leave the counts, their group still counts in G, which is our reading). N valid tokens, R
-    sequences and G groups with any.
+    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / R_g / tokens(S) / G (Balanced
+    Aggregation: S the sequences of the group with the sign of this one's advantage, R_g all of the group; those with
+    advantage 0 weigh nothing and count in R_g, which is our reading). N, N_g valid tokens, R, R_g sequences and G
+    groups with any.
     mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
-    group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G).
+    group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G);
+    0 where no token is valid, in any part.
     Returns fp32 of the mask's shape, zero in masked cells.
 
     Source: Balanced Aggregation, arXiv 2605.04077 (notes).
@@ -104,7 +117,8 @@ def aggregation_weights(
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
-    per_sequence = torch.where(weights.normalizer > 0, weights.span_weight / weights.normalizer, 0.0).float()
+    share = weights.span_weight
+    per_sequence = torch.where(share == 0, 0.0, share / weights.normalizer).float()
     return layout.per_token(per_sequence, per_sequence).view(layout.shape)
 
 

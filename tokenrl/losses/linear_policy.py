@@ -66,8 +66,9 @@ def linear_policy_loss(
     The loss carries the gradients of hidden, weight and bias, each computed in the forward only where it is required;
     the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
     many tokens as memory_budget allows (bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU). Where several chunks
-    add to a 16-bit weight gradient, its fp32 sums, 4 V D bytes, come on top; one chunk of all tokens may take as much
-    instead.
+    add to a bf16 weight gradient, its fp32 sums, 4 V D bytes, come on top; one chunk of all tokens may take as much
+    instead. The gradients of fp16 tensors are kept in fp32 until the backward has multiplied them, by a loss scale for
+    one, and those of fp16 logits are lifted by a power of two meanwhile: neither underflows in between.
     One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
     token, prefixes with flow "local", on-policy); for the others chunks end with sequences. Where a sequence does not
     fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops, and objectives with a
@@ -75,7 +76,8 @@ def linear_policy_loss(
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
     where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
     coefficient is zero enter no GEMM of the backward.
-    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none.
+    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
+    weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
     Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
     given and what is accepted.

@@ -48,7 +48,8 @@ def influence(
     for group in _groups(valid, as_groups(group_ids, correct), correct, normalize):
         there = group.index[group.there]
         columns = own[there].unique() if vocabulary == "group" else None
-        found[there] = _sums(tokens, group, columns, pairs, budget)[group.there]
+        with torch.autocast(own.device.type, enabled=False):
+            found[there] = _sums(tokens, group, columns, pairs, budget)[group.there]
     return valid, found
 
 

@@ -95,6 +95,9 @@ def _load_triton() -> str | None:
 
 NATIVE_REASON = _load_native()
 TRITON_REASON = _load_triton()
+_INTERPRET = os.environ.get("TRITON_INTERPRET")
+if TRITON_REASON is None:
+    from ..triton_kernels.launch import INTERPRETED, MADE_ALIKE
 TRITON_GATES = {} if TRITON_REASON else importlib.import_module("tokenrl.triton_kernels.gates").GATES
 
 
@@ -111,14 +114,12 @@ def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
     return why_not
 
 
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _why_not_triton(device: torch.device) -> str | None:
     if TRITON_REASON:
         return TRITON_REASON
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+    if os.environ.get("TRITON_INTERPRET") != _INTERPRET or not MADE_ALIKE:
+        return "TRITON_INTERPRET changed after triton or tokenrl was imported; it is read once (set it before both)"
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
         return None
     return f"runs cuda tensors, these are on {device.type} (the interpreter, TRITON_INTERPRET=1, runs cpu tensors)"
 

@@ -29,7 +29,8 @@ ITSELF = replace(find_objective("kl_k1"), clamp=math.inf)
 
 @dataclass(frozen=True)
 class SpanWeights:
-    """span_weight: float64 [S]. normalizer: float64, 0-d; the weight of a sequence's tokens is their quotient."""
+    """span_weight: float64 [S]. normalizer: float64, 0-d; the weight of a sequence's tokens is their quotient,
+    0 / 0 = 0."""
 
     span_weight: Tensor
     normalizer: Tensor

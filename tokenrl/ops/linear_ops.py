@@ -40,45 +40,59 @@ def _linear_token_logprobs_backward(ops, *args):
     inputs, rest = HeadInputs.read(args)
     upstream, rest = Upstream.read(rest)
     saved, (wanted, main_grad) = SavedStatistics.read(rest)
-    grads = _gradients(inputs.hidden, inputs.weight, wanted, main_grad)
+    dtypes = _dtypes(inputs)
+    grads = _gradients(inputs, wanted, dtypes, main_grad)
     token_logprobs.gradients(
         inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved), inputs.memory_budget, grads
     )
-    return _results(grads, inputs.hidden, inputs.bias)
+    return _results(grads, inputs.hidden, dtypes)
 
 
 def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
-    sum_in = None if inputs.main_grad is None else inputs.main_grad.dtype
-    grads = _gradients(inputs.hidden, inputs.weight, inputs.wanted, None, sum_in)
+    dtypes = _waiting_dtypes(inputs)
+    grads = _gradients(inputs, inputs.wanted, dtypes)
     loss, metrics = policy_loss.run(ops, inputs, grads)
-    return loss, metrics, *_results(grads, inputs.hidden, inputs.bias)
+    return loss, metrics, *_results(grads, inputs.hidden, dtypes)
+
+
+def _dtypes(inputs: HeadInputs) -> list[torch.dtype]:
+    """Of the gradients of hidden, weight and bias."""
+    return [(x if x is not None else inputs.weight).dtype for x in (inputs.hidden, inputs.weight, inputs.bias)]
+
+
+def _waiting_dtypes(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
+    """The same of those that wait for the upstream gradient, and one for main_grad, that may be too small for fp16."""
+    hidden, weight, bias = (torch.float32 if dtype == torch.float16 else dtype for dtype in _dtypes(inputs))
+    return [hidden, weight if inputs.main_grad is None else inputs.main_grad.dtype, bias]
 
 
 def _gradients(
-    hidden: Tensor, weight: Tensor, wanted: list[bool], main_grad: Tensor | None, dtype: torch.dtype | None = None
+    inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtype], main_grad: Tensor | None = None
 ) -> token_logprobs.Gradients:
-    """Memory for the gradients that are wanted, that of weight in `dtype`; main_grad is added to."""
-    of_hidden = torch.zeros_like(hidden) if wanted[0] else None
+    """Memory for the gradients that are wanted; main_grad is added to."""
+    hidden, weight = inputs.hidden, inputs.weight
+    of_hidden = torch.zeros_like(hidden, dtype=dtypes[0]) if wanted[0] else None
     of_weight = None
     if wanted[1]:
-        of_weight = torch.empty_like(weight, dtype=dtype) if main_grad is None else main_grad
+        of_weight = torch.empty_like(weight, dtype=dtypes[1]) if main_grad is None else main_grad
     sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype)) if wanted[2] else None
     return token_logprobs.Gradients(of_hidden, of_weight, sums, adds=main_grad is not None)
 
 
-def _results(grads: token_logprobs.Gradients, like: Tensor, bias: Tensor | None) -> list[Tensor]:
+def _results(grads: token_logprobs.Gradients, like: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """What the ops return: nothing for a sum that was added to."""
     of_weight = None if grads.adds else grads.weight
-    of_bias = None if grads.bias is None or bias is None else grads.bias.to(bias.dtype)
+    of_bias = None if grads.bias is None else grads.bias.to(dtypes[2])
     return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
 
 
-def _fake_results(hidden, weight, bias, wanted, weight_dtype=None):
+def _fake_results(inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtype]) -> list[Tensor]:
+    hidden, weight = inputs.hidden, inputs.weight
     found = (
-        torch.empty_like(hidden),
-        torch.empty_like(weight, dtype=weight_dtype),
-        weight.new_empty(weight.shape[0], dtype=None if bias is None else bias.dtype),
+        torch.empty_like(hidden, dtype=dtypes[0]),
+        torch.empty_like(weight, dtype=dtypes[1]),
+        weight.new_empty(weight.shape[0], dtype=dtypes[2]),
     )
     return [g if want else hidden.new_empty(0) for g, want in zip(found, wanted, strict=True)]
 
@@ -91,19 +105,34 @@ def _fake_statistics(*args):
 def _fake_backward(*args):
     inputs, (*_, wanted, main_grad) = HeadInputs.read(args)
     wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
-    return tuple(_fake_results(inputs.hidden, inputs.weight, inputs.bias, wanted))
+    return tuple(_fake_results(inputs, wanted, _dtypes(inputs)))
 
 
 def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
-    dtype = None if inputs.main_grad is None else inputs.main_grad.dtype
-    grads = _fake_results(inputs.hidden, inputs.weight, inputs.bias, inputs.wanted, dtype)
-    return loss, loss.new_empty(12), *grads
+    return loss, loss.new_empty(12), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+
+
+def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The parameter, where a hook of Megatron's DDP reads on it whether its gradient went to main_grad. Kept beside
+    what is saved, as a checkpoint gives back a copy without attributes."""
+    told = main_grad is not None and weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
+    return weight if told else None
+
+
+def _beside_main_grad(weight: Any) -> Tensor | None:
+    """The gradient of a weight whose own was added to main_grad: none. Megatron's hook asserts that there is one, of
+    any memory, and leaves it out by the flag; with zero_out_wgrad it adds it all the same."""
+    if weight is None:
+        return None
+    weight.grad_added_to_main_grad = True
+    return (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
 
 
 def _save_statistics(ctx, inputs, output):
     head, (_, ctx.main_grad) = HeadInputs.read(inputs)
+    ctx.told = _told_of_main_grad(ctx.main_grad, head.weight)
     _, entropy, lse, lse_rest, squares, *_ = output
     kernel_ops.mark_constants(ctx, output)
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
@@ -128,8 +157,9 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])
         op = getattr(torch.ops, namespace).linear_token_logprobs_backward
-        grads = op(*head, *wanted_of, *saved, wanted, ctx.main_grad)
-        wanted[1] = wanted[1] and ctx.main_grad is None
+        grads = list(op(*head, *wanted_of, *saved, wanted, ctx.main_grad))
+        if wanted[1] and ctx.main_grad is not None:
+            grads[1] = _beside_main_grad(ctx.told)
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
     return backward
@@ -139,6 +169,7 @@ def _save_policy_loss(ctx, inputs, output):
     loss, metrics, *grads = output
     given = LinearPolicyLossInputs(*inputs)
     ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
+    ctx.told = _told_of_main_grad(given.main_grad, given.weight)
     ctx.mark_non_differentiable(metrics, *grads)
     ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
@@ -147,13 +178,14 @@ def _save_policy_loss(ctx, inputs, output):
 def _policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None
-    of_hidden, of_weight, of_bias, *_ = ctx.saved_tensors
-    wanted = list(ctx.wanted)
-    if wanted[1] and ctx.main_grad is not None:
-        ctx.main_grad.addcmul_(of_weight, grad_loss.to(of_weight.dtype))
-        wanted[1] = False
-    found = zip((of_hidden, of_weight, of_bias), wanted, strict=True)
-    return tuple(scaled(g, grad_loss) if want else None for g, want in found)
+    *grads, hidden, weight, bias = ctx.saved_tensors
+    added = ctx.wanted[1] and ctx.main_grad is not None
+    if added:
+        ctx.main_grad.addcmul_(grads[1], grad_loss.to(grads[1].dtype))
+    wanted = (ctx.wanted[0], ctx.wanted[1] and not added, ctx.wanted[2])
+    found = zip(grads, (hidden, weight, bias), wanted, strict=True)
+    of_hidden, of_weight, of_bias = (scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
+    return of_hidden, _beside_main_grad(ctx.told) if added else of_weight, of_bias
 
 
 def _eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:

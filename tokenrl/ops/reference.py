@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..objectives import statistics
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
+from .linear.gemm import linear
 
 
 class Rows:
@@ -90,7 +91,7 @@ def token_weights(
     span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, cu_seqlens: Tensor, mask: Tensor, like: Tensor
 ) -> Tensor:
     """w_t [N] in the dtype of `like`, zero in masked cells."""
-    weight = torch.where(normalizer > 0, span_weight / normalizer, 0.0)
+    weight = torch.where(span_weight == 0, 0.0, span_weight / normalizer)
     w = weight.repeat_interleave(cu_seqlens.diff(), output_size=mask.numel())
     if token_weight is not None:
         w = w * torch.where(mask, token_weight, 0)
@@ -223,7 +224,7 @@ def linear_token_logprobs(
     """The op's results, by way of all logits."""
     dtype = getattr(torch, compute_dtype)
     hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
-    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     return token_logprobs(
         logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
     )

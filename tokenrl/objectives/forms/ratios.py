@@ -115,8 +115,8 @@ class Real(Form):
         if a.numel() == layout.num_tokens and a.numel() != layout.num_sequences:
             raise wrong("advantages", "one per token", f"one per sequence, [{layout.num_sequences}]")
         loss = self._groups(s, a > 0, counts > 0, tokens.group_ids).sum()
-        normalizer = tokens.normalizer
-        loss = torch.where(normalizer > 0, loss / normalizer.to(loss.dtype), 0)
+        # A batch without tokens has no count to divide by.
+        loss = loss / torch.where(counts.any(), tokens.normalizer, 1).to(loss.dtype)
         with torch.no_grad():
             return loss.to(tokens.logp.dtype), tokens.run()[1]
 

@@ -1,5 +1,7 @@
 """Matrix products of the head: torch's GEMMs, with the sums of many products in fp32."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,32 +15,63 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, out in the dtype of a or in sum_dtype."""
+class _Linear(torch.autograd.Function):
+    """torch's linear outside of autocast, which looks at products of a backward too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.biased = inputs[2] is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_weight = linear(grad.t(), x.t())
+        return linear(grad, weight.t()), of_weight, grad.sum(0) if ctx.biased else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias, [N, D], in their own dtype whatever autocast is; differentiable as often as wanted."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _Linear.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor, by: float = 1.0) -> None:
+    """out = by a @ b, out in the dtype of a or in sum_dtype."""
     if out.is_cuda:
         mixed = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
         torch.mm(a, b, **mixed, out=out)
-        return
-    for some, rows in zip(out.split(CPU_ROWS), a.split(CPU_ROWS), strict=True):
-        if out.dtype == a.dtype:
-            torch.mm(rows, b, out=some)
-        else:
-            some.copy_(torch.mm(rows, b))
+    else:
+        for some, rows in zip(out.split(CPU_ROWS), a.split(CPU_ROWS), strict=True):
+            if out.dtype == a.dtype:
+                torch.mm(rows, b, out=some)
+            else:
+                some.copy_(torch.mm(rows, b))
+    if by != 1:
+        out.mul_(by)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total in sum_dtype.
+def add_product(total: Tensor, a: Tensor, b: Tensor, by: float = 1.0) -> None:
+    """total += by a @ b, total in sum_dtype.
 
     cuBLAS adds 16-bit products to an fp32 total without rounding them. On a CPU torch has no such GEMM: there each
     product, itself summed in fp32, is rounded once to 16 bits before it is added.
     """
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
+        torch.addmm(total, a, b, alpha=by, out=total)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=by, out=total)
     else:
         for some, rows in zip(total.split(CPU_ROWS), a.split(CPU_ROWS), strict=True):
-            some.add_(torch.mm(rows, b))
+            some.add_(torch.mm(rows, b), alpha=by)
 
 
 class ProductSum:
@@ -51,8 +84,8 @@ class ProductSum:
         self.out, self.begun = out, adds
         self.total = out if in_place else torch.empty_like(out, dtype=sum_dtype(dtype))
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        (add_product if self.begun else write_product)(self.total, a, b)
+    def add(self, a: Tensor, b: Tensor, by: float) -> None:
+        (add_product if self.begun else write_product)(self.total, a, b, by)
         self.begun = True
 
     def finish(self) -> None:
@@ -73,10 +106,10 @@ def column_sums(x: Tensor) -> Tensor:
     return total
 
 
-def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """x times a number, in sum_dtype and rounded once to the dtype of x, in new memory."""
+def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a number, in sum_dtype and rounded once to dtype, in new memory."""
     by = by.to(sum_dtype(x.dtype)).reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     if x.is_cuda:
         return torch.mul(x, by, out=out)
     for some, rows in zip(out.split(CPU_ROWS), x.split(CPU_ROWS), strict=True):

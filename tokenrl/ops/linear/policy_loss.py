@@ -23,6 +23,7 @@ from ..reference import regularized
 from . import token_logprobs
 from .gemm import ProductSum, add_product, column_sums, sum_dtype
 from .head import Head, HeadInputs, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
+from .lift import lifted
 from .token_logprobs import Gradients
 
 FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
@@ -135,16 +136,17 @@ class Chunk:
         if index is not None and count <= WORTH_MOVING * self.logp.numel():
             coef, grad_entropy = coef[index], None if grad_entropy is None else grad_entropy[index]
             self._keep(index)
+        upstream, by = lifted(self.head, self.rows, (coef, grad_entropy, None, None), self.states)
         self.head.ops.token_logprobs_backward_(
-            coef, grad_entropy, None, None, self.logits, self.ids, self.lse, self.lse_rest, self.entropy,
-            self.lse.new_empty(0), *self._transform(),
+            *upstream, self.logits, self.ids, self.lse, self.lse_rest, self.entropy, self.lse.new_empty(0),
+            *self._transform(),
         )  # fmt: skip
         if grads.hidden is not None:
-            grads.hidden[self.rows] = self._hidden_gradient().to(grads.hidden.dtype)
+            grads.hidden[self.rows] = self._hidden_gradient(by, grads.hidden.dtype)
         if weight_sum is not None:
-            weight_sum.add(self.logits.t(), self.states)
+            weight_sum.add(self.logits.t(), self.states, by)
         if grads.bias is not None:
-            grads.bias.add_(column_sums(self.logits))
+            grads.bias.add_(column_sums(self.logits), alpha=by)
 
     def _keep(self, index: Tensor) -> None:
         """Leaves out the other tokens; logits move up in their own memory, in order, an eighth at a time."""
@@ -155,13 +157,13 @@ class Chunk:
         self.states, self.ids, self.entropy = self.states[index], self.ids[index], self.entropy[index]
         self.lse, self.lse_rest = self.lse[index], self.lse_rest[index]
 
-    def _hidden_gradient(self) -> Tensor:
-        if not self.head.cast_columns:
+    def _hidden_gradient(self, by: float, dtype: torch.dtype) -> Tensor:
+        if not self.head.cast_columns and dtype == self.head.dtype:
             return torch.mm(self.logits, self.head.weight)
         total = self.states.new_zeros(self.states.shape, dtype=sum_dtype(self.head.dtype))
         for at in self.head.pieces():
-            add_product(total, self.logits[:, at], self.head.columns(at))
-        return total
+            add_product(total, self.logits[:, at], self.head.columns(at), by)
+        return total.to(dtype)
 
 
 def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor]:

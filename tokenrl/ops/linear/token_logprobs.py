@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernel_ops import IGNORED, RESULTS, logprob_results
 from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, sum_dtype
 from .head import Head, Rows, Tiles, as_tile, compacted, rows_at, split, tiles_of, whole_rows_of
+from .lift import lifted
 
 ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
 
@@ -131,7 +132,7 @@ def gradients(
     index, count = compacted(_has_gradient(ids, upstream))
     rows = rows_at(index, slice(0, count))
     states, ids = hidden[rows].to(head.dtype), ids[rows]
-    upstream = [None if g is None else g[rows] for g in upstream]
+    upstream, by = lifted(head, rows, [None if g is None else g[rows] for g in upstream], states)
     saved = [x[rows] if x.numel() else x for x in saved]
     total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
     tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
@@ -148,16 +149,16 @@ def gradients(
                 *head.transform(rows_at(index, some), logits.shape[0], at),
             )  # fmt: skip
             if grads.hidden is not None:
-                add_product(total[some], logits, columns)
+                add_product(total[some], logits, columns, by)
             if grads.weight is not None:
-                weight_sum.add(logits.t(), states[some])
+                weight_sum.add(logits.t(), states[some], by)
             if grads.bias is not None:
-                grads.bias[at] += column_sums(logits)
+                grads.bias[at].add_(column_sums(logits), alpha=by)
         del columns  # the next are cast without these
         if grads.weight is not None:
             weight_sum.finish()
     if grads.hidden is not None:
-        grads.hidden[rows] = total.to(hidden.dtype)
+        grads.hidden[rows] = total.to(grads.hidden.dtype)
 
 
 def _has_gradient(ids: Tensor, upstream: Sequence[Tensor | None]) -> Tensor:

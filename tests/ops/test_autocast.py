@@ -1,0 +1,64 @@
+"""Autocast is not followed: every function computes what its arguments say, in the bits it has without."""
+
+import pytest
+import torch
+from cases import backends_to_test, device_of, to_rounding
+from front_calls import CALLS, HIDDEN, IDS, OLD, WEIGHT, R
+
+import tokenrl
+from tokenrl.objectives.metrics import Metrics
+
+
+def tensors(x):
+    """What a call returns, as a list of tensors."""
+    if isinstance(x, Metrics):
+        return [x.raw]
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [y for part in x for y in tensors(part)] if hasattr(x, "__iter__") else []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function,given", CALLS, ids=lambda x: getattr(x, "__name__", ""))
+def test_every_function_gives_the_same_bits(function, given, dtype):
+    plain = tensors(function(**given))
+    with torch.autocast("cpu", dtype):
+        cast = tensors(function(**given))
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def loss(name, hidden, weight, bias, backend):
+    ids, old_logp, advantages = (x.to(hidden.device) for x in (IDS, OLD, R))
+    if name == "logprobs":
+        return tokenrl.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend).logp.sum()
+    more = {"bias": bias, "entropy_coef": 0.1, "backend": backend}
+    return tokenrl.linear_policy_loss(name, hidden, weight, ids, old_logp, advantages, **more)[0]
+
+
+def heads(backend):
+    return [x.to(device_of(backend)).clone().requires_grad_() for x in (HIDDEN, WEIGHT, torch.linspace(-1, 1, 11))]
+
+
+@pytest.mark.parametrize("backend", backends_to_test())
+@pytest.mark.parametrize("name", ["logprobs", "grpo", "gmpo"])
+def test_a_backward_inside_gives_the_same_gradients(name, backend):
+    device, found = device_of(backend).type, []
+    for enabled in (False, True):
+        given = heads(backend)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            value = loss(name, *given, backend)
+            found.append([value.detach(), *torch.autograd.grad(value, given)])
+    for plain, cast in zip(*found, strict=True):
+        to_rounding(cast, plain, name)
+
+
+def test_the_reference_differentiates_twice():
+    found = []
+    for enabled in (False, True):
+        given = heads("reference")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads = torch.autograd.grad(loss("grpo", *given, "reference"), given, create_graph=True)
+            found.append(torch.autograd.grad(sum(x.square().sum() for x in grads), given))
+    for plain, cast in zip(*found, strict=True):
+        assert plain.abs().max() > 0
+        to_rounding(cast, plain)
