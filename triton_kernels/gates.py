@@ -151,9 +151,9 @@ def topr(s, x, logp, advantage, t, ceiling, score):
 
 
 @triton.jit
-def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg):
+def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg, floor):
     k, decay = tl.where(advantage < 0, k_neg, k_pos), tl.where(advantage < 0, lambda_neg, lambda_pos)
-    log_ratio = clip(s, -20.0, 20.0)
+    log_ratio = clip(s, floor, 20.0)
     value, d_logp = _weighted(logp, advantage, exponential(decay + k * log_ratio - decay * exponential(log_ratio)))
     return value, 0.0, d_logp, False, False, False
 

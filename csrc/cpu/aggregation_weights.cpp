@@ -43,7 +43,8 @@ double weight_of(Span span, const SequenceCount& own, const Group& group) {
   }
   if (own.advantage == 0) return 0;
   const int sign = own.advantage > 0;
-  return static_cast<double>(group.rows[sign]) / static_cast<double>(group.size) / static_cast<double>(group.signed_tokens[sign]);
+  return static_cast<double>(group.rows[sign]) / static_cast<double>(group.size) /
+         static_cast<double>(group.signed_tokens[sign]);
 }
 
 }  // namespace

@@ -53,12 +53,12 @@ struct Topr : AnyPosition {
 
 struct Vespo : AnyPosition {
   static constexpr const char* name = "vespo";
-  TRL_PARAMS(k_pos, lambda_pos, k_neg, lambda_neg);
+  TRL_PARAMS(k_pos, lambda_pos, k_neg, lambda_neg, floor);
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     const bool negative = in.advantage < 0;
     const T k = negative ? params.k_neg : params.k_pos, decay = negative ? params.lambda_neg : params.lambda_pos;
-    const T log_ratio = clamp(in.s, T(-20), T(20));
+    const T log_ratio = clamp(in.s, params.floor, T(20));
     return weighted(in, exponential(decay + k * log_ratio - decay * exponential(log_ratio)));
   }
 };

@@ -166,7 +166,7 @@ def test_vespo_official(family, case, backend):
         weights = x["is_weights"].clamp(min=1e-8)
         given = {"rollout_logp": old_logp - weights.log(), "correction": {"bound": "none", "clamp": None}}
     advantages = x["advantages"][:, 0] if x["advantages"].dim() == 2 else x["advantages"]
-    row = tokenrl.objective("vespo", **{name: config[name] for name in Vespo.names})
+    row = tokenrl.objective("vespo", **{name: config[name] for name in Vespo.names if name in config})
     loss, _ = tokenrl.policy_loss(
         row, logp, old_logp, advantages, mask=mask, aggregation=config["loss_agg_mode"], backend=backend, **given
     )

@@ -111,10 +111,11 @@ class Topr(Gate):
 
 @parametrised
 class Vespo(Gate):
-    """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios, log r in +-20.
+    """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios.
 
     Importance weights of the rollout (rollout_logp, correction) are factors of r, each at least 1e-8.
-    k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
+    k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda. log r is clamped to
+    [floor, 20]; TRL's floor is log 1e-8.
 
     Source: VESPO (authors' code, trainers, verified).
     """
@@ -126,11 +127,12 @@ class Vespo(Gate):
     lambda_pos: Bound = 3.0
     k_neg: Bound = 3.0
     lambda_neg: Bound = 2.0
+    floor: Bound = -20.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
+        k_pos, lambda_pos, k_neg, lambda_neg, floor = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
-        log_ratio = clamp(s, -20, 20)
+        log_ratio = clamp(s, floor, 20)
         return weighted(torch.exp(decay + k * log_ratio - decay * log_ratio.exp()), advantages, logp)
 
 
