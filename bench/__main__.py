@@ -11,14 +11,14 @@ from typer import Option
 
 from tokenrl.ops import backends
 
-from . import overhead, report
+from . import cliffs, overhead, report
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
 from .machine import keep_freed_memory, machine_line
 from .run import Findings, default_backends, run_case
 
-OVERHEAD = "overhead"  # what a call costs beside its kernels: no case, a table of its own
+OWN_TABLES = {"overhead": overhead.measure, "cliffs": cliffs.measure}  # no cases beside competitors
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 SIZES = "ROWSxCOLUMNS, such as 2048x151936; TOKENSxWIDTHxCOLUMNS of the linear ops, such as 2048x1024x151936"
@@ -62,10 +62,10 @@ def parsed_backends(given: list[str], device: str) -> list[str]:
 
 def parsed_specs(device: str, small: bool, ops: list[str], shapes: list[str], dtypes: list[str]) -> list[Spec]:
     """The cases to run; an error where the options leave none, or none of a shape."""
-    ops, sizes = each_of("--op", ops, [*OPS, OVERHEAD]), parsed_shapes(shapes)
-    if ops == [OVERHEAD]:
+    named, sizes = each_of("--op", ops, [*OPS, *OWN_TABLES]), parsed_shapes(shapes)
+    ops = [op for op in named if op not in OWN_TABLES]
+    if named and not ops:
         return []
-    ops = [op for op in ops if op != OVERHEAD]
     names = each_of("--dtype", [ALIASES.get(d, d) for d in dtypes], [*DTYPES, *ALIASES])
     specs = chosen_specs(device, small, ops, sizes, names)
     if not specs:
@@ -104,7 +104,7 @@ def finish(findings: Findings) -> None:
 
 
 def main(
-    op: Annotated[list[str], Option(help=f"{', '.join(OPS)}, {OVERHEAD}; repeatable.")] = [],  # noqa: B006
+    op: Annotated[list[str], Option(help=f"{', '.join([*OPS, *OWN_TABLES])}; repeatable.")] = [],  # noqa: B006
     shape: Annotated[list[str], Option(help=f"{SIZES}; repeatable.")] = [],  # noqa: B006
     dtype: Annotated[list[str], Option(help=f"Of logits or head: {', '.join(DTYPES)}; repeatable.")] = [],  # noqa: B006
     backend: Annotated[list[str], Option(help=f"{', '.join(backends.BACKENDS)}; repeatable.")] = [],  # noqa: B006
@@ -134,8 +134,7 @@ def main(
             "device": place, "machine": machine_line(place, load, allocator), "lines": findings.lines,
             "missing": findings.missing, "failures": findings.failures,
         }  # fmt: skip
-        if OVERHEAD in op:
-            result["overhead"] = overhead.measure()
+        result |= {name: measure() for name, measure in OWN_TABLES.items() if name in op}
         report.show(result)
         write(result, out, json, png)
     finish(findings)

@@ -130,6 +130,12 @@ def overhead_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return ["call", "additions", "aim"], [[name, f"{x:.0f}", str(AIMS[name] or MISSING)] for name, x in found.items()]
 
 
+def cliffs_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """What is asked of the kernels beside its plain neighbour."""
+    rows = [[x["name"], x["neighbour"], f"{x['ratio']:.2f}", number(x["aim"])] for x in report.get("cliffs", [])]
+    return ["call", "neighbour", "times its time", "at most"], rows
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
@@ -137,6 +143,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     what = "kernel launches" if report["device"] == "cuda" else "ops dispatched"
     found = [
         ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
+        ("Beside a plain neighbour, one thread", *cliffs_table(report)),
         ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
         ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),

@@ -46,8 +46,9 @@ struct ObjectiveArgs {
   const double* normalizer;   // [1]; a weight is span_weight / normalizer, and 0 / 0 is 0
   const T* token_weight;      // [N], optional
   Param<T> params[kMaxParams];
-  T clamp, cap;              // log ratios are clamped to +-clamp; the statistic to at most cap
-  T *loss, *coef, *metrics;  // [1], [N], [kNumMetrics]
+  T clamp, cap;     // log ratios are clamped to +-clamp; the statistic to at most cap
+  T *loss, *coef;   // [1], [N]
+  double* metrics;  // [kNumMetrics]
 };
 
 template <class T>

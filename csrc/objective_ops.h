@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logp, const Tensor& o
   const bool per_token = advantages && advantages->numel() == n;
   return by_precision(logp, "logp", [&](auto precision) {
     using T = decltype(precision);
-    Tensor loss = empty(logp, {}, dtype), coef = empty(logp, {n}, dtype), metrics = empty(logp, {kNumMetrics}, dtype);
+    Tensor loss = empty(logp, {}, dtype), coef = empty(logp, {n}, dtype);
+    Tensor metrics = empty(logp, {kNumMetrics}, ScalarType::Double);
     check(logp, "logp", dtype, n, logp);
     check(old_logp, "old_logp", dtype, n, logp);
     ObjectiveArgs<T> args{};
@@ -45,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logp, const Tensor& o
     args.token_weight = checked<T>(token_weight, "token_weight", dtype, n, logp);
     fill_params(args.params, num_params, params, param_tensors, n, logp);
     args.clamp = static_cast<T>(clamp), args.cap = static_cast<T>(cap);
-    args.loss = output<T>(loss), args.coef = output<T>(coef), args.metrics = output<T>(metrics);
+    args.loss = output<T>(loss), args.coef = output<T>(coef), args.metrics = output<double>(metrics);
     on_device_of(logp, [&](const auto& device) { device.objective(args, which, through, gate.c_str()); });
     return std::make_tuple(loss, coef, metrics);
   });

@@ -84,7 +84,33 @@ TRL_HD float excess(float x) {
   const float direct = exponential(x) - 1.0f - x;
   return (x > -0.5f) & (x < 0.5f) ? p * x * x : direct;
 }
-TRL_HD double excess(double x) { return ::expm1(x) - x; }
+TRL_HD double excess(double x) {
+  constexpr double inverse_factorials[] = {
+      1 / 1307674368000.0, 1 / 87178291200.0, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0,
+      1 / 3628800.0,       1 / 362880.0,      1 / 40320.0,      1 / 5040.0,      1 / 720.0,
+      1 / 120.0,           1 / 24.0,          1 / 6.0,          1 / 2.0};
+  double p = 1 / 20922789888000.0;
+  for (const double coefficient : inverse_factorials) p = p * x + coefficient;
+  return (x > -0.5) & (x < 0.5) ? p * x * x : ::expm1(x) - x;
+}
+
+// e^x beyond the range of floats: of a float's precision, with a double's exponent.
+TRL_HD double wide_exponential(double x) { return exponential(x); }
+TRL_HD double wide_exponential(float x) {
+  const float bounded = clamp(x == x ? x : 0.0f, -708.0f, 709.0f);
+  const float shifted = bounded * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+  float r = bounded - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  const int64_t bits = static_cast<int64_t>(static_cast<int32_t>(n) + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  const double y = static_cast<double>(exponential(r)) * power;
+  return x < -708.0f ? 0.0 : x > 709.0f ? infinity<double>() : x == x ? y : static_cast<double>(x);
+}
+template <class T>
+TRL_HD double wide_excess(T x) {
+  return x < 60 ? static_cast<double>(excess(x)) : wide_exponential(x);
+}
 
 // m / (m + 2) with m = e^2x - 1, exact near 0; beyond 20 it is 1.
 TRL_HD double hyperbolic_tangent(double x) {

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..objectives.gates import GATES as FORMULAS
 from . import launch
 from .gates import GATES, NEED_POSITION
+from .scalar import wide_exponential
 from .spans import Spans, fill_outside, is_last, sequence
 from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
@@ -26,9 +27,10 @@ def publish(partials, i, num_sequences, sums):
     """Stores the sums of one sequence, float64 [NUM_SUMS, S]."""
     for k in tl.static_range(NUM_SUMS):
         if k == RATIO_MIN:
-            value = tl.min(sums[k], 0)
+            value = wide_exponential(tl.min(sums[k], 0))
         elif k == RATIO_MAX:
-            value = tl.max(sums[k], 0)
+            most = tl.max(sums[k], 0)
+            value = tl.where(most == -float("inf"), most, wide_exponential(most))
         else:
             value = tl.sum(sums[k], 0)
         tl.store(partials + i + k * num_sequences, value.to(tl.float64))
@@ -53,7 +55,7 @@ def finish(partials, num_sequences, loss, metrics, TILE: tl.constexpr):
     lowest, highest = tl.min(total, 1), tl.max(total, 1)
     result = tl.where(row == RATIO_MIN, lowest, tl.where(row == RATIO_MAX, highest, tl.sum(total, 1)))
     tl.store(metrics + row, result.to(metrics.dtype.element_ty), mask=row < LOSS)
-    tl.store(loss + row * 0, result.to(loss.dtype.element_ty), mask=row == LOSS)
+    tl.store(loss, tl.sum(tl.where(row == LOSS, result, 0.0), 0).to(loss.dtype.element_ty))
 
 
 @triton.jit
@@ -109,7 +111,8 @@ def objective_kernel(
 def _nothing(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The result of a batch without sequences."""
     inf = float("inf")
-    return logp.new_zeros(()), torch.zeros_like(logp), logp.new_tensor([0, 0, inf, -inf, 0, 0, 0, 0, 0])
+    metrics = torch.tensor([0, 0, inf, -inf, 0, 0, 0, 0, 0], dtype=torch.float64, device=logp.device)
+    return logp.new_zeros(()), torch.zeros_like(logp), metrics
 
 
 def objective(
@@ -121,7 +124,8 @@ def objective(
     num_tokens, sequences = logp.numel(), cu_seqlens.numel() - 1
     if sequences == 0:
         return _nothing(logp)
-    coef, loss, metrics = torch.empty_like(logp), logp.new_empty(()), logp.new_empty(NUM_METRICS)
+    coef, loss = torch.empty_like(logp), logp.new_empty(())
+    metrics = logp.new_empty(NUM_METRICS, dtype=torch.float64)
     segmented_span = statistic.startswith("span") and starts is not None
     needs_scratch = segmented_span or (statistic.startswith("prefix") and flow == "through")
     padding, formula = MAX_PARAMS - len(params), FORMULAS[gate]

@@ -74,6 +74,21 @@ def exponential(x):
 
 
 @triton.jit
+def wide_exponential(x):
+    """e^x in fp64, beyond the range of fp32: of the precision of x, with fp64's exponent."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        bounded = clip(x, -708.0, 709.0)
+        n = tl.floor(bounded * 1.44269504088896341 + 0.5)
+        r = bounded - n * 0.693359375
+        r = r + n * 2.12194440e-4
+        bits = (tl.where(x == x, n, 0.0).to(tl.int64) + 1023) << 52
+        y = (_beyond_linear(r) + r + 1).to(tl.float64) * bits.to(tl.float64, bitcast=True)
+        return tl.where(x < -708.0, 0.0, tl.where(x > 709.0, float("inf"), y))
+
+
+@triton.jit
 def expm1_of(x):
     """e^x - 1, exact near 0."""
     return tl.where(tl.abs(x) < 0.34, _beyond_linear(x) + x, exponential(x) - 1)
@@ -83,6 +98,12 @@ def expm1_of(x):
 def k3_of(x):
     """e^x - 1 - x, exact near 0, where Schulman's k3 lives."""
     return tl.where(tl.abs(x) < 0.34, _beyond_linear(x), (exponential(x) - 1) - x)
+
+
+@triton.jit
+def wide_k3_of(x):
+    """The same in fp64, beyond the range of fp32."""
+    return tl.where(x < 60.0, k3_of(smaller(x, 60.0)).to(tl.float64), wide_exponential(x))
 
 
 @triton.jit

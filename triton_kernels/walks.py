@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scalar import exponential, k3_of, larger, smaller
+from .scalar import larger, smaller, wide_exponential, wide_k3_of
 from .spans import log_ratios, parameter, running_sum, segment_ends, segment_starts, spread, valid_tokens
 from .statistic import first_carry, positions, prefix_block, segment_sums, segment_totals, span_total
 
@@ -38,9 +38,11 @@ class Numbers(NamedTuple):
 
 @triton.jit
 def no_sums(BLOCK: tl.constexpr, T: tl.constexpr):
-    """Per lane of a block: the metrics in the order of tokenrl/objectives/metrics.py, then the loss."""
-    none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), T), tl.full((BLOCK,), float("inf"), T)
-    return none, zero, inf, -inf, none, none, none, zero, zero, zero
+    """Per lane of a block: the metrics in the order of tokenrl/objectives/metrics.py, in place of the least and the
+    largest ratio the statistics; then the loss. Ratios are summed in fp64, as fp32 ends at e^88 and could not square
+    what is beyond e^44: a few such operations per token hide behind its loads."""
+    none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), float("inf"), T)
+    return none, zero, inf, -inf, none, none, none, zero, zero, tl.zeros((BLOCK,), T)
 
 
 @triton.jit
@@ -69,12 +71,12 @@ def gated(
         live = live & (advantage != 0)
     g = tl.where(live & (s <= numbers.cap), weight * d_s, 0.0)
     e = tl.where(live, weight * d_logp, 0.0)
-    ratio = tl.where(valid, exponential(capped), 0.0)
+    ratio = tl.where(valid, wide_exponential(capped), 0.0)
     count, ratios, least, most, lows, highs, duals, kl, squares, loss = sums
     sums = (
-        count + valid.to(tl.int32), ratios + ratio, smaller(least, tl.where(valid, ratio, float("inf"))),
-        larger(most, tl.where(valid, ratio, -float("inf"))), lows + (valid & low).to(tl.int32),
-        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + k3_of(x),
+        count + valid.to(tl.int32), ratios + ratio, smaller(least, tl.where(valid, capped, float("inf"))),
+        larger(most, tl.where(valid, capped, -float("inf"))), lows + (valid & low).to(tl.int32),
+        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + wide_k3_of(x),
         squares + ratio * ratio, loss + tl.where(live, weight * value, 0.0),
     )  # fmt: skip
     return g, e, sums

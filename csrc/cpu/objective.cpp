@@ -157,6 +157,26 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
   totals.add_sums(block);
 }
 
+// The same in double.
+template <class T>
+inline void wide_metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lanes, Totals& totals) {
+  const T *x = lanes.x, *statistic = lanes.s, *valids = lanes.valid;
+  double tokens = 0, sum = 0, lowest = infinity<double>(), highest = -infinity<double>(), kl = 0, squares = 0;
+#pragma omp simd reduction(+ : tokens, sum, kl, squares) reduction(min : lowest) reduction(max : highest)
+  for (int64_t k = first; k < last; ++k) {
+    const bool counts = valids[k] != 0;
+    const double ratio = wide_exponential(smaller(statistic[k], cap)), one = counts ? ratio : 0.0;
+    tokens += static_cast<double>(valids[k]);
+    sum += one;
+    squares += one * one;
+    const double least = counts ? ratio : infinity<double>(), most = counts ? ratio : -infinity<double>();
+    lowest = least < lowest ? least : lowest;
+    highest = highest < most ? most : highest;
+    kl += counts ? wide_excess(x[k]) : 0.0;
+  }
+  totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+}
+
 template <class T>
 inline void metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lanes, Totals& totals) {
   const T *x = lanes.x, *statistic = lanes.s, *valids = lanes.valid;
@@ -173,7 +193,10 @@ inline void metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lan
     highest = highest < most ? most : highest;
     kl += counts ? excess(x[k]) : T(0);
   }
-  totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+  // What floats cannot hold or square is added up once more.
+  if (sizeof(T) == sizeof(double) || ((lowest > T(1e-19)) & (highest < T(1e19)) & (kl < infinity<T>())))
+    totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+  else wide_metrics_loop(cap, first, last, lanes, totals);
 }
 
 template <class T, class Gate, bool kPerToken>
@@ -245,7 +268,7 @@ void add_up_sequences(const ObjectiveArgs<T>& args, const Totals* per_sequence) 
   Totals sum = Totals::nothing();
   for (int64_t i = 0; i < args.spans.num_sequences; ++i) sum.add(per_sequence[i]);
   args.loss[0] = static_cast<T>(sum.loss);
-  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = static_cast<T>(sum.metrics[k]);
+  for (int k = 0; k < kNumMetrics; ++k) args.metrics[k] = sum.metrics[k];
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ struct SequenceObjective {
   }
 
   __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
-    const T ratio = exponential(s);
-    totals.add(SequenceTotals<T>{T(0), ratio, ratio, ratio, excess(x), ratio * ratio, 1, gated.low > 0, gated.high > 0,
+    const double ratio = wide_exponential(s);
+    totals.add(SequenceTotals<T>{T(0), s, s, ratio, wide_excess(x), ratio * ratio, 1, gated.low > 0, gated.high > 0,
                                  gated.dual > 0});
   }
 
@@ -168,7 +168,7 @@ __device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, c
   TRL_SHARED(BatchTotals, memory, kWarps);
   sum = reduce(sum, Add{}, memory);
   if (threadIdx.x == 0) args.loss[0] = static_cast<T>(sum.loss);
-  if (threadIdx.x < kNumMetrics) args.metrics[threadIdx.x] = static_cast<T>(sum.metric(threadIdx.x));
+  if (threadIdx.x < kNumMetrics) args.metrics[threadIdx.x] = sum.metric(threadIdx.x);
 }
 
 // Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more.

@@ -6,22 +6,24 @@
 
 namespace tokenrl::cuda {
 
-// Loss and metrics of some tokens.
+// Loss and metrics of some tokens; least and most are statistics. The sums of ratios are double, as floats end at e^88
+// and could not square what is beyond e^44: a few such operations per token hide behind its loads.
 template <class T, class Count>
 struct Totals {
-  T loss, ratio_sum, ratio_min, ratio_max, kl_sum, ratio_squares;
+  T loss, least, most;
+  double ratio_sum, kl_sum, ratio_squares;
   Count tokens, low, high, dual;
 
   __device__ __forceinline__ static Totals nothing() {
-    return {T(0), T(0), infinity<T>(), -infinity<T>(), T(0), T(0), 0, 0, 0, 0};
+    return {T(0), infinity<T>(), -infinity<T>(), 0, 0, 0, 0, 0, 0, 0};
   }
 
   template <class U, class C>
   __device__ __forceinline__ void add(const Totals<U, C>& other) {
     loss += other.loss;
+    least = smaller(least, T(other.least));
+    most = larger(most, T(other.most));
     ratio_sum += other.ratio_sum;
-    ratio_min = smaller(ratio_min, T(other.ratio_min));
-    ratio_max = larger(ratio_max, T(other.ratio_max));
     kl_sum += other.kl_sum;
     ratio_squares += other.ratio_squares;
     tokens += other.tokens;
@@ -30,15 +32,15 @@ struct Totals {
     dual += other.dual;
   }
 
-  __device__ __forceinline__ T metric(int which) const {
+  __device__ __forceinline__ double metric(int which) const {
     switch (which) {
-      case kTokens: return T(tokens);
+      case kTokens: return double(tokens);
       case kRatioSum: return ratio_sum;
-      case kRatioMin: return ratio_min;
-      case kRatioMax: return ratio_max;
-      case kLow: return T(low);
-      case kHigh: return T(high);
-      case kDual: return T(dual);
+      case kRatioMin: return wide_exponential(least);
+      case kRatioMax: return tokens ? wide_exponential(most) : double(most);
+      case kLow: return double(low);
+      case kHigh: return double(high);
+      case kDual: return double(dual);
       case kKlSum: return kl_sum;
       default: return ratio_squares;
     }

@@ -224,8 +224,6 @@ def test_hapo_edges():
     assert torch.equal(a[:3], torch.zeros(3, dtype=torch.float64)) and a[3] == adv.grpo(x, ids)[3]
     assert adv.hapo(x, torch.tensor([3, 0, 5, 2]), ids, singleton="zero")[3] == 0.0
     assert adv.hapo(x, torch.zeros(4).long(), ids).isfinite().all()
-    x[0] = torch.nan
-    assert adv.hapo(x, torch.tensor([3, 0, 5, 2]), ids).isnan().tolist() == [True] * 3 + [False]
     for call, message in (
         (lambda: adv.hapo(x, ids, ids, scale="batch"), "scale: got 'batch', accepted: std, none"),
         (lambda: adv.hapo(x, None, ids), "lengths: got None"),

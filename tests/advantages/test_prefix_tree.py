@@ -169,13 +169,6 @@ def test_a_batch_in_parts_with_the_statistics_of_the_whole():
     near(wide, adv.tempo(rewards, group_ids, ids, mask, eps=0.0) / 2, "std")
 
 
-def test_a_broken_reward_stays_in_its_group():
-    rewards, group_ids, ids, mask = random_batch(2)
-    rewards[group_ids == 2] = torch.nan
-    a = adv.tempo(rewards, group_ids, ids, mask)
-    assert torch.equal(a.isnan(), mask & (group_ids == 2)[:, None])
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 3)])
 def test_batches_without_a_valid_token(shape):
     mask, ids = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)

@@ -1,6 +1,7 @@
 """The benchmark refuses wrong kernels, measures what it says, and its results are those of the README."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import tokenrl
 from bench import __main__ as main
-from bench import cases, linear_cases, measure, overhead, readme
+from bench import cases, cliffs, linear_cases, measure, overhead, readme
 from bench.lines import BARE
 from bench.report import markdown, readme_table
 
@@ -270,3 +271,12 @@ def test_overhead_times_every_call_in_additions(bench, monkeypatch):
     result = bench("--op", "overhead")
     assert result.exit_code == 0, result.output
     assert all(f"| {name} |" in result.output for name in overhead.AIMS)
+
+
+def test_cliffs_are_ratios_to_plain_neighbours(bench, monkeypatch):
+    monkeypatch.setattr(cliffs, "TURNS", 1)
+    monkeypatch.setattr(cliffs, "ROWS", 2)
+    result = bench("--op", "cliffs")
+    assert result.exit_code == 0, result.output
+    for name in ("softcap, forward", "temperature 0.05, forward + backward", "dhpo", "real, 8192 rollouts, a row"):
+        assert re.search(rf"^\| {re.escape(name)} \| .* \| \d+\.\d\d \| [13]\.?\d* \|$", result.output, re.M), name

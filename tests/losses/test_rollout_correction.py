@@ -99,8 +99,8 @@ def test_batches_without_a_valid_token(shape):
 
 
 def test_a_mean_of_zero_divides_nothing_and_nan_shows():
-    logp, rollout = torch.zeros(1, 3), torch.tensor([[0.0, math.nan, 0.0]])
-    none = cor.importance_weights(logp, logp, bound="mask", low=2.0, normalize="batch")
+    logp, rollout = torch.tensor([[0.0, math.nan, 0.0]]), torch.zeros(1, 3)
+    none = cor.importance_weights(rollout, rollout, bound="mask", low=2.0, normalize="batch")
     assert none.dtype == torch.float32 and torch.equal(none, torch.zeros(1, 3))
     for options in ({"high": 1.0}, {"bound": "mask", "high": 2.0}, {"bound": "none"}):
         assert cor.importance_weights(logp, rollout, **options).isnan().tolist() == [[False, True, False]]

@@ -115,7 +115,7 @@ def run(objective, case: dict, backend: str, dtype: torch.dtype, **more):
     old_logp, advantages = given.pop("old_logp"), given.pop("advantages")
     loss, metrics = tokenrl.policy_loss(objective, logp, old_logp, advantages, backend=backend, **given, **more)
     (grad,) = torch.autograd.grad(loss, logp)
-    return loss.detach().cpu(), grad.cpu(), metrics.raw.cpu()
+    return loss.detach().cpu(), grad.cpu(), metrics.raw.to(dtype).cpu()  # sums of numbers of that precision
 
 
 def away_from_edges(objective, make, **more) -> dict:

@@ -131,7 +131,7 @@ def run(objective, case: dict, backend: str, dtype: torch.dtype, frozen=(), scal
     torch.manual_seed(0)
     loss, metrics = called(objective, given, backend)
     grads = torch.autograd.grad(loss * scale, wanted.values())
-    values = [loss.detach(), *metrics.raw]
+    values = [loss.detach(), *metrics.raw.to(loss.dtype)]  # sums of numbers of that precision
     found = dict(zip((*RESULTS, "passes", "left_out"), values, strict=True)) | dict(zip(wanted, grads, strict=True))
     return {name: x.cpu() for name, x in found.items()}
 
@@ -187,7 +187,7 @@ def composed(
     bonus = tokenrl.group_aggregate(values, advantages=advantages, **layout)
     loss = loss + kl_coef * divergence - entropy_coef * bonus
     grads = torch.autograd.grad(loss, wanted.values())
-    values = [loss.detach(), *metrics.raw, divergence.detach(), bonus.detach()]
+    values = [loss.detach(), *metrics.raw.to(loss.dtype), divergence.detach(), bonus.detach()]
     return dict(zip(RESULTS, values, strict=True)) | dict(zip(wanted, grads, strict=True))
 
 

@@ -8,6 +8,10 @@ Groups must be whole in a call: mean and std are those of the rows it sees. A ba
 instead (mean=, std=, count=, of group_statistics over all rows) and gets the same numbers; for token estimators
 discounted_returns or gae(whiten=False), then whiten(mean=, var=).
 
+A NaN is a reward that nobody gave. unscored="raise": an error (on a GPU, where a look at it were a sync, its whole
+group or batch is NaN); "nan": the statistics are those of the scored rows (of GDPO those with all rewards), and what
+depends on the NaN is NaN, to be masked.
+
 A group of one has no baseline. singleton="raw": mean 0, std 1, so the reward itself (verl); "zero": the formula, 0
 (TRL).
 """

@@ -23,6 +23,7 @@ def grpo(
     singleton: str = "raw",
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S].
 
@@ -34,17 +35,17 @@ def grpo(
     """
     check_name("scale", scale, SCALES)
     check_number("eps", eps, 0)
-    x = as_rewards(rewards)
+    x = as_rewards(rewards, unscored=unscored)
     own: Any = None
     if mean is None or (std is None and scale == "std"):
-        own = statistics_of(x, as_groups(group_ids, x), unbiased, singleton)
+        own = statistics_of(x, as_groups(group_ids, x, unscored), unbiased, singleton)
     centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
     if scale == "none":
         return centred.to(rewards.dtype)
     if std is not None:
         width = as_float64("std", std, x.shape, x)
     else:
-        width = own.std if scale == "std" else moments(x, torch.ones_like(x), unbiased)[1].sqrt()
+        width = own.std if scale == "std" else moments(x, torch.ones_like(x), unbiased, unscored)[1].sqrt()
     return (centred / (width + eps)).to(rewards.dtype)
 
 
@@ -55,6 +56,7 @@ def rloo(
     singleton: str = "zero",
     mean: Tensor | None = None,
     count: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S].
 
@@ -62,23 +64,25 @@ def rloo(
 
     Source: arXiv 2402.14740, verl (trainers).
     """
-    x = as_rewards(rewards)
+    x = as_rewards(rewards, unscored=unscored)
     if (mean is None) != (count is None):
         raise wrong("count" if count is None else "mean", None, "both of mean and count, or neither")
     if mean is None or count is None:
-        mean, _, count = statistics_of(x, as_groups(group_ids, x), True, singleton)
+        mean, _, count = statistics_of(x, as_groups(group_ids, x, unscored), True, singleton)
     n, centred = as_float64("count", count, x.shape, x), x - as_float64("mean", mean, x.shape, x)
     return (torch.where(n > 1, n / (n - 1), 1.0) * centred).to(rewards.dtype)
 
 
-def opo(rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str = "raw") -> Tensor:
+def opo(
+    rewards: Tensor, lengths: Tensor, group_ids: Tensor, *, singleton: str = "raw", unscored: str = "raise"
+) -> Tensor:
     """OPO, A = R - sum_i n_i R_i / sum_i n_i of the group: [S], lengths n [S] -> [S].
 
     Groups without a token stay finite (our reading; verl: NaN).
 
     Source: arXiv 2505.23585, verl (trainers).
     """
-    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
+    x, groups = as_rewards(rewards, unscored=unscored), as_groups(group_ids, rewards, unscored)
     single = statistics_of(x, groups, True, singleton)
     baseline = torch.where(single.count > 1, groups.mean(x, as_lengths(lengths, x)), single.mean)
     return (x - baseline).to(rewards.dtype)
@@ -108,6 +112,7 @@ def gpg(
     alpha: float | None = None,
     singleton: str = "raw",
     mean: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S].
 
@@ -119,13 +124,16 @@ def gpg(
     check_number("f_norm", f_norm, above=0)
     if alpha is not None:
         check_number("alpha", alpha)
-    x = as_rewards(rewards)
-    own = statistics_of(x, as_groups(group_ids, x), True, singleton).mean if mean is None else mean
-    factor = x.numel() / (x != 0).double().sum().clamp(min=1) if alpha is None else alpha
+    x = as_rewards(rewards, unscored=unscored)
+    own = statistics_of(x, as_groups(group_ids, x, unscored), True, singleton).mean if mean is None else mean
+    scored = x[~x.isnan()] if unscored == "nan" else x
+    factor = scored.numel() / (scored != 0).double().sum().clamp(min=1) if alpha is None else alpha
     return (factor * (x - as_float64("mean", own, x.shape, x)) / f_norm).to(rewards.dtype)
 
 
-def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6) -> Tensor:
+def pass_at_k(
+    rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: float = 1e-6, unscored: str = "raise"
+) -> Tensor:
     """A = r_max - r_2nd for the best rollout of a group, 0 for the others: [S] -> [S].
 
     scale: "std" divides by std_g + eps, "none" does not. A shared maximum gives 0; so does a group of one (our reading;
@@ -135,7 +143,7 @@ def pass_at_k(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", eps: fl
     """
     check_name("scale", scale, SCALES[:2])
     check_number("eps", eps, 0)
-    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
+    x, groups = as_rewards(rewards, unscored=unscored), as_groups(group_ids, rewards, unscored)
     statistics = statistics_of(x, groups, True, "zero")
     alone, second = groups.top_two(x)
     gap = torch.where(alone & (statistics.count > 1), x - second, 0.0)
@@ -151,6 +159,7 @@ def gdpo(
     lengths: Tensor | None = None,
     eps: float = 1e-6,
     singleton: str = "raw",
+    unscored: str = "raise",
 ) -> Tensor:
     """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S].
 
@@ -160,8 +169,8 @@ def gdpo(
     Source: arXiv 2601.05242, verl, TRL (trainers).
     """
     check_number("eps", eps, 0)
-    x = as_rewards(rewards, dims="[S, K]")
-    groups, w = as_groups(group_ids, x), x.new_ones(x.shape[1])
+    x = as_rewards(rewards, dims="[S, K]", unscored=unscored)
+    groups, w = as_groups(group_ids, x, unscored), x.new_ones(x.shape[1])
     if weights is not None:
         w = as_float64("weights", weights, w.shape, x)
     total = torch.zeros_like(x[:, 0])
@@ -169,5 +178,5 @@ def gdpo(
         own = statistics_of(reward, groups, True, singleton)
         total += w[k] * (reward - own.mean) / (own.std + eps)
     count = torch.ones_like(total) if lengths is None else as_lengths(lengths, x)
-    mean, var = moments(total, count)
+    mean, var = moments(total, count, unscored=unscored)
     return ((total - mean) * (var + 1e-8).rsqrt()).to(rewards.dtype)

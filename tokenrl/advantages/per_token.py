@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_rewards, as_scalar, check_name, check_number, values_known
+from ..batch.checks import as_rewards, as_scalar, check_name, check_number, check_scored, values_known
 from ..batch.groups import as_groups, groups_of, moments, statistics_of
 from ..batch.valid_tokens import HOLES, ValidTokens, per_token, valid_of, valid_tokens
 from ..errors import wrong
@@ -24,12 +24,14 @@ def _discount(name: str, x: float | Tensor, valid: ValidTokens) -> float | Tenso
     return found
 
 
-def _whitened(x: Tensor, mean: Tensor | float | None, var: Tensor | float | None, eps: float) -> Tensor:
+def _whitened(
+    x: Tensor, unscored: str, mean: Tensor | float | None = None, var: Tensor | float | None = None, eps: float = 1e-8
+) -> Tensor:
     if (mean is None) != (var is None):
         raise wrong("var" if var is None else "mean", None, "both of mean and var, or neither")
     check_number("eps", eps, 0)
     if mean is None or var is None:
-        mean, var = moments(x, torch.ones_like(x))
+        mean, var = moments(x, torch.ones_like(x), unscored=unscored)
     return (x - as_scalar("mean", mean, x)) * (as_scalar("var", var, x) + eps).rsqrt()
 
 
@@ -41,6 +43,7 @@ def whiten(
     mean: Tensor | float | None = None,
     var: Tensor | float | None = None,
     eps: float = 1e-8,
+    unscored: str = "raise",
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T].
 
@@ -49,7 +52,14 @@ def whiten(
     Source: verl masked_whiten (trainers).
     """
     valid = valid_of(values, mask, cu_seqlens, "values")
-    return valid.put(_whitened(valid.take("values", values), mean, var, eps), values.dtype)
+    x = _taken(valid, "values", values, unscored)
+    return valid.put(_whitened(x, unscored, mean, var, eps), values.dtype)
+
+
+def _taken(valid: ValidTokens, name: str, x: Tensor, unscored: str) -> Tensor:
+    taken = valid.take(name, x)
+    check_scored(name, taken, unscored)
+    return taken
 
 
 def discounted_returns(
@@ -65,7 +75,12 @@ def discounted_returns(
 
 
 def reinforce_plus_plus(
-    token_rewards: Tensor, mask: Tensor | None = None, gamma: float | Tensor = 1.0, *, cu_seqlens: Tensor | None = None
+    token_rewards: Tensor,
+    mask: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    *,
+    cu_seqlens: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. gamma: a number, or [S].
 
@@ -73,21 +88,27 @@ def reinforce_plus_plus(
     """
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     gamma = _discount("gamma", gamma, valid)
-    returns = valid.suffix_sums(valid.take("token_rewards", token_rewards), gamma)
-    return valid.put(_whitened(returns, None, None, 1e-8), token_rewards.dtype)
+    returns = valid.suffix_sums(_taken(valid, "token_rewards", token_rewards, unscored), gamma)
+    return valid.put(_whitened(returns, unscored), token_rewards.dtype)
 
 
 def reinforce_plus_plus_baseline(
-    rewards: Tensor, group_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, singleton: str = "raw"
+    rewards: Tensor,
+    group_ids: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    singleton: str = "raw",
+    unscored: str = "raise",
 ) -> Tensor:
     """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T].
 
     Source: arXiv 2501.03262, verl (trainers).
     """
-    x, valid = as_rewards(rewards), valid_of(mask, mask, cu_seqlens, "mask")
+    x, valid = as_rewards(rewards, unscored=unscored), valid_of(mask, mask, cu_seqlens, "mask")
     valid.layout.flat_sequences("rewards", rewards, x.dtype)
-    centred = x - statistics_of(x, as_groups(group_ids, x), True, singleton).mean
-    return valid.put(_whitened(centred[valid.row], None, None, 1e-8), rewards.dtype)
+    centred = x - statistics_of(x, as_groups(group_ids, x, unscored), True, singleton).mean
+    return valid.put(_whitened(centred[valid.row], unscored), rewards.dtype)
 
 
 def gae(
@@ -100,6 +121,7 @@ def gae(
     *,
     holes: str = "skip",
     cu_seqlens: Tensor | None = None,
+    unscored: str = "raise",
 ) -> tuple[Tensor, Tensor]:
     """GAE over valid tokens: (advantages, returns), [B, T] each.
 
@@ -116,12 +138,15 @@ def gae(
     walked = valid if holes == "skip" else valid_tokens(replace(valid.layout, mask=None))
     gamma, lam = _discount("gamma", gamma, walked), _discount("lam", lam, walked)
     r, v = (
-        walked.take(name, valid.put(valid.take(name, x), torch.float64))
-        for name, x in (("token_rewards", token_rewards), ("values", values))
+        walked.take(name, valid.put(x, torch.float64))
+        for name, x in (
+            ("token_rewards", _taken(valid, "token_rewards", token_rewards, unscored)),
+            ("values", valid.take("values", values)),
+        )
     )
     a = walked.suffix_sums(r + gamma * walked.following(v) - v, gamma * lam)
     a, v = (x if walked is valid else x[valid.cells] for x in (a, v))
-    out = _whitened(a, None, None, 1e-8) if whiten else a
+    out = _whitened(a, unscored) if whiten else a
     return valid.put(out, token_rewards.dtype), valid.put(a + v, token_rewards.dtype)
 
 
@@ -137,6 +162,7 @@ def otb(
     zero_tail: bool = True,
     eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T].
 
@@ -150,7 +176,7 @@ def otb(
     check_name("position", position, POSITIONS)
     check_number("eps", eps, 0)
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
-    row, returns = valid.row, valid.suffix_sums(valid.take("token_rewards", token_rewards), 1.0)
+    row, returns = valid.row, valid.suffix_sums(_taken(valid, "token_rewards", token_rewards, unscored), 1.0)
     w = 1 - 2 * valid.take("logp", logp).exp() + valid.take("sum_pi_squared", sum_pi_squared)
     w = w if is_weights is None else w * valid.take("is_weights", is_weights) ** 2
     w = ValidTokens(valid.layout, valid.cells, row.flip(0)).suffix_sums(w.flip(0), 1.0).flip(0)
@@ -158,7 +184,7 @@ def otb(
     lengths = returns.new_zeros(valid.layout.num_sequences).index_add_(0, row, torch.ones_like(returns))
     if position == "valid":
         t = torch.arange(row.numel(), device=row.device) - (lengths.cumsum(0) - lengths)[row].long()
-    groups = as_groups(group_ids, lengths)
+    groups = as_groups(group_ids, torch.zeros_like(lengths).index_add_(0, row, returns), unscored)
     # One id for each pair of group and position: positions lie below the number of tokens.
     pairs = groups_of(groups.index[row] * valid.layout.num_tokens + t)
     baseline = pairs.sum(returns * w) / (pairs.sum(w) + eps)

@@ -28,6 +28,7 @@ def tempo(
     mean: Tensor | None = None,
     std: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """TEMPO (P2T), A_t = (R - mean_g + V(S_t) - V(S_{t-1})) / (std_g + eps): [S] -> [B, T].
 
@@ -52,8 +53,8 @@ def tempo(
     check_number("eps", eps, 0)
     check_integers("ids", ids)
     valid = valid_of(ids, mask, cu_seqlens, "ids")
-    x = valid.layout.flat_sequences("rewards", as_rewards(rewards), torch.float64)
-    groups = as_groups(group_ids, x)
+    x = valid.layout.flat_sequences("rewards", as_rewards(rewards, unscored=unscored), torch.float64)
+    groups = as_groups(group_ids, x, unscored)
     own = statistics_of(x, groups, unbiased, singleton)
     centred = x - (own.mean if mean is None else as_float64("mean", mean, x.shape, x))
     width = own.std if std is None else as_float64("std", std, x.shape, x)

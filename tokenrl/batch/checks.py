@@ -13,6 +13,7 @@ from ..errors import described, unknown, wrong
 
 FLOATS = (torch.float32, torch.float64)
 PLAIN = (Tensor, torch.nn.Parameter)
+UNSCORED = ("raise", "nan")
 FINITE = sys.float_info.max
 FP32 = torch.finfo(torch.float32)
 
@@ -83,11 +84,19 @@ def as_float64(name: str, x: Tensor, shape: tuple[int, ...] | torch.Size, like: 
     return x.double()
 
 
-def as_rewards(rewards: Tensor, name: str = "rewards", dims: str = "[S]") -> Tensor:
+def as_rewards(rewards: Tensor, name: str = "rewards", dims: str = "[S]", unscored: str = "nan") -> Tensor:
     check_tensor(name, rewards)
     if rewards.dim() != dims.count(",") + 1 or (rewards.dim() == 2 and rewards.shape[1] == 0):
         raise wrong(name, f"shape {list(rewards.shape)}", f"{dims}, a row per sequence")
+    check_scored(name, rewards, unscored)
     return as_float64(name, rewards, rewards.shape, rewards)
+
+
+def check_scored(name: str, x: Tensor, unscored: str) -> None:
+    """A NaN is a reward that nobody gave; on a GPU, where a look at it were a sync, it shows in the result."""
+    check_name("unscored", unscored, UNSCORED)
+    if unscored == "raise" and values_known(x) and (count := x.isnan().sum()):
+        raise wrong(name, f"NaN in {count} places", "numbers, or unscored='nan' for statistics of the others alone")
 
 
 def as_lengths(lengths: Tensor, x: Tensor) -> Tensor:

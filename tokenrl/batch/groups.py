@@ -52,7 +52,8 @@ class Groups:
         return alone, self.max(torch.where(best, -torch.inf, x))
 
 
-def as_groups(group_ids: Tensor | None, rewards: Tensor) -> Groups:
+def as_groups(group_ids: Tensor | None, rewards: Tensor, unscored: str = "raise") -> Groups:
+    """unscored: "nan", rows with a NaN in rewards are a group of their own, which the others' statistics do not see."""
     rows = rewards.shape[0]
     if group_ids is None:
         raise wrong("group_ids", None, f"one integer per sequence, [{rows}], or the statistics of the groups")
@@ -61,7 +62,11 @@ def as_groups(group_ids: Tensor | None, rewards: Tensor) -> Groups:
         raise wrong(
             "group_ids", f"{list(group_ids.shape)} on {group_ids.device}", f"shape [{rows}] on {rewards.device}"
         )
-    return groups_of(group_ids)
+    groups = groups_of(group_ids)
+    if unscored == "raise":
+        return groups
+    scored = ~rewards.reshape(rows, -1).isnan().any(1)
+    return Groups(torch.where(scored, groups.index, groups.number), groups.number + 1)
 
 
 def groups_of(ids: Tensor) -> Groups:
@@ -86,16 +91,19 @@ def statistics_of(x: Tensor, groups: Groups, unbiased: bool, singleton: str) -> 
 
 
 def group_statistics(
-    rewards: Tensor, group_ids: Tensor, *, unbiased: bool = True, singleton: str = "raw"
+    rewards: Tensor, group_ids: Tensor, *, unbiased: bool = True, singleton: str = "raw", unscored: str = "raise"
 ) -> GroupStatistics:
     """Mean, std (over n - 1, or n if not unbiased) and count of each sequence's group, fp64 [S]: gather the rewards of
     all ranks, call this, and hand the own slice to grpo, rloo, gpg as mean=, std=, count=."""
-    x = as_rewards(rewards)
-    return statistics_of(x, as_groups(group_ids, x), unbiased, singleton)
+    x = as_rewards(rewards, unscored=unscored)
+    return statistics_of(x, as_groups(group_ids, x, unscored), unbiased, singleton)
 
 
-def moments(x: Tensor, weight: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
-    """0-d mean and variance of x, every entry counted weight times; variance 0 where the denominator would be 0."""
+def moments(x: Tensor, weight: Tensor, unbiased: bool = True, unscored: str = "raise") -> tuple[Tensor, Tensor]:
+    """0-d mean and variance of x, every entry counted weight times; variance 0 where the denominator would be 0.
+    unscored: "nan", entries that are NaN do not count."""
+    if unscored == "nan":
+        x, weight = (torch.where(x.isnan(), 0.0, y) for y in (x, weight))
     everyone = Groups(torch.zeros_like(x, dtype=torch.int64), 1)
     # The empty batch has no first entry to read the statistics from; it has nothing to scale either.
     mean = everyone.mean(x, weight)[:1].sum()

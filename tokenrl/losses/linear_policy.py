@@ -13,9 +13,8 @@ from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
-from .policy_arguments import policy_loss_inputs
+from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
-from .rollout_correction import corrected
 
 
 def linear_policy_loss(

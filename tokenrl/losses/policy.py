@@ -8,9 +8,8 @@ from ..errors import wrong
 from ..objectives.metrics import Metrics, TermMetrics
 from ..objectives.policy import Objective, find_objective
 from ..ops import backends, dispatch
-from .policy_arguments import policy_loss_inputs
+from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
-from .rollout_correction import corrected
 
 
 def policy_loss(
@@ -57,7 +56,9 @@ def policy_loss(
     entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
     rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
     tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
-    bound, low, high, ...; None: of single tokens, truncated at 2. "vespo" takes them into its ratio instead.
+    bound, low, high, ...; None: of single tokens, truncated at 2. A NaN, a token that the engine did not score, raises,
+    but for correction={..., "unknown": "neutral"}, which gives it a ratio of 1. "vespo" takes
+    the weights into its ratio instead.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,

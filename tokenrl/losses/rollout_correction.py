@@ -18,22 +18,31 @@ Weights and masks multiply: policy_loss(..., token_weight=weights * kept). Rejec
 the loss is divided by (as in slime and AReaL); handed in as the loss's mask they leave it, and the ratios too.
 
 Tensors are padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; results have that shape, and are 0 or
-False in masked cells, which may hold anything. A NaN elsewhere stays NaN in weights and is False in masks. All is
-computed in fp64.
+False in masked cells, which may hold anything. All is computed in fp64.
+
+unknown says what a NaN in rollout_logp is, a token that the engine did not score: "raise", an error (on a GPU, where a
+look at it were a sync, it stays NaN in weights and is False in masks, as a NaN in logp does everywhere); "neutral", the
+trainer's own log-prob, so a ratio of 1.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_integers, check_name, check_number, check_tensor
+from ..batch.checks import (
+    check_constant,
+    check_floats,
+    check_integers,
+    check_name,
+    check_number,
+    values_known,
+)
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import Spans, spans_of
-from ..errors import described, unknown, wrong
+from ..errors import wrong
 from ..methods.top_entropy import entropy_threshold, top_entropy_mask
+from ..objectives.excess import excess
 
 __all__ = [
     "entropy_threshold", "importance_weights", "off_policy_sequence_mask", "rejection_mask", "top_entropy_mask",
@@ -45,12 +54,13 @@ LEVELS = {  # the span that shares a weight, and what is taken of its log ratios
     "geometric": ("sequence", "mean"),
     "segment": ("segment", "mean"),
 }
+UNKNOWN = ("raise", "neutral")
 BOUNDS = ("truncate", "mask", "none")
 NORMALIZATIONS = ("none", "batch")
 DIVERGENCES = {  # of x = q clamped to +-CLAMP; k1 is the log of rollout / train
     "k1": lambda x: -x,
     "k2": lambda x: 0.5 * x.square(),
-    "k3": lambda x: x.expm1() - x,
+    "k3": excess,
 }
 REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"token_{k}": ("token", "sum", k) for k in ("k1", "k2", "k3")},
@@ -58,22 +68,25 @@ REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
 }
 CLAMP = 20.0
-CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize")  # of importance_weights
-TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
 def _log_ratios(
-    logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, unknown: str
 ) -> tuple[Layout, Tensor]:
     """(layout, float64 [N] q = logp - rollout_logp with zeros in masked cells)."""
+    check_name("unknown", unknown, UNKNOWN)
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
-    for name, x in (("logp", logp), ("rollout_logp", rollout_logp)):
+    given = (("logp", logp), ("rollout_logp", rollout_logp))
+    for name, x in given:
         check_floats(name, x)
         check_constant(name, x)
-    flat = layout.flat_tokens("logp", logp, torch.float64) - layout.flat_tokens(
-        "rollout_logp", rollout_logp, torch.float64
-    )
-    return layout, torch.where(layout.valid(), flat, 0.0)
+    trained, sampled = (layout.flat_tokens(name, x, torch.float64) for name, x in given)
+    missing, counts = sampled.isnan(), layout.valid()
+    if unknown == "neutral":
+        counts = counts & ~missing
+    elif values_known(missing) and (count := (missing & counts).sum()):
+        raise wrong("rollout_logp", f"NaN for {count} tokens", "numbers, or unknown='neutral' for a ratio of 1 there")
+    return layout, torch.where(counts, trained - sampled, 0.0)
 
 
 def _check_range(low: float | None, high: float | None, least: float = 0.0) -> None:
@@ -125,6 +138,7 @@ def importance_weights(
     high: float | None = None,
     clamp: float | None = CLAMP,
     normalize: str = "none",
+    unknown: str = "raise",
 ) -> Tensor:
     """Importance weights of the rollout's tokens, w_t = bound(exp(clamp(s_t))), of logp's shape and dtype.
 
@@ -145,7 +159,7 @@ def importance_weights(
     _check_bounds(bound, low, high)
     if clamp is not None:
         check_number("clamp", clamp, above=0, accepted="a positive number, or None")
-    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
     kind, what = LEVELS[level]
     spans = spans_of(kind, layout, _segments(level, segment_ids, layout))
     s = spans.take(what, q)
@@ -175,6 +189,7 @@ def rejection_mask(
     high: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    unknown: str = "raise",
 ) -> Tensor:
     """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds.
 
@@ -193,7 +208,7 @@ def rejection_mask(
     if high is None and low is None:
         raise wrong("high", None, f"a number for {statistic!r}")
     _check_range(low, high)
-    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
     spans = spans_of(kind, layout)
     found = spans.take(what, DIVERGENCES[k](q.clamp(-CLAMP, CLAMP)))
     if k == "k1":
@@ -218,6 +233,7 @@ def off_policy_sequence_mask(
     threshold: float,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    unknown: str = "raise",
 ) -> Tensor:
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
@@ -227,7 +243,7 @@ def off_policy_sequence_mask(
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
     """
     check_number("threshold", threshold, accepted="a number, in nats per token")
-    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens)
+    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
     check_constant("advantages", advantages)
     per_token = advantages.shape == layout.shape
     advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
@@ -235,51 +251,3 @@ def off_policy_sequence_mask(
     near = (rows.mean(-q) <= threshold)[rows.index]
     positive = (advantages if per_token else advantages[rows.index]) >= 0
     return ((near | positive) & layout.valid()).view(layout.shape)
-
-
-def _checked_correction(correction: object) -> Mapping[str, Any]:
-    if not isinstance(correction, Mapping):
-        raise wrong("correction", described(correction), "a dict, as {'bound': 'truncate', 'high': 2.0}")
-    for key in correction:
-        if key not in CORRECTION:
-            raise unknown("correction", key, CORRECTION)
-    return correction
-
-
-def corrected(
-    in_ratio: bool,
-    layout: Layout,
-    old_logp: Tensor | None,
-    current: Tensor | None,
-    rollout_logp: Tensor | None,
-    segment_ids: Tensor | None,
-    token_weight: Tensor | None,
-    correction: Mapping[str, Any] | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(old_logp, token_weight), one of them with the importance weights of old_logp (on-policy: current) to the
-    rollout's as a factor, if that is given: of the ratio to old_logp, or of token_weight."""
-    if rollout_logp is None:
-        if correction is not None:
-            raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
-        return old_logp, token_weight
-    logp = current if old_logp is None else old_logp
-    if logp is None:
-        raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
-    check_tensor("old_logp", logp)
-    given = TRUNCATED if correction is None else _checked_correction(correction)
-    if in_ratio and given.get("level", "token") != "token":
-        raise wrong("correction", f"level {given['level']!r}", "'token': the objective multiplies them over the row")
-    if given.get("level") == "segment":
-        given = {"segment_ids": segment_ids, **given}
-    if logp.shape != layout.shape:
-        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
-    where: dict[str, Any] = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
-    if layout.width is None:
-        where["cu_seqlens"] = layout.cu_seqlens
-    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
-    if in_ratio:
-        return logp.detach() - weights.clamp(min=1e-8).log(), token_weight
-    if token_weight is None:
-        return old_logp, weights
-    check_tensor("token_weight", token_weight)
-    return old_logp, torch.where(weights != 0, weights * token_weight, 0)

@@ -87,12 +87,13 @@ def reward_statistics(
     limit: float = 5.0,
     width: int | None = None,
     singleton: str = "raw",
+    unscored: str = "raise",
 ) -> GroupStatistics:
     """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
     check_name("scale", scale, SCALES)
     check_number("limit", limit, above=0, accepted="a positive number, inf to turn the fallback off")
     check_number("eps", eps, 0)
-    x, groups = as_rewards(rewards), as_groups(group_ids, rewards)
+    x, groups = as_rewards(rewards, unscored=unscored), as_groups(group_ids, rewards, unscored)
     n, plain = as_lengths(lengths, x), statistics_of(x, groups, True, singleton)
     mean = groups.mean(x, n)
     std = (groups.sum(n * (x - mean) ** 2) / groups.sum(n).clamp(min=1)).sqrt()
@@ -116,6 +117,7 @@ def hapo(
     singleton: str = "raw",
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    unscored: str = "raise",
 ) -> Tensor:
     """HAPO's token-level group average, A = (R - mean) / (std + eps), one for all tokens of a row: [S], lengths n [S]
     -> [S].
@@ -131,12 +133,13 @@ def hapo(
     check_number("eps", eps, 0)
     if (mean is None) != (std is None):
         raise wrong("std" if std is None else "mean", None, "both of mean and std, or neither")
-    x = as_rewards(rewards)
+    x = as_rewards(rewards, unscored=unscored)
     if mean is None or std is None:
         if lengths is None:
             raise wrong("lengths", None, f"one integer per sequence, [{x.numel()}], or the statistics of the groups")
         mean, std, _ = reward_statistics(
-            rewards, lengths, group_ids, scale=scale, eps=eps, limit=limit, width=width, singleton=singleton
-        )
+            rewards, lengths, group_ids, scale=scale, eps=eps, limit=limit, width=width, singleton=singleton,
+            unscored=unscored,
+        )  # fmt: skip
     centred, spread = x - as_float64("mean", mean, x.shape, x), as_float64("std", std, x.shape, x)
     return (centred / (spread + eps) if scale == "std" else centred).to(rewards.dtype)

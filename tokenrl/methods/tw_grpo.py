@@ -19,6 +19,7 @@ from ..batch.layout import Layout
 from ..batch.valid_tokens import ValidTokens
 from ..errors import wrong
 from ..logprobs.logit_columns import HeadColumns, LogitColumns, budget_of, head_columns, logit_columns, tokens_of
+from ..objectives.excess import excess
 
 POSITIONS = ("all", "valid")
 CLAMP = 11.0
@@ -56,7 +57,7 @@ def _slots(valid: ValidTokens, groups: Groups) -> _Slots:
 
 def _penalty(x: Tensor) -> Tensor:
     x = x.clamp(-CLAMP, CLAMP)
-    return (x.expm1() - x).sum(1, keepdim=True)
+    return excess(x).sum(1, keepdim=True)
 
 
 def _tile(z: Tensor, lse: Tensor, counts: Tensor, missing: Tensor, size: Tensor, vocab: int) -> Tensor:

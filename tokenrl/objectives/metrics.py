@@ -9,12 +9,13 @@ RAW = ("tokens", "ratio_sum", "ratio_min", "ratio_max", "clip_low", "clip_high",
 
 
 class Metrics:
-    """Metrics of one loss call over its valid tokens; `raw` is the kernel's tensor of sums, [9].
+    """Metrics of one loss call over its valid tokens; `raw` is the kernel's tensor of sums, float64
+    [9]: those of parts of a batch add up, entries 2 and 3 by their minimum and maximum.
 
     tokens: their count. ratio_mean, ratio_min, ratio_max: of the objective's own ratio e^s. clip_low, clip_high,
     clip_dual: the fraction of tokens on which that bound is active. approx_kl: mean of e^x - 1 - x, x the token's log
-    ratio (k3 of KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1]. All nan when
-    there is no token.
+    ratio (k3 of KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1], and nan
+    where ratios are beyond e^354 or below e^-354. All nan when there is no token.
     """
 
     NAMES: tuple[str, ...] = (

@@ -142,7 +142,7 @@ def policy_loss(
     if entropy is not None:
         bonus, _ = _row(chosen, layout, entropy, torch.zeros_like(entropy), inputs.beside(ITSELF))
     zero = raw.new_zeros(())
-    sums = torch.stack([zero if x is None else x.detach() for x in (kl, bonus)])
+    sums = torch.stack([zero if x is None else x.detach().to(raw.dtype) for x in (kl, bonus)])
     return regularized(loss, kl, extra.kl_coef, bonus, extra.entropy_coef), torch.cat([raw, sums])
 
 

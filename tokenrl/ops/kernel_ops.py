@@ -109,7 +109,7 @@ SCHEMAS = {
 
 
 def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9)
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9, dtype=torch.float64)
 
 
 def _fake_weights(mask, cu_seqlens, *rest):

@@ -111,7 +111,7 @@ def _fake_backward(*args):
 def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
-    return loss, loss.new_empty(12), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+    return loss, loss.new_empty(12, dtype=torch.float64), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
 def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -80,18 +80,22 @@ Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
 
 // Loss, metrics, coefficients, in this order.
 template <class T>
-std::vector<T> run(ObjectiveArgs<T> args, const Options& options, const char* gate) {
-  std::vector<T> out(1 + kNumMetrics + args.spans.num_tokens, static_cast<T>(std::nan("")));
+std::vector<double> run(ObjectiveArgs<T> args, const Options& options, const char* gate) {
+  std::vector<T> out(1 + args.spans.num_tokens, static_cast<T>(std::nan("")));
+  std::vector<double> metrics(kNumMetrics, std::nan(""));
   args.loss = out.data();
-  args.metrics = args.loss + 1;
-  args.coef = args.metrics + kNumMetrics;
+  args.coef = args.loss + 1;
+  args.metrics = metrics.data();
   std::vector<char> scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences), '\xff');
   unsigned ticket = 0;
   const char* error =
       cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), &ticket, nullptr);
   expect(ticket == 0, "the ticket is not 0 again");
   expect(error == nullptr, std::string("the launcher says ") + (error ? error : ""));
-  return out;
+  std::vector<double> all{out[0]};
+  all.insert(all.end(), metrics.begin(), metrics.end());
+  all.insert(all.end(), out.begin() + 1, out.end());
+  return all;
 }
 
 template <class T, class Gate>
@@ -103,11 +107,12 @@ void check(const Batch<T>& batch, const Options& options) {
   const auto args = arguments(batch, options);
   const auto out = under_all_schedules(what, [&] { return run(args, options, Gate::name); });
   const Truth truth = truth_of<Gate>(args, options);
-  expect_close(std::vector<T>{out[0]}, {truth.loss}, 10 * tolerance_of<T>(), what + " loss");
+  expect_close(std::vector<double>{out[0]}, {truth.loss}, 10 * tolerance_of<T>(), what + " loss");
   for (int m = 0; m < kNumMetrics; ++m)
-    expect_close(std::vector<T>{out[1 + m]}, {truth.metrics[m]}, 10 * tolerance_of<T>(),
+    expect_close(std::vector<double>{out[1 + m]}, {truth.metrics[m]}, 10 * tolerance_of<T>(),
                  what + " metric " + std::to_string(m));
-  expect_close(std::vector<T>(out.begin() + 1 + kNumMetrics, out.end()), truth.coef, tolerance_of<T>(), what + " coef");
+  expect_close(std::vector<double>(out.begin() + 1 + kNumMetrics, out.end()), truth.coef, tolerance_of<T>(),
+               what + " coef");
 }
 
 // Every pair of statistic and flow, the gates taking turns so that each meets several of them.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...batch.layout import Layout
+from ..excess import excess
 from ..gates.base import Gate, parametrised
 from ..metrics import RAW
 
@@ -77,7 +78,7 @@ class FormInputs:
             pair = (self.logp, (self.logp - log_ratio).detach())
         loss, raw = self.run_row(*pair, gate or self.gate, weight)
         x = self.x.detach()
-        return loss, self._with(raw, kl_sum=(torch.expm1(x) - x).sum())  # of the token's own ratio
+        return loss, self._with(raw, kl_sum=excess(x.double()).sum())  # of the token's own ratio
 
     def lengths(self) -> Tensor:
         """The number of valid tokens of each token's span, at least 1."""

@@ -1,8 +1,8 @@
 """Estimators of KL(pi || ref) as gates (see base.py)."""
 
-import torch
 from torch import Tensor
 
+from ..excess import excess
 from .base import INF, Bound, Gate, clamp, parametrised, straight_through
 
 
@@ -52,7 +52,7 @@ class KlK3(KlGate):
     ceiling: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return clamp(torch.expm1(-s) + s, -INF, self.ceiling)
+        return clamp(excess(-s), -INF, self.ceiling)
 
 
 @parametrised
@@ -84,4 +84,4 @@ class KlK3Unbiased(KlGate):
     ceiling: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return straight_through(clamp(torch.expm1(-s) + s, -INF, self.ceiling), s * s / 2)
+        return straight_through(clamp(excess(-s), -INF, self.ceiling), s * s / 2)

@@ -22,7 +22,7 @@ from ..kernel_ops import IGNORED, ObjectiveInputs, RowInputs
 from ..reference import regularized
 from . import token_logprobs
 from .gemm import ProductSum, add_product, column_sums, sum_dtype
-from .head import Head, HeadInputs, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split
+from .head import Head, HeadInputs, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split, tile_memory
 from .lift import lifted
 from .token_logprobs import Gradients
 
@@ -179,7 +179,7 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
         evaluated = _two_passes(inputs, head, grads if wanted else None)
     metrics, kl, entropy = evaluated.metrics
     passes = metrics.new_full((), 2 if wanted and chunks is None else 1)
-    return evaluated.loss, torch.cat([metrics, torch.stack([kl, entropy, passes])])
+    return evaluated.loss, torch.cat([metrics, torch.stack([kl.double(), entropy.double(), passes])])
 
 
 def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
@@ -225,7 +225,8 @@ def _one_pass(
     ends[-1] = count
     if inputs.old_logp is None:
         ends = [count] * len(ends)
-    memory = inputs.hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks) * head.vocab, dtype=head.dtype)
+    most = max(chunk.stop - chunk.start for chunk in chunks)
+    memory = tile_memory(most * head.vocab, inputs.hidden, head.dtype)
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)

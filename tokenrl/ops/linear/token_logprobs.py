@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernel_ops import IGNORED, RESULTS, logprob_results
 from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, sum_dtype
-from .head import Head, Rows, Tiles, as_tile, compacted, rows_at, split, tiles_of, whole_rows_of
+from .head import Head, Rows, Tiles, as_tile, compacted, rows_at, split, tile_memory, tiles_of, whole_rows_of
 from .lift import lifted
 
 ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
@@ -30,7 +30,7 @@ def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budg
     index, count = compacted((ids != IGNORED).any(-1))
     ordered = "is_top1" in outputs or "rank" in outputs  # the ids' own logits are compared with whole rows
     tiles = (whole_rows_of if ordered else tiles_of)(head, count, budget)
-    memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
+    memory = tile_memory(tiles.cells, hidden, head.dtype)
     if index is None and tiles == Tiles(count, head.vocab):
         return _of_rows(head, hidden.to(head.dtype), ids, slice(0, count), outputs, tiles, memory)
     results = [x.zero_() for x in logprob_results(hidden, ids, outputs, sum_dtype(head.dtype))]
@@ -136,7 +136,7 @@ def gradients(
     saved = [x[rows] if x.numel() else x for x in saved]
     total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
     tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
-    memory = hidden.new_empty(tiles.cells, dtype=head.dtype)
+    memory = tile_memory(tiles.cells, hidden, head.dtype)
     for at in split(head.vocab, tiles.columns):
         columns, local = head.columns(at), local_ids(ids, at)
         if grads.weight is not None:
