@@ -78,8 +78,13 @@ class Gate:
         return never, never, never
 
 
+def as_tensor_like(bound: Bound, x: Tensor) -> Tensor:
+    """In the dtype of x and where x is, whatever torch's default device."""
+    return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+
+
 def clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
-    return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
+    return torch.minimum(torch.maximum(x, as_tensor_like(low, x)), as_tensor_like(high, x))
 
 
 def surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised, surrogate
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, surrogate
 
 
 @parametrised
@@ -98,7 +98,7 @@ class Sapo(Gate):
     tau_neg: Bound = 1.05
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
+        tau_pos, tau_neg = (as_tensor_like(tau, s) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
         return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised
 
 LOG_FLOOR = math.log(1e-8)
 
@@ -109,7 +109,7 @@ class Vespo(Gate):
     lambda_neg: Bound = 2.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
+        k_pos, lambda_pos, k_neg, lambda_neg = (as_tensor_like(p, s) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
         log_ratio = clamp(s, LOG_FLOOR, INF)
         return -torch.exp(decay + k * log_ratio - decay * log_ratio.exp()).detach() * advantages * logp
@@ -156,7 +156,7 @@ class Dppo(DppoGate):
     divergence: Bound = 0.0
 
     def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        return torch.as_tensor(self.divergence, dtype=s.dtype)
+        return as_tensor_like(self.divergence, s)
 
 
 @parametrised
