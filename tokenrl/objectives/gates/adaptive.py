@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised, product, surrogate, used
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, surrogate, used
 
 
 @parametrised
@@ -106,7 +106,7 @@ class Hapo(Gate):
 
     def _adapted(self, s: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(ratio, its bounds, A')."""
-        ratio, score = s.exp(), torch.as_tensor(self.score, dtype=s.dtype)
+        ratio, score = s.exp(), as_tensor_like(self.score, s)
         wider = 1 + self.alpha * score.abs()
         eps_low = self.eps_low * torch.where(score > 0, 1, wider)
         eps_high = self.eps_high * torch.where(score > 0, wider, 1)

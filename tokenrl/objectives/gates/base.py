@@ -82,13 +82,18 @@ class Gate:
         return never, never, never
 
 
+def as_tensor_like(bound: Bound, x: Tensor) -> Tensor:
+    """In the dtype of x and where x is, whatever torch's default device."""
+    return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+
+
 def clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
-    return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
+    return torch.minimum(torch.maximum(x, as_tensor_like(low, x)), as_tensor_like(high, x))
 
 
 def used(factor: Bound, x: Tensor) -> Tensor:
     """x, and 0 where the factor is: 0 times infinity is NaN to torch, in a value as in a gradient."""
-    return torch.where(torch.as_tensor(factor, device=x.device) == 0, 0, x)
+    return torch.where(as_tensor_like(factor, x) == 0, 0, x)
 
 
 def product(a: Bound, b: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def product(a: Bound, b: Tensor) -> Tensor:
 
 def bounded(x: Tensor, low: Bound, high: Bound, ceiling: Bound, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Where max(-A x, -A clip(x)), for A < 0 at most -A ceiling, has no slope, and the bound that x meets there."""
-    low, high, ceiling = (torch.as_tensor(bound, dtype=x.dtype) for bound in (low, high, ceiling))
+    low, high, ceiling = (as_tensor_like(bound, x) for bound in (low, high, ceiling))
     lower, upper = torch.where(advantages > 0, -INF, low), torch.where(advantages > 0, high, ceiling)
     return (x < lower) | (x > upper) | (advantages == 0), clamp(x, lower, upper).detach()
 

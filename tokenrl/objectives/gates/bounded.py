@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, bounded, parametrised, product, surrogate
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate
 
 
 @parametrised
@@ -99,7 +99,7 @@ class Sapo(Gate):
     tau_neg: Bound = 1.05
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
+        tau_pos, tau_neg = (as_tensor_like(tau, s) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
         # Beyond e^80 the sigmoid is flat: no 0 inf.
         return -4 / tau * torch.sigmoid(tau * (s.clamp(max=80).exp() - 1)) * advantages

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised, product, used
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
 
 
 def weighted(weight: Bound, advantages: Tensor, logp: Tensor) -> Tensor:
     """-sg[w] A logp, 0 where w or A is 0."""
-    weight = torch.as_tensor(weight, dtype=logp.dtype).detach()
+    weight = as_tensor_like(weight, logp).detach()
     return product(product(-advantages, weight), logp)
 
 
@@ -130,7 +130,7 @@ class Vespo(Gate):
     floor: Bound = -20.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        k_pos, lambda_pos, k_neg, lambda_neg, floor = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
+        k_pos, lambda_pos, k_neg, lambda_neg, floor = (as_tensor_like(p, s) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
         log_ratio = clamp(s, floor, 20)
         return weighted(torch.exp(decay + k * log_ratio - decay * log_ratio.exp()), advantages, logp)
@@ -177,7 +177,7 @@ class Dppo(DppoGate):
     divergence: Bound = 0.0
 
     def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        return torch.as_tensor(self.divergence, dtype=s.dtype)
+        return as_tensor_like(self.divergence, s)
 
 
 @parametrised
