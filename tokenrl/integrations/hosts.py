@@ -27,7 +27,7 @@ HOSTS = {
 
 
 def require(name: str) -> None:
-    """Raises ImportError where the host of a hook is missing or too old; warns where it is newer than what was tried."""
+    """ImportError where the host of a hook is missing or too old; a warning where it is newer than what was tried."""
     from packaging.version import Version
 
     host = HOSTS[name]

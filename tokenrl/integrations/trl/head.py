@@ -50,7 +50,7 @@ class ChunkedLogProb:
 
 
 def patch_trl_head() -> None:
-    """The fused head of all TRL trainers of this process by linear_token_logprobs, from trl 1.15 on; again: no effect."""
+    """All fused heads of TRL in this process by linear_token_logprobs, from trl 1.15 on. Again: no effect."""
     require("trl-head")
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils

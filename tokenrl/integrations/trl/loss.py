@@ -14,8 +14,7 @@ from ...objectives.policy import Objective, objective
 
 INF = math.inf
 LEVELS = {"token": "token", "sequence": "span_mean"}
-# What TRL keeps of the rollout's ratio inside the sequence weight of vespo.
-VESPO_RATIO = (math.log(1e-8), 20.0)
+LEAST, MOST = math.log(1e-8), 20.0  # TRL's bounds of vespo's log weights, of a token's rollout ratio and of a sequence
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def host_objective(trainer: Any) -> Objective:
         return objective("sapo", statistic=level, clamp=INF, **temperatures)
     if trainer.loss_type == "vespo":
         names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
-        return objective("vespo", **{name: getattr(args, f"vespo_{name}") for name in names})
+        return objective("vespo", floor=LEAST, **{name: getattr(args, f"vespo_{name}") for name in names})
     # TRL's delta cuts the ratio before the minimum, for either sign of A: below the upper bound it is that bound.
     delta = INF if args.delta is None else args.delta
     bounds = {"eps_low": trainer.epsilon_low, "eps_high": min(trainer.epsilon_high, delta - 1)}
@@ -110,8 +109,8 @@ def policy_term(trainer: Any, batch: MicroBatch, row: Objective, how: dict[str, 
     """(the objective under the weights that are its alone, its metrics)."""
     old, ratio = batch.sampled, rollout_ratio(trainer, batch)
     weights = [off_policy_mask(trainer, batch), high_entropy(trainer, batch)]
-    if ratio is not None and row.name == "vespo":
-        old = old - ratio.log().clamp(*VESPO_RATIO)
+    if ratio is not None and row.gate.reads_rollout:  # inside the sequence's weight
+        old = old - ratio.log().clamp(LEAST, MOST)
     else:
         weights.append(ratio)
     weight = None

@@ -67,6 +67,10 @@ class TokenRLMixin:
     """Before a GRPOTrainer among the bases: class Mine(TokenRLMixin, MyTrainer). Keyword tokenrl: a TokenRLConfig; or
     as args.tokenrl."""
 
+    aux_loss_enabled: bool
+    model: Any
+    _metrics: Any
+
     def __init__(self, *args: Any, tokenrl: TokenRLConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_trainer(self)
