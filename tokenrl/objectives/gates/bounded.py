@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, surrogate
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate
 
 
 @parametrised
@@ -13,7 +13,7 @@ class Ratio(Gate):
     name = "ratio"
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return -advantages * s.exp()
+        return product(-advantages, s.exp())
 
 
 @parametrised
@@ -31,8 +31,7 @@ class PpoClip(Gate):
     dual: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        ratio = s.exp()
-        return surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
+        return surrogate(s, 1 - self.eps_low, 1 + self.eps_high, self.dual, advantages)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, negative = s.exp(), advantages < 0
@@ -53,10 +52,11 @@ class PpoNtp(PpoClip):
 
     name = "ppo_ntp"
     vanishes = False
+    slopes = ("s", "logp")
     ntp: Bound = 0.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return PpoClip.value(self, s, x, logp, advantages, t) - self.ntp * logp
+        return PpoClip.value(self, s, x, logp, advantages, t) - product(self.ntp, logp)
 
 
 @parametrised
@@ -77,8 +77,9 @@ class LogBand(Gate):
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         width = t**self.power
-        ceiling = torch.exp(self.eps_dual * width)
-        return surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
+        bounds = (-self.eps_low * width, self.eps_high * width, self.eps_dual * width)
+        outside, bound = bounded(s, *bounds, advantages)
+        return product(-advantages, torch.where(outside, bound, s).exp())
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         width, negative = t**self.power, advantages < 0
@@ -100,7 +101,8 @@ class Sapo(Gate):
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         tau_pos, tau_neg = (as_tensor_like(tau, s) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
-        return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
+        # Beyond e^80 the sigmoid is flat: no 0 inf.
+        return -4 / tau * torch.sigmoid(tau * (s.clamp(max=80).exp() - 1)) * advantages
 
 
 @parametrised
@@ -109,6 +111,7 @@ class Identity(Gate):
 
     name = "identity"
     uses_advantages = False
+    slopes = ("logp",)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return logp
