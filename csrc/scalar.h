@@ -34,6 +34,12 @@ TRL_HD T clamp(T x, T low, T high) {
   return smaller(larger(x, low), high);
 }
 
+// a b, where a factor a of 0 hides even an infinite b.
+template <class T>
+TRL_HD T product(T a, T b) {
+  return a == 0 ? T(0) : a * b;
+}
+
 TRL_HD double exponential(double x) { return ::exp(x); }
 
 #ifdef __CUDA_ARCH__

@@ -66,12 +66,11 @@ def count_kernel(
 
 
 @triton.jit
-def balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign):
-    """size of the own sign's set / (P + Q) / tokens of the own sign's set; 0 for sign 0."""
+def balanced_weight(rows, positives, negatives, tokens_positive, tokens_negative, sign):
+    """size of the own sign's set / rows of the group / tokens of the own sign's set; 0 for sign 0."""
     size = tl.where(sign > 0, positives, negatives).to(tl.float64)
     tokens = tl.where(sign > 0, tokens_positive, tokens_negative).to(tl.float64)
-    both = tl.maximum(positives + negatives, 1).to(tl.float64)
-    return tl.where(sign != 0, size / both / tl.maximum(tokens, 1.0), 0.0)
+    return tl.where(sign != 0, size / tl.maximum(rows, 1).to(tl.float64) / tl.maximum(tokens, 1.0), 0.0)
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def group_kernel(
     group = tl.load(group_ids + own, mask=exists, other=0)
     n = tl.load(counts + own, mask=exists, other=0)
     none, zero = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int64)
-    positives, negatives, earlier = none, none, none
+    rows, positives, negatives, earlier = none, none, none, none
     tokens, tokens_positive, tokens_negative = zero, zero, zero
     for first in range(0, num_sequences, TILE):
         other = first + tl.arange(0, TILE)
@@ -94,6 +93,7 @@ def group_kernel(
         same = (group[:, None] == ids[None, :]) & (others > 0)[None, :]
         if SPAN == "balanced":
             sign = tl.load(signs + other, mask=other < num_sequences, other=0)
+            rows += tl.sum(same.to(tl.int32), 1)
             positive, negative = same & (sign > 0)[None, :], same & (sign < 0)[None, :]
             positives += tl.sum(positive.to(tl.int32), 1)
             negatives += tl.sum(negative.to(tl.int32), 1)
@@ -105,7 +105,7 @@ def group_kernel(
             earlier += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
     if SPAN == "balanced":
         sign = tl.load(signs + own, mask=exists, other=0)
-        weight = balanced_weight(positives, negatives, tokens_positive, tokens_negative, sign)
+        weight = balanced_weight(rows, positives, negatives, tokens_positive, tokens_negative, sign)
         tl.store(span_weight + own, tl.where(n > 0, weight, 0.0), mask=exists)
     elif SPAN == "group":
         weight = 1.0 / tl.maximum(tokens, 1).to(tl.float64)

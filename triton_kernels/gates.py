@@ -10,7 +10,7 @@ Each derivative stands on the line after its value.
 import triton
 import triton.language as tl
 
-from .scalar import clip, expm1_of, exponential, k3_of, larger, smaller
+from .scalar import clip, expm1_of, exponential, k3_of, larger, product, smaller
 from .scalar import power as power_of
 
 
@@ -26,14 +26,14 @@ def _bounded(advantage, x, low, high, dual):
 @triton.jit
 def _weighted(logp, advantage, weight):
     """-w A logp for a weight w without a gradient, and its derivative."""
-    value = -weight * advantage * logp
-    d_logp = -weight * advantage
+    d_logp = product(-advantage, weight)
+    value = product(d_logp, logp)
     return value, d_logp
 
 
 @triton.jit
 def ratio(s, x, logp, advantage, t):
-    value = -advantage * exponential(s)
+    value = product(-advantage, exponential(s))
     d_s = value
     return value, d_s, 0.0, False, False, False
 
@@ -41,7 +41,7 @@ def ratio(s, x, logp, advantage, t):
 @triton.jit
 def ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual):
     ratio, low, high, above = _bounded(advantage, exponential(s), 1 - eps_low, 1 + eps_high, dual)
-    value = -advantage * ratio
+    value = product(-advantage, ratio)
     d_s = tl.where(low | high | above, 0.0, value)
     return value, d_s, 0.0, low, high, above
 
@@ -49,7 +49,7 @@ def ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual):
 @triton.jit
 def ppo_ntp(s, x, logp, advantage, t, eps_low, eps_high, dual, ntp):
     value, d_s, d_logp, low, high, above = ppo_clip(s, x, logp, advantage, t, eps_low, eps_high, dual)
-    value -= ntp * logp
+    value -= product(ntp, logp)
     d_logp = -ntp
     return value, d_s, d_logp, low, high, above
 
@@ -58,7 +58,7 @@ def ppo_ntp(s, x, logp, advantage, t, eps_low, eps_high, dual, ntp):
 def log_band(s, x, logp, advantage, t, eps_low, eps_high, eps_dual, power):
     width = power_of(t, power)
     kept, low, high, above = _bounded(advantage, s, -eps_low * width, eps_high * width, eps_dual * width)
-    value = -advantage * exponential(kept)
+    value = product(-advantage, exponential(kept))
     d_s = tl.where(low | high | above, 0.0, value)
     return value, d_s, 0.0, low, high, above
 
@@ -78,7 +78,7 @@ def sapo(s, x, logp, advantage, t, tau_pos, tau_neg):
     # sigmoid(z) = e^-|z| or 1 over 1 + e^-|z|: no overflow on either side.
     small = exponential(-tl.abs(z))
     value = -4 / tau * (tl.where(z < 0, small, 1.0) / (1 + small)) * advantage
-    d_s = -4 * ratio * (small / ((1 + small) * (1 + small))) * advantage
+    d_s = product(-4 * (small / ((1 + small) * (1 + small))) * advantage, ratio)
     return value, d_s, 0.0, False, False, False
 
 
@@ -93,12 +93,12 @@ def _clipped_ratio(log_ratio, eps_low, eps_high):
 def dhpo(s, x, logp, advantage, t, mix, eps_low, eps_high, span_eps_low, span_eps_high):
     own, own_kept, own_passes = _clipped_ratio(x, eps_low, eps_high)
     span, span_kept, span_passes = _clipped_ratio(s, span_eps_low, span_eps_high)
-    mixed, kept = mix * own + (1 - mix) * span, mix * own_kept + (1 - mix) * span_kept
+    mixed, kept = product(mix, own) + product(1 - mix, span), mix * own_kept + (1 - mix) * span_kept
     low, high = (advantage < 0) & (mixed < kept), (advantage > 0) & (mixed > kept)
     bound = low | high
-    value = -advantage * tl.where(bound, kept, mixed)
-    d_s = tl.where(bound & (span_passes == 0), 0.0, -advantage * (1 - mix) * span)
-    d_logp = tl.where(bound & (own_passes == 0), 0.0, -advantage * mix * own)
+    value = product(-advantage, tl.where(bound, kept, mixed))
+    d_s = tl.where(bound & (span_passes == 0), 0.0, product(-advantage * (1 - mix), span))
+    d_logp = tl.where(bound & (own_passes == 0), 0.0, product(-advantage * mix, own))
     return value, d_s, d_logp, low, high, False
 
 
@@ -108,9 +108,10 @@ def dhpo_branch(s, x, logp, advantage, t, mix, eps_low, eps_high, span_eps_low, 
     span, span_low, span_high, _ = _bounded(
         advantage, exponential(s), 1 - span_eps_low, 1 + span_eps_high, float("inf")
     )
-    value = -advantage * (mix * own + (1 - mix) * span)
-    d_s = tl.where(span_low | span_high, 0.0, -advantage * (1 - mix) * span)
-    d_logp = tl.where(own_low | own_high, 0.0, -advantage * mix * own)
+    of_own, of_span = product(-advantage * mix, own), product(-advantage * (1 - mix), span)
+    value = of_own + of_span
+    d_s = tl.where(span_low | span_high, 0.0, of_span)
+    d_logp = tl.where(own_low | own_high, 0.0, of_own)
     return value, d_s, d_logp, own_low | span_low, own_high | span_high, False
 
 
@@ -122,7 +123,7 @@ def hapo(s, x, logp, advantage, t, eps_low, eps_high, dual, score, alpha, beta):
     inside = (ratio > 1 - eps_low / 2) & (ratio < 1 + eps_high / 2)
     advantage = tl.where(inside == uncertain, advantage, advantage * (1 + beta * score))
     kept, low, high, above = _bounded(advantage, ratio, 1 - eps_low, 1 + eps_high, dual)
-    value = -advantage * kept
+    value = product(-advantage, kept)
     d_s = tl.where(low | high | above, 0.0, value)
     return value, d_s, 0.0, low, high, above
 
@@ -136,22 +137,23 @@ def reinforce(s, x, logp, advantage, t):
 @triton.jit
 def quadratic(s, x, logp, advantage, t, beta):
     value, d_logp = _weighted(logp, advantage, 1.0)
-    value += beta / 2 * s * s
-    d_s = beta * s
+    d_s = product(beta, s)
+    value += product(d_s, s / 2)
     return value, d_s, d_logp, False, False, False
 
 
 @triton.jit
-def topr(s, x, logp, advantage, t, ceiling):
-    ratio, positive = exponential(s), advantage > 0
+def topr(s, x, logp, advantage, t, ceiling, score):
+    score = score + tl.zeros_like(s)  # a block: see dppo
+    ratio, positive = exponential(s), tl.where(score == score, score, advantage) > 0
     value, d_logp = _weighted(logp, advantage, tl.where(positive, 1.0, smaller(ratio, ceiling)))
-    return value, 0.0, d_logp, (advantage <= 0) & (ratio > ceiling), False, False
+    return value, 0.0, d_logp, (positive == 0) & (ratio > ceiling), False, False
 
 
 @triton.jit
-def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg):
+def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg, floor):
     k, decay = tl.where(advantage < 0, k_neg, k_pos), tl.where(advantage < 0, lambda_neg, lambda_pos)
-    log_ratio = larger(s, -18.420680743952367)  # log 1e-8
+    log_ratio = clip(s, floor, 20.0)
     value, d_logp = _weighted(logp, advantage, exponential(decay + k * log_ratio - decay * exponential(log_ratio)))
     return value, 0.0, d_logp, False, False, False
 

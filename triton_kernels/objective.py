@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..objectives.gates import GATES as FORMULAS
 from . import launch
 from .gates import GATES, NEED_POSITION
 from .scalar import wide_exponential
@@ -127,13 +128,14 @@ def objective(
     metrics = logp.new_empty(NUM_METRICS, dtype=torch.float64)
     segmented_span = statistic.startswith("span") and starts is not None
     needs_scratch = segmented_span or (statistic.startswith("prefix") and flow == "through")
-    padding = MAX_PARAMS - len(params)
+    padding, formula = MAX_PARAMS - len(params), FORMULAS[gate]
+    vanishes = 1 if formula.uses_advantages and formula.vanishes else None
     block = launch.token_block(num_tokens, sequences)
     with launch.on_device_of(logp):
         objective_kernel[(sequences,)](
             Spans(cu_seqlens, mask, starts, num_tokens, sequences),
-            Tokens(logp, old_logp, advantages, token_weight, (*param_tensors, *[None] * padding)), span_weight,
-            normalizer, coef, torch.empty_like(logp) if needs_scratch else None,
+            Tokens(logp, old_logp, advantages, token_weight, (*param_tensors, *[None] * padding), vanishes),
+            span_weight, normalizer, coef, torch.empty_like(logp) if needs_scratch else None,
             torch.empty_like(logp, dtype=torch.int32) if segmented_span else None,
             logp.new_empty(NUM_SUMS.value * sequences, dtype=torch.float64),
             launch.ticket(logp), loss, metrics, clamp, cap, *params, *[0.0] * padding,

@@ -16,6 +16,12 @@ def larger(a, b):
 
 
 @triton.jit
+def product(a, b):
+    """a b, where a factor a of 0 hides even an infinite b."""
+    return tl.where(a == 0, 0.0, a * b)
+
+
+@triton.jit
 def clip(x, low, high):
     return smaller(larger(x, low), high)
 

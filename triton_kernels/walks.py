@@ -16,13 +16,16 @@ from .statistic import first_carry, positions, prefix_block, segment_sums, segme
 
 
 class Tokens(NamedTuple):
-    """Kernel argument: what each token brings, [N] (advantages also [S] or None; token_weight and params also None)."""
+    """Kernel argument: what each token brings, [N] (advantages also [S] or None; token_weight and params also None).
+
+    vanishes: 1 where the gate's loss is 0 without an advantage, else None; known when a kernel is compiled."""
 
     logp: Tensor
     old_logp: Tensor
     advantages: Tensor | None
     token_weight: Tensor | None
     params: tuple[Tensor | None, ...]
+    vanishes: int | None
 
 
 class Numbers(NamedTuple):
@@ -64,6 +67,8 @@ def gated(
     capped = smaller(s, numbers.cap)
     value, d_s, d_logp, low, high, dual = GATE(capped, x, logp, advantage, t, *params[:NUM_PARAMS])
     live = valid & (weight != 0)  # elsewhere nothing may enter, not even inf
+    if tokens.vanishes is not None:
+        live = live & (advantage != 0)
     g = tl.where(live & (s <= numbers.cap), weight * d_s, 0.0)
     e = tl.where(live, weight * d_logp, 0.0)
     ratio = tl.where(valid, wide_exponential(capped), 0.0)

@@ -9,7 +9,7 @@ namespace tokenrl::cpu {
 namespace {
 
 struct Group {
-  int64_t tokens = 0, rows[2] = {0, 0}, signed_tokens[2] = {0, 0};
+  int64_t tokens = 0, size = 0, rows[2] = {0, 0}, signed_tokens[2] = {0, 0};
 };
 
 struct SequenceCount {
@@ -43,8 +43,8 @@ double weight_of(Span span, const SequenceCount& own, const Group& group) {
   }
   if (own.advantage == 0) return 0;
   const int sign = own.advantage > 0;
-  const double rows = static_cast<double>(group.rows[0] + group.rows[1]);
-  return static_cast<double>(group.rows[sign]) / rows / static_cast<double>(group.signed_tokens[sign]);
+  return static_cast<double>(group.rows[sign]) / static_cast<double>(group.size) /
+         static_cast<double>(group.signed_tokens[sign]);
 }
 
 }  // namespace
@@ -63,7 +63,7 @@ void aggregation_weights(const WeightArgs& args, Span span, Unit unit, const Thr
     tokens += own.tokens, ++rows;
     if (!args.group_ids) continue;
     Group& group = groups[args.group_ids[i]];
-    group.tokens += own.tokens;
+    group.tokens += own.tokens, ++group.size;
     if (own.advantage == 0) continue;
     ++group.rows[own.advantage > 0];
     group.signed_tokens[own.advantage > 0] += own.tokens;

@@ -30,7 +30,8 @@ struct RunningSum {
   double sum = 0;
 
   TRL_INLINE Floats through(Floats x) {
-    const float high = static_cast<float>(sum), low = static_cast<float>(sum - static_cast<double>(high));
+    const float high = static_cast<float>(sum);
+    const float low = std::isfinite(high) ? static_cast<float>(sum - static_cast<double>(high)) : 0.0f;
     const Floats within = prefix_of(x, Floats{}, [](Floats a, Floats b) { return a + b; });
     sum += static_cast<double>(within[kLanes - 1]);
     return high + (low + within);

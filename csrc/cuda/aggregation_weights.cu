@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(WeightArgs args, Weight
   const bool exists = i < sequences, balanced = span == Span::balanced;
   const SequenceCount own = exists ? scratch.counts[i] : SequenceCount{0, 0, 0};
   const int64_t group = exists ? args.group_ids[i] : 0;
-  int64_t tokens = 0, same_sign = 0, signed_rows = 0;
+  int64_t tokens = 0, same_sign = 0, rows = 0;
   bool leads = own.tokens > 0;
   for (int64_t tile = 0; tile < sequences; tile += kThreads) {
     const int64_t mine = tile + threadIdx.x;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(WeightArgs args, Weight
       const SequenceCount other = other_counts[k];
       if (other.tokens == 0 || other_groups[k] != group) continue;
       leads = leads && tile + k >= i;
-      signed_rows += other.sign != 0;
+      ++rows;
       if (other.sign != own.sign) continue;
       ++same_sign;
       tokens += other.tokens;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(WeightArgs args, Weight
   }
   if (exists && (span == Span::group || balanced)) {
     const bool weighs = own.tokens > 0 && (!balanced || own.sign != 0);
-    const double share = balanced ? static_cast<double>(same_sign) / static_cast<double>(signed_rows) : 1.0;
+    const double share = balanced ? static_cast<double>(same_sign) / static_cast<double>(rows) : 1.0;
     args.span_weight[i] = weighs ? share / static_cast<double>(tokens) : 0.0;
   }
   if (unit != Unit::groups) return;

@@ -83,7 +83,7 @@ TRL_HD Bounded<T> bounded(T advantage, T x, T low, T high, T dual) {
 template <class T>
 TRL_HD Gated<T> surrogate(T advantage, T ratio, const Bounded<T>& kept) {
   Gated<T> out;
-  out.value = -advantage * ratio;
+  out.value = product(-advantage, ratio);
   out.d_s = kept.low + kept.high + kept.dual > 0 ? T(0) : out.value;
   out.low = kept.low;
   out.high = kept.high;
@@ -95,8 +95,8 @@ TRL_HD Gated<T> surrogate(T advantage, T ratio, const Bounded<T>& kept) {
 template <class T>
 TRL_HD Gated<T> weighted(const GateInput<T>& in, T weight) {
   Gated<T> out;
-  out.value = -weight * in.advantage * in.logp;
-  out.d_logp = -weight * in.advantage;
+  out.d_logp = product(-in.advantage, weight);
+  out.value = product(out.d_logp, in.logp);
   return out;
 }
 

@@ -10,7 +10,7 @@ struct Ratio : NoParams {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
     Gated<T> out;
-    out.value = -in.advantage * exponential(in.s);
+    out.value = product(-in.advantage, exponential(in.s));
     out.d_s = out.value;
     return out;
   }
@@ -33,7 +33,7 @@ struct PpoNtp : AnyPosition {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     Gated<T> out = PpoClip::eval(in, {params.eps_low, params.eps_high, params.dual});
-    out.value -= params.ntp * in.logp;
+    out.value -= product(params.ntp, in.logp);
     out.d_logp = -params.ntp;
     return out;
   }
@@ -62,7 +62,7 @@ struct Sapo : AnyPosition {
     // sigmoid(z) = e^-|z| or 1 over 1 + e^-|z|: no overflow on either side.
     const T z = tau * (ratio - 1), small = exponential(z < 0 ? z : -z), p = (z < 0 ? small : T(1)) / (1 + small);
     out.value = T(-4) / tau * p * in.advantage;
-    out.d_s = T(-4) * ratio * (small / ((1 + small) * (1 + small))) * in.advantage;
+    out.d_s = product(T(-4) * (small / ((1 + small) * (1 + small))) * in.advantage, ratio);
     return out;
   }
 };

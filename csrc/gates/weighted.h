@@ -32,19 +32,19 @@ struct Quadratic : AnyPosition {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     Gated<T> out = weighted(in, T(1));
-    out.value += params.beta / 2 * in.s * in.s;
-    out.d_s = params.beta * in.s;
+    out.d_s = product(params.beta, in.s);
+    out.value += product(out.d_s, in.s / 2);
     return out;
   }
 };
 
 struct Topr : AnyPosition {
   static constexpr const char* name = "topr";
-  TRL_PARAMS(ceiling);
+  TRL_PARAMS(ceiling, score);  // score: NaN where it is the advantage
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     const T ratio = exponential(in.s);
-    const bool positive = in.advantage > 0;
+    const bool positive = (params.score == params.score ? params.score : in.advantage) > 0;
     Gated<T> out = weighted(in, positive ? T(1) : smaller(ratio, params.ceiling));
     out.low = !positive & (ratio > params.ceiling) ? T(1) : T(0);
     return out;
@@ -53,12 +53,12 @@ struct Topr : AnyPosition {
 
 struct Vespo : AnyPosition {
   static constexpr const char* name = "vespo";
-  TRL_PARAMS(k_pos, lambda_pos, k_neg, lambda_neg);
+  TRL_PARAMS(k_pos, lambda_pos, k_neg, lambda_neg, floor);
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     const bool negative = in.advantage < 0;
     const T k = negative ? params.k_neg : params.k_pos, decay = negative ? params.lambda_neg : params.lambda_pos;
-    const T log_ratio = larger(in.s, static_cast<T>(-18.420680743952367));  // log 1e-8
+    const T log_ratio = clamp(in.s, params.floor, T(20));
     return weighted(in, exponential(decay + k * log_ratio - decay * exponential(log_ratio)));
   }
 };

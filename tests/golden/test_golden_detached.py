@@ -1,5 +1,7 @@
 """Objectives whose gradient flows through logp alone, and LUSPO, against the official implementations, in fp64."""
 
+import math
+
 import pytest
 import torch
 from golden_data import INDEX, arrays, near
@@ -7,8 +9,8 @@ from golden_losses import DETACHED, grid, leaf, weight
 
 import tokenrl
 from tokenrl.objectives.gates.base import INF as OFF
-from tokenrl.objectives.gates.weighted import Vespo
 
+VESPO = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 TRL = ("trl_luspo", "trl_vespo")
 VERL = tuple(family for family in DETACHED if family not in TRL)
 
@@ -47,7 +49,7 @@ def test_verl(family, case, backend):
 
 def trl_objective(config):
     if config["loss_type"] == "vespo":
-        return tokenrl.objective("vespo", **{name: config[f"vespo_{name}"] for name in Vespo.names})
+        return tokenrl.objective("vespo", floor=math.log(1e-8), **{name: config[f"vespo_{name}"] for name in VESPO})
     delta = OFF if config["delta"] is None else config["delta"]
     bounds = {"eps_low": config["epsilon_low"], "eps_high": config["epsilon_high"]}
     return tokenrl.objective("luspo", **bounds, dual=delta)

@@ -161,13 +161,14 @@ def test_dppo_top_k(family, case, backend):
 def test_vespo_official(family, case, backend):
     config = INDEX[family]["cases"][case]["config"]
     x, logp = leaf(arrays(family, case), backend)
-    old_logp, mask = x["old_logp"], x["mask"]
-    if "is_weights" in x:  # they enter the sequence's ratio, each as a shift of the old log-prob
-        old_logp = old_logp - x["is_weights"].clamp(min=1e-8).log()
+    old_logp, mask, given = x["old_logp"], x["mask"], {}
+    if "is_weights" in x:
+        weights = x["is_weights"].clamp(min=1e-8)
+        given = {"rollout_logp": old_logp - weights.log(), "correction": {"bound": "none", "clamp": None}}
     advantages = x["advantages"][:, 0] if x["advantages"].dim() == 2 else x["advantages"]
-    row = tokenrl.objective("vespo", **{name: config[name] for name in Vespo.names})
+    row = tokenrl.objective("vespo", **{name: config[name] for name in Vespo.names if name in config})
     loss, _ = tokenrl.policy_loss(
-        row, logp, old_logp, advantages, mask=mask, aggregation=config["loss_agg_mode"], backend=backend
+        row, logp, old_logp, advantages, mask=mask, aggregation=config["loss_agg_mode"], backend=backend, **given
     )
     compare(family, case, loss, logp)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import backends_to_test, device_of
 from golden_data import near
 from rollout_cases import SEGMENTS, VALID, batch
 
@@ -105,6 +106,46 @@ def test_a_mean_of_zero_divides_nothing_and_nan_shows():
         assert cor.importance_weights(logp, rollout, **options).isnan().tolist() == [[False, True, False]]
     kept = cor.rejection_mask(logp, rollout, statistic="token_k2", high=1.0)
     assert kept.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("backend", backends_to_test())
+def test_vespo_takes_the_weights_into_its_ratio(backend):
+    """log r = sum of d + log w over the row's tokens, clamped to +-20; d to +-20 before."""
+    logp, rollout = (x.to(device_of(backend)) for x in batch(garbage=0.0))
+    old, advantages = rollout + 0.1, torch.tensor([1.0, -1.0, 1.0, -0.5], dtype=torch.float64).to(logp.device)
+    old[1], old[3] = logp[1] - 15, logp[3] + 15
+    mask = VALID.to(logp.device)
+    options = {"bound": "truncate", "low": 0.9, "high": 1.05}
+    w = torch.where(mask, cor.importance_weights(old, rollout, mask=mask, **options), 1)
+    s = (torch.where(mask, logp - old, 0) + w.log()).sum(1).clamp(-20, 20)
+    assert (s.abs() == 20).sum() == 2
+    positive = advantages > 0
+    k, decay = torch.where(positive, 2.0, 3.0), torch.where(positive, 3.0, 2.0)
+    phi = torch.exp(decay + k * s - decay * s.exp())
+    expected = torch.where(mask, -(phi * advantages)[:, None] / mask.sum(), 0)
+    leaf = logp.clone().requires_grad_()
+    how = {"mask": mask, "rollout_logp": rollout, "correction": options, "backend": backend}
+    loss, _ = tokenrl.policy_loss("vespo", leaf, old, advantages, **how)
+    near(loss.detach(), (expected * logp).sum(), "loss")
+    near(torch.autograd.grad(loss, leaf)[0], expected, "gradient")
+    weight = torch.full_like(logp, 0.5)  # other weights are factors of the loss
+    halved, _ = tokenrl.policy_loss("vespo", leaf, old, advantages, token_weight=weight, **how)
+    near(halved.detach(), loss.detach() / 2, "loss under a weight")
+    with pytest.raises(ValueError, match="^correction: got level 'sequence', accepted: 'token'"):
+        tokenrl.policy_loss("vespo", leaf, old, advantages, **how | {"correction": {"level": "sequence", "high": 2.0}})
+
+
+def test_vespo_from_hidden_states_takes_them_into_its_ratio():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, generator=g), torch.randn(11, 8, generator=g)
+    ids, a = torch.randint(0, 11, (2, 5), generator=g), torch.tensor([1.0, -1.0])
+    logp, _ = tokenrl.linear_token_logprobs(hidden, weight, ids)
+    rollout = logp - 0.2 * torch.randn(2, 5, generator=g)
+    old = logp - 0.1 * torch.randn(2, 5, generator=g)
+    expected, _ = tokenrl.policy_loss("vespo", logp, old, a, rollout_logp=rollout)
+    found, metrics = tokenrl.linear_policy_loss("vespo", hidden, weight, ids, old, a, rollout_logp=rollout)
+    near(found, expected, "loss")
+    assert metrics.passes == 1
 
 
 def test_as_token_weight_it_multiplies_loss_and_gradient():

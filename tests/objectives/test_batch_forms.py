@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
-from cases import backends_to_test, batch, device_of, packed
+from cases import backends_to_test, batch, device_of, gates_under_test, packed
 
 import tokenrl
+from tokenrl.objectives.gates.bounded import PpoNtp, Ratio
+from tokenrl.objectives.gates.weighted import Cispo, Quadratic, Reinforce
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 
@@ -234,7 +236,36 @@ def test_rmt(backend):
             value, slope = -0.1 * case["logp"][cell].item(), -0.1
         loss += value / len(cells)
         gradient[cell] = slope / len(cells)
-    same(called(tokenrl.objective("rmt", ntp=ntp.to(device_of(backend))), case, backend), loss, gradient)
+    row = tokenrl.objective("rmt", ntp=ntp.to(device_of(backend)))
+    same(called(row, case, backend), loss, gradient)
+    # A plain sum over the tokens to predict: under any aggregation, each of them as it is.
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        found = called(tokenrl.objective(row, ntp_reduction="sum", aggregation=mode), case, backend)
+        plain = called(tokenrl.objective(row, ntp=0.0, aggregation=mode), case, backend)
+        valid = case["mask"]
+        added = torch.where(valid, -ntp * case["logp"], 0).sum()
+        same(found, (plain[0] + added).item(), plain[1] - torch.where(valid, ntp, 0))
+
+
+@EVERY_BACKEND
+def test_topr_split_by_the_reward(backend):
+    """ROLL: a row that was rewarded is not importance-weighted, whatever the sign of its advantage."""
+    case, cells = made(9)
+    case["advantages"][2] = -0.7
+    reward = torch.tensor([1.0, 0.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    d, loss, gradient = ratios(case, cells), 0.0, torch.zeros(case["mask"].shape, dtype=torch.float64)
+    for cell in cells:
+        a = case["advantages"][cell[0]].item() / len(cells)
+        w = 1.0 if reward[cell[0]] > 0 else min(math.exp(d[cell]), 1.0)
+        loss += -w * a * case["logp"][cell].item()
+        gradient[cell] = -w * a
+    score = reward[:, None].expand(case["mask"].shape).contiguous().to(device_of(backend))
+    row = tokenrl.objective("topr_roll", score=score, aggregation="token-mean")
+    found = called(row, case, backend)
+    same(found, loss, gradient)
+    assert found[2].clip_low == pytest.approx(sum(reward[i] <= 0 and d[i, j] > 0 for i, j in cells) / len(cells))
+    plain = called(tokenrl.objective(row, score=None), case, backend)
+    assert not torch.equal(plain[1], found[1])
 
 
 @EVERY_BACKEND
@@ -275,3 +306,37 @@ def test_cppo_with_a_given_divergence_is_dppo_without_a_budget(backend):
     loss = torch.where(kept, -a * d.exp(), 0).sum() / n
     same(found, loss.item(), torch.where(kept, -a * d.exp(), 0) / n)
     assert 0 < kept.sum() < n
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("form", ["gmpo", "hmpo", "fiberpo"])
+def test_a_gate_of_logp_beside_a_form_that_replaces_the_ratio(form, backend):
+    """The form's ratio is the weight, the gradient is that of the log-prob itself."""
+    case, cells = made(4)
+    case["advantages"][1] = 0.5
+    valid, a = case["mask"], case["advantages"][:, None]
+    plain = called(tokenrl.objective(form, gate=Reinforce(), aggregation="token-mean"), case, backend)
+    expected = torch.where(valid, -a * case["logp"], 0).sum().item() / len(cells)
+    same(plain, expected, torch.where(valid, -a / len(cells), 0))
+    weighed = called(tokenrl.objective(form, gate=Cispo(), aggregation="token-mean"), case, backend)
+    ratio = called(tokenrl.objective(form, gate=Ratio(), aggregation="token-mean"), case, backend)
+    # Of one ratio for all tokens of a row, -A r logp has the sum of -A r for its slope.
+    of_row = [torch.where(valid, x, 0).sum(1) for x in (weighed[1], -a * torch.ones_like(case["logp"]) / len(cells))]
+    r = torch.where(valid.any(1), of_row[0] / of_row[1], 0)
+    loss = (of_row[1] * r).sum()
+    torch.testing.assert_close(ratio[0], loss, rtol=1e-9, atol=1e-12)
+    if form != "fiberpo":
+        same(weighed, torch.where(valid, -a * r[:, None] * case["logp"], 0).sum().item() / len(cells),
+             torch.where(valid, -a * r[:, None] / len(cells), 0))  # fmt: skip
+    for gate in (Quadratic(), PpoNtp()):
+        with pytest.raises(ValueError, match=f"^gate: got {type(gate).__name__}, whose loss has a slope in the ratio"):
+            tokenrl.objective(form, gate=gate)
+
+
+def test_slopes_are_what_gates_say():
+    s, x, logp = (torch.full((1,), v, dtype=torch.float64, requires_grad=True) for v in (0.03, 0.04, -1.0))
+    for name, gate in gates_under_test().items():
+        value = gate.value(s, x, logp, torch.full((1,), -0.7, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        found = torch.autograd.grad(value, (s, x, logp), allow_unused=True)
+        found = [part is not None and bool(part.any()) for part in found]
+        assert ("s" in gate.slopes, "logp" in gate.slopes) == (found[0] or found[1], found[2]), name

@@ -156,9 +156,9 @@ def test_11_no_advantage_no_gradient(name, backend):
         )
     found = gradient(name, [[0.3, -0.4], [0.5, 0.1]], [0.0, 0.0], backend, **how)
     assert found.count_nonzero() == 0
-    # Balanced aggregation does not count such rows.
+    # Balanced aggregation counts such rows in the group's size.
     alone = gradient("ba", [[0.1, 0.1], [0.1, 0.1]], [0.0, 1.0], backend, **how)
-    assert alone.tolist()[1] == pytest.approx([-math.exp(0.1) / 2] * 2) and alone[0].count_nonzero() == 0
+    assert alone.tolist()[1] == pytest.approx([-math.exp(0.1) / 4] * 2) and alone[0].count_nonzero() == 0
 
 
 @EVERY_BACKEND

@@ -1,5 +1,6 @@
 """An objective that a user writes: registered by name, on the reference and on Triton; and its example."""
 
+import math
 import os
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_by_name_it_runs_on_the_reference_with_autograd(hinge):
     torch.testing.assert_close(grad, slope, rtol=1e-12, atol=1e-15)
 
 
+def check_without_advantage(backend):
+    """A token of none has no part in the loss: nor have 0 times an infinite value and slope."""
+    old = torch.tensor([[-1.0, -1.0], [-math.inf, -1.0]], dtype=torch.float64)
+    case = {"logp": torch.full_like(old, -1.0), "old_logp": old, "advantages": torch.tensor([1.0, 0.0]).double()}
+    loss, grad, _ = run(tokenrl.objective("hinge", width=math.inf, clamp=math.inf), case, backend, torch.float64)
+    assert loss == 0 and grad.tolist() == [[-0.25, -0.25], [0, 0]]
+
+
+def test_a_token_without_advantage_has_no_part(hinge):
+    check_without_advantage("reference")
+
+
 def test_from_hidden_states(hinge):
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((2, 5, 8), (11, 8)))
@@ -104,6 +117,7 @@ def test_given_its_function_it_runs_on_triton(hinge):
     )
     for got, exact, own in zip(kernel[:2], truth[:2], base[:2], strict=True):
         close(got, exact, own)
+    check_without_advantage("triton")
     with pytest.raises(ValueError, match="^gate: got 'hinge', accepted: a gate that has no Triton function yet"):
         tokenrl.register_triton(Hinge, own_gates.hinge)
 

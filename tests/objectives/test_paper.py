@@ -180,9 +180,8 @@ def balanced(n, sums):
     weights, groups = [], {g for i, g in enumerate(GROUPS) if n[i]}
     for i, group in enumerate(GROUPS):
         members = [j for j in range(len(n)) if GROUPS[j] == group and n[j]]
-        signed = [j for j in members if sums[j] != 0]
-        own = [j for j in signed if sums[j] * sums[i] > 0]
-        weights.append(len(own) / len(signed) / sum(n[j] for j in own) / len(groups) if n[i] and own else 0.0)
+        own = [j for j in members if sums[j] * sums[i] > 0]
+        weights.append(len(own) / len(members) / sum(n[j] for j in own) / len(groups) if n[i] and own else 0.0)
     return weights
 
 
@@ -291,8 +290,7 @@ def test_balanced_is_a_mean_of_rows_or_of_tokens_in_the_simple_cases():
     one_group = torch.zeros(6, dtype=torch.int64)
     even = torch.tensor([[1, 0, 1, 1, 0]] * 6, dtype=torch.bool)
     got = by_tokenrl("ppo", "balanced", SEQUENCE_ADVANTAGES, 1.0, mask=even, group_ids=one_group)
-    signed = even & (torch.tensor(SEQUENCE_ADVANTAGES) != 0)[:, None]
-    expected = by_tokenrl("ppo", "seq-mean-token-mean", SEQUENCE_ADVANTAGES, 1.0, mask=signed, group_ids=one_group)
+    expected = by_tokenrl("ppo", "seq-mean-token-mean", SEQUENCE_ADVANTAGES, 1.0, mask=even, group_ids=one_group)
     same(got, expected)
     one_sign = [abs(x) + 0.5 for x in SEQUENCE_ADVANTAGES]
     got = by_tokenrl("ppo", "balanced", one_sign, 1.0, group_ids=one_group)

@@ -3,19 +3,9 @@
 import pytest
 import torch
 from cases import backends_to_test, device_of, to_rounding
-from front_calls import CALLS, HIDDEN, IDS, OLD, WEIGHT, R
+from front_calls import CALLS, HIDDEN, IDS, OLD, WEIGHT, R, tensors
 
 import tokenrl
-from tokenrl.objectives.metrics import Metrics
-
-
-def tensors(x):
-    """What a call returns, as a list of tensors."""
-    if isinstance(x, Metrics):
-        return [x.raw]
-    if isinstance(x, torch.Tensor):
-        return [x]
-    return [y for part in x for y in tensors(part)] if hasattr(x, "__iter__") else []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from torch import Tensor
 import tokenrl
 from tokenrl import advantages, bounds, compat, conflicts, corrections, divergence_weights, hidden_reward, rewards
 from tokenrl import selection as d3s
+from tokenrl.objectives.metrics import Metrics
 
 INT = torch.int64
 DRAW = torch.Generator().manual_seed(3)
@@ -112,6 +113,15 @@ CALLS = [
     (compat.entropy_from_logits, {"logits": LOGITS}),
     (compat.logprobs_from_logits, {"logits": LOGITS, "labels": IDS}),
 ]  # fmt: skip
+
+
+def tensors(x):
+    """What a call returns, as a list of tensors."""
+    if isinstance(x, Metrics):
+        return [x.raw]
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [y for part in x for y in tensors(part)] if hasattr(x, "__iter__") else []
 
 
 def kinds(function, name):

@@ -46,7 +46,7 @@ def topr_of_tokens(d, p, a):
 
 
 def vespo(d, p, a):
-    log_w = clip(sum(clip(x, -20, 20) for x in d), math.log(1e-8), 20)
+    log_w = clip(sum(clip(x, -20, 20) for x in d), -20, 20)
     phi = {}
     for negative, k, decay in ((False, 2.0, 3.0), (True, 3.0, 2.0)):
         phi[negative] = math.exp(decay + k * log_w - decay * math.exp(log_w))

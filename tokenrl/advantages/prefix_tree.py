@@ -115,7 +115,7 @@ def _leaves(ids: Tensor, start: Tensor, length: Tensor, group: Tensor, members: 
     leaves, left = torch.full_like(members, never), torch.full_like(start, never)
     kind, shared = group.clone(), torch.zeros_like(start)
     alive = rows[(members >= 0).sum(1) > 1]
-    draw = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0)).to(rows.device)
+    draw = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0), device="cpu").to(rows.device)
     drawn = draw.argsort()
     block = min(max(int(length.max()), 1), BLOCK)
     blocks = torch.nn.functional.pad(ids, (0, block)).unfold(0, block, 1)

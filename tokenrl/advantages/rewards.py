@@ -1,6 +1,6 @@
 """Rewards made of lengths and log-probs, without gradient, for the estimators of tokenrl.advantages.
 
-Results that come of integers alone have torch's default dtype.
+Results that come of integers alone are fp32, fp64 where that is torch's default dtype.
 """
 
 import torch
@@ -55,6 +55,11 @@ def _clamped(x: Tensor, bound: float | None) -> Tensor:
     return x if bound is None else x.clamp(-bound, bound)
 
 
+def _float_dtype() -> torch.dtype:
+    """Of rewards; a model's default of 16 bits would round them, and no estimator would take them."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def _float_lengths(lengths: Tensor) -> Tensor:
     check_tensor("lengths", lengths)
     if lengths.dim() != 1:
@@ -94,7 +99,7 @@ def overlong_penalty(
     if floor is not None:
         check_number("floor", floor, most=0, accepted="a number, at most 0, or None")
     over = (max_length - buffer - _float_lengths(lengths)) / buffer
-    return (factor * over.clamp(min=floor, max=0.0)).to(torch.get_default_dtype())
+    return (factor * over.clamp(min=floor, max=0.0)).to(_float_dtype())
 
 
 def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None = None) -> Tensor:
@@ -138,7 +143,7 @@ def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
     check_number("budget", budget, above=0, accepted="a positive number")
     check_number("r_max", r_max)
     n = _float_lengths(lengths)
-    return (r_max * (1 - (n / budget - 1).abs()).clamp(min=0.0)).to(torch.get_default_dtype())
+    return (r_max * (1 - (n / budget - 1).abs()).clamp(min=0.0)).to(_float_dtype())
 
 
 def rmt_reward(correct: Tensor, length_rewards: Tensor, weight: float) -> Tensor:

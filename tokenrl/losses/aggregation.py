@@ -91,10 +91,10 @@ def aggregation_weights(
     """The weight of each token, w, so that a loss is sum_t w_t l_t.
 
     aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
-    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / (|P| + |N|) / tokens(S) / G
-    (Balanced Aggregation: S the sequences of the group with the sign of this one's advantage; sequences with advantage
-    0 weigh nothing and leave the counts, their group still counts in G, which is our reading). N valid tokens, R
-    sequences and G groups with any.
+    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / R_g / tokens(S) / G (Balanced
+    Aggregation: S the sequences of the group with the sign of this one's advantage, R_g all of the group; those with
+    advantage 0 weigh nothing and count in R_g, which is our reading). N, N_g valid tokens, R, R_g sequences and G
+    groups with any.
     mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
     group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G);
     0 where no token is valid, in any part.

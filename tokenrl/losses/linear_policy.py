@@ -13,9 +13,8 @@ from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
-from .policy_arguments import policy_loss_inputs
+from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
-from .rollout_correction import corrected_weights
 
 
 def linear_policy_loss(
@@ -95,7 +94,9 @@ def linear_policy_loss(
     layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
     dtype = sum_dtype(head.like.dtype)
     old_logp = None if on_policy else old_logp
-    token_weight = corrected_weights(layout, old_logp, rollout_logp, segment_ids, token_weight, correction)
+    old_logp, token_weight = corrected(
+        row.gate.reads_rollout, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction
+    )
     inputs = policy_loss_inputs(
         row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
         segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,

@@ -8,9 +8,8 @@ from ..errors import wrong
 from ..objectives.metrics import Metrics, TermMetrics
 from ..objectives.policy import Objective, find_objective
 from ..ops import backends, dispatch
-from .policy_arguments import policy_loss_inputs
+from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
-from .rollout_correction import corrected_weights
 
 
 def policy_loss(
@@ -58,7 +57,8 @@ def policy_loss(
     rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
     tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
     bound, low, high, ...; None: of single tokens, truncated at 2. A NaN, a token that the engine did not score, raises,
-    but for correction={..., "unknown": "neutral"}, which gives it a ratio of 1.
+    but for correction={..., "unknown": "neutral"}, which gives it a ratio of 1. "vespo" takes
+    the weights into its ratio instead.
     backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
 
     Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
@@ -69,8 +69,9 @@ def policy_loss(
     row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
     chosen = backends.choose(backend, logp.device, row.gate.name)
-    trained = logp.detach() if old_logp is None else old_logp
-    token_weight = corrected_weights(layout, trained, rollout_logp, segment_ids, token_weight, correction)
+    old_logp, token_weight = corrected(
+        row.gate.reads_rollout, layout, old_logp, logp, rollout_logp, segment_ids, token_weight, correction
+    )
     regularizers = regularizers_of(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
     inputs = policy_loss_inputs(
         row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,

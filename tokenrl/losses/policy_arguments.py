@@ -1,17 +1,24 @@
 """The checks of a policy loss's arguments, once for both fronts: what a caller gave -> PolicyLossInputs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..batch.checks import check_floats, check_integers, check_tensor
 from ..batch.layout import Layout
 from ..batch.spans import span_starts
-from ..errors import wrong
+from ..errors import described, unknown, wrong
 from ..objectives.gates.base import map_params
 from ..objectives.policy import Objective
 from ..ops.backends import Backend
-from ..ops.dispatch import PolicyLossInputs, Regularizers
+from ..ops.dispatch import PolicyLossInputs, Regularizers, SpanWeights
 from .aggregation import span_weights
+from .rollout_correction import importance_weights
+
+CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize", "unknown")  # of importance_weights
+TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
 def policy_loss_inputs(
@@ -57,6 +64,61 @@ def policy_loss_inputs(
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
+    gate = gate.weighed(lambda: _of_tokens(weights, layout, dtype))
     return PolicyLossInputs(
         row, gate, form, old_logp, advantages, token_weight, starts, group_ids, aggregation, weights, regularizers
     )
+
+
+def _of_tokens(weights: SpanWeights, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[N]"""
+    share = weights.span_weight
+    return layout.spread(torch.where(share == 0, 0, share / weights.normalizer)).to(dtype)
+
+
+def _checked_correction(correction: object) -> Mapping[str, Any]:
+    if not isinstance(correction, Mapping):
+        raise wrong("correction", described(correction), "a dict, as {'bound': 'truncate', 'high': 2.0}")
+    for key in correction:
+        if key not in CORRECTION:
+            raise unknown("correction", key, CORRECTION)
+    return correction
+
+
+def corrected(
+    in_ratio: bool,
+    layout: Layout,
+    old_logp: Tensor | None,
+    current: Tensor | None,
+    rollout_logp: Tensor | None,
+    segment_ids: Tensor | None,
+    token_weight: Tensor | None,
+    correction: Mapping[str, Any] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(old_logp, token_weight), one of them with the importance weights of old_logp (on-policy: current) to the
+    rollout's as a factor, if that is given: of the ratio to old_logp, or of token_weight."""
+    if rollout_logp is None:
+        if correction is not None:
+            raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
+        return old_logp, token_weight
+    logp = current if old_logp is None else old_logp
+    if logp is None:
+        raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
+    check_tensor("old_logp", logp)
+    given = TRUNCATED if correction is None else _checked_correction(correction)
+    if in_ratio and given.get("level", "token") != "token":
+        raise wrong("correction", f"level {given['level']!r}", "'token': the objective multiplies them over the row")
+    if given.get("level") == "segment":
+        given = {"segment_ids": segment_ids, **given}
+    if logp.shape != layout.shape:
+        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
+    where: dict[str, Any] = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
+    if layout.width is None:
+        where["cu_seqlens"] = layout.cu_seqlens
+    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
+    if in_ratio:
+        return logp.detach() - weights.clamp(min=1e-8).log(), token_weight
+    if token_weight is None:
+        return old_logp, weights
+    check_tensor("token_weight", token_weight)
+    return old_logp, torch.where(weights != 0, weights * token_weight, 0)

@@ -26,8 +26,6 @@ trainer's own log-prob, so a ratio of 1.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +36,11 @@ from ..batch.checks import (
     check_integers,
     check_name,
     check_number,
-    check_tensor,
     values_known,
 )
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import Spans, spans_of
-from ..errors import described, unknown, wrong
+from ..errors import wrong
 from ..methods.top_entropy import entropy_threshold, top_entropy_mask
 from ..objectives.excess import excess
 
@@ -71,8 +68,6 @@ REJECTIONS = {  # statistic -> span, what is taken over it, divergence
     **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
 }
 CLAMP = 20.0
-CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize", "unknown")  # of importance_weights
-TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
 
 
 def _log_ratios(
@@ -256,43 +251,3 @@ def off_policy_sequence_mask(
     near = (rows.mean(-q) <= threshold)[rows.index]
     positive = (advantages if per_token else advantages[rows.index]) >= 0
     return ((near | positive) & layout.valid()).view(layout.shape)
-
-
-def _checked_correction(correction: object) -> Mapping[str, Any]:
-    if not isinstance(correction, Mapping):
-        raise wrong("correction", described(correction), "a dict, as {'bound': 'truncate', 'high': 2.0}")
-    for key in correction:
-        if key not in CORRECTION:
-            raise unknown("correction", key, CORRECTION)
-    return correction
-
-
-def corrected_weights(
-    layout: Layout,
-    logp: Tensor | None,
-    rollout_logp: Tensor | None,
-    segment_ids: Tensor | None,
-    token_weight: Tensor | None,
-    correction: Mapping[str, Any] | None,
-) -> Tensor | None:
-    """token_weight times the importance weights of logp to the rollout's, if that is given."""
-    if rollout_logp is None:
-        if correction is not None:
-            raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
-        return token_weight
-    if logp is None:
-        raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
-    check_tensor("old_logp", logp)
-    given = TRUNCATED if correction is None else _checked_correction(correction)
-    if given.get("level") == "segment":
-        given = {"segment_ids": segment_ids, **given}
-    if logp.shape != layout.shape:
-        raise wrong("old_logp", f"shape {list(logp.shape)}", f"one value per token, {list(layout.shape)}")
-    where: dict[str, Any] = {"mask": None if layout.mask is None else layout.mask.view(layout.shape)}
-    if layout.width is None:
-        where["cu_seqlens"] = layout.cu_seqlens
-    weights = importance_weights(logp.detach(), rollout_logp, **where, **given)
-    if token_weight is None:
-        return weights
-    check_tensor("token_weight", token_weight)
-    return torch.where(weights != 0, weights * token_weight, 0)

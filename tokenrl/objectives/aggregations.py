@@ -6,7 +6,7 @@ A mode is a row: w_t = span_weight / normaliser for the valid tokens of a sequen
     one              1                                                        one      nothing: it is 1
     inverse_length   1 / n                                                    tokens   valid tokens
     group            1 / tokens of the group                                  rows     sequences with a valid token
-    balanced         |own sign| / (|P| + |N|) / tokens of the own sign        groups   groups with a valid token
+    balanced         |own sign| / rows of the group / tokens of the own sign  groups   groups with a valid token
 """
 
 from dataclasses import dataclass

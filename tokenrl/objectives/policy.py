@@ -67,6 +67,9 @@ class Objective:
         if GATES.get(self.gate.name, type(self.gate)) is not type(self.gate):  # its kernels would run another formula
             given = f"{type(self.gate).__name__} of the name {self.gate.name!r}"
             raise wrong("gate", given, f"a name of its own, that one is {GATES[self.gate.name].__name__}'s")
+        if self.form is not None and self.form.replaces_ratio and len(self.gate.slopes) > 1:
+            given = f"{type(self.gate).__name__}, whose loss has a slope in the ratio and in logp"
+            raise wrong("gate", given, f"a gate with one of the two; {type(self.form).__name__} replaces the ratio")
         for part in self.parts.values():
             check_params(part)
 
@@ -86,7 +89,7 @@ _ROWS = (
     Objective("dr_grpo", "token", PpoClip(), "seq-mean-token-sum-norm", "arXiv 2503.20783", certainty="T"),
     Objective("dapo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2503.14476", certainty="T"),
     Objective("bnpo", "token", PpoClip(), "token-mean", "TRL: the count of the local batch", certainty="T"),
-    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077; leaving out A = 0 is our reading",
+    Objective("ba", "token", PpoClip(), "balanced", "arXiv 2605.04077; a row of A = 0 counting in G is our reading",
               certainty="NR"),
     Objective("gspo", "span_mean", PpoClip(3e-4, 4e-4), "seq-mean-token-mean",
               "arXiv 2507.18071, eq. 5", clamp=INF, certainty="T"),
@@ -140,7 +143,7 @@ _ROWS = (
               "our reading of arXiv 2601.22718: PPO's clip of m_t r_t", flow="local", certainty="R"),
     Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591", clamp=INF, certainty="C"),
     Objective("rmt", "token", PpoNtp(), "token-mean",
-              "arXiv 2509.24375; how the two means are joined is our reading", certainty="NR"),
+              "arXiv 2509.24375; the mean over its next tokens is our reading", certainty="NR"),
     Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968; UniRL", form=PrefixBudget(), certainty="PT"),
     Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift)", clamp=INF,
               form=FutureKl(), certainty="T"),

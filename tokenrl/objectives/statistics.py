@@ -30,16 +30,20 @@ def prefix_mean(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     return x.cumsum(1) / t.clamp(min=1)
 
 
-def prefix_min(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
-    """s_t = sg[min_{j < t} x_j] + x_t; the minimum of nothing is 0, so the first valid token keeps its own ratio."""
+def _least_before(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     lowest = torch.where(mask, x, torch.inf).detach().cummin(1).values
     before = torch.cat([torch.full_like(lowest[:, :1], torch.inf), lowest[:, :-1]], 1)
-    return torch.where(t > 1, before, 0) + x
+    return torch.where(t > 1, before, 0)
+
+
+def prefix_min(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
+    """s_t = sg[min_{j < t} x_j] + x_t; the minimum of nothing is 0, so the first valid token keeps its own ratio."""
+    return _least_before(x, mask, t) + x
 
 
 def prefix_min_capped(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:
     """s_t = min(0, sg[min_{j < t} x_j]) + x_t: a prefix only ever lowers the ratio."""
-    return torch.minimum(prefix_min(x, mask, t) - x, torch.zeros_like(x)).detach() + x
+    return _least_before(x, mask, t).clamp(max=0) + x
 
 
 def span_sum(x: Tensor, mask: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..objectives import statistics
 from ..objectives.excess import excess
-from ..objectives.gates.base import Bound, Gate, map_params
+from ..objectives.gates.base import Bound, Gate, map_params, straight_through
 from .linear.gemm import linear
 
 
@@ -36,11 +36,6 @@ class Rows:
 
     def flat(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(-1) if self.width is not None else matrix[self.span, self.column]
-
-
-def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
-    """The value of one tensor with the derivative of another."""
-    return value.detach() + carrier - carrier.detach()
 
 
 def regularized(
@@ -75,7 +70,12 @@ def objective(
     gate = map_params(gate, lambda name, bound: torch.where(mask, bound, 1))
     s, own = torch.where(mask, s, 0), straight_through(x, kept)
     w = token_weights(span_weight, normalizer, token_weight, cu_seqlens, mask, logp)
-    loss = torch.where(w != 0, w * gate.value(s, own, kept, a, t), 0).sum()
+    live = w != 0
+    if gate.uses_advantages and gate.vanishes:
+        live = live & (a != 0)
+    # What is not live enters no derivative either: 0 times an infinite slope would be NaN.
+    shown, own, logp = (torch.where(live, y, 0) for y in (s, own, kept))
+    loss = torch.where(live, w * gate.value(shown, own, logp, a, t), 0).sum()
     return loss, _metrics(gate, x.detach(), s.detach(), kept.detach(), a, t, mask)
 
 
@@ -169,9 +169,9 @@ def aggregation_weights(
             if advantages.numel() == num_tokens:
                 advantages = advantages.new_zeros(sequences).index_add(0, owner, torch.where(mask, advantages, 0))
             above, below = advantages > 0, advantages < 0
-            rows = [total(sign & nonempty)[group] for sign in (above, below)]
+            rows = [total(some & nonempty)[group] for some in (above, below, nonempty)]
             lengths = [total(torch.where(sign, n, 0))[group] for sign in (above, below)]
-            weight = torch.where(above, rows[0], rows[1]).double() / (rows[0] + rows[1]).clamp(min=1)
+            weight = torch.where(above, rows[0], rows[1]).double() / rows[2].clamp(min=1)
             tokens = torch.where(above | below, torch.where(above, lengths[0], lengths[1]), 0)
         weight = torch.where(tokens > 0, weight / tokens.clamp(min=1), 0.0)
     return torch.where(nonempty, weight, 0.0), counts[unit].sum().double() * scale

@@ -54,7 +54,8 @@ std::vector<double> truth_of(const Groups& batch, Span span, Unit unit) {
     if (span == Span::one) truth[i] = 1;
     if (span == Span::inverse_length) truth[i] = 1 / n;
     if (span == Span::group) truth[i] = 1 / group[0].second;
-    if (balanced && sign != 0) truth[i] = group[sign].first / (group[1].first + group[-1].first) / group[sign].second;
+    if (balanced && sign != 0)
+      truth[i] = group[sign].first / (group[0].first + group[1].first + group[-1].first) / group[sign].second;
   }
   const double counted[] = {1, tokens, rows, static_cast<double>(groups.size())};
   truth.back() = kScale * counted[static_cast<int>(unit)];

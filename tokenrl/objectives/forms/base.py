@@ -21,12 +21,15 @@ from ..metrics import RAW
 
 @parametrised
 class Form:
-    """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate."""
+    """Base of all forms. names: its parameters, set by tokenrl.objective(name, ...) like those of a gate.
+
+    replaces_ratio: it runs the row with a log_ratio of its own."""
 
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    replaces_ratio: ClassVar[bool] = False
 
     def evaluate(self, tokens: "FormInputs") -> tuple[Tensor, Tensor]:
         """(loss, raw metrics)."""
@@ -63,14 +66,17 @@ class FormInputs:
     def run(
         self, *, log_ratio: Tensor | None = None, factor: Tensor | None = None, gate: Gate | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(loss, raw metrics) of the row. log_ratio: in place of logp - old_logp, for gates that read s alone; factor:
-        multiplies the weights; gate: in place of the row's."""
+        """(loss, raw metrics) of the row. log_ratio: in place of logp - old_logp; factor: multiplies the weights; gate:
+        in place of the row's."""
         weight = self.token_weight
         if factor is not None:  # a factor of 0 hides even an infinite weight
             weight = factor if weight is None else torch.where(factor != 0, factor * weight, 0)
         if log_ratio is None:
             return self.run_row(self.logp, self.old_logp, gate or self.gate, weight)
-        loss, raw = self.run_row(log_ratio, torch.zeros_like(log_ratio), gate or self.gate, weight)
+        pair = (log_ratio, torch.zeros_like(log_ratio))
+        if "logp" in (gate or self.gate).slopes:  # the ratio is a constant to it
+            pair = (self.logp, (self.logp - log_ratio).detach())
+        loss, raw = self.run_row(*pair, gate or self.gate, weight)
         x = self.x.detach()
         return loss, self._with(raw, kl_sum=excess(x.double()).sum())  # of the token's own ratio
 

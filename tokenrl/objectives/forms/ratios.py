@@ -18,6 +18,7 @@ class Gmpo(Form):
     Source: GMPO, arXiv 2507.20673 (authors' code); verl's geo_mean, TRL's GMPOTrainer (trainers).
     """
 
+    replaces_ratio = True
     eps_low: float = 0.4
     eps_high: float = 0.4
 
@@ -68,6 +69,7 @@ class FiberPo(Form):
     Source: FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 (paper, verified).
     """
 
+    replaces_ratio = True
     c_pos: float = 0.12
     c_neg: float = 0.05
     eps: float = 0.04

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...batch.checks import check_name
 from ...batch.layout import Layout
 from ...batch.valid_tokens import HOLES
-from ..gates.base import INF, parametrised
+from ..gates.base import INF, parametrised, product
 from ..gates.kl import KlAbs
 from .base import Form, FormInputs
 
@@ -112,7 +112,7 @@ def _suffix_sums(x: Tensor, entry: Tensor, layout: Layout) -> Tensor:
     distance = 1
     while distance < (layout.width or x.numel()):
         nothing = x.new_zeros(min(distance, x.numel()))
-        x = x + factor * torch.cat([x[distance:], nothing])
+        x = x + product(factor, torch.cat([x[distance:], nothing]))
         factor = factor * torch.cat([factor[distance:], nothing])
         distance *= 2
     return x[:-1]
@@ -191,5 +191,7 @@ class KlCov(_Covariance):
 
     def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         loss, raw = tokens.run()
+        if self.coef == 0:  # which hides even an infinite penalty
+            return loss, raw
         penalty, _ = tokens.run(factor=self.selected(tokens).to(tokens.logp.dtype), gate=KlAbs())
         return loss + self.coef * penalty, raw

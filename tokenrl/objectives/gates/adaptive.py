@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised, surrogate
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, surrogate, used
 
 
 @parametrised
@@ -27,6 +27,13 @@ class DhpoGate(Gate):
     span_eps_high: Bound = 4e-4
 
 
+def _clipped_ratio(s: Tensor, low: Bound, high: Bound) -> Tensor:
+    """clip(e^s, low, high), without a gradient outside even of infinity."""
+    ratio = s.exp()
+    outside = (ratio < low) | (ratio > high)
+    return torch.where(outside, clamp(ratio.detach(), low, high), torch.where(outside, 0, s).exp())
+
+
 @parametrised
 class Dhpo(DhpoGate):
     """l = max(-A m, -A c), m = w r + (1 - w) q, c = w clip(r) + (1 - w) clip(q). See DhpoGate."""
@@ -34,16 +41,19 @@ class Dhpo(DhpoGate):
     name = "dhpo"
 
     def _mixed(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        own, span = x.exp(), s.exp()
-        kept = clamp(own, 1 - self.eps_low, 1 + self.eps_high)
-        span_kept = clamp(span, 1 - self.span_eps_low, 1 + self.span_eps_high)
-        return self.mix * own + (1 - self.mix) * span, self.mix * kept + (1 - self.mix) * span_kept
+        own = _clipped_ratio(x, 1 - self.eps_low, 1 + self.eps_high)
+        span = _clipped_ratio(s, 1 - self.span_eps_low, 1 + self.span_eps_high)
+        rest = 1 - self.mix
+        mixed = self.mix * used(self.mix, x).exp() + rest * used(rest, s).exp()
+        return mixed, self.mix * own + rest * span
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        mixed, kept = self._mixed(s, x)
+        mixed, kept = self._mixed(s.detach(), x.detach())
         # No torch.maximum: where both are equal nothing is clipped, and the slope is that of the unclipped mixture.
         bound = torch.where(advantages < 0, mixed < kept, mixed > kept)
-        return -advantages * torch.where(bound, kept, mixed)
+        mixed, _ = self._mixed(*(torch.where(bound, 0, y) for y in (s, x)))
+        _, kept = self._mixed(*(torch.where(bound, y, 0) for y in (s, x)))
+        return product(-advantages, torch.where(bound, kept, mixed))
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         mixed, kept = self._mixed(s, x)
@@ -57,19 +67,19 @@ class DhpoBranch(DhpoGate):
 
     name = "dhpo_branch"
 
-    def _branches(self, s: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Bound, Bound]]:
-        """(ratio, its bounds) of the token and of the span."""
-        yield x.exp(), 1 - self.eps_low, 1 + self.eps_high
-        yield s.exp(), 1 - self.span_eps_low, 1 + self.span_eps_high
+    def _branches(self, s: Tensor, x: Tensor) -> Iterator[tuple[Bound, Tensor, Bound, Bound]]:
+        """(weight, log ratio, the ratio's bounds) of the token and of the span."""
+        yield self.mix, x, 1 - self.eps_low, 1 + self.eps_high
+        yield 1 - self.mix, s, 1 - self.span_eps_low, 1 + self.span_eps_high
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        own, span = (surrogate(r, clamp(r, low, high), INF, advantages) for r, low, high in self._branches(s, x))
-        return self.mix * own + (1 - self.mix) * span
+        own, span = (w * surrogate(used(w, y), low, high, INF, advantages) for w, y, low, high in self._branches(s, x))
+        return own + span
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low, high = (torch.zeros_like(s, dtype=torch.bool) for _ in range(2))
-        for ratio, least, most in self._branches(s, x):
-            low, high = low | (ratio < least), high | (ratio > most)
+        for _, y, least, most in self._branches(s, x):
+            low, high = low | (y.exp() < least), high | (y.exp() > most)
         return (advantages < 0) & low, (advantages > 0) & high, torch.zeros_like(low)
 
 
@@ -96,17 +106,17 @@ class Hapo(Gate):
 
     def _adapted(self, s: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(ratio, its bounds, A')."""
-        ratio, score = s.exp(), torch.as_tensor(self.score, dtype=s.dtype)
+        ratio, score = s.exp(), as_tensor_like(self.score, s)
         wider = 1 + self.alpha * score.abs()
         eps_low = self.eps_low * torch.where(score > 0, 1, wider)
         eps_high = self.eps_high * torch.where(score > 0, wider, 1)
-        inside = (ratio.detach() > 1 - eps_low / 2) & (ratio.detach() < 1 + eps_high / 2)
+        inside = (ratio > 1 - eps_low / 2) & (ratio < 1 + eps_high / 2)
         advantages = torch.where(inside == (score > 0), advantages, advantages * (1 + self.beta * score))
         return ratio, 1 - eps_low, 1 + eps_high, advantages
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        ratio, low, high, advantages = self._adapted(s, advantages)
-        return surrogate(ratio, clamp(ratio, low, high), self.dual, advantages)
+        _, low, high, advantages = self._adapted(s.detach(), advantages)
+        return surrogate(s, low, high, self.dual, advantages)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, low, high, advantages = self._adapted(s, advantages)

@@ -57,7 +57,9 @@ def parametrised(cls: AnyClass) -> AnyClass:
 class Gate:
     """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order.
 
-    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0."""
+    uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0. slopes:
+    in which of s (with it x) and logp it has a derivative. reads_rollout: importance weights of the rollout are factors
+    of the ratio, not of the loss."""
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
@@ -66,6 +68,8 @@ class Gate:
     __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
     uses_advantages: ClassVar[bool] = True
     vanishes: ClassVar[bool] = True
+    slopes: ClassVar[tuple[str, ...]] = ("s",)
+    reads_rollout: ClassVar[bool] = False
 
     def params(self) -> tuple[Bound, ...]:
         return tuple(getattr(self, name) for name in self.names)
@@ -73,19 +77,77 @@ class Gate:
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
 
+    def weighed(self, weights: Callable[[], Tensor]) -> "Gate":
+        """The gate of tokens whose loss is multiplied by weights() [N], for those that have a part of other weights."""
+        return self
+
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         never = torch.zeros_like(s, dtype=torch.bool)
         return never, never, never
 
 
+def as_tensor_like(bound: Bound, x: Tensor) -> Tensor:
+    """In the dtype of x and where x is, whatever torch's default device."""
+    return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+
+
 def clamp(x: Tensor, low: Bound, high: Bound) -> Tensor:
-    return torch.minimum(torch.maximum(x, torch.as_tensor(low, dtype=x.dtype)), torch.as_tensor(high, dtype=x.dtype))
+    return torch.minimum(torch.maximum(x, as_tensor_like(low, x)), as_tensor_like(high, x))
 
 
-def surrogate(ratio: Tensor, clipped: Tensor, ceiling: Bound, advantages: Tensor) -> Tensor:
-    """max(-A r, -A clip(r)), and for A < 0 at most -A ceiling (dual clip)."""
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    return torch.minimum(loss, torch.where(advantages < 0, -advantages * ceiling, INF))
+def used(factor: Bound, x: Tensor) -> Tensor:
+    """x, and 0 where the factor is: 0 times infinity is NaN to torch, in a value as in a gradient."""
+    return torch.where(as_tensor_like(factor, x) == 0, 0, x)
+
+
+def product(a: Bound, b: Tensor) -> Tensor:
+    """a b, where a factor a of 0 hides even an infinite b."""
+    return a * used(a, b)
+
+
+def bounded(x: Tensor, low: Bound, high: Bound, ceiling: Bound, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """Where max(-A x, -A clip(x)), for A < 0 at most -A ceiling, has no slope, and the bound that x meets there."""
+    low, high, ceiling = (as_tensor_like(bound, x) for bound in (low, high, ceiling))
+    lower, upper = torch.where(advantages > 0, -INF, low), torch.where(advantages > 0, high, ceiling)
+    return (x < lower) | (x > upper) | (advantages == 0), clamp(x, lower, upper).detach()
+
+
+def surrogate(s: Tensor, low: Bound, high: Bound, ceiling: Bound, advantages: Tensor) -> Tensor:
+    """max(-A r, -A clip(r)), and for A < 0 at most -A ceiling (dual clip); r = e^s.
+
+    Out of bounds there is no gradient even where r is infinite: that of torch's maximum is 0 inf."""
+    outside, bound = bounded(s.exp(), low, high, ceiling, advantages)
+    return product(-advantages, torch.where(outside, bound, torch.where(outside, 0, s).exp()))
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, carrier: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+class _EagerStraightThrough(_StraightThrough):
+    """With a forward derivative, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    """The value of one tensor with the derivative of another, infinite or not: value + carrier - sg[carrier]."""
+    function = _StraightThrough if torch.compiler.is_compiling() else _EagerStraightThrough
+    return function.apply(value.detach(), carrier)
 
 
 def map_params(gate: AnyPart, change: Callable[[str, Tensor], Tensor]) -> AnyPart:

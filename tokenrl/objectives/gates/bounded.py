@@ -1,9 +1,13 @@
 """Gates that bound a ratio (see base.py)."""
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised, surrogate
+from ...batch.checks import check_name
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate
 
 
 @parametrised
@@ -13,7 +17,7 @@ class Ratio(Gate):
     name = "ratio"
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return -advantages * s.exp()
+        return product(-advantages, s.exp())
 
 
 @parametrised
@@ -31,8 +35,7 @@ class PpoClip(Gate):
     dual: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        ratio = s.exp()
-        return surrogate(ratio, clamp(ratio, 1 - self.eps_low, 1 + self.eps_high), self.dual, advantages)
+        return surrogate(s, 1 - self.eps_low, 1 + self.eps_high, self.dual, advantages)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, negative = s.exp(), advantages < 0
@@ -45,18 +48,32 @@ class PpoNtp(PpoClip):
     """l = PPO's - ntp logp: tokens that reinforcement trains beside tokens that are only to be predicted.
 
     RMT has L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that reinforcement leaves out. ntp
-    is lambda on these tokens and 0 on the others, in units of the loss's own weights; the advantages of these tokens
-    are 0 (our reading: the paper leaves open how the two means are taken).
+    is lambda on these tokens and 0 on the others; the advantages of these tokens are 0. ntp_reduction: "mean", under
+    the loss's own weights (our reading), or "sum", the plain sum over the tokens that the notes have.
 
     Source: RMT, arXiv 2509.24375 (notes).
     """
 
     name = "ppo_ntp"
     vanishes = False
+    slopes = ("s", "logp")
     ntp: Bound = 0.0
+    ntp_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_name("ntp_reduction", self.ntp_reduction, ("mean", "sum"))
+
+    def params(self) -> tuple[Bound, ...]:
+        return self.eps_low, self.eps_high, self.dual, self.ntp
+
+    def weighed(self, weights: Callable[[], Tensor]) -> "PpoNtp":
+        if self.ntp_reduction == "mean":
+            return self
+        w = weights()
+        return dataclasses.replace(self, ntp=torch.where(w > 0, self.ntp / w, 0), ntp_reduction="mean")
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return PpoClip.value(self, s, x, logp, advantages, t) - self.ntp * logp
+        return PpoClip.value(self, s, x, logp, advantages, t) - product(self.ntp, logp)
 
 
 @parametrised
@@ -77,8 +94,9 @@ class LogBand(Gate):
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         width = t**self.power
-        ceiling = torch.exp(self.eps_dual * width)
-        return surrogate(s.exp(), clamp(s, -self.eps_low * width, self.eps_high * width).exp(), ceiling, advantages)
+        bounds = (-self.eps_low * width, self.eps_high * width, self.eps_dual * width)
+        outside, bound = bounded(s, *bounds, advantages)
+        return product(-advantages, torch.where(outside, bound, s).exp())
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         width, negative = t**self.power, advantages < 0
@@ -98,9 +116,10 @@ class Sapo(Gate):
     tau_neg: Bound = 1.05
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        tau_pos, tau_neg = (torch.as_tensor(tau, dtype=s.dtype) for tau in self.params())
+        tau_pos, tau_neg = (as_tensor_like(tau, s) for tau in self.params())
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
-        return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
+        # Beyond e^80 the sigmoid is flat: no 0 inf.
+        return -4 / tau * torch.sigmoid(tau * (s.clamp(max=80).exp() - 1)) * advantages
 
 
 @parametrised
@@ -109,6 +128,7 @@ class Identity(Gate):
 
     name = "identity"
     uses_advantages = False
+    slopes = ("logp",)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return logp

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..excess import excess
-from .base import INF, Bound, Gate, clamp, parametrised
+from .base import INF, Bound, Gate, clamp, parametrised, straight_through
 
 
 @parametrised
@@ -55,10 +55,6 @@ class KlK3(KlGate):
         return clamp(excess(-s), -INF, self.ceiling)
 
 
-def _straight_through(value: Tensor, carrier: Tensor) -> Tensor:
-    return carrier + (value - carrier).detach()
-
-
 @parametrised
 class KlK1Unbiased(KlGate):
     """Value of k1, gradient of k2 (verl "k1+")."""
@@ -66,7 +62,7 @@ class KlK1Unbiased(KlGate):
     name = "kl_k1_unbiased"
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return _straight_through(s, s * s / 2)
+        return straight_through(s, s * s / 2)
 
 
 @parametrised
@@ -76,7 +72,7 @@ class KlAbsUnbiased(KlGate):
     name = "kl_abs_unbiased"
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return _straight_through(s.abs(), s * s / 2)
+        return straight_through(s.abs(), s * s / 2)
 
 
 @parametrised
@@ -88,4 +84,4 @@ class KlK3Unbiased(KlGate):
     ceiling: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return _straight_through(clamp(excess(-s), -INF, self.ceiling), s * s / 2)
+        return straight_through(clamp(excess(-s), -INF, self.ceiling), s * s / 2)

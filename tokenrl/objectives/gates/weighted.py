@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, clamp, parametrised
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
 
-LOG_FLOOR = math.log(1e-8)
+
+def weighted(weight: Bound, advantages: Tensor, logp: Tensor) -> Tensor:
+    """-sg[w] A logp, 0 where w or A is 0."""
+    weight = as_tensor_like(weight, logp).detach()
+    return product(product(-advantages, weight), logp)
 
 
 @parametrised
@@ -23,6 +27,7 @@ class Cispo(Gate):
     """
 
     name = "cispo"
+    slopes = ("logp",)
     eps_low: Bound | None = None
     eps_high: Bound = 5.0
     bound: str = "raw"
@@ -37,7 +42,7 @@ class Cispo(Gate):
         return 0.0 if self.eps_low is None else 1 - low, 1 + self.eps_high
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return -clamp(s.exp(), *self.params()).detach() * advantages * logp
+        return weighted(clamp(s.exp(), *self.params()), advantages, logp)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         ratio, (low, high) = s.exp(), self.params()
@@ -52,9 +57,10 @@ class Reinforce(Gate):
     """
 
     name = "reinforce"
+    slopes = ("logp",)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return -advantages * logp
+        return weighted(1, advantages, logp)
 
 
 @parametrised
@@ -66,53 +72,68 @@ class Quadratic(Gate):
 
     name = "quadratic"
     vanishes = False
+    slopes = ("s", "logp")
     beta: Bound = 1.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return -advantages * logp + self.beta / 2 * s * s
+        return weighted(1, advantages, logp) + self.beta / 2 * used(self.beta, s).square()
 
 
 @parametrised
 class Topr(Gate):
     """l = -sg[w] A logp, w = 1 where A > 0, else min(r, ceiling): only what was wrong is importance-weighted.
 
-    The paper's ratio is the trajectory's, ROLL's the token's. clip_low: A <= 0 and r above the ceiling.
+    The paper's ratio is the trajectory's, ROLL's and Trinity's the token's. score: what is compared with 0 in place of
+    A; ROLL's is the reward. clip_low: A (the score) is at most 0 and r above the ceiling.
 
     Source: TOPR, arXiv 2503.14286 (trainers).
     """
 
     name = "topr"
+    slopes = ("logp",)
     ceiling: Bound = 1.0
+    score: Bound | None = None
+
+    def params(self) -> tuple[Bound, Bound]:
+        return self.ceiling, math.nan if self.score is None else self.score
+
+    def _wrong(self, advantages: Tensor) -> Tensor:
+        score = advantages if self.score is None else self.score
+        return ~torch.as_tensor(score > 0, device=advantages.device)
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        weight = torch.where(advantages > 0, 1, clamp(s.exp(), -INF, self.ceiling))
-        return -weight.detach() * advantages * logp
+        return weighted(torch.where(self._wrong(advantages), clamp(s.exp(), -INF, self.ceiling), 1), advantages, logp)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
-        low = (advantages <= 0) & (s.exp() > self.ceiling)
+        low = self._wrong(advantages) & (s.exp() > self.ceiling)
         return low, torch.zeros_like(low), torch.zeros_like(low)
 
 
 @parametrised
 class Vespo(Gate):
-    """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios, at least 1e-8.
+    """l = -sg[phi(r)] A logp, phi = e^(lambda + k log r - lambda r), r the sequence's product of ratios.
 
-    k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda.
+    Importance weights of the rollout (rollout_logp, correction) are factors of r, each at least 1e-8.
+    k, lambda of A >= 0 are k_pos, lambda_pos. phi(1) = 1, phi peaks at k / lambda. log r is clamped to
+    [floor, 20]; TRL's floor is log 1e-8.
 
     Source: VESPO (authors' code, trainers, verified).
     """
 
     name = "vespo"
+    slopes = ("logp",)
+    reads_rollout = True
     k_pos: Bound = 2.0
     lambda_pos: Bound = 3.0
     k_neg: Bound = 3.0
     lambda_neg: Bound = 2.0
+    floor: Bound = -20.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        k_pos, lambda_pos, k_neg, lambda_neg = (torch.as_tensor(p, dtype=s.dtype) for p in self.params())
+        k_pos, lambda_pos, k_neg, lambda_neg, floor = (as_tensor_like(p, s) for p in self.params())
         k, decay = torch.where(advantages < 0, k_neg, k_pos), torch.where(advantages < 0, lambda_neg, lambda_pos)
-        log_ratio = clamp(s, LOG_FLOOR, INF)
-        return -torch.exp(decay + k * log_ratio - decay * log_ratio.exp()).detach() * advantages * logp
+        log_ratio = clamp(s, floor, 20)
+        return weighted(torch.exp(decay + k * log_ratio - decay * log_ratio.exp()), advantages, logp)
 
 
 @parametrised
@@ -126,6 +147,7 @@ class DppoGate(Gate):
     Source: arXiv 2602.04879 (authors' code); verl (trainers).
     """
 
+    slopes = ("logp",)
     eps_low: Bound = 0.15
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
@@ -140,8 +162,7 @@ class DppoGate(Gate):
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         low, high = self._dropped(s.detach(), logp.detach(), advantages)
-        weight = torch.where(low | high, 0, clamp(s.exp(), -INF, self.ceiling))
-        return -weight.detach() * advantages * logp
+        return weighted(torch.where(low | high, 0, clamp(s.exp(), -INF, self.ceiling)), advantages, logp)
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low, high = self._dropped(s, logp, advantages)
@@ -156,7 +177,7 @@ class Dppo(DppoGate):
     divergence: Bound = 0.0
 
     def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        return torch.as_tensor(self.divergence, dtype=s.dtype)
+        return as_tensor_like(self.divergence, s)
 
 
 @parametrised
