@@ -12,8 +12,8 @@ from tokenrl.ops import backends
 
 
 def names_of(gate: type[tokenrl.Gate]) -> list[str]:
-    """As its kernels take them. Cispo's params() are the bounds themselves, however its fields spell them."""
-    return ["low", "high"] if gate is Cispo else list(gate.names)
+    """As its kernels take them, which is numbers. Cispo's params() are the bounds, however its fields spell them."""
+    return ["low", "high"] if gate is Cispo else [name for name in gate.names if name not in gate.words]
 
 
 GATES = [(name, names_of(gate)) for name, gate in gates.GATES.items()]

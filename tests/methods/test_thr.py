@@ -202,6 +202,12 @@ def test_statistics_and_advantages_of_nthr():
     none = hr.nthr_statistics(s[:2], torch.zeros(2, dtype=torch.bool), IDS[:2], mask=mask[:2])
     assert none.tau.tolist() == [math.inf] * 2 and none.eta.tolist() == [1.0, 1.0]
     assert hr.nthr_statistics(s, CORRECT, IDS, beta=0.0, mask=mask).tau[IDS == 5].isinf().all()
+    silent = hr.nthr_statistics(s, CORRECT, IDS, beta=0.5, eta=0.0, mask=mask)
+    assert torch.equal(silent.tau, statistics.tau) and silent.eta.tolist() == [0.0] * len(IDS)
+    dropped = hr.nthr_advantages(s, a, CORRECT, **silent._asdict(), mask=mask)
+    near(dropped, torch.where(expected == a[:, None], expected, 0.0), "advantages of section 5.3")
+    with pytest.raises(ValueError, match="^eta: got 'none', a str, accepted: a number, None for"):
+        hr.nthr_statistics(s, CORRECT, IDS, eta="none", mask=mask)
     at_tau = hr.nthr_advantages(torch.zeros(1, 2), torch.ones(1), CORRECT[2:3], tau=0.0, eta=0.5)
     assert (at_tau == 1).all(), "the bound itself does not count"
 

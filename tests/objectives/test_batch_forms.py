@@ -236,7 +236,15 @@ def test_rmt(backend):
             value, slope = -0.1 * case["logp"][cell].item(), -0.1
         loss += value / len(cells)
         gradient[cell] = slope / len(cells)
-    same(called(tokenrl.objective("rmt", ntp=ntp.to(device_of(backend))), case, backend), loss, gradient)
+    row = tokenrl.objective("rmt", ntp=ntp.to(device_of(backend)))
+    same(called(row, case, backend), loss, gradient)
+    # A plain sum over the tokens to predict: under any aggregation, each of them as it is.
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        found = called(tokenrl.objective(row, ntp_reduction="sum", aggregation=mode), case, backend)
+        plain = called(tokenrl.objective(row, ntp=0.0, aggregation=mode), case, backend)
+        valid = case["mask"]
+        added = torch.where(valid, -ntp * case["logp"], 0).sum()
+        same(found, (plain[0] + added).item(), plain[1] - torch.where(valid, ntp, 0))
 
 
 @EVERY_BACKEND

@@ -13,7 +13,7 @@ from ..errors import described, unknown, wrong
 from ..objectives.gates.base import map_params
 from ..objectives.policy import Objective
 from ..ops.backends import Backend
-from ..ops.dispatch import PolicyLossInputs, Regularizers
+from ..ops.dispatch import PolicyLossInputs, Regularizers, SpanWeights
 from .aggregation import span_weights
 from .rollout_correction import importance_weights
 
@@ -64,9 +64,16 @@ def policy_loss_inputs(
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
+    gate = gate.weighed(lambda: _of_tokens(weights, layout, dtype))
     return PolicyLossInputs(
         row, gate, form, old_logp, advantages, token_weight, starts, group_ids, aggregation, weights, regularizers
     )
+
+
+def _of_tokens(weights: SpanWeights, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[N]"""
+    share = weights.span_weight
+    return layout.spread(torch.where(share == 0, 0, share / weights.normalizer)).to(dtype)
 
 
 def _checked_correction(correction: object) -> Mapping[str, Any]:

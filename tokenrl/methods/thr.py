@@ -134,13 +134,16 @@ def nthr_statistics(
     group_ids: Tensor,
     *,
     beta: float = 1.0,
+    eta: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> NthrStatistics:
     """tau = beta min_i mean_t nthr_t over the correct rows i of the group, inf if it has none; eta = 2 |1/2 - p|, p the
-    fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only (our
-    reading)."""
+    fraction of its rows that are correct, or the number given: 0 in section 5.3 of the paper, whose beta is 1. fp64 [S]
+    each; rows without tokens count in p only (our reading)."""
     check_number("beta", beta)
+    if eta is not None:
+        check_number("eta", eta, accepted="a number, None for 2 |1/2 - p|")
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     check_correct(correct, valid)
     groups, x = as_groups(group_ids, correct), valid.take("nthr", nthr)
@@ -149,7 +152,7 @@ def nthr_statistics(
     lowest = -groups.max(-mean)
     tau = torch.where(lowest < torch.inf, beta * lowest, torch.inf)
     rate = groups.sum(correct.double()) / groups.sum(torch.ones_like(total))
-    return NthrStatistics(tau, 2 * (0.5 - rate).abs())
+    return NthrStatistics(tau, 2 * (0.5 - rate).abs() if eta is None else torch.full_like(rate, eta))
 
 
 def nthr_advantages(

@@ -143,7 +143,7 @@ _ROWS = (
               "our reading of arXiv 2601.22718: PPO's clip of m_t r_t", flow="local", certainty="R"),
     Objective("hapo", "token", Hapo(), "token-mean", "arXiv 2509.16591", clamp=INF, certainty="C"),
     Objective("rmt", "token", PpoNtp(), "token-mean",
-              "arXiv 2509.24375; how the two means are joined is our reading", certainty="NR"),
+              "arXiv 2509.24375; the mean over its next tokens is our reading", certainty="NR"),
     Objective("cppo", "token", Ratio(), "token-mean", "arXiv 2606.10968; UniRL", form=PrefixBudget(), certainty="PT"),
     Objective("fipo", "token", PpoClip(eps_high=0.28), "token-mean", "arXiv 2603.19835 (ms-swift)", clamp=INF,
               form=FutureKl(), certainty="T"),

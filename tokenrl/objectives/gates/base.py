@@ -77,6 +77,10 @@ class Gate:
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is no gate: it defines no value")
 
+    def weighed(self, weights: Callable[[], Tensor]) -> "Gate":
+        """The gate of tokens whose loss is multiplied by weights() [N], for those that have a part of other weights."""
+        return self
+
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         never = torch.zeros_like(s, dtype=torch.bool)
         return never, never, never

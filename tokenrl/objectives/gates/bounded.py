@@ -1,8 +1,12 @@
 """Gates that bound a ratio (see base.py)."""
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ...batch.checks import check_name
 from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate
 
 
@@ -44,8 +48,8 @@ class PpoNtp(PpoClip):
     """l = PPO's - ntp logp: tokens that reinforcement trains beside tokens that are only to be predicted.
 
     RMT has L = L_RL + lambda L_NTP, lambda = 0.1, the next-token loss on the tokens that reinforcement leaves out. ntp
-    is lambda on these tokens and 0 on the others, in units of the loss's own weights; the advantages of these tokens
-    are 0 (our reading: the paper leaves open how the two means are taken).
+    is lambda on these tokens and 0 on the others; the advantages of these tokens are 0. ntp_reduction: "mean", under
+    the loss's own weights (our reading), or "sum", the plain sum over the tokens that the notes have.
 
     Source: RMT, arXiv 2509.24375 (notes).
     """
@@ -54,6 +58,19 @@ class PpoNtp(PpoClip):
     vanishes = False
     slopes = ("s", "logp")
     ntp: Bound = 0.0
+    ntp_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_name("ntp_reduction", self.ntp_reduction, ("mean", "sum"))
+
+    def params(self) -> tuple[Bound, ...]:
+        return self.eps_low, self.eps_high, self.dual, self.ntp
+
+    def weighed(self, weights: Callable[[], Tensor]) -> "PpoNtp":
+        if self.ntp_reduction == "mean":
+            return self
+        w = weights()
+        return dataclasses.replace(self, ntp=torch.where(w > 0, self.ntp / w, 0), ntp_reduction="mean")
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         return PpoClip.value(self, s, x, logp, advantages, t) - product(self.ntp, logp)
