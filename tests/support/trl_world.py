@@ -1,4 +1,4 @@
-"""A world small enough for TRL's real trainers on a CPU: a model, a tokenizer and prompts made here, nothing fetched."""
+"""A world small enough for TRL's real trainers on a CPU: models, a tokenizer and prompts made here, none fetched."""
 
 import functools
 import math
