@@ -142,6 +142,6 @@ def objective(
             STATISTIC=statistic, FLOW=flow, GATE=GATES[gate], NUM_PARAMS=len(params),
             PER_TOKEN=advantages is not None and advantages.numel() == num_tokens, POSITION=gate in NEED_POSITION,
             BLOCK=block, TILE=min(triton.next_power_of_2(sequences), 64), num_warps=launch.token_warps(block),
-            maxnreg=128,
+            maxnreg=128 if logp.dtype == torch.float32 else 192,
         )  # fmt: skip
     return loss, coef, metrics

@@ -97,7 +97,10 @@ def linear_token_logprobs(
     where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
     memory_budget: bytes that a forward or a backward may hold beyond inputs and results, at most; None: 256 MiB on a
     CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on top. Tiles are
-    of some rows and, unless is_top1 or rank are asked for, of some columns.
+    of whole rows if 64 of these (or all there are) fit, as for is_top1 and rank they must; else of some columns.
+    Of whole rows our kernels give each row the bits of token_logprobs, whatever else the batch and outputs hold, and
+    linear_policy_loss the same: its on-policy ratios are 1. The logits themselves are torch's GEMM, which promises no
+    bits: on the CPUs we tried a row's depend on no other from 16 rows on, cuBLAS chooses its kernels by the shapes.
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
     head = head_arguments(

@@ -69,7 +69,9 @@ def token_logprobs(
     outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
     autograd would notice.
     Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
-    results only; the backward recomputes p from lse. On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
+    results only; the backward recomputes p from lse.
+    On a CPU the bits of a row depend on nothing but the row. On a GPU an id outside [0, V) gives nan, is_top1 False,
+    rank 0.
     """
     check_ids(logits, ids, outputs)
     chosen = backends.choose(backend, logits.device)

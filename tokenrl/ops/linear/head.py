@@ -17,6 +17,8 @@ from .gemm import sum_dtype
 MOST_COLUMNS = {"cpu": 4096, "cuda": 65536}
 CAST_COLUMNS = 4096  # of the weight, where the GEMMs run in another dtype and whole rows are needed
 FEWEST = 256  # rows and columns of a tile of which the GEMM is worth its launch; beyond these the budget decides
+# Of whole rows: below, the sums of the weight's gradient would cost more than a second pass over its tiles.
+FEWEST_TOKENS = 64
 BYTES_PER_TILE = 128  # of a row's statistics, from the tile to the merge
 ALIGNMENT = 64  # bytes, of a cache line
 Rows = slice | Tensor
@@ -121,6 +123,11 @@ def split(total: int, size: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1)))
 
 
+def even(total: int, most: int) -> int:
+    """The size of equal parts, of `most` at most: a last one of a few rows would be another GEMM, with other bits."""
+    return -(-total // max(-(-total // most), 1))
+
+
 def fitting_rows(head: Head, columns: int, budget: int, per_column: int = 0) -> int:
     """How many rows of a tile of so many columns fit into a budget, each with its hidden state and statistics."""
     width, size = head.weight.shape[1], head.dtype.itemsize
@@ -158,7 +165,7 @@ def whole_rows_of(head: Head, rows: int, budget: int) -> Tiles:
     fit = fitting_whole_rows(head, budget)
     if fit < 1:
         raise _too_small(budget, head.vocab)
-    return Tiles(min(rows, fit), head.vocab)
+    return Tiles(even(rows, fit), head.vocab)
 
 
 def _too_small(budget: int, columns: int) -> ValueError:

@@ -22,11 +22,22 @@ from ..kernel_ops import IGNORED, ObjectiveInputs, RowInputs
 from ..reference import regularized
 from . import token_logprobs
 from .gemm import ProductSum, add_product, column_sums, sum_dtype
-from .head import Head, HeadInputs, Rows, as_tile, compacted, fitting_whole_rows, rows_at, split, tile_memory
+from .head import (
+    FEWEST_TOKENS,
+    Head,
+    HeadInputs,
+    Rows,
+    as_tile,
+    compacted,
+    even,
+    fitting_whole_rows,
+    rows_at,
+    split,
+    tile_memory,
+)
 from .lift import lifted
 from .token_logprobs import Gradients
 
-FEWEST_TOKENS = 64  # of a chunk: below, the sums of the weight's gradient would cost more than a second pass
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -199,7 +210,7 @@ def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: i
     if fit < min(count, FEWEST_TOKENS):
         return None
     if not inputs.looks_ahead:
-        return list(split(count, -(-count // -(-count // fit))))
+        return list(split(count, even(count, fit)))
     active = torch.cat([inputs.cu_seqlens.new_zeros(1), inputs.active.cumsum(0)])
     begin, last, chunks = 0, 0, []
     for end in active[inputs.cu_seqlens[1:]].tolist():

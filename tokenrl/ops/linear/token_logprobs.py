@@ -13,7 +13,20 @@ from torch import Tensor
 
 from ..kernel_ops import IGNORED, RESULTS, logprob_results
 from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, sum_dtype
-from .head import Head, Rows, Tiles, as_tile, compacted, rows_at, split, tile_memory, tiles_of, whole_rows_of
+from .head import (
+    FEWEST_TOKENS,
+    Head,
+    Rows,
+    Tiles,
+    as_tile,
+    compacted,
+    fitting_whole_rows,
+    rows_at,
+    split,
+    tile_memory,
+    tiles_of,
+    whole_rows_of,
+)
 from .lift import lifted
 
 ELSEWHERE = -1  # an id of another tile: its row is read, no logit of this tile is its own
@@ -28,8 +41,11 @@ def local_ids(ids: Tensor, at: slice) -> Tensor:
 def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budget: int) -> list[Tensor]:
     """The results of token_logprobs for hidden [N, D] and ids [N, K]; rows whose ids are all ignored enter no GEMM."""
     index, count = compacted((ids != IGNORED).any(-1))
-    ordered = "is_top1" in outputs or "rank" in outputs  # the ids' own logits are compared with whole rows
-    tiles = (whole_rows_of if ordered else tiles_of)(head, count, budget)
+    # An order compares the ids' own logits with whole rows; the others are whole wherever those of linear_policy_loss
+    # are, so that on-policy its ratios are 1.
+    ordered = "is_top1" in outputs or "rank" in outputs
+    whole = ordered or fitting_whole_rows(head, budget) >= min(count, FEWEST_TOKENS)
+    tiles = (whole_rows_of if whole else tiles_of)(head, count, budget)
     memory = tile_memory(tiles.cells, hidden, head.dtype)
     if index is None and tiles == Tiles(count, head.vocab):
         return _of_rows(head, hidden.to(head.dtype), ids, slice(0, count), outputs, tiles, memory)
