@@ -43,9 +43,9 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q "triton==3.6.0"
 	touch $@
 
-# What the drop-ins of tokenrl.compat are compared with.
+# What the hooks of tokenrl.integrations and the drop-ins of tokenrl.compat are compared with.
 $(VENV)/.rivals: $(VENV)/.installed
-	$(PIP) install -q -r requirements.txt "trl==1.16.0"
+	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
