@@ -234,12 +234,16 @@ void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
 template <class T, class Gate>
 void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory,
                   Totals& totals) {
-  const Sequence q = sequence_of(args.spans, i);
-  const int64_t length = streams<T>(args.spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
+  const Sequence given = sequence_of(args.spans, i), q = without_padding(args.spans, given);
+  for (int64_t token = given.begin; token < q.begin; ++token) args.coef[token] = 0;
+  for (int64_t token = q.end; token < given.end; ++token) args.coef[token] = 0;
+  ObjectiveArgs<T> own = args;
+  if (!is_segmented(args.spans, q)) own.spans.starts = nullptr;  // and has the bits of one without segments
+  const int64_t length = streams<T>(own.spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
   Carry carry;
   totals = Totals::nothing();
   for (int64_t begin = q.begin; begin < q.end; begin += length)
-    run_piece<T, Gate>(args, statistic, through, {begin, smaller(begin + length, q.end)}, i, memory, carry, totals);
+    run_piece<T, Gate>(own, statistic, through, {begin, smaller(begin + length, q.end)}, i, memory, carry, totals);
 }
 
 template <class T, class Gate>
