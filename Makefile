@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check lint gpu clean
+.PHONY: demo test check fuzz lint gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
@@ -19,6 +19,11 @@ test: $(VENV)/.built $(VENV)/.rivals
 # The inner loop: of every room a few, in less than a minute (tests/support/order.py says which and why).
 check: $(VENV)/.built
 	$(VENV)/bin/python -m pytest -q $(WORKERS) --check tests
+
+# Random calls against the reference for so long; a case that fails is saved in build/fuzz as a script.
+SECONDS ?= 600
+fuzz: $(VENV)/.built
+	$(VENV)/bin/python tests/fuzz --seconds $(SECONDS)
 
 lint: $(VENV)/.tools
 	$(VENV)/bin/python -m ruff check .
@@ -38,9 +43,9 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q "triton==3.6.0"
 	touch $@
 
-# What the drop-ins of tokenrl.compat are compared with.
+# What the hooks of tokenrl.integrations and the drop-ins of tokenrl.compat are compared with.
 $(VENV)/.rivals: $(VENV)/.installed
-	$(PIP) install -q -r requirements.txt "trl==1.16.0"
+	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

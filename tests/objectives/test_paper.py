@@ -161,7 +161,7 @@ PAPER = {
     **MIXED,
 }
 # These compare sequences or tokens of the whole batch: test_batch_forms.py.
-OF_THE_BATCH = {"real", "fipo", "clip_cov", "kl_cov"}
+OF_THE_BATCH = {"real", "fipo", "clip_cov", "kl_cov", "fiberpo_domain", "apc_obj"}
 OWN = {
     "ppo": "token-mean", "dapo": "token-mean", "cispo": "token-mean", "minpro": "token-mean",
     "grpo": "seq-mean-token-mean", "gspo": "seq-mean-token-mean", "gspo_token": "seq-mean-token-mean",

@@ -10,7 +10,8 @@ from ..batch.checks import check_name, check_number
 from ..errors import described, unknown, wrong
 from .aggregations import AGGREGATIONS
 from .forms.base import Form
-from .forms.ratios import FiberPo, Gmpo, Hmpo, Real
+from .forms.fibration import ApcObj, FiberPo, FiberPoDomain
+from .forms.ratios import Gmpo, Hmpo, Real
 from .forms.weights import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gates import GATES
 from .gates.adaptive import Dhpo, DhpoBranch, Hapo
@@ -108,6 +109,10 @@ _ROWS = (
               certainty="C"),
     Objective("fiberpo", "token", Ratio(), "seq-mean-token-mean",
               "arXiv 2603.08239, 2604.03044; bounds of its fig. 4", form=FiberPo(), certainty="PV"),
+    Objective("fiberpo_domain", "token", Ratio(), "seq-mean-token-mean", "arXiv 2603.08239, def. 6.4",
+              form=FiberPoDomain(), certainty="P"),
+    Objective("apc_obj", "token", Ratio(), "token-mean",
+              "arXiv 2603.08239, eq. 3; delta and the slope of B are our reading", form=ApcObj(), certainty="PR"),
     Objective("real", "span_mean", Ratio(), "group-mean", "arXiv 2602.05630 (ms-swift)", clamp=INF, form=Real(),
               certainty="T"),
     Objective("luspo", "span_mean", PpoClip(2e-3, 2.5e-3), "seq-mean-token-sum",

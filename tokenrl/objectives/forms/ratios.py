@@ -1,4 +1,4 @@
-"""Forms that replace the log ratio (see base.py): GMPO, HMPO, FiberPO; and REAL, which compares sequences."""
+"""Forms that replace the log ratio (see base.py): GMPO, HMPO; and REAL, which compares sequences."""
 
 import torch
 from torch import Tensor
@@ -46,45 +46,6 @@ class Hmpo(Gmpo):
         mean = tokens.statistic_of(torch.where(tokens.valid, torch.exp(-x), 0), "span_mean")
         loss, raw = tokens.run(log_ratio=-torch.where(tokens.valid, mean, 1).log())
         return loss, tokens.counted(raw, low, high)
-
-
-def _gated(x: Tensor, bound: float, n: Tensor) -> Tensor:
-    """FiberPO's gate for an aggregate x >= 0: x up to the bound, back to 0 with slope -n, then 0."""
-    rolled = (n + 1) * bound - n * x
-    return torch.where(x <= bound, x, torch.where(x < (1 + 1 / n) * bound, rolled, 0))
-
-
-@parametrised
-class FiberPo(Form):
-    """log G_t = g(S+, c_pos) - g(S-, c_neg) + clip(num_t) - clip(den_t), loss -A G; clip to [-eps, eps].
-
-        S+ = mean of max(x, 0), S- = mean of max(-x, 0) over the span's n tokens; sign l_t = + where x_t >= 0, else -
-        num_t = x_t - l_t S^(l_t), den_t = -l_t S^(-l_t)
-        g(S, C) = S for S <= C, (n + 1) C - n S for C < S < (1 + 1 / n) C, 0 beyond
-
-    Everything is differentiated, the aggregates S too, at the bounds as inside them. Where nothing is gated or clipped
-    G = r. c_pos, c_neg and eps are the paper's illustration (fig. 4). clip_low, clip_high count the tokens whose num is
-    clipped.
-
-    Source: FiberPO, arXiv 2603.08239; JoyAI-LLM Flash, arXiv 2604.03044 sec. 3.3.1 (paper, verified).
-    """
-
-    replaces_ratio = True
-    c_pos: float = 0.12
-    c_neg: float = 0.05
-    eps: float = 0.04
-
-    def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
-        x, n = tokens.x, tokens.lengths()
-        upwards = x >= 0
-        above = tokens.statistic_of(torch.where(upwards & tokens.valid, x, 0), "span_mean")
-        below = tokens.statistic_of(torch.where(upwards, 0, -x), "span_mean")
-        base = _gated(above, self.c_pos, n) - _gated(below, self.c_neg, n)
-        num = x - torch.where(upwards, above, -below)
-        den = torch.where(upwards, -below, above)
-        fibre = num.clamp(-self.eps, self.eps) - den.clamp(-self.eps, self.eps)
-        loss, raw = tokens.run(log_ratio=torch.where(tokens.valid, base + fibre, 0))
-        return loss, tokens.counted(raw, num < -self.eps, num > self.eps)
 
 
 @parametrised

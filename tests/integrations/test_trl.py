@@ -1,0 +1,146 @@
+"""TRL's real GRPOTrainer with and without tokenrl, from one seed: losses, gradient norms, every metric, the weights."""
+
+import pytest
+
+trl = pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
+
+from trl_world import Rollouts, compared, trained  # noqa: E402
+
+from tokenrl.integrations import hosts  # noqa: E402
+from tokenrl.integrations.trl import GRPOTrainer, TokenRLConfig, TokenRLMixin  # noqa: E402
+from tokenrl.integrations.trl import trainer as trainer_module  # noqa: E402
+
+# Of a whole product each pair of settings at least once; the rest shows nothing new.
+SETTINGS = {
+    "grpo": {"loss_type": "grpo"},
+    "grpo of sequences": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "grpo on-policy": {"loss_type": "grpo", "num_iterations": 1},
+    "grpo, truncated masked": {"loss_type": "grpo", "mask_truncated_completions": True, "beta": 0.1},
+    "grpo, high entropy, its bonus": {"loss_type": "grpo", "top_entropy_quantile": 0.6, "entropy_coef": 0.02},
+    "grpo, adaptive entropy": {
+        "loss_type": "grpo", "use_adaptive_entropy": True, "entropy_target": 3.36, "entropy_coef_delta": 0.01,
+    },
+    "grpo, off-policy sequences masked": {"loss_type": "grpo", "off_policy_mask_threshold": 0.02, "beta": 0.1},
+    "grpo, token advantages": {"loss_type": "grpo", "extra": "token advantages"},
+    "grpo, delta below the bound": {"loss_type": "grpo", "delta": 1.05, "importance_sampling_level": "sequence"},
+    "bnpo, accumulated": {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "entropy_coef": 0.02},
+    "bnpo of sequences, tools": {"loss_type": "bnpo", "importance_sampling_level": "sequence", "extra": "tool mask"},
+    "dr_grpo, beta, rollout ratio": {"loss_type": "dr_grpo", "beta": 0.1, "extra": "token ratio"},
+    "dr_grpo, accumulated, delta": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2, "delta": 1.3},
+    "dapo, beta of sequences, rollout ratio": {
+        "loss_type": "dapo", "beta": 0.1, "importance_sampling_level": "sequence", "extra": "sequence ratio",
+    },
+    "dapo, beta uncorrected, accumulated": {
+        "loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": False, "gradient_accumulation_steps": 2,
+    },
+    "dapo, four iterations": {"loss_type": "dapo", "num_iterations": 4, "steps_per_generation": 4, "steps": 12},
+    "dapo, high entropy, tools": {"loss_type": "dapo", "top_entropy_quantile": 0.6, "extra": "tool mask", "beta": 0.1},
+    "cispo, beta": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1},
+    "cispo of sequences, rollout ratio": {
+        "loss_type": "cispo", "epsilon_high": 1.1, "importance_sampling_level": "sequence", "extra": "token ratio",
+    },
+    "sapo": {"loss_type": "sapo"},
+    "sapo of sequences, beta": {"loss_type": "sapo", "importance_sampling_level": "sequence", "beta": 0.1},
+    "luspo of sequences, accumulated": {
+        "loss_type": "luspo", "importance_sampling_level": "sequence", "gradient_accumulation_steps": 2,
+    },
+    "vespo, beta": {"loss_type": "vespo", "beta": 0.1},
+    "vespo, rollout ratio": {"loss_type": "vespo", "extra": "token ratio"},
+    "llama, tied": {"loss_type": "dapo", "model": "llama, tied"},
+    "gemma2, softcap": {"loss_type": "grpo", "model": "gemma2, softcap", "beta": 0.1},
+    "cohere, logit_scale": {"loss_type": "bnpo", "model": "cohere, logit_scale"},
+    "mixtral, balanced": {
+        "loss_type": "grpo", "model": "mixtral, balanced", "gradient_accumulation_steps": 2,
+        "model_init_kwargs": {"output_router_logits": True},
+    },
+    "temperature": {"loss_type": "dapo", "temperature": 0.7},
+    "checkpointing, evaluation": {
+        "loss_type": "grpo", "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 3,
+    },
+}  # fmt: skip
+
+
+class Theirs(Rollouts, trl.GRPOTrainer):
+    pass
+
+
+class Ours(TokenRLMixin, Rollouts, trl.GRPOTrainer):
+    pass
+
+
+# With TRL's own head every fourth: it is the same loss.
+CASES = [(name, "hidden") for name in SETTINGS] + [(name, "loss") for name in list(SETTINGS)[::4]]
+
+
+@pytest.mark.parametrize("name, depth", CASES)
+def test_the_numbers_are_those_of_trl(name, depth):
+    config = TokenRLConfig(head=depth, parity="always")
+    compared(trained(Theirs, **SETTINGS[name]), trained(Ours, tokenrl=config, **SETTINGS[name]))
+
+
+def test_the_numbers_are_those_of_trl_with_lora():
+    """Whose head is frozen, and whose reference is the model without its adapter."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (make test installs it)")
+
+    def run(trainer, **options):
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return trained(trainer, loss_type="dapo", beta=0.1, peft_config=lora, **options)
+
+    compared(run(Theirs), run(Ours, tokenrl=TokenRLConfig(parity="always")))
+
+
+def test_an_objective_of_the_table_trains():
+    found = trained(GRPOTrainer, steps=3, tokenrl=TokenRLConfig(objective="ctpo"))
+    logged = found.state.log_history[1]
+    assert {"tokenrl/ess", "tokenrl/clip_low", "entropy", "loss", "grad_norm"} <= set(logged)
+    assert not any(name.startswith("clip_ratio/") for name in logged)
+    theirs = trained(trl.GRPOTrainer, steps=3)
+    assert theirs.state.log_history[1]["grad_norm"] != logged["grad_norm"]
+
+
+def test_a_config_among_the_arguments():
+    class Fixed(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            kwargs["args"].tokenrl = TokenRLConfig(parity="never")
+            super().__init__(*args, **kwargs)
+
+    assert trained(Fixed, steps=1)._tokenrl.parity == "never"
+
+
+def test_another_loss_is_named(monkeypatch):
+    real = trainer_module.loss_of
+    monkeypatch.setattr(trainer_module, "loss_of", lambda *args: (real(*args)[0] + 0.5, real(*args)[1]))
+    with pytest.raises(ValueError, match=r"^loss: got .* from tokenrl, .* from trl .*, accepted: a relative"):
+        trained(Ours, steps=1)
+    trained(Ours, steps=1, tokenrl=TokenRLConfig(parity="never"))
+
+
+WRONG = {
+    "head": ({"head": "hiden"}, "head: got 'hiden', accepted: auto, hidden, loss. Did you mean 'hidden'"),
+    "parity": ({"parity": "once"}, "parity: got 'once', accepted: first, always, never"),
+    "objective": ({"objective": "cptoo"}, "objective: got 'cptoo'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_of_the_config(name):
+    given, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        TokenRLConfig(**given)
+
+
+def test_unsloth_is_refused():
+    class UnslothGRPOTrainer(GRPOTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="^trainer: got unsloth's generated GRPOTrainer"):
+        trained(UnslothGRPOTrainer, steps=1)
+
+
+def test_versions(monkeypatch):
+    monkeypatch.setattr(hosts.metadata, "version", lambda name: "1.9.2")
+    with pytest.raises(ImportError, match="^trl: got 1.9.2, accepted: trl 1.10.0 to 1.16.0 for the loss"):
+        hosts.require("trl")
+    monkeypatch.setattr(hosts.metadata, "version", lambda name: "1.17.0")
+    with pytest.warns(UserWarning, match="^trl: got 1.17.0, held to trl 1.10.0 to 1.16.0"):
+        hosts.require("trl")

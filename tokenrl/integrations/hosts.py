@@ -1,0 +1,49 @@
+"""The hosts, the versions that their hooks are held to, and the check of what is installed."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from ..errors import wrong
+
+
+@dataclass(frozen=True)
+class Host:
+    """A hook: its distribution, the oldest version it works with and the newest that the tests ran with."""
+
+    distribution: str
+    what: str
+    oldest: str
+    newest: str
+
+
+HOSTS = {
+    "trl": Host("trl", "the loss", "1.10.0", "1.16.0"),
+    "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
+}
+
+
+def require(name: str) -> None:
+    """ImportError where the host of a hook is missing or too old; a warning where it is newer than what was tried."""
+    from packaging.version import Version
+
+    host = HOSTS[name]
+    accepted = f"{host.distribution} {host.oldest} to {host.newest} for {host.what}"
+    try:
+        found = metadata.version(host.distribution)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{host.distribution}: got none, accepted: {accepted}") from None
+    if Version(found) < Version(host.oldest):
+        raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
+    if Version(found) > Version(host.newest):
+        warnings.warn(f"{host.distribution}: got {found}, held to {accepted}: compare a step", stacklevel=3)
+
+
+def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...]) -> None:
+    """Whether a function of a host still takes what its stand-in takes."""
+    found = tuple(inspect.signature(function).parameters)
+    if found != accepted:
+        raise wrong(name, f"the parameters ({', '.join(found)})", f"({', '.join(accepted)})")

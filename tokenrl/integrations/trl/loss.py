@@ -1,0 +1,170 @@
+"""The loss of TRL's GRPOTrainer, setting by setting, in tokenrl's terms; the same in trl 1.10 to 1.16."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...losses.building_blocks import group_aggregate
+from ...losses.policy import policy_loss
+from ...losses.rollout_correction import off_policy_sequence_mask
+from ...objectives.policy import Objective, objective
+
+INF = math.inf
+LEVELS = {"token": "token", "sequence": "span_mean"}
+LEAST, MOST = math.log(1e-8), 20.0  # TRL's bounds of vespo's log weights, of a token's rollout ratio and of a sequence
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One call of _compute_loss. inputs: TRL's; logp, entropy [B, T]; mask: bool [B, T], tools' output left out;
+    auxiliary: the balance loss of a mixture of experts, or None."""
+
+    inputs: dict[str, Any]
+    logp: Tensor
+    entropy: Tensor
+    auxiliary: Tensor | None
+    mask: Tensor
+
+    @property
+    def sampled(self) -> Tensor:
+        """The log-probs at the time of the rollout; TRL leaves them out where they are the current ones."""
+        old = self.inputs.get("old_per_token_logps")
+        return self.logp.detach() if old is None else old
+
+
+def parts_of(trainer: Any) -> int:
+    """The micro-batches of an optimizer step, which share one loss."""
+    return trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+
+
+def host_objective(trainer: Any) -> Objective:
+    """TRL's loss_type with its parameters as a row."""
+    args, level = trainer.args, LEVELS[trainer.importance_sampling_level]
+    if trainer.loss_type == "cispo":
+        return objective("cispo", statistic=level, eps_high=trainer.epsilon_high, clamp=INF)
+    if trainer.loss_type == "sapo":
+        temperatures = {"tau_pos": args.sapo_temperature_pos, "tau_neg": args.sapo_temperature_neg}
+        return objective("sapo", statistic=level, clamp=INF, **temperatures)
+    if trainer.loss_type == "vespo":
+        names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
+        return objective("vespo", floor=LEAST, **{name: getattr(args, f"vespo_{name}") for name in names})
+    # TRL's delta cuts the ratio before the minimum, for either sign of A: below the upper bound it is that bound.
+    delta = INF if args.delta is None else args.delta
+    bounds = {"eps_low": trainer.epsilon_low, "eps_high": min(trainer.epsilon_high, delta - 1)}
+    return objective("ppo", statistic=level, clamp=INF, dual=max(delta, 1 + trainer.epsilon_high), **bounds)
+
+
+def share_of_items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
+    """The tokens that the loss of one micro-batch is divided by, of those of all processes and steps."""
+    items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    return items * parts_of(trainer) / trainer.args.steps_per_generation if trainer.model.training else items
+
+
+def weighting(trainer: Any, batch: MicroBatch) -> dict[str, Any]:
+    """mask, aggregation and normalizer of TRL's loss_type."""
+    rows, parts = batch.mask.shape[0], parts_of(trainer)
+    modes: dict[str, tuple[str, Any]] = {
+        "grpo": ("seq-mean-token-mean", rows * parts),
+        "sapo": ("seq-mean-token-mean", rows * parts),
+        "luspo": ("seq-mean-token-sum", rows * parts),
+        "dr_grpo": ("token-sum", rows * parts * trainer.max_completion_length),
+    }
+    if trainer.loss_type == "bnpo":
+        aggregation, normalizer = "token-mean", batch.mask.sum().clamp(min=1) * parts
+    elif trainer.loss_type in modes:
+        aggregation, normalizer = modes[trainer.loss_type]
+    else:
+        aggregation, normalizer = "token-sum", share_of_items(trainer, batch.inputs)
+    return {"mask": batch.mask, "aggregation": aggregation, "normalizer": normalizer}
+
+
+def high_entropy(trainer: Any, batch: MicroBatch) -> Tensor | None:
+    """bool [B, T]: the tokens of top_entropy_quantile, None for all; TRL's own, which asks all processes."""
+    if trainer.top_entropy_quantile >= 1.0:
+        return None
+    return trainer.get_high_entropy_mask(batch.entropy, batch.mask, 1 - trainer.top_entropy_quantile)
+
+
+def rollout_ratio(trainer: Any, batch: MicroBatch) -> Tensor | None:
+    """vLLM's importance ratio [B, T] or [B, 1], None without correction."""
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    return batch.inputs["importance_sampling_ratio"] if corrected else None
+
+
+def off_policy_mask(trainer: Any, batch: MicroBatch) -> Tensor | None:
+    if trainer.off_policy_mask_threshold is None:
+        return None
+    now = batch.logp.detach()
+    rollout = batch.inputs.get("sampling_per_token_logps", batch.sampled)
+    rollout = torch.where(rollout.isnan(), now, rollout)  # vLLM's NaN says nothing of a token
+    return off_policy_sequence_mask(
+        now, rollout, batch.inputs["advantages"], mask=batch.mask, threshold=trainer.off_policy_mask_threshold
+    )
+
+
+def policy_term(trainer: Any, batch: MicroBatch, row: Objective, how: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(the objective under the weights that are its alone, its metrics)."""
+    old, ratio = batch.sampled, rollout_ratio(trainer, batch)
+    weights = [off_policy_mask(trainer, batch), high_entropy(trainer, batch)]
+    if ratio is not None and row.gate.reads_rollout:  # inside the sequence's weight
+        old = old - ratio.log().clamp(LEAST, MOST)
+    else:
+        weights.append(ratio)
+    weight = None
+    for factor in weights:
+        if factor is not None:
+            factor = factor.to(batch.logp.dtype).expand_as(batch.logp)
+            weight = factor if weight is None else weight * factor
+    advantages = batch.inputs["advantages"]
+    if advantages.dim() == 2 and advantages.shape[1] == 1:
+        advantages = advantages[:, 0]
+    return policy_loss(row, batch.logp, old, advantages, token_weight=weight, **how)
+
+
+def kl_term(trainer: Any, batch: MicroBatch, how: dict[str, Any]) -> Tensor:
+    """k3 of the reference; under use_bias_correction_kl times TRL's ratio, with the ratio's gradient: of single tokens
+    d(r k3) = r d(k1^2 / 2), of sequences by the product rule."""
+    logp, ref, mask = batch.logp, batch.inputs["ref_per_token_logps"], batch.mask
+    if not trainer.args.use_bias_correction_kl:
+        return policy_loss("kl_k3", logp, ref, None, **how)[0]
+    x = torch.where(mask, logp.detach() - batch.sampled, 0)
+    if trainer.importance_sampling_level == "token":
+        return policy_loss("kl_k3_unbiased", logp, ref, None, token_weight=x.exp(), **how)[0]
+    ratio = (x.sum(1, True) / mask.sum(1, True).clamp(min=1)).exp().expand_as(x)
+    to_ref = torch.where(mask, ref - logp.detach(), 0)
+    of_kl = policy_loss("kl_k3", logp, ref, None, token_weight=ratio, **how)[0]
+    plain = objective("ppo", statistic="span_mean", eps_low=INF, eps_high=INF, clamp=INF)
+    of_ratio = policy_loss(plain, logp, batch.sampled, to_ref - torch.expm1(to_ref), **how)[0]
+    return of_kl + of_ratio - of_ratio.detach()
+
+
+def entropy_term(trainer: Any, batch: MicroBatch) -> Tensor:
+    """The mean entropy of the tokens that the objective takes."""
+    keep = high_entropy(trainer, batch)
+    return group_aggregate(batch.entropy, "token-mean", mask=batch.mask if keep is None else batch.mask & keep.bool())
+
+
+def entropy_coefficient(trainer: Any) -> float:
+    """0 without a bonus; the adaptive one is that of the end of the last step."""
+    if not getattr(trainer, "_entropy_bonus_enabled", False):
+        return 0.0
+    if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
+        return 0.0
+    return trainer.entropy_coef
+
+
+def loss_of(trainer: Any, batch: MicroBatch, row: Objective | None) -> tuple[Tensor, Any]:
+    """(TRL's loss, metrics of the objective). row: takes the place of TRL's loss_type, under the aggregation and
+    normalizer of that."""
+    how = weighting(trainer, batch)
+    loss, metrics = policy_term(trainer, batch, row or host_objective(trainer), how)
+    if trainer.beta != 0.0:
+        loss = loss + trainer.beta * kl_term(trainer, batch, how)
+    if coefficient := entropy_coefficient(trainer):
+        loss = loss - coefficient * entropy_term(trainer, batch) / parts_of(trainer)
+    if batch.auxiliary is not None:
+        loss = loss + trainer.router_aux_loss_coef * batch.auxiliary / parts_of(trainer)
+    return loss, metrics

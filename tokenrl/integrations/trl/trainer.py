@@ -1,0 +1,140 @@
+"""TRL's GRPOTrainer with its head and its loss by tokenrl.
+
+TRL computes the metrics it logs itself, without gradients, from the log-probs that are there already; its loss is what
+ours is held to.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer import utils
+
+from ...batch.checks import check_name
+from ...errors import wrong
+from ...objectives.policy import Objective, find_objective
+from .head import fused_head
+from .loss import MicroBatch, loss_of
+
+HEADS = ("auto", "hidden", "loss")
+PARITY = ("first", "always", "never")
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+# What TRL's GRPOTrainer hands to the model beside ids and mask.
+PASSED_ON = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+# Metrics of TRL's own loss_type, which say nothing of another objective.
+OF_LOSS_TYPE = ("clip_ratio/", "cispo_clip_ratio", "vespo/", "policy_loss")
+
+
+@dataclass(frozen=True)
+class TokenRLConfig:
+    """objective: None for TRL's loss_type, with TRL's numbers; a name of tokenrl's table or an Objective trains with
+    that, aggregated as TRL's loss_type is.
+    head: "hidden" log-probs from hidden states without logits (trl 1.15 and later), "loss" TRL's own head, "auto" the
+    first that this TRL has.
+    parity: "first" runs TRL's own loss beside the first micro-batch and raises where they differ; "always", "never".
+    """
+
+    objective: str | Objective | None = None
+    head: str = "auto"
+    parity: str = "first"
+
+    def __post_init__(self) -> None:
+        check_name("head", self.head, HEADS)
+        check_name("parity", self.parity, PARITY)
+        if self.objective is not None:
+            find_objective(self.objective)
+
+
+def config_of(trainer: Any, given: TokenRLConfig | None) -> TokenRLConfig:
+    found = given if given is not None else getattr(trainer.args, "tokenrl", None) or TokenRLConfig()
+    if not isinstance(found, TokenRLConfig):
+        raise wrong("tokenrl", type(found).__name__, "a TokenRLConfig")
+    return found
+
+
+def check_trainer(trainer: Any) -> None:
+    """unsloth writes TRL's trainers anew and would drop what is overridden here."""
+    if any("Unsloth" in base.__name__ or "unsloth" in base.__module__ for base in type(trainer).__mro__):
+        raise wrong("trainer", "unsloth's generated GRPOTrainer", "TRL's own (import unsloth after it, or not at all)")
+
+
+class TokenRLMixin:
+    """Before a GRPOTrainer among the bases: class Mine(TokenRLMixin, MyTrainer). Keyword tokenrl: a TokenRLConfig; or
+    as args.tokenrl."""
+
+    aux_loss_enabled: bool
+    model: Any
+    _metrics: Any
+
+    def __init__(self, *args: Any, tokenrl: TokenRLConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_trainer(self)
+        self._tokenrl = config_of(self, tokenrl)
+        chosen = self._tokenrl.objective
+        self._row = None if chosen is None else find_objective(chosen)
+        has_fused_head = hasattr(utils, "add_fused_lm_head")
+        if self._tokenrl.head == "hidden" and not has_fused_head:
+            raise wrong("head", f"'hidden' with trl {trl.__version__}", "'loss'; 'hidden' from trl 1.15.0 on")
+        self._fuses = has_fused_head and self._tokenrl.head != "loss"
+        self._known: tuple[Any, ...] | None = None  # what TRL's own loss is given while it makes its metrics
+        self._compared = False
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        if self._known is not None:
+            return self._known
+        with fused_head(self._fuses):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        batch = self._micro_batch(model, inputs)
+        loss, metrics = loss_of(self, batch, self._row)
+        theirs = self._host_loss(model, batch)
+        if self._row is None:
+            self._compare(loss.detach(), theirs)
+        self._log_ours(metrics)
+        return loss
+
+    def _micro_batch(self, model: Any, inputs: dict[str, Any]) -> MicroBatch:
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        both = (torch.cat([inputs[f"prompt_{key}"], inputs[f"completion_{key}"]], 1) for key in ("ids", "mask"))
+        logp, entropy, auxiliary = self._get_per_token_logps_and_entropies(
+            model, *both, ids.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in PASSED_ON},
+        )  # fmt: skip
+        return MicroBatch(inputs, logp, entropy, auxiliary, mask.bool())
+
+    def _host_loss(self, model: Any, batch: MicroBatch) -> Tensor:
+        """TRL's loss, without gradient, of the log-probs that are there; logs TRL's metrics."""
+        self._known = (batch.logp.detach(), batch.entropy.detach(), batch.auxiliary)
+        try:
+            with torch.no_grad():
+                return super()._compute_loss(model, batch.inputs)  # type: ignore[misc]
+        finally:
+            self._known = None
+
+    def _compare(self, loss: Tensor, theirs: Tensor) -> None:
+        if self._tokenrl.parity == "never" or (self._compared and self._tokenrl.parity == "first"):
+            return
+        self._compared = True
+        if not torch.allclose(loss, theirs.to(loss.dtype), **TOLERANCE, equal_nan=True):
+            accepted = f"a relative difference of {TOLERANCE['rtol']} (parity='never' trains all the same)"
+            raise wrong("loss", f"{loss:.6g} from tokenrl, {theirs:.6g} from trl {trl.__version__}", accepted)
+
+    def _log_ours(self, metrics: Any) -> None:
+        logged = self._metrics["train" if self.model.training else "eval"]
+        if self._row is not None:
+            for name in [name for name in logged if name.startswith(OF_LOSS_TYPE)]:
+                del logged[name]
+        for name, value in metrics.as_dict().items():
+            logged[f"tokenrl/{name}"].append(value)
+
+
+class GRPOTrainer(TokenRLMixin, trl.GRPOTrainer):
+    """trl.GRPOTrainer whose head and loss are tokenrl's."""
