@@ -8,7 +8,7 @@ a smaller index. What no output needs stays 0.
 import triton
 import triton.language as tl
 
-from .vocabulary import STAGES, blocks_of, lanes_of, load_block, transformed
+from .vocabulary import STAGES, lanes_of, load_block, transformed
 
 UNROLLED = tl.constexpr(8)  # ids of a row whose counts stay in registers: a loop over ids in that over blocks is slow
 
@@ -107,14 +107,8 @@ def walk(
 ):  # fmt: skip
     """The state with the logits from low to high."""
     lanes = lanes_of(BLOCK, VEC)
-    first, start, stop = blocks_of(low, high, BLOCK, VEC)
-    if first < low:
-        at = first + lanes
-        state = _block(
-            state, logits, keep, first, lanes, (at >= low) & (at < high), keep_lag, own, own_at, slot, K, scale, inner,
-            KP, WANT, SOFTCAP, T,
-        )  # fmt: skip
-    for block in tl.range(start, stop, BLOCK, num_stages=STAGES):
+    stop = low + BLOCK * (tl.maximum(high - low, 0) // BLOCK)
+    for block in tl.range(low, stop, BLOCK, num_stages=STAGES):
         state = _block(
             state, logits, keep, block, lanes, None, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT, SOFTCAP, T
         )
