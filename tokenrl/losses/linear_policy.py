@@ -32,6 +32,7 @@ def linear_policy_loss(
     keep_mask: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     segment_ids: Tensor | None = None,
     group_ids: Tensor | None = None,
     rollout_logp: Tensor | None = None,
@@ -56,9 +57,9 @@ def linear_policy_loss(
 
     hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
     here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
-    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, mask to normalizer: as for
-    policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and is
-    not read.
+    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, advantages_per, mask to normalizer: as
+    for policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and
+    is not read.
     ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
     entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
 
@@ -98,9 +99,9 @@ def linear_policy_loss(
         row.gate.reads_rollout, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction
     )
     inputs = policy_loss_inputs(
-        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
-        segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,
-        regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
+        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
+        token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
+        normalizer=normalizer, regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
     )  # fmt: skip
     valid = layout.valid()
     flat = head.inputs(ids, valid.view(ids.shape), ignore_index)

@@ -230,6 +230,7 @@ def off_policy_sequence_mask(
     rollout_logp: Tensor,
     advantages: Tensor,
     *,
+    advantages_per: str | None = None,
     threshold: float,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -238,6 +239,7 @@ def off_policy_sequence_mask(
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
     advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
+    advantages_per: as for policy_loss.
     threshold: nats per token.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
@@ -245,9 +247,7 @@ def off_policy_sequence_mask(
     check_number("threshold", threshold, accepted="a number, in nats per token")
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
     check_constant("advantages", advantages)
-    per_token = advantages.shape == layout.shape
-    advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
+    advantages = layout.of_tokens("advantages", advantages, torch.float64, advantages_per)
     rows = spans_of("sequence", layout)
     near = (rows.mean(-q) <= threshold)[rows.index]
-    positive = (advantages if per_token else advantages[rows.index]) >= 0
-    return ((near | positive) & layout.valid()).view(layout.shape)
+    return ((near | (advantages >= 0)) & layout.valid()).view(layout.shape)

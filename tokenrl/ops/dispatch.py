@@ -54,13 +54,14 @@ class Regularizers:
 @dataclass(frozen=True)
 class PolicyLossInputs:
     """An objective on a batch: checked, flat tensors. gate, form: those of the row, their tensors flat. old_logp None:
-    on-policy. advantages: [S] or [N]."""
+    on-policy. advantages: [S] or [N]; per_row: [S], None where they are one per token."""
 
     row: Objective
     gate: Gate
     form: Form | None
     old_logp: Tensor | None
     advantages: Tensor | None
+    per_row: Tensor | None
     token_weight: Tensor | None
     starts: Tensor | None
     group_ids: Tensor | None
@@ -164,7 +165,7 @@ def _objective(
     advantages = layout.per_token(inputs.advantages, logp.detach())
     return inputs.form.evaluate(
         FormInputs(
-            layout, logp, old_logp, valid, x, advantages, inputs.advantages, inputs.token_weight, inputs.starts,
+            layout, logp, old_logp, valid, x, advantages, inputs.per_row, inputs.token_weight, inputs.starts,
             inputs.group_ids, inputs.aggregation, inputs.weights.normalizer, inputs.gate, run_row, statistic_of,
         )
     )  # fmt: skip
