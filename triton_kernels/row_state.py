@@ -45,7 +45,8 @@ def _moments(state, z, counted, WANT: tl.constexpr):
     scale = tl.exp(moved)
     below = z - shift
     e = tl.exp(below)
-    weighted = (weighted + moved * total) * scale + tl.sum(e * tl.maximum(below, -1e4), 1)  # finite: 0 * -inf is nan
+    # Distances held finite: 0 * -inf is nan.
+    weighted = (weighted + tl.maximum(moved, -1e4) * total) * scale + tl.sum(e * tl.maximum(below, -1e4), 1)
     total = total * scale + tl.sum(e, 1)
     if WANT[0]:
         squares = squares * (scale * scale) + tl.sum(e * e, 1)
@@ -107,11 +108,13 @@ def walk(
 ):  # fmt: skip
     """The state with the logits from low to high."""
     lanes = lanes_of(BLOCK, VEC)
-    stop = low + BLOCK * (tl.maximum(high - low, 0) // BLOCK)
-    for block in tl.range(low, stop, BLOCK, num_stages=STAGES):
+    whole = (tl.maximum(high - low, 0) // BLOCK * BLOCK).to(tl.int32)
+    for offset in tl.range(0, whole, BLOCK, num_stages=STAGES):
         state = _block(
-            state, logits, keep, block, lanes, None, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT, SOFTCAP, T
-        )
+            state, logits, keep, low + offset, lanes, None, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT,
+            SOFTCAP, T,
+        )  # fmt: skip
+    stop = low + whole
     if stop < high:
         state = _block(
             state, logits, keep, stop, lanes, stop + lanes < high, keep_lag, own, own_at, slot, K, scale, inner,

@@ -161,7 +161,7 @@ def merge_kernel(
         moved = tl.where(m_part == -float("inf"), 0.0, m_part - tl.where(m == -float("inf"), 0.0, m))
         factor = tl.exp(moved)
         total = tl.load(here + parts, mask=those, other=0.0)
-        weighted = tl.load(here + 2 * parts, mask=those, other=0.0) + moved * total
+        weighted = tl.load(here + 2 * parts, mask=those, other=0.0) + tl.maximum(moved, -1e4) * total
         squares, mean = tl.zeros((), T), tl.zeros((), T)
         if WANT[0]:
             squares = tl.sum(tl.load(here + 3 * parts, mask=those, other=0.0) * (factor * factor), 0)
