@@ -11,6 +11,7 @@ being the trainer's (old_logp where the loss has a ratio of its own to it). What
     verl rollout_rs                                                       rejection_mask, joined by &
     seq-mask-tis of NeMo, OpenRLHF, swift: token weights of the rows whose geometric mean lies in [low, high]
         importance_weights(..., bound="none") * rejection_mask(..., statistic="seq_mean_k1", low=1 / high, high=1 / low)
+        NeMo's; a token's weight may be e^20 then, where bound="truncate", high=2 bounds it
     OPSM of DeepSeek-V3.2, TRL off_policy_mask_threshold                  off_policy_sequence_mask
     80/20 rule, TRL top_entropy_quantile                                  top_entropy_mask
 
