@@ -11,14 +11,18 @@ from typer import Option
 
 from tokenrl.ops import backends
 
-from . import cliffs, overhead, report
+from . import cliffs, overhead, report, trl_step
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
 from .machine import keep_freed_memory, machine_line
 from .run import Findings, default_backends, run_case
 
-OWN_TABLES = {"overhead": overhead.measure, "cliffs": cliffs.measure}  # no cases beside competitors
+OWN_TABLES = {
+    "overhead": overhead.measure,
+    "cliffs": cliffs.measure,
+    "trl": trl_step.measure,
+}  # no cases beside competitors
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 SIZES = "ROWSxCOLUMNS, such as 2048x151936; TOKENSxWIDTHxCOLUMNS of the linear ops, such as 2048x1024x151936"

@@ -136,6 +136,16 @@ def cliffs_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return ["call", "neighbour", "times its time", "at most"], rows
 
 
+def trl_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """TRL's loss step and ours in turns, ours below TRL's."""
+    found, rows = report.get("trl", []), []
+    for theirs, ours in zip(found[::2], found[1::2], strict=True):
+        rows.append([theirs["what"], number(1e3 * theirs["seconds"]), megabytes(theirs["bytes"]), MISSING, MISSING])
+        ratios = [f"{theirs[key] / ours[key]:.1f}x" for key in ("seconds", "bytes")]
+        rows.append([ours["what"], number(1e3 * ours["seconds"]), megabytes(ours["bytes"]), *ratios])
+    return ["loss step", "ms", "peak MB", "faster", "smaller"], rows
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
@@ -144,6 +154,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     found = [
         ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
         ("Beside a plain neighbour, one thread", *cliffs_table(report)),
+        ("The loss step of TRL's GRPOTrainer", *trl_table(report)),
         ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
         ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),

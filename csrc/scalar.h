@@ -81,7 +81,7 @@ TRL_HD float excess(float x) {
   p = p * x + 4.16666667e-2f;
   p = p * x + 1.66666667e-1f;
   p = p * x + 0.5f;
-  const float direct = exponential(x) - 1.0f - x;
+  const float direct = exponential(x) - (x < 40.0f ? 1.0f + x : 0.0f);  // beyond: nothing to e^x, or inf - inf
   return (x > -0.5f) & (x < 0.5f) ? p * x * x : direct;
 }
 TRL_HD double excess(double x) {
@@ -91,7 +91,7 @@ TRL_HD double excess(double x) {
       1 / 120.0,           1 / 24.0,          1 / 6.0,          1 / 2.0};
   double p = 1 / 20922789888000.0;
   for (const double coefficient : inverse_factorials) p = p * x + coefficient;
-  return (x > -0.5) & (x < 0.5) ? p * x * x : ::expm1(x) - x;
+  return (x > -0.5) & (x < 0.5) ? p * x * x : ::expm1(x) - (x < 40 ? x : 0.0);
 }
 
 // e^x beyond the range of floats: of a float's precision, with a double's exponent.

@@ -94,6 +94,8 @@ def dhpo(s, x, logp, advantage, t, mix, eps_low, eps_high, span_eps_low, span_ep
     own, own_kept, own_passes = _clipped_ratio(x, eps_low, eps_high)
     span, span_kept, span_passes = _clipped_ratio(s, span_eps_low, span_eps_high)
     mixed, kept = product(mix, own) + product(1 - mix, span), mix * own_kept + (1 - mix) * span_kept
+    # Where neither ratio is clipped it is the same number, and not another rounding of it.
+    kept = tl.where((own_passes != 0) & (span_passes != 0), mixed, kept)
     low, high = (advantage < 0) & (mixed < kept), (advantage > 0) & (mixed > kept)
     bound = low | high
     value = product(-advantage, tl.where(bound, kept, mixed))

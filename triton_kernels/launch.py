@@ -52,6 +52,13 @@ def token_block(num_tokens: int, num_sequences: int) -> int:
     return min(max(triton.next_power_of_2(mean), 16 if INTERPRETED else 128), 512)
 
 
+def block_of(statistic: str, num_tokens: int, num_sequences: int) -> int:
+    """The same for all batches where tokens are added up, or the sums of a sequence would depend on the others."""
+    if statistic == "token" or statistic.startswith("prefix_min"):
+        return token_block(num_tokens, num_sequences)
+    return 16 if INTERPRETED else 512
+
+
 def token_warps(block: int) -> int:
     """Two tokens per thread: ten running sums per token fill the registers."""
     return max(block // 64, 1)

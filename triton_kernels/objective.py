@@ -12,7 +12,7 @@ from ..objectives.gates import GATES as FORMULAS
 from . import launch
 from .gates import GATES, NEED_POSITION
 from .scalar import wide_exponential
-from .spans import Spans, fill_outside, is_last, sequence
+from .spans import Spans, fill_outside, is_last, sequence, without_padding
 from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
 MAX_PARAMS = 6
@@ -80,6 +80,7 @@ def objective_kernel(
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, coef, BLOCK)
+    begin, end = without_padding(spans, begin, end, coef, BLOCK)
     weight, advantage = of_sequence(tokens, span_weight, normalizer, i, T, PER_TOKEN)
     params = (
         tl.full((), p0, T), tl.full((), p1, T), tl.full((), p2, T), tl.full((), p3, T), tl.full((), p4, T),
@@ -130,7 +131,7 @@ def objective(
     needs_scratch = segmented_span or (statistic.startswith("prefix") and flow == "through")
     padding, formula = MAX_PARAMS - len(params), FORMULAS[gate]
     vanishes = 1 if formula.uses_advantages and formula.vanishes else None
-    block = launch.token_block(num_tokens, sequences)
+    block = launch.block_of(statistic, num_tokens, sequences)
     with launch.on_device_of(logp):
         objective_kernel[(sequences,)](
             Spans(cu_seqlens, mask, starts, num_tokens, sequences),

@@ -8,7 +8,7 @@ a smaller index. What no output needs stays 0.
 import triton
 import triton.language as tl
 
-from .vocabulary import STAGES, blocks_of, lanes_of, load_block, transformed
+from .vocabulary import STAGES, lanes_of, load_block, transformed
 
 UNROLLED = tl.constexpr(8)  # ids of a row whose counts stay in registers: a loop over ids in that over blocks is slow
 
@@ -45,7 +45,8 @@ def _moments(state, z, counted, WANT: tl.constexpr):
     scale = tl.exp(moved)
     below = z - shift
     e = tl.exp(below)
-    weighted = (weighted + moved * total) * scale + tl.sum(e * tl.maximum(below, -1e4), 1)  # finite: 0 * -inf is nan
+    # Distances held finite: 0 * -inf is nan.
+    weighted = (weighted + tl.maximum(moved, -1e4) * total) * scale + tl.sum(e * tl.maximum(below, -1e4), 1)
     total = total * scale + tl.sum(e, 1)
     if WANT[0]:
         squares = squares * (scale * scale) + tl.sum(e * e, 1)
@@ -107,17 +108,13 @@ def walk(
 ):  # fmt: skip
     """The state with the logits from low to high."""
     lanes = lanes_of(BLOCK, VEC)
-    first, start, stop = blocks_of(low, high, BLOCK, VEC)
-    if first < low:
-        at = first + lanes
+    whole = (tl.maximum(high - low, 0) // BLOCK * BLOCK).to(tl.int32)
+    for offset in tl.range(0, whole, BLOCK, num_stages=STAGES):
         state = _block(
-            state, logits, keep, first, lanes, (at >= low) & (at < high), keep_lag, own, own_at, slot, K, scale, inner,
-            KP, WANT, SOFTCAP, T,
+            state, logits, keep, low + offset, lanes, None, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT,
+            SOFTCAP, T,
         )  # fmt: skip
-    for block in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        state = _block(
-            state, logits, keep, block, lanes, None, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT, SOFTCAP, T
-        )
+    stop = low + whole
     if stop < high:
         state = _block(
             state, logits, keep, stop, lanes, stop + lanes < high, keep_lag, own, own_at, slot, K, scale, inner,

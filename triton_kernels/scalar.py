@@ -97,7 +97,7 @@ def expm1_of(x):
 @triton.jit
 def k3_of(x):
     """e^x - 1 - x, exact near 0, where Schulman's k3 lives."""
-    return tl.where(tl.abs(x) < 0.34, _beyond_linear(x), (exponential(x) - 1) - x)
+    return tl.where(tl.abs(x) < 0.34, _beyond_linear(x), (exponential(x) - 1) - tl.where(x < 40, x, 0.0))
 
 
 @triton.jit

@@ -72,6 +72,31 @@ def fill_outside(spans, i, begin, end, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def without_padding(spans, begin, end, out, BLOCK: tl.constexpr):
+    """begin and end of the tokens from the first valid one to the last, and zeros around them: whatever padding there
+    is, each falls into the same lane of a block."""
+    if spans.mask is None:
+        return begin, end
+    else:
+        lanes = tl.arange(0, BLOCK)
+        firsts, lasts = lanes * 0 + end, lanes * 0 + begin
+        for block in range(begin, end, BLOCK):
+            at = block + lanes
+            valid = valid_tokens(spans, at, at < end)
+            firsts, lasts = (
+                tl.minimum(firsts, tl.where(valid, at, end)),
+                tl.maximum(lasts, tl.where(valid, at + 1, begin)),
+            )
+        first = tl.min(firsts, 0)
+        last = tl.maximum(tl.max(lasts, 0), first)
+        for block in range(begin, first, BLOCK):
+            tl.store(out + block + lanes, tl.zeros((BLOCK,), out.dtype.element_ty), mask=block + lanes < first)
+        for block in range(last, end, BLOCK):
+            tl.store(out + block + lanes, tl.zeros((BLOCK,), out.dtype.element_ty), mask=block + lanes < end)
+        return first, last
+
+
+@triton.jit
 def is_last(ticket):
     """Whether all other programs have come here, so that what they stored before is seen. Leaves the ticket at 0."""
     tl.debug_barrier()  # all threads' stores come before the ticket
@@ -130,7 +155,8 @@ def _at_exit(x, REVERSE: tl.constexpr):
 def running_sum(spans, x, reset, carry, REVERSE: tl.constexpr):
     """Inclusive sums, and the carry into the next block."""
     if spans.starts is None:
-        return tl.cumsum(x, 0, reverse=REVERSE) + carry, carry + tl.sum(x, 0)
+        sums = tl.cumsum(x, 0, reverse=REVERSE) + carry
+        return sums, _at_exit(sums, REVERSE)
     else:
         seen, sums = tl.associative_scan((reset.to(tl.int32), x), 0, _add, reverse=REVERSE)
         sums = tl.where(seen != 0, sums, sums + carry)

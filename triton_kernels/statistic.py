@@ -22,6 +22,7 @@ from .spans import (
     sequence,
     spread,
     valid_tokens,
+    without_padding,
 )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def statistic_kernel(spans, logp, old_logp, out, counts, STATISTIC: tl.constexpr
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, out, BLOCK)
+    begin, end = without_padding(spans, begin, end, out, BLOCK)
     if STATISTIC == "span_sum" or STATISTIC == "span_mean":
         _span(spans, logp, old_logp, out, counts, begin, end, STATISTIC == "span_mean", BLOCK)
     else:
@@ -169,6 +171,7 @@ def suffix_kernel(spans, grad, out, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, out, BLOCK)
+    begin, end = without_padding(spans, begin, end, out, BLOCK)
     _suffix(spans, grad, out, begin, end, MEAN, BLOCK)
 
 
@@ -178,7 +181,7 @@ def _launch_statistic(x: Tensor, old: Tensor | None, spans: Spans, statistic: st
     out = torch.empty_like(x)
     segmented_span = spans.starts is not None and statistic.startswith("span")
     counts = torch.empty_like(x, dtype=torch.int32) if segmented_span else None
-    block = launch.token_block(spans.num_tokens, spans.num_sequences)
+    block = launch.block_of(statistic, spans.num_tokens, spans.num_sequences)
     with launch.on_device_of(x):
         statistic_kernel[(spans.num_sequences,)](
             spans, x, old, out, counts, STATISTIC=statistic, BLOCK=block, num_warps=launch.token_warps(block)
@@ -209,7 +212,7 @@ def statistic_backward(
     if not statistic.startswith("prefix") or spans.num_sequences == 0:
         return _launch_statistic(grad, None, spans, statistic)
     out = torch.empty_like(grad)
-    block = launch.token_block(spans.num_tokens, spans.num_sequences)
+    block = launch.block_of(statistic, spans.num_tokens, spans.num_sequences)
     with launch.on_device_of(grad):
         suffix_kernel[(spans.num_sequences,)](
             spans, grad, out, MEAN=statistic == "prefix_mean", BLOCK=block, num_warps=launch.token_warps(block)

@@ -14,11 +14,12 @@ from . import launch
 from .row_state import empty, over_lanes, walk
 from .vocabulary import (
     IGNORED,
+    aligned_rows,
     factors,
     ids_per_row,
     keep_arguments,
     load_own,
-    part_of,
+    part_to_sum,
     row_begin,
     row_scale,
     row_strides,
@@ -104,7 +105,7 @@ def _store_state(
 def forward_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = out[0].dtype.element_ty
     row, part = tl.program_id(0).to(tl.int64), 0
@@ -120,11 +121,13 @@ def forward_kernel(
             _store_zeros(out, row, at, real)
     else:
         begin = row_begin(row, time, stride_batch, stride_time)
+        if ALIGNED:
+            begin = begin // VEC * VEC  # as it is; now the compiler knows, too
         keep_begin = row_begin(row, time, keep_batch, keep_time)
         factor, bend = row_scale(scale, temperatures, row, T), tl.full((), inner, T)
         known = (id >= 0) & (id < vocab)
         own, _ = load_own(logits, keep, begin, keep_begin, id, known, T)
-        low, high = part_of(begin, vocab, part, parts, BLOCK, VEC, SPLIT)
+        low, high = part_to_sum(begin, vocab, part, parts, BLOCK, SPLIT)
         state = walk(
             empty(BLOCK // VEC, KP, WANT, T), logits, keep, low, high, keep_begin - begin, own, begin + id, slot, K,
             factor, bend, KP, WANT, SOFTCAP, BLOCK, VEC, T,
@@ -158,7 +161,7 @@ def merge_kernel(
         moved = tl.where(m_part == -float("inf"), 0.0, m_part - tl.where(m == -float("inf"), 0.0, m))
         factor = tl.exp(moved)
         total = tl.load(here + parts, mask=those, other=0.0)
-        weighted = tl.load(here + 2 * parts, mask=those, other=0.0) + moved * total
+        weighted = tl.load(here + 2 * parts, mask=those, other=0.0) + tl.maximum(moved, -1e4) * total
         squares, mean = tl.zeros((), T), tl.zeros((), T)
         if WANT[0]:
             squares = tl.sum(tl.load(here + 3 * parts, mask=those, other=0.0) * (factor * factor), 0)
@@ -199,7 +202,10 @@ def token_logprobs(
         scratch = results[1].new_empty(rows * SUMS.value * parts)
         counts = ids.new_zeros(rows * (1 + 2 * per_row), dtype=torch.int32) if any(want[2:]) else None
     heavy = capped or any(want)
-    block = launch.vocab_block(vocab, logits.dtype, parts, heavy)
+    block, aligned = launch.vocab_block(vocab, logits.dtype, parts, heavy), aligned_rows(logits)
+    warps = launch.vocab_warps(block, heavy)
+    if not aligned:  # narrow loads need an address each
+        block = max(block // 2, 128)
     kept, *keep_strides = keep_arguments(keep_mask)
     common = (
         logits, ids, temperatures, kept, out, scratch, counts, time, vocab, per_row, parts, *row_strides(logits),
@@ -208,8 +214,8 @@ def token_logprobs(
     how = {"KP": triton.next_power_of_2(per_row), "WANT": want, "SOFTCAP": capped}
     with launch.on_device_of(logits):
         forward_kernel[(rows * parts,)](
-            *common, **how, SPLIT=parts > 1, BLOCK=block, VEC=vector(logits),
-            num_warps=launch.vocab_warps(block, heavy), **launch.several_ids(per_row if top1 or rank else 1),
+            *common, **how, SPLIT=parts > 1, ALIGNED=aligned, BLOCK=block, VEC=vector(logits),
+            num_warps=warps, **launch.several_ids(per_row if top1 or rank else 1),
         )  # fmt: skip
         if parts > 1:
             merge_kernel[(rows,)](*common, **how, PARTS=triton.next_power_of_2(parts), num_warps=1)

@@ -1,8 +1,9 @@
 """What the kernels over rows of logits share: where rows and their parts lie, how they are read, and z of a logit.
 
 A row is walked in blocks of [BLOCK / VEC, VEC] logits, VEC of them 16 bytes, so that a sum over VEC stays in a thread.
-Blocks begin at multiples of VEC of the buffer, not at the row's own start: where 16 bytes do not divide a row, only
-its first and last block pay for narrow loads.
+What is summed goes in blocks from the row's own start: its bits are the same in whatever place of a buffer it lies.
+Where 16 bytes do not divide the rows' distance, that costs narrow loads. A gradient, of which nothing is summed, is
+written in blocks that begin at multiples of VEC of its buffer: there only a row's first and last block pay for them.
 """
 
 import torch
@@ -24,6 +25,16 @@ def row_begin(row, time, stride_batch, stride_time):
 @triton.jit
 def lanes_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
     return tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def part_to_sum(begin, vocab, part, parts, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """The stretch [low, high) of a row that begins at `begin`, in whole blocks from there; high <= low if empty."""
+    if SPLIT:
+        size = tl.cdiv(tl.cdiv(vocab, BLOCK), parts) * BLOCK
+        return begin + part * size, tl.minimum(begin + vocab, begin + (part + 1) * size)
+    else:
+        return begin, begin + vocab
 
 
 @triton.jit
@@ -112,6 +123,11 @@ def keep_arguments(keep_mask: Tensor | None) -> tuple:
     if keep_mask is None:
         return None, 0, 0
     return keep_mask.view(torch.uint8), *row_strides(keep_mask)
+
+
+def aligned_rows(logits: Tensor) -> bool:
+    """Whether every row begins at a multiple of VEC."""
+    return all(stride % vector(logits) == 0 for stride in row_strides(logits))
 
 
 def vector(logits: Tensor) -> int:

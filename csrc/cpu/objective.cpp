@@ -212,17 +212,17 @@ inline void run_gate_loops(const ObjectiveArgs<T>& args, Sequence q, const Lanes
 
 // q: tokens of sequence i, all of them unless they stream.
 template <class T, class Gate>
-void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, Sequence q, int64_t i, T* memory,
-               Carry& carry, Totals& totals) {
+void run_piece(const ObjectiveArgs<T>& args, const Spans& spans, Statistic statistic, bool through, Sequence q,
+               int64_t i, T* memory, Carry& carry, Totals& totals) {
   const int64_t n = q.end - q.begin;
   const Lanes<T> lanes(memory, n);
   load(args, q, i, lanes);
-  statistic_lanes(args.spans, q, statistic, lanes, carry);
+  statistic_lanes(spans, q, statistic, lanes, carry);
   bool per_token = false;
   for (int j = 0; j < Gate::num_params; ++j) per_token = per_token || args.params[j].tensor;
   if (per_token) run_gate_loops<T, Gate, true>(args, q, lanes, totals);
   else run_gate_loops<T, Gate, false>(args, q, lanes, totals);
-  if (through && statistic != Statistic::token) adjoint_of(args.spans, q, statistic, lanes.t, lanes.shared);
+  if (through && statistic != Statistic::token) adjoint_of(spans, q, statistic, lanes.t, lanes.shared);
   T* coef = args.coef + q.begin;
   const T *shared = lanes.shared, *direct = lanes.direct, *valid = lanes.valid, *passes = lanes.passes;
   const T clamped = through ? T(0) : T(1);  // the true derivative stops where the log ratio was clamped
@@ -234,12 +234,17 @@ void run_piece(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
 template <class T, class Gate>
 void run_sequence(const ObjectiveArgs<T>& args, Statistic statistic, bool through, int64_t i, T* memory,
                   Totals& totals) {
-  const Sequence q = sequence_of(args.spans, i);
-  const int64_t length = streams<T>(args.spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
+  const Sequence given = sequence_of(args.spans, i), q = without_padding(args.spans, given);
+  for (int64_t token = given.begin; token < q.begin; ++token) args.coef[token] = 0;
+  for (int64_t token = q.end; token < given.end; ++token) args.coef[token] = 0;
+  Spans spans = args.spans;
+  if (!is_segmented(spans, q)) spans.starts = nullptr;  // and has the bits of one without segments
+  const int64_t length = streams<T>(spans, statistic, through) ? kBlock : larger(q.end - q.begin, int64_t{1});
   Carry carry;
   totals = Totals::nothing();
   for (int64_t begin = q.begin; begin < q.end; begin += length)
-    run_piece<T, Gate>(args, statistic, through, {begin, smaller(begin + length, q.end)}, i, memory, carry, totals);
+    run_piece<T, Gate>(args, spans, statistic, through, {begin, smaller(begin + length, q.end)}, i, memory, carry,
+                       totals);
 }
 
 template <class T, class Gate>

@@ -24,6 +24,20 @@ TRL_HD bool is_mean(Statistic statistic) {
   return statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
 }
 
+// The tokens of a sequence from the first valid one to the last: whatever padding lies around them, each is in the same
+// lane of a vector.
+TRL_HD Sequence without_padding(const Spans& spans, Sequence q) {
+  while (q.begin < q.end && !is_valid(spans, q.begin)) ++q.begin;
+  while (q.begin < q.end && !is_valid(spans, q.end - 1)) --q.end;
+  return q;
+}
+// Whether a sequence has more than one segment.
+TRL_HD bool is_segmented(const Spans& spans, Sequence q) {
+  bool some = false;
+  for (int64_t token = q.begin + 1; token < q.end && !some; ++token) some = is_start(spans, token);
+  return some;
+}
+
 // Zeros where no sequence lies: before the first and behind the last.
 template <class T>
 TRL_HD void clear_outside(const Spans& spans, T* out) {

@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   TRL_SHARED(Running<T>, scan_memory, kWarps);
   TRL_SHARED(SequenceTotals<T>, reduce_memory, kWarps);
   const int64_t i = blockIdx.x;
-  clear_outside(args.spans, i, [&](int64_t token) { args.coef[token] = 0; });
+  const auto clear = [&](int64_t token) { args.coef[token] = 0; };
+  clear_outside(args.spans, i, clear);
   if (i < args.spans.num_sequences) {
     const double span_weight = args.span_weight[i];
     const T weight = span_weight == 0 ? T(0) : static_cast<T>(span_weight / args.normalizer[0]);
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
                                         scratch,
                                         statistic,
                                         through,
-                                        sequence_of(args.spans, i),
+                                        without_padding(args.spans, sequence_of(args.spans, i), clear),
                                         weight,
                                         advantage,
                                         SequenceTotals<T>::nothing(),

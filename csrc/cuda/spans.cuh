@@ -75,6 +75,24 @@ __device__ __forceinline__ void walk(Sequence q, bool backwards, Combine<T> comb
   __syncthreads();
 }
 
+// The tokens of a sequence from the first valid one to the last, the others cleared: whatever padding lies around them,
+// each falls to the same thread of a walk.
+template <class Clear>
+__device__ __forceinline__ Sequence without_padding(const Spans& spans, Sequence q, Clear clear) {
+  if (!spans.mask) return q;
+  TRL_SHARED(Sequence, memory, kWarps);
+  Sequence valid{q.end, q.begin};
+#pragma unroll 4
+  for (int64_t token = q.begin + threadIdx.x; token < q.end; token += kThreads)
+    if (spans.mask[token]) valid = {smaller(valid.begin, token), token + 1};
+  const auto hull = [](Sequence a, Sequence b) { return Sequence{smaller(a.begin, b.begin), larger(a.end, b.end)}; };
+  valid = reduce(valid, hull, memory);
+  valid.end = larger(valid.begin, valid.end);
+  for (int64_t token = q.begin + threadIdx.x; token < valid.begin; token += kThreads) clear(token);
+  for (int64_t token = valid.end + threadIdx.x; token < q.end; token += kThreads) clear(token);
+  return valid;
+}
+
 // One block per sequence, and one that clears the tokens if there are no sequences.
 inline int64_t blocks_of(const Spans& spans) { return larger(spans.num_sequences, int64_t{1}); }
 

@@ -84,10 +84,12 @@ __global__ void __launch_bounds__(kThreads)
     statistic_kernel(StatisticArgs<T> args, int32_t* counts, Statistic statistic, bool adjoint) {
   TRL_SHARED(Running<T>, memory, kWarps);
   const int64_t i = blockIdx.x;
-  clear_outside(args.spans, i, [&](int64_t token) { args.output[token] = 0; });
+  const auto clear = [&](int64_t token) { args.output[token] = 0; };
+  clear_outside(args.spans, i, clear);
   if (i >= args.spans.num_sequences) return;
   const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
-  const SequenceStatistic<T> sequence{args, counts, mean, sequence_of(args.spans, i), memory};
+  const Sequence q = without_padding(args.spans, sequence_of(args.spans, i), clear);
+  const SequenceStatistic<T> sequence{args, counts, mean, q, memory};
   if (statistic == Statistic::token) sequence.token();
   else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean) sequence.span();
   else if (adjoint) sequence.suffix();

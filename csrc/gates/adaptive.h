@@ -29,7 +29,9 @@ struct Dhpo : DhpoGate {
     const Clipped<T> own = clipped_ratio(in.x, params.eps_low, params.eps_high);
     const Clipped<T> span = clipped_ratio(in.s, params.span_eps_low, params.span_eps_high);
     const T w = params.mix, a = in.advantage;
-    const T mixed = product(w, own.ratio) + product(1 - w, span.ratio), kept = w * own.kept + (1 - w) * span.kept;
+    const T mixed = product(w, own.ratio) + product(1 - w, span.ratio);
+    // Where neither ratio is clipped it is the same number, and not another rounding of it.
+    const T kept = own.slope * span.slope != 0 ? mixed : w * own.kept + (1 - w) * span.kept;
     const bool positive = a > 0, bound = (positive ? mixed : kept) > (positive ? kept : mixed);
     Gated<T> out;
     out.value = product(-a, bound ? kept : mixed);

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import tokenrl
 from bench import __main__ as main
-from bench import cases, cliffs, linear_cases, measure, overhead, readme
+from bench import cases, cliffs, linear_cases, measure, overhead, readme, trl_step
 from bench.lines import BARE
 from bench.report import markdown, readme_table
 
@@ -280,3 +280,12 @@ def test_cliffs_are_ratios_to_plain_neighbours(bench, monkeypatch):
     assert result.exit_code == 0, result.output
     for name in ("softcap, forward", "temperature 0.05, forward + backward", "dhpo", "real, 8192 rollouts, a row"):
         assert re.search(rf"^\| {re.escape(name)} \| .* \| \d+\.\d\d \| [13]\.?\d* \|$", result.output, re.M), name
+
+
+def test_the_loss_step_of_trl_beside_ours(bench, monkeypatch):
+    pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
+    for name, small in {"VOCAB": 64, "WIDTH": 32, "TOKENS": 8, "TURNS": 1}.items():
+        monkeypatch.setattr(trl_step, name, small)
+    result = bench("--op", "trl")
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"^\| (TRL|tokenrl), (100|50)% of 8 x 8 tokens \| .* \|$", result.output, re.M)) == 4

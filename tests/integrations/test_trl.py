@@ -4,8 +4,7 @@ import pytest
 
 trl = pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
 
-from trl_world import Rollouts, compared, trained  # noqa: E402
-
+from bench.trl_world import Rollouts, compared, trained  # noqa: E402
 from tokenrl.integrations import hosts  # noqa: E402
 from tokenrl.integrations.trl import GRPOTrainer, TokenRLConfig, TokenRLMixin  # noqa: E402
 from tokenrl.integrations.trl import trainer as trainer_module  # noqa: E402
@@ -119,6 +118,7 @@ WRONG = {
     "head": ({"head": "hiden"}, "head: got 'hiden', accepted: auto, hidden, loss. Did you mean 'hidden'"),
     "parity": ({"parity": "once"}, "parity: got 'once', accepted: first, always, never"),
     "objective": ({"objective": "cptoo"}, "objective: got 'cptoo'"),
+    "groups": ({"objective": "ba"}, "objective: got 'ba', accepted: an objective that needs no groups"),
 }
 
 

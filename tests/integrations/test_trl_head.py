@@ -9,8 +9,8 @@ trl = pytest.importorskip("trl", reason="trl is not installed (make test install
 
 from datasets import Dataset  # noqa: E402
 from trl.trainer import utils  # noqa: E402
-from trl_world import LETTERS, compared, model_folder, prompts, tokenizer, vowels  # noqa: E402
 
+from bench.trl_world import LETTERS, compared, model_folder, prompts, tokenizer, vowels  # noqa: E402
 from tokenrl import compat  # noqa: E402
 from tokenrl.integrations.trl import patch_trl, patch_trl_head, unpatch_trl, unpatch_trl_head  # noqa: E402
 from tokenrl.integrations.trl.head import ChunkedLogProb  # noqa: E402

@@ -65,8 +65,10 @@ def test_no_kernel_spills(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_logits_are_read_16_bytes_at_a_time(arch):
-    rows = [row for row in kernels(arch) if row["kernel"] in ("forward_kernel", "backward_kernel")]
-    assert len(rows) == 4 * 4 * 3  # two dtypes, two vocabularies, of which one is odd; four calls of three ops
+    rows = [row for row in kernels(arch) if row["kernel"] == "backward_kernel"]
+    rows += [row for row in kernels(arch) if row["kernel"] == "forward_kernel" and "V=151936" in row["case"]]
+    # Two dtypes, four calls; the forward of a vocabulary that 16 bytes divide, two backwards of an odd one too.
+    assert len(rows) == 2 * 4 * (1 + 2 * 2)
     assert all(row["wide_loads"] >= 2 for row in rows), "\n" + table(rows)
 
 
@@ -74,7 +76,8 @@ def test_logits_are_read_16_bytes_at_a_time(arch):
 def test_a_plain_row_costs_one_exponential_per_logit(arch):
     """And one per block and thread, which rescales the sums when the maximum moves."""
     rows = [row for row in kernels(arch) if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
-    assert len(rows) == 4 * 2 * 2  # dtypes and vocabularies, plain and split, forward and backward
+    # Of each dtype, plain and split: forwards of the even vocabulary, backwards of both.
+    assert len(rows) == 2 * 2 * (1 + 2)
     for row in rows:
         logits = row["loop_loads"] * (8 if row["case"].startswith("bfloat16") else 4)
         assert 0 < row["loop_exponentials"] <= logits + (row["kernel"] == "forward_kernel"), row

@@ -180,14 +180,35 @@ def test_clip_cov(backend):
 
 
 @EVERY_BACKEND
+def test_a_rate_drops_its_share_of_those_within(backend):
+    """Each by a draw of its own: of 24 draws half of the candidates, to three standard deviations."""
+    case, cells = made(2)
+    inside, dropped = candidates(case, cells), 0
+    row, whole = tokenrl.objective("clip_cov", rate=0.5, low=0.02, high=0.9), called("ppo", case, backend)
+    for seed in range(24):
+        torch.manual_seed(seed)
+        gradient = called(row, case, backend)[1]
+        now = [cell for cell in cells if gradient[cell] == 0 and whole[1][cell] != 0]
+        assert set(now) <= set(inside)
+        dropped += len(now)
+    seen = sum(whole[1][cell] != 0 for cell in inside).item() * 24
+    assert abs(dropped - seen / 2) < 3 * (seen / 4) ** 0.5
+
+
+@EVERY_BACKEND
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
 def test_covariances_of_a_split_batch(name, backend):
-    """With the means and the count of the whole batch, its parts select what the whole does."""
+    """With the means of the whole batch and its threshold, or its rate, its parts select what the whole does."""
     case, cells = made(4, rows=6)
-    _, mean_a, mean_logp = covariances(case, cells)
-    wide = {"fraction": 1.0, "low": 0.1, "high": 0.9} if name == "clip_cov" else {"fraction": 1e-9, "coef": 0.0}
-    whole = called(tokenrl.objective(name, **wide), case, backend)
-    row = tokenrl.objective(name, **wide, mean_advantages=mean_a, mean_logp=mean_logp, count=len(cells))
+    found, mean_a, mean_logp = covariances(case, cells)
+    ordered = sorted(found.values(), reverse=True)
+    how, whose, of_parts = {
+        "clip_cov": ({"low": 0.1, "high": 0.9}, {"fraction": 1.0}, {"rate": 1.0}),
+        "kl_cov": ({"coef": 0.3}, {"fraction": 5.5 / len(cells)}, {"threshold": sum(ordered[4:6]) / 2}),
+    }[name]
+    whole = called(tokenrl.objective(name, **how, **whose), case, backend)
+    assert not torch.equal(whole[1], called("ppo" if name == "clip_cov" else "reinforce", case, backend)[1])
+    row = tokenrl.objective(name, **how, **of_parts, mean_advantages=mean_a, mean_logp=mean_logp)
     loss, gradients = 0.0, []
     for part in (slice(0, 2), slice(2, 6)):
         own = {key: x[part] for key, x in case.items()}

@@ -86,6 +86,16 @@ def test_dhpo_lies_between_grpo_and_gspo_token(name, backend):
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("mix", [0.3, 0.5])
+@pytest.mark.parametrize("name", ["dhpo", "dhpo_branch"])
+def test_a_mixture_that_nothing_clips_counts_no_clip(name, mix, backend):
+    """Both sides of its minimum are one number, and not two roundings of it."""
+    row = tokenrl.objective(name, mix=mix, eps_low=0.9, eps_high=9.0, span_eps_low=0.9, span_eps_high=9.0)
+    raw = run(row, made(2), backend, torch.float32)[2]
+    assert raw[0] > 20 and not raw[4:7].any()
+
+
+@EVERY_BACKEND
 def test_sspo_of_one_span_is_gspo_token_and_of_single_tokens_grpo(backend):
     case, bounds = made(3), {"eps_low": 0.05, "eps_high": 0.08}
     sspo = tokenrl.objective("sspo", **bounds)

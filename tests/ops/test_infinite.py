@@ -14,6 +14,7 @@ from tokenrl.objectives.forms.weights import KlCov
 from tokenrl.objectives.gates import GATES
 from tokenrl.objectives.gates.adaptive import Dhpo, DhpoBranch
 from tokenrl.objectives.gates.bounded import PpoNtp
+from tokenrl.objectives.gates.kl import KlK3
 from tokenrl.objectives.gates.weighted import Quadratic
 
 INF = math.inf
@@ -114,6 +115,22 @@ def test_a_weight_of_zero_hides_everything(name, backend):
     expected = run(row, filled(1, 3, {}, [-1.0]) | weight, backend, torch.float64)
     for tensor in ("old_logp", "logp"):
         agree(run(row, filled(1, 3, {(0, 1, tensor): -INF}, [-1.0]) | weight, backend, torch.float64), expected)
+
+
+@EVERY_BACKEND
+def test_a_ceiling_hides_an_infinite_divergence(backend):
+    row = tokenrl.objective("kl_k3", gate=KlK3(ceiling=10.0), clamp=INF)
+    for dtype in DTYPES:
+        loss, grad, _ = run(row, filled(1, 4, {(0, 1, "logp"): -INF}, [0.0]), backend, dtype)
+        assert loss == 2.5 and grad.count_nonzero() == 0
+
+
+@EVERY_BACKEND
+def test_a_coefficient_of_zero_hides_an_infinite_penalty(backend):
+    case = filled(1, 3, {}, [-1.0])
+    expected = run("ppo", case, backend, torch.float64)
+    far = {"ref_logp": torch.full((1, 3), -INF, dtype=torch.float64)}
+    agree(run("ppo", case | far, backend, torch.float64, kl=tokenrl.objective("kl_k2", clamp=INF)), expected)
 
 
 @pytest.mark.parametrize("backend", kernel_backends())

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
-from .checks import as_saved, check_tensor, values_known
+from .checks import as_saved, check_name, check_tensor, values_known
+
+PER = ("sequence", "token")
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,25 @@ class Layout:
         self._check_device(name, x)
         return _contiguous(x, dtype)
 
-    def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[N] or [S], flat; where a packed batch has as many sequences as tokens, one value per token is meant."""
+    def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype, per: str | None = None) -> Tensor:
+        """[N] or [S], flat, told apart by their length: where both are one, [N]. per: which of the two x is, where a
+        packed batch has as many sequences as tokens; None: one per token."""
         check_tensor(name, x)
-        if x.shape == self.shape:
+        if per is not None:
+            check_name(f"{name}_per", per, PER)
+        if per != "sequence" and x.shape == self.shape:
             return self.flat_tokens(name, x, dtype)
-        if x.shape == (self.num_sequences,):
-            return self.flat_sequences(name, x, dtype)
-        raise wrong(
-            name,
-            f"shape {list(x.shape)}",
-            f"one per sequence, [{self.num_sequences}], or per token, {list(self.shape)}",
-        )
+        if per != "token" and x.shape == (self.num_sequences,):
+            flat = self.flat_sequences(name, x, dtype)
+            return flat if self.num_sequences != self.num_tokens else self.spread(flat).contiguous()
+        kinds = {"sequence": f"per sequence, [{self.num_sequences}]", "token": f"per token, {list(self.shape)}"}
+        accepted = ", or ".join(kinds.values()) if per is None else kinds[per]
+        raise wrong(name, f"shape {list(x.shape)}", f"one {accepted}")
+
+    def of_tokens(self, name: str, x: Tensor, dtype: torch.dtype, per: str | None = None) -> Tensor:
+        """The same, always [N]."""
+        flat = self.flat_tokens_or_sequences(name, x, dtype, per)
+        return flat if flat.numel() == self.num_tokens else self.spread(flat)
 
     def _check_device(self, name: str, x: Tensor) -> None:
         if x.device != self.cu_seqlens.device:

@@ -84,6 +84,7 @@ def aggregation_weights(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages: Tensor | None = None,
+    advantages_per: str | None = None,
     group_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
@@ -95,7 +96,8 @@ def aggregation_weights(
     Aggregation: S the sequences of the group with the sign of this one's advantage, R_g all of the group; those with
     advantage 0 weigh nothing and count in R_g, which is our reading). N, N_g valid tokens, R, R_g sequences and G
     groups with any.
-    mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced".
+    mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced";
+    advantages_per: as for policy_loss.
     group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G);
     0 where no token is valid, in any part.
     Returns fp32 of the mask's shape, zero in masked cells.
@@ -112,7 +114,7 @@ def aggregation_weights(
     layout = layout_of(tokens, mask=mask, cu_seqlens=cu_seqlens, name="mask")
     if advantages is not None:
         check_constant("advantages", advantages)
-        advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float32)
+        advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float32, advantages_per)
     chosen = backends.choose(backend, tokens.device)
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen

@@ -93,6 +93,7 @@ def group_aggregate(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages: Tensor | None = None,
+    advantages_per: str | None = None,
     group_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
@@ -106,13 +107,13 @@ def group_aggregate(
     check_floats("values", values)
     if advantages is not None:
         check_constant("advantages", advantages)
-        advantages = layout.flat_tokens_or_sequences("advantages", advantages, values.dtype)
+        advantages = layout.flat_tokens_or_sequences("advantages", advantages, values.dtype, advantages_per)
     chosen = backends.choose(backend, values.device)
     weights = span_weights(
         aggregation, layout, advantages=advantages, group_ids=group_ids, normalizer=normalizer, backend=chosen
     )
     flat = layout.flat_tokens("values", values)
     inputs = PolicyLossInputs(
-        _IDENTITY, _IDENTITY.gate, None, None, None, None, None, None, aggregation, weights, _ALONE
+        _IDENTITY, _IDENTITY.gate, None, None, None, None, None, None, None, aggregation, weights, _ALONE
     )
     return dispatch.policy_loss(chosen, layout, flat, None, inputs)[0]

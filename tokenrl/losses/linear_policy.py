@@ -32,6 +32,7 @@ def linear_policy_loss(
     keep_mask: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     segment_ids: Tensor | None = None,
     group_ids: Tensor | None = None,
     rollout_logp: Tensor | None = None,
@@ -56,9 +57,9 @@ def linear_policy_loss(
 
     hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
     here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
-    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, mask to normalizer: as for
-    policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and is
-    not read.
+    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, advantages_per, mask to normalizer: as
+    for policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and
+    is not read.
     ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
     entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
 
@@ -78,8 +79,9 @@ def linear_policy_loss(
     main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
     weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
-    Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
-    given and what is accepted.
+    Returns (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
+    made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
+    naming the argument, what was given and what is accepted.
     """
     row, head = find_objective(objective), head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
@@ -98,18 +100,18 @@ def linear_policy_loss(
         row.gate.reads_rollout, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction
     )
     inputs = policy_loss_inputs(
-        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
-        segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,
-        regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
+        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
+        token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
+        normalizer=normalizer, regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
     )  # fmt: skip
     valid = layout.valid()
     flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
     silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
     if silent and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
-    loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
+    loss, raw, *per_token = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
-    return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
+    return loss, LinearMetrics(torch.cat([raw, left_out[None]]), *(x.view(ids.shape) for x in per_token))
 
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:

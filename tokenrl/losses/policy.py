@@ -20,6 +20,7 @@ def policy_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     segment_ids: Tensor | None = None,
     group_ids: Tensor | None = None,
     entropy: Tensor | None = None,
@@ -42,8 +43,8 @@ def policy_loss(
     logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
     logp gets a gradient, and entropy. old_logp None means on-policy: logp without its gradient. For kl_* it is the
     reference model's log-prob.
-    advantages: [B] (or [S]), or one per token; None for objectives that use none. In a packed batch with as many
-    tokens as sequences they are read as one per token.
+    advantages: [B] (or [S]), or one per token; None for objectives that use none. advantages_per: "sequence" or
+    "token", where a packed batch has as many of both; None: by their shape, and one per token where both fit.
     mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
     hole (tool output) inside a sequence adds nothing to a prefix and does not advance the position.
     segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
@@ -74,9 +75,9 @@ def policy_loss(
     )
     regularizers = regularizers_of(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
     inputs = policy_loss_inputs(
-        row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
-        segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation, normalizer=normalizer,
-        regularizers=regularizers,
+        row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
+        token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
+        normalizer=normalizer, regularizers=regularizers,
     )  # fmt: skip
     if entropy is None and entropy_coef != 0:
         raise wrong("entropy", None, f"one entropy per token, {list(layout.shape)}; entropy_coef is {entropy_coef}")

@@ -29,6 +29,7 @@ def policy_loss_inputs(
     *,
     old_logp: Tensor | None,
     advantages: Tensor | None,
+    advantages_per: str | None,
     token_weight: Tensor | None,
     segment_ids: Tensor | None,
     group_ids: Tensor | None,
@@ -47,8 +48,9 @@ def policy_loss_inputs(
     if old_logp is not None:
         check_floats("old_logp", old_logp)
         old_logp = layout.flat_tokens("old_logp", old_logp, dtype)
+    per_row = None
     if advantages is not None:
-        advantages = layout.flat_tokens_or_sequences("advantages", advantages, dtype)
+        advantages, per_row = _advantages(layout, advantages, dtype, advantages_per)
     if token_weight is not None:
         token_weight = layout.flat_tokens("token_weight", token_weight, dtype)
     starts = None
@@ -66,8 +68,17 @@ def policy_loss_inputs(
     )
     gate = gate.weighed(lambda: _of_tokens(weights, layout, dtype))
     return PolicyLossInputs(
-        row, gate, form, old_logp, advantages, token_weight, starts, group_ids, aggregation, weights, regularizers
-    )
+        row, gate, form, old_logp, advantages, per_row, token_weight, starts, group_ids, aggregation, weights,
+        regularizers,
+    )  # fmt: skip
+
+
+def _advantages(layout: Layout, given: Tensor, dtype: torch.dtype, per: str | None) -> tuple[Tensor, Tensor | None]:
+    """([S] or [N], [S] if they are one per sequence)."""
+    flat = layout.flat_tokens_or_sequences("advantages", given, dtype, per)
+    if per == "token" or given.shape != (layout.num_sequences,):
+        return flat, None
+    return flat, layout.flat_sequences("advantages", given, dtype)
 
 
 def _of_tokens(weights: SpanWeights, layout: Layout, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ being the trainer's (old_logp where the loss has a ratio of its own to it). What
     verl rollout_rs                                                       rejection_mask, joined by &
     seq-mask-tis of NeMo, OpenRLHF, swift: token weights of the rows whose geometric mean lies in [low, high]
         importance_weights(..., bound="none") * rejection_mask(..., statistic="seq_mean_k1", low=1 / high, high=1 / low)
+        NeMo's; a token's weight may be e^20 then, where bound="truncate", high=2 bounds it
     OPSM of DeepSeek-V3.2, TRL off_policy_mask_threshold                  off_policy_sequence_mask
     80/20 rule, TRL top_entropy_quantile                                  top_entropy_mask
 
@@ -230,6 +231,7 @@ def off_policy_sequence_mask(
     rollout_logp: Tensor,
     advantages: Tensor,
     *,
+    advantages_per: str | None = None,
     threshold: float,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -238,6 +240,7 @@ def off_policy_sequence_mask(
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
     advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
+    advantages_per: as for policy_loss.
     threshold: nats per token.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
@@ -245,9 +248,7 @@ def off_policy_sequence_mask(
     check_number("threshold", threshold, accepted="a number, in nats per token")
     layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
     check_constant("advantages", advantages)
-    per_token = advantages.shape == layout.shape
-    advantages = layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
+    advantages = layout.of_tokens("advantages", advantages, torch.float64, advantages_per)
     rows = spans_of("sequence", layout)
     near = (rows.mean(-q) <= threshold)[rows.index]
-    positive = (advantages if per_token else advantages[rows.index]) >= 0
-    return ((near | positive) & layout.valid()).view(layout.shape)
+    return ((near | (advantages >= 0)) & layout.valid()).view(layout.shape)

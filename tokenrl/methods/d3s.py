@@ -74,10 +74,11 @@ def advantage_entropy_threshold(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
 ) -> Tensor:
     """float64, 0-d: what |A| H reaches in the fraction of the valid tokens that advantage_entropy_mask keeps; inf if
     none is valid. For a batch in parts: of all parts."""
-    valid, scores = _scores(advantages, entropy, mask, cu_seqlens)
+    valid, scores = _scores(advantages, entropy, mask, cu_seqlens, advantages_per)
     return _thresholds(scores, torch.zeros_like(valid.row), 1, fraction)[0]
 
 
@@ -88,13 +89,14 @@ def advantage_entropy_mask(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     scope: str = "batch",
     threshold: float | Tensor | None = None,
 ) -> Tensor:
     """bool of entropy's shape: the top fraction of the valid tokens by |A| H, False in masked cells.
 
-    advantages: [B] (or [S]), or one per token; entropy: of the whole vocabulary, of the logits at the temperature of
-    the loss or without it (our reading). mask: the tokens of the selected rollouts.
+    advantages: [B] (or [S]), or one per token (advantages_per: as for policy_loss). entropy: of the whole vocabulary,
+    of the logits at the temperature of the loss or without it (our reading). mask: the tokens of the selected rollouts.
     scope: the tokens are compared within the "batch" (all selected rollouts) or within their "sequence"; the source can
     be read both ways. Of n tokens floor(1 + fraction (n - 1)) are kept, and what ties with the last of them, as
     corrections.top_entropy_mask does (our reading).
@@ -104,7 +106,7 @@ def advantage_entropy_mask(
     check_name("scope", scope, SCOPES)
     if (threshold is None) == (fraction is None):
         raise wrong("fraction", fraction, "a fraction, or a threshold in its place")
-    valid, scores = _scores(advantages, entropy, mask, cu_seqlens)
+    valid, scores = _scores(advantages, entropy, mask, cu_seqlens, advantages_per)
     if threshold is not None:
         if scope != "batch":
             raise wrong("threshold", threshold, f"None for scope {scope!r} (scope='batch' uses it)")
@@ -117,13 +119,12 @@ def advantage_entropy_mask(
 
 
 def _scores(
-    advantages: Tensor, entropy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    advantages: Tensor, entropy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, per: str | None
 ) -> tuple[ValidTokens, Tensor]:
     """The valid tokens and their |A| H."""
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     check_constant("advantages", advantages)
-    a = valid.layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
-    own = a[valid.cells] if advantages.shape == valid.layout.shape else a[valid.row]
+    own = valid.layout.of_tokens("advantages", advantages, torch.float64, per)[valid.cells]
     return valid, own.abs() * valid.take("entropy", entropy)
 
 

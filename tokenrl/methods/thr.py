@@ -115,15 +115,16 @@ def thr_advantages(
     tau: float | Tensor,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
 ) -> Tensor:
     """1[|thr_t| > tau] (1 + sign(thr_t) p) A, of thr's shape and the advantages' dtype.
 
-    advantages: [S], or of thr's shape. p: 0.1 favours exploitation, -0.1 exploration. tau: a number, 0-d, or one per
-    sequence [S], as thr_threshold gives it.
+    advantages: [S], or of thr's shape (advantages_per: as for policy_loss). p: 0.1 favours exploitation, -0.1
+    exploration. tau: a number, 0-d, or one per sequence [S], as thr_threshold gives it.
     """
     check_number("p", p, -FINITE, FINITE, accepted="a finite number (0.1 or -0.1)")
     valid = valid_of(thr, mask, cu_seqlens, "thr")
-    x, a = valid.take("thr", thr), _advantages(valid, advantages)
+    x, a = valid.take("thr", thr), _advantages(valid, advantages, advantages_per)
     kept = x.abs() > per_token("tau", tau, valid)
     return valid.put(torch.where(kept, (1 + x.sign() * p) * a, 0.0), advantages.dtype)
 
@@ -164,15 +165,16 @@ def nthr_advantages(
     eta: float | Tensor,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
 ) -> Tensor:
     """eta A at the tokens of rows that are not correct with nthr_t > tau, else A; of nthr's shape and the advantages'
     dtype.
 
-    advantages: [S], or of nthr's shape. tau, eta: of nthr_statistics, or numbers.
+    advantages: [S], or of nthr's shape (advantages_per: as for policy_loss). tau, eta: of nthr_statistics, or numbers.
     """
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     check_correct(correct, valid)
-    x, a = valid.take("nthr", nthr), _advantages(valid, advantages)
+    x, a = valid.take("nthr", nthr), _advantages(valid, advantages, advantages_per)
     hit = ~correct[valid.row] & (x > per_token("tau", tau, valid))
     return valid.put(torch.where(hit, per_token("eta", eta, valid) * a, a), advantages.dtype)
 
@@ -182,8 +184,7 @@ def _of_rows(valid: ValidTokens, x: Tensor) -> Tensor:
     return x.new_zeros(valid.layout.num_sequences).index_add_(0, valid.row, x)
 
 
-def _advantages(valid: ValidTokens, advantages: Tensor) -> Tensor:
+def _advantages(valid: ValidTokens, advantages: Tensor, per: str | None) -> Tensor:
     """fp64 [M]"""
     check_constant("advantages", advantages)
-    a = valid.layout.flat_tokens_or_sequences("advantages", advantages, torch.float64)
-    return a[valid.cells] if advantages.shape == valid.layout.shape else a[valid.row]
+    return valid.layout.of_tokens("advantages", advantages, torch.float64, per)[valid.cells]

@@ -13,4 +13,4 @@ def excess(x: Tensor) -> Tensor:
     small, series = torch.where(near, x, 0), torch.ones_like(x)
     for n in range(TERMS.get(x.dtype, 9), 2, -1):
         series = 1 + small / n * series
-    return torch.where(near, small * small / 2 * series, torch.expm1(x) - x)
+    return torch.where(near, small * small / 2 * series, torch.expm1(x) - torch.where(x < 40, x, 0))

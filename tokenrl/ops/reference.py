@@ -43,7 +43,7 @@ def regularized(
 ) -> Tensor:
     """objective + kl_coef kl - entropy_coef entropy; None has no part. Of losses and, as it is linear, of their
     gradients."""
-    if kl is not None:
+    if kl is not None and kl_coef != 0:
         objective = objective + kl_coef * kl
     if entropy is not None and entropy_coef != 0:
         objective = objective - entropy_coef * entropy

@@ -20,6 +20,7 @@ from .loss import MicroBatch, loss_of
 
 HEADS = ("auto", "hidden", "loss")
 PARITY = ("first", "always", "never")
+GROUPED = ("balanced", "group-mean")  # aggregations
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # What TRL's GRPOTrainer hands to the model beside ids and mask.
 PASSED_ON = (
@@ -46,8 +47,9 @@ class TokenRLConfig:
     def __post_init__(self) -> None:
         check_name("head", self.head, HEADS)
         check_name("parity", self.parity, PARITY)
-        if self.objective is not None:
-            find_objective(self.objective)
+        if self.objective is not None and find_objective(self.objective).aggregation in GROUPED:
+            accepted = "an objective that needs no groups: TRL's micro-batches hold none"
+            raise wrong("objective", repr(find_objective(self.objective).name), accepted)
 
 
 def config_of(trainer: Any, given: TokenRLConfig | None) -> TokenRLConfig:

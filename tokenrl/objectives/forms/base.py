@@ -42,7 +42,7 @@ class FormInputs:
     backend computes it.
 
     valid: bool. x: the log ratios, clamped as the row's; 0 in masked cells; differentiable. advantages: one per token;
-    per_row: as they were given, [S] or [N], None where the row uses none. aggregation: the call's mode.
+    per_row: one per sequence, [S], where they were given so, else None. aggregation: the call's mode.
     run_row(logp, old_logp, gate, token_weight): (loss, raw metrics) of the row. statistic_of(x, name): a statistic of x
     over each token's span, differentiable; x is 0 in masked cells.
     """

@@ -63,7 +63,9 @@ class Real(Form):
 
     def evaluate(self, tokens: FormInputs) -> tuple[Tensor, Tensor]:
         layout, a = tokens.layout, tokens.per_row
-        assert a is not None and tokens.group_ids is not None
+        assert tokens.group_ids is not None
+        if a is None:
+            raise wrong("advantages", "one per token", f"one per sequence, [{layout.num_sequences}]")
         if tokens.aggregation != "group-mean":
             raise wrong("aggregation", repr(tokens.aggregation), "'group-mean', REAL's own")
         for name, given in (("token_weight", tokens.token_weight), ("segment_ids", tokens.starts)):
@@ -73,8 +75,6 @@ class Real(Form):
             return tokens.run()
         counts = torch.segment_reduce(tokens.valid.to(tokens.x.dtype), "sum", lengths=layout.cu_seqlens.diff())
         s = torch.segment_reduce(tokens.x, "sum", lengths=layout.cu_seqlens.diff()) / counts.clamp(min=1)
-        if a.numel() == layout.num_tokens and a.numel() != layout.num_sequences:
-            raise wrong("advantages", "one per token", f"one per sequence, [{layout.num_sequences}]")
         loss = self._groups(s, a > 0, counts > 0, tokens.group_ids).sum()
         # A batch without tokens has no count to divide by.
         loss = loss / torch.where(counts.any(), tokens.normalizer, 1).to(loss.dtype)

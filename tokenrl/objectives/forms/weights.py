@@ -120,13 +120,12 @@ def _suffix_sums(x: Tensor, entry: Tensor, layout: Layout) -> Tensor:
 
 @parametrised
 class _Covariance(Form):
-    """Base: (A - mean A)(logp - mean logp) per token, means over the valid tokens of the call, or those given (of a
-    global batch, with count its number of tokens)."""
+    """Base: (A - mean A)(logp - mean logp) per token, means over the valid tokens of the call, or those given, of a
+    global batch. fraction: of the valid tokens of the call, one at least."""
 
     fraction: float = 2e-4
     mean_advantages: float | None = None
     mean_logp: float | None = None
-    count: float | None = None
 
     def covariance(self, tokens: FormInputs) -> Tensor:
         logp, valid = torch.where(tokens.valid, tokens.logp.detach(), 0), tokens.valid
@@ -137,22 +136,24 @@ class _Covariance(Form):
 
     def budget(self, tokens: FormInputs) -> int:
         """How many tokens are selected; it is a number, so this waits for the device."""
-        count = int(tokens.valid.sum()) if self.count is None else self.count
-        return max(int(self.fraction * count), 1)
+        return max(int(self.fraction * int(tokens.valid.sum())), 1)
 
 
 @parametrised
 class ClipCov(_Covariance):
     """PPO without a random fraction of the tokens whose covariance lies in (low, high) and that PPO does not clip.
 
-    The choice is torch.randperm's: seed it there. clip_low counts PPO's and the dropped tokens of A < 0, clip_high
-    those of A > 0.
+    rate: the share of those within that is dropped, in place of fraction, so that the parts of a batch drop together as
+    many as the whole would: min(max(fraction N, 1) / M, 1), N its valid tokens and M those within; each token by a draw
+    of its own. The choice is torch's generator's: seed it there. clip_low counts PPO's and the dropped tokens of A < 0,
+    clip_high those of A > 0.
 
     Source: clip_cov, arXiv 2505.22617, verl (trainers).
     """
 
     low: float = 1.0
     high: float = 5.0
+    rate: float | None = None
 
     @torch.no_grad()
     def dropped(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +162,8 @@ class ClipCov(_Covariance):
         below, above = below & tokens.valid, above & tokens.valid
         covariance = self.covariance(tokens)
         inside = (covariance > self.low) & (covariance < self.high) & tokens.valid & ~below & ~above
+        if self.rate is not None:
+            return inside & (torch.rand(inside.shape, device=inside.device) < self.rate), below, above
         candidates = inside.nonzero()[:, 0]
         chosen = candidates[torch.randperm(candidates.numel(), device=candidates.device)[: self.budget(tokens)]]
         return torch.zeros_like(inside).index_fill(0, chosen, True), below, above
@@ -176,16 +179,20 @@ class ClipCov(_Covariance):
 class KlCov(_Covariance):
     """-A r without a clip, and coef |x| on the fraction of the tokens with the highest covariance, at least one.
 
-    coef is 1 in the paper's recipe, 0.1 in verl's configuration.
+    coef is 1 in the paper's recipe, 0.1 in verl's configuration. threshold: the least covariance that is selected, in
+    place of fraction: that of the whole of a batch in parts.
 
     Source: kl_cov, arXiv 2505.22617, verl (trainers).
     """
 
     coef: float = 1.0
+    threshold: float | None = None
 
     @torch.no_grad()
     def selected(self, tokens: FormInputs) -> Tensor:
         covariance = torch.where(tokens.valid, self.covariance(tokens), -INF)
+        if self.threshold is not None:
+            return tokens.valid & (covariance >= self.threshold)
         top = covariance.argsort(descending=True, stable=True)[: self.budget(tokens)]
         return torch.zeros_like(tokens.valid).index_fill(0, top, True) & tokens.valid
 

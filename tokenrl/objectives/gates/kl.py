@@ -1,9 +1,10 @@
 """Estimators of KL(pi || ref) as gates (see base.py)."""
 
+import torch
 from torch import Tensor
 
 from ..excess import excess
-from .base import INF, Bound, Gate, clamp, parametrised, straight_through
+from .base import INF, Bound, Gate, parametrised, straight_through
 
 
 @parametrised
@@ -43,6 +44,12 @@ class KlK2(KlGate):
         return s * s / 2
 
 
+def _k3(s: Tensor, ceiling: Bound) -> Tensor:
+    """min(e^-s + s - 1, ceiling), without a gradient above even where it is infinite."""
+    above = excess(-s) > ceiling
+    return torch.where(above, ceiling, excess(torch.where(above, 0, -s)))
+
+
 @parametrised
 class KlK3(KlGate):
     """l = min(e^-s + s - 1, ceiling). Schulman's k3, non-negative; verl clamps it at ceiling = 10 (zero gradient
@@ -52,7 +59,7 @@ class KlK3(KlGate):
     ceiling: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return clamp(excess(-s), -INF, self.ceiling)
+        return _k3(s, self.ceiling)
 
 
 @parametrised
@@ -84,4 +91,4 @@ class KlK3Unbiased(KlGate):
     ceiling: Bound = INF
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return straight_through(clamp(excess(-s), -INF, self.ceiling), s * s / 2)
+        return straight_through(_k3(s, self.ceiling), s * s / 2)

@@ -43,13 +43,18 @@ MODELS = {
 }  # fmt: skip
 
 
-@functools.cache
-def model_folder(kind: str = "qwen2") -> str:
-    """Of two layers of random weights, saved with the tokenizer, as TRL loads a reference model by name."""
+def made_model(kind: str = "qwen2", **changes: Any) -> Any:
+    """Two layers of random weights, the same at every call."""
     torch.manual_seed(0)
     config, own = MODELS[kind]
+    return transformers.AutoModelForCausalLM.from_config(config(**(SIZES | own | changes)))
+
+
+@functools.cache
+def model_folder(kind: str = "qwen2") -> str:
+    """Of a model, saved with the tokenizer, as TRL loads a reference model by name."""
     folder = tempfile.mkdtemp(prefix="tokenrl-world-")
-    transformers.AutoModelForCausalLM.from_config(config(**SIZES, **own)).save_pretrained(folder)
+    made_model(kind).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -91,8 +96,8 @@ class Rollouts:
         return out
 
 
-def trained(trainer: Any, extra: str = "", steps: int = 6, model: str = "qwen2", **options: Any) -> Any:
-    """A GRPOTrainer after some steps on the world, from one seed; options: of GRPOConfig, or tokenrl, peft_config."""
+def configured(trainer: Any, model: Any = "qwen2", steps: int = 6, **options: Any) -> Any:
+    """A GRPOTrainer on the world; options: of GRPOConfig, or its own keywords tokenrl and peft_config."""
     own = {name: options.pop(name) for name in ("tokenrl", "peft_config") if name in options}
     defaults = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "learning_rate": 3e-3,
@@ -100,11 +105,16 @@ def trained(trainer: Any, extra: str = "", steps: int = 6, model: str = "qwen2",
         "save_strategy": "no", "use_cpu": True, "seed": 3, "disable_tqdm": True, "lr_scheduler_type": "constant",
     }  # fmt: skip
     args = GRPOConfig(output_dir=tempfile.mkdtemp(prefix="tokenrl-world-"), max_steps=steps, **(defaults | options))
-    made = trainer(
-        model=model_folder(model), reward_funcs=vowels, args=args, train_dataset=prompts(),
-        eval_dataset=prompts(8) if "eval_strategy" in options else None,
+    return trainer(
+        model=model_folder(model) if isinstance(model, str) else model, reward_funcs=vowels, args=args,
+        train_dataset=prompts(), eval_dataset=prompts(8) if "eval_strategy" in options else None,
         processing_class=tokenizer(), **own,
     )  # fmt: skip
+
+
+def trained(trainer: Any, extra: str = "", **options: Any) -> Any:
+    """The same after its steps, from one seed."""
+    made = configured(trainer, **options)
     made.extra = extra
     made.train()
     return made
