@@ -2,7 +2,7 @@
 
 verl loads this module in each of its processes: by the entry point verl.plugins (from 0.9.0 on), by
 VERL_USE_EXTERNAL_MODULES=tokenrl.integrations.verl, or by model.external_lib. It imports nothing of verl while verl is
-importing; TOKENRL_VERL says what else it does there (see settings.py).
+importing; TOKENRL_VERL says what else it does there (tokenrl/integrations/verl/settings.py).
 """
 
 from .head import fuse, patch, unfuse, unpatch

@@ -37,8 +37,8 @@ class PolicyLoss:
         self, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
         loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """verl: all tensors [B, T], config its ActorConfig. Returns (loss 0-d, verl's metrics and tokenrl/ess,
-        tokenrl/ratio_max), after one wait for the device."""
+        """verl: all tensors [B, T], config its ActorConfig. Returns (loss 0-d, verl's metrics and beside them ess and
+        ratio_max of tokenrl), after one wait for the device."""
         if config is None:
             raise wrong("config", None, "verl's ActorConfig")
         logp = log_prob.float() if log_prob.dtype in (torch.bfloat16, torch.float16) else log_prob
