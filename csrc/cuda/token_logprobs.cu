@@ -77,7 +77,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const RowView<Logit, T, Mode> row(args, index);
   const T factor = row.transform.factor;
   const auto merge = [=](const Part& a, const Part& b) { return Mode::merge(a, b, factor); };
-  const int64_t length = (args.vocab + splits - 1) / splits, begin = smaller(split * length, args.vocab);
+  constexpr int64_t kPack = Pack<Logit>::size;
+  const int64_t length = (args.vocab + splits * kPack - 1) / (splits * kPack) * kPack;
+  const int64_t begin = smaller(split * length, args.vocab);
   const int64_t end = smaller(begin + length, args.vocab);
   const Part part = reduce(visit(args, row, begin, end, 0), merge, memory);
   if (splits > 1) {

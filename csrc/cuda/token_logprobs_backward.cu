@@ -94,18 +94,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const typename Mode::template Shares<Logit> shares(args, gradient, begin, end);
   const auto at = [&](Logit logit, int64_t v) { return narrow<Logit>(gradient(logit, v) + shares.at(v)); };
   const auto single = [&](int64_t v) { out[v] = at(row.logits[v], v); };
-  if (is_aligned(out + begin + elements_to_alignment(row.logits + begin, end - begin)))
+  const int64_t head = begin + elements_to_alignment(row.logits + begin, end - begin);
+  if (is_aligned(out + head)) {
+    for (int64_t v = begin + threadIdx.x; v < head; v += kThreads) single(v);
     for_packs(
-        row.logits, begin, end,
+        row.logits, head, end,
         [&](Pack<Logit> pack, int64_t first) {
 #pragma unroll
           for (int k = 0; k < kPack; ++k) pack.of[k] = at(pack.of[k], first + k);
           *reinterpret_cast<Pack<Logit>*>(out + first) = pack;
         },
         single);
-  else
+  } else {
     // A strided view whose rows lie otherwise than those of its gradient.
     for (int64_t v = begin + threadIdx.x; v < end; v += kThreads) single(v);
+  }
   shares.finish(out);
 }
 

@@ -85,24 +85,51 @@ struct RowView {
   }
 };
 
-// visit(packs, first index of each, how many) for what this thread sees of logits [begin, end) in whole packs, several
-// on their way at once; single(v) for the logits before and after them.
+// The pack at an address that 16 bytes need not divide: then out of the two packs of memory that it lies in.
+template <class Logit>
+__device__ __forceinline__ Pack<Logit> load_pack(const Logit* at) {
+  if (is_aligned(at)) return *reinterpret_cast<const Pack<Logit>*>(at);
+  const auto address = reinterpret_cast<uintptr_t>(at);
+  const auto* words = reinterpret_cast<const Pack<uint32_t>*>(address / 16 * 16);
+  const Pack<uint32_t> first = words[0], second = words[1];
+  const unsigned skipped = static_cast<unsigned>(address % 16), bits = skipped % 4 * 8;
+  uint32_t word[8], half[6], from[5], found[4];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) word[k] = k < 4 ? first.of[k] : second.of[k - 4];
+#pragma unroll
+  for (int k = 0; k < 6; ++k) half[k] = skipped & 8 ? word[k + 2] : word[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) from[k] = skipped & 4 ? half[k + 1] : half[k];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) found[k] = bits ? from[k] >> bits | from[k + 1] << (32 - bits) : from[k];
+  Pack<Logit> pack;
+  std::memcpy(&pack, found, sizeof pack);
+  return pack;
+}
+
+// visit(pack, its first index) for what this thread sees of logits [begin, end) in whole packs from begin on, several
+// on their way at once; single(v) for the logits behind them. Who sees what depends on no address: the sums of a row
+// have the same bits in whatever place it lies.
 template <class Logit, class Visit, class Single>
 __device__ __forceinline__ void for_packs(const Logit* logits, int64_t begin, int64_t end, Visit visit, Single single) {
   constexpr int kPack = Pack<Logit>::size;
-  const int64_t head = begin + elements_to_alignment(logits + begin, end - begin), packs = (end - head) / kPack;
-  for (int64_t v = begin + threadIdx.x; v < head; v += kThreads) single(v);
-  const auto* body = reinterpret_cast<const Pack<Logit>*>(logits + head);
+  // Not aligned, the last pack would be read beyond the row.
+  const int64_t packs = (end - begin) / kPack - (is_aligned(logits + begin) ? 0 : 1);
   int64_t p = threadIdx.x;
   for (; p + (kInFlight - 1) * kThreads < packs; p += kInFlight * kThreads) {
     Pack<Logit> pack[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) pack[k] = body[p + k * kThreads];
+    for (int k = 0; k < kInFlight; ++k) pack[k] = load_pack(logits + begin + (p + k * kThreads) * kPack);
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) visit(pack[k], head + (p + k * kThreads) * kPack);
+    for (int k = 0; k < kInFlight; ++k) visit(pack[k], begin + (p + k * kThreads) * kPack);
   }
-  for (; p < packs; p += kThreads) visit(body[p], head + p * kPack);
-  for (int64_t v = head + packs * kPack + threadIdx.x; v < end; v += kThreads) single(v);
+  for (; p < packs; p += kThreads) visit(load_pack(logits + begin + p * kPack), begin + p * kPack);
+  if (p < (end - begin) / kPack) {
+    Pack<Logit> pack;
+    for (int k = 0; k < kPack; ++k) pack.of[k] = logits[begin + p * kPack + k];
+    visit(pack, begin + p * kPack);
+  }
+  for (int64_t v = end - (end - begin) % kPack + threadIdx.x; v < end; v += kThreads) single(v);
 }
 
 }  // namespace tokenrl::cuda

@@ -6,7 +6,7 @@ from cases import device_of, kernel_backends
 
 import tokenrl
 
-EVERY_KERNEL = pytest.mark.parametrize("backend", [name for name in kernel_backends() if name != "sim"])
+EVERY_KERNEL = pytest.mark.parametrize("backend", kernel_backends())
 OUTPUTS = ("logp", "entropy", "log_sum_sq_probs", "max_prob", "mean_logit")
 
 

@@ -70,8 +70,9 @@ def token_logprobs(
     autograd would notice.
     Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
     results only; the backward recomputes p from lse.
-    On a CPU the bits of a row depend on nothing but the row. On a GPU an id outside [0, V) gives nan, is_top1 False,
-    rank 0.
+    The bits of a row depend on nothing but the row: on a CPU always; on a GPU in batches of at least as many rows as it
+    has multiprocessors, as fewer rows are split (and Triton sums rows whose distance 16 bytes do not divide by another
+    kernel than the others). On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
     check_ids(logits, ids, outputs)
     chosen = backends.choose(backend, logits.device)

@@ -79,8 +79,9 @@ def linear_policy_loss(
     main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
     weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
-    Returns (loss 0-d, LinearMetrics). Differentiating twice raises. Errors: ValueError naming the argument, what was
-    given and what is accepted.
+    Returns (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
+    made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
+    naming the argument, what was given and what is accepted.
     """
     row, head = find_objective(objective), head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
@@ -108,9 +109,9 @@ def linear_policy_loss(
     silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
     if silent and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
-    loss, raw = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
+    loss, raw, *per_token = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
-    return loss, LinearMetrics(torch.cat([raw, left_out[None]]))
+    return loss, LinearMetrics(torch.cat([raw, left_out[None]]), *(x.view(ids.shape) for x in per_token))
 
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:

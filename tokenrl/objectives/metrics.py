@@ -75,9 +75,14 @@ class LinearMetrics(TermMetrics):
 
     passes: over the logits; 2 where the gradients needed them again. left_out: valid tokens that entered no GEMM
     because the advantages of their sequence are zero.
+    logp, token_entropy: tensors of the shape of ids, without gradient, 0 where a token entered no GEMM.
     """
 
     NAMES = (*TermMetrics.NAMES, "passes", "left_out")
+
+    def __init__(self, raw: Tensor, logp: Tensor, token_entropy: Tensor):
+        super().__init__(raw)
+        self.logp, self.token_entropy = logp, token_entropy
 
     def _named(self, raw: list[float]) -> dict[str, float]:
         *terms, passes, left_out = raw

@@ -200,15 +200,16 @@ def _split(params: Sequence[Bound]) -> tuple[list[float], list[Tensor | None]]:
 
 def linear_policy_loss(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
-) -> tuple[Tensor, Tensor]:
-    """(loss, raw metrics [12]) of policy_loss from hidden states, with the number of passes over the logits."""
+) -> tuple[Tensor, ...]:
+    """(loss, raw metrics [12] of policy_loss from hidden states, with the number of passes over the logits, log-probs
+    [N], entropies [N])."""
     one_op = not chosen.is_reference and inputs.form is None
     return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)
 
 
 def _one_op(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     assert not chosen.is_reference
     tensors = (head.hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
@@ -218,23 +219,23 @@ def _one_op(
         advantages = layout.spread(advantages).contiguous()
     numbers, bounds = _split(inputs.gate.params())
     kl_numbers, _ = _split(extra.kl.gate.params())
-    loss, raw, *_ = call(
+    return call(
         chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
             *head, wanted, main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
             weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
             numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
             extra.kl.cap, extra.kl_coef, extra.entropy_coef,
         )
-    )  # fmt: skip
-    return loss, raw
+    )[:4]  # fmt: skip
 
 
 def _two_ops(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """By way of the log-probs of all tokens, in differentiable torch around the ops."""
     head = replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
     logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad)
-    loss, raw = policy_loss(chosen, layout, logp.squeeze(1), entropy, inputs)
+    logp = logp.squeeze(1)
+    loss, raw = policy_loss(chosen, layout, logp, entropy, inputs)
     passes = 2 if loss.requires_grad and not chosen.is_reference else 1
-    return loss, torch.cat([raw, raw.new_full((1,), passes)])
+    return loss, torch.cat([raw, raw.new_full((1,), passes)]), logp.detach(), entropy.detach()

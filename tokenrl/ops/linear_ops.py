@@ -20,6 +20,7 @@ from .linear.gemm import scaled, sum_dtype
 from .linear.head import HeadInputs
 from .linear.policy_loss import LinearPolicyLossInputs
 
+_LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 _GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
@@ -27,7 +28,7 @@ SCHEMAS = {
     "linear_token_logprobs_backward": schema(
         HeadInputs, Upstream, SavedStatistics, "bool[] wanted, Tensor(a!)? main_grad", returns=f"({_GRADS})"
     ),
-    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"(Tensor loss, Tensor metrics, {_GRADS})"),
+    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {_GRADS})"),
 }
 
 
@@ -52,8 +53,7 @@ def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
     dtypes = _waiting_dtypes(inputs)
     grads = _gradients(inputs, inputs.wanted, dtypes)
-    loss, metrics = policy_loss.run(ops, inputs, grads)
-    return loss, metrics, *_results(grads, inputs.hidden, dtypes)
+    return *policy_loss.run(ops, inputs, grads), *_results(grads, inputs.hidden, dtypes)
 
 
 def _dtypes(inputs: HeadInputs) -> list[torch.dtype]:
@@ -111,7 +111,9 @@ def _fake_backward(*args):
 def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
-    return loss, loss.new_empty(12, dtype=torch.float64), *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+    logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
+    metrics = loss.new_empty(12, dtype=torch.float64)
+    return loss, metrics, logp, entropy, *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
 def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -166,11 +168,11 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
 
 
 def _save_policy_loss(ctx, inputs, output):
-    loss, metrics, *grads = output
+    loss, metrics, logp, entropy, *grads = output
     given = LinearPolicyLossInputs(*inputs)
     ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
     ctx.told = _told_of_main_grad(given.main_grad, given.weight)
-    ctx.mark_non_differentiable(metrics, *grads)
+    ctx.mark_non_differentiable(metrics, logp, entropy, *grads)
     ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
 

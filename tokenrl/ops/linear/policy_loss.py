@@ -43,12 +43,15 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class Evaluated(NamedTuple):
-    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]."""
+    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]; and
+    these themselves, [N]."""
 
     loss: Tensor
     metrics: tuple[Tensor, Tensor, Tensor]
     grad_logp: Tensor
     grad_entropy: Tensor | None
+    logp: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
         grad_logp = regularized(coef, kl_grad, self.kl_coef, None, self.entropy_coef)
         if self.entropy_coef != 0:
             grad_entropy = -self.entropy_coef * weights
-        return Evaluated(loss, (metrics, torch.zeros_like(bonus) if kl is None else kl, bonus), grad_logp, grad_entropy)
+        sums = (metrics, torch.zeros_like(bonus) if kl is None else kl, bonus)
+        return Evaluated(loss, sums, grad_logp, grad_entropy, logp, entropy)
 
 
 def _first(x: MaybeTensor, count: int) -> MaybeTensor:
@@ -177,9 +181,9 @@ class Chunk:
         return total.to(dtype)
 
 
-def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor]:
-    """(loss, metrics [9 of the objective, KL, entropy, passes]); fills grads. Tokens that the mask leaves out enter no
-    GEMM."""
+def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics [9 of the objective, KL, entropy, passes], log-probs [N], entropies [N]); fills grads. Tokens that
+    the mask leaves out enter no GEMM: their log-probs and entropies are 0."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(inputs.active)
     head = inputs.head(ops)
@@ -190,7 +194,8 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
         evaluated = _two_passes(inputs, head, grads if wanted else None)
     metrics, kl, entropy = evaluated.metrics
     passes = metrics.new_full((), 2 if wanted and chunks is None else 1)
-    return evaluated.loss, torch.cat([metrics, torch.stack([kl.double(), entropy.double(), passes])])
+    raw = torch.cat([metrics, torch.stack([kl.double(), entropy.double(), passes])])
+    return evaluated.loss, raw, evaluated.logp, evaluated.entropy
 
 
 def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
@@ -228,7 +233,7 @@ def _one_pass(
 ) -> Evaluated:
     """The loss, and the gradients, chunk by chunk."""
     ids, count = inputs.ids.squeeze(1), inputs.ids.shape[0]
-    logp, entropy = inputs.hidden.new_zeros(2, count, dtype=sum_dtype(head.dtype)).unbind()
+    logp, entropy = (inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(2))
     ends = [chunk.stop for chunk in chunks]
     if index is not None:
         ends = [last + 1 for last in index[[end - 1 for end in ends]].tolist()]
