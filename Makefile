@@ -46,6 +46,7 @@ $(VENV)/.installed: requirements.txt
 # What the hooks of tokenrl.integrations and the drop-ins of tokenrl.compat are compared with.
 $(VENV)/.rivals: $(VENV)/.installed
 	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
+	$(PIP) install -q --no-deps "verl==0.9.1"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

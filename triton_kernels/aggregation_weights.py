@@ -141,6 +141,6 @@ def aggregation_weights(
             leading = counts.new_empty(tiles) if unit == "groups" else None
             group_kernel[(tiles,)](
                 counts, signs, group_ids, span_weight, leading, ticket, normalizer, sequences, scale, SPAN=span,
-                UNIT=unit, TILE=TILE,
+                UNIT=unit, TILE=TILE, maxnreg=128,  # ptxas would rather spill
             )  # fmt: skip
     return span_weight, normalizer

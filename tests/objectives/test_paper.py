@@ -87,6 +87,11 @@ def minpro(d, p, a):
     return diagonal(losses, slopes)
 
 
+def ratio(d, p, a):
+    losses = [-math.exp(clip(x, -20, 20)) * adv for x, adv in zip(d, a, strict=True)]
+    return diagonal(losses, [loss if abs(x) <= 20 else 0.0 for x, loss in zip(d, losses, strict=True)])
+
+
 def sapo(d, p, a):
     losses, slopes = [], []
     for x, adv in zip(d, a, strict=True):
@@ -143,6 +148,7 @@ PAPER = {
     "luspo": gspo(2e-3, 2.5e-3),
     "gspo_token": gspo_token,
     "cispo": cispo,
+    "ratio": ratio,
     "sapo": sapo,
     "ctpo": ctpo(mean=False, power=0.5),
     "ctpo_geomean": ctpo(mean=True, power=-0.5),

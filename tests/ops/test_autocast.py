@@ -1,5 +1,7 @@
 """Autocast is not followed: every function computes what its arguments say, in the bits it has without."""
 
+import warnings
+
 import pytest
 import torch
 from cases import backends_to_test, device_of, to_rounding
@@ -52,3 +54,15 @@ def test_the_reference_differentiates_twice():
     for plain, cast in zip(*found, strict=True):
         assert plain.abs().max() > 0
         to_rounding(cast, plain)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "grpo", "gmpo"])
+def test_a_head_says_that_it_does_not_follow(name):
+    given = heads("reference")
+    expected = r"^compute_dtype: got None under autocast to torch.bfloat16, .*; computes in torch.float32 \(name either"
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match=expected):
+        loss(name, *given, None)
+    for dtype, enabled in ((torch.float64, True), (torch.bfloat16, True), (torch.float32, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss(name, *(x.detach().to(dtype) for x in given), None)

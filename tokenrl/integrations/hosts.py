@@ -1,8 +1,9 @@
 """The hosts, the versions that their hooks are held to, and the check of what is installed."""
 
 import inspect
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -23,6 +24,7 @@ class Host:
 HOSTS = {
     "trl": Host("trl", "the loss", "1.10.0", "1.16.0"),
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
+    "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
 }
 
 
@@ -47,3 +49,11 @@ def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[st
     found = tuple(inspect.signature(function).parameters)
     if found != accepted:
         raise wrong(name, f"the parameters ({', '.join(found)})", f"({', '.join(accepted)})")
+
+
+def rebind(host: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """new[name] for old[name] in every loaded module of a host that holds that very object by the name."""
+    for module in [m for name, m in sys.modules.items() if name == host or name.startswith(f"{host}.")]:
+        for name in old:
+            if module.__dict__.get(name) is old[name]:
+                setattr(module, name, new[name])

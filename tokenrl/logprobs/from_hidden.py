@@ -1,5 +1,6 @@
 """linear_token_logprobs: the statistics of token_logprobs from hidden states, without the logits."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,6 +50,8 @@ def head_arguments(
 ) -> HeadArguments:  # fmt: skip
     _check_head(hidden, weight, bias, compute_dtype, main_grad)
     dtype = compute_dtype or hidden.dtype
+    if compute_dtype is None and torch.is_autocast_enabled(hidden.device.type):
+        _warn_of_autocast(torch.get_autocast_dtype(hidden.device.type), dtype)
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"])
     check_bytes("memory_budget", memory_budget)
@@ -62,6 +65,13 @@ def head_arguments(
         like, as_saved(hidden).reshape(-1, hidden.shape[-1]), weight, bias, transform,
         str(dtype).removeprefix("torch."), memory_budget, main_grad,
     )  # fmt: skip
+
+
+def _warn_of_autocast(autocast: torch.dtype, dtype: torch.dtype) -> None:
+    """A head of the model's own would compute in the dtype of autocast, but for fp64."""
+    if dtype not in (autocast, torch.float64) and not torch.compiler.is_compiling():
+        text = f"compute_dtype: got None under autocast to {autocast}, which is not followed; computes in {dtype}"
+        warnings.warn(f"{text} (name either of them)", stacklevel=4)
 
 
 def linear_token_logprobs(
@@ -87,7 +97,7 @@ def linear_token_logprobs(
     hidden: [N, D] or [B, T, D]. weight: the head's, [V, D]; bias: [V]. bf16, fp16, fp32 or fp64, all of one dtype, or
     of any beside compute_dtype, the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32
     head). ids, temperature, softcap, logit_scale, keep_mask (padding of the vocabulary), row_mask, ignore_index,
-    outputs, result: as for token_logprobs. Autocast is not followed: compute_dtype says what is computed in what.
+    outputs, result: as for token_logprobs. Autocast is not followed, and a warning says so: compute_dtype tells.
 
     Rows that are ignored or masked, and in the backward rows whose upstream gradient is zero, enter no GEMM and may
     hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what

@@ -119,6 +119,8 @@ _ROWS = (
               "arXiv 2602.05261 (TRL)", clamp=INF, certainty="T"),
     Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585", certainty="T"),
     Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347", certainty="TV"),
+    Objective("ratio", "token", Ratio(), "token-mean", "the importance-weighted policy gradient, unclipped",
+              certainty="T"),
     Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl", certainty="T"),
     Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl)", certainty="T"),
     Objective("dro", "token", Quadratic(0.05), "token-mean",

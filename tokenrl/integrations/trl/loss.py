@@ -136,7 +136,7 @@ def kl_term(trainer: Any, batch: MicroBatch, how: dict[str, Any]) -> Tensor:
     ratio = (x.sum(1, True) / mask.sum(1, True).clamp(min=1)).exp().expand_as(x)
     to_ref = torch.where(mask, ref - logp.detach(), 0)
     of_kl = policy_loss("kl_k3", logp, ref, None, token_weight=ratio, **how)[0]
-    plain = objective("ppo", statistic="span_mean", eps_low=INF, eps_high=INF, clamp=INF)
+    plain = objective("ratio", statistic="span_mean", clamp=INF)
     of_ratio = policy_loss(plain, logp, batch.sampled, to_ref - torch.expm1(to_ref), **how)[0]
     return of_kl + of_ratio - of_ratio.detach()
 
