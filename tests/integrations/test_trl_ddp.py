@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 options = json.loads(sys.argv[1])
 found = []
 for trainer, own in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"tokenrl": TokenRLConfig(parity="always")})):
-    made = trained(trainer, model=sys.argv[2], steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4, **options, **own)
+    options |= {"model": sys.argv[2], "steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    made = trained(trainer, **options, **own)
     logged = [{k: v for k, v in line.items() if not k.startswith(NOT_COMPARED)} for line in made.state.log_history]
     found.append((logged, [p.double().sum().item() for p in made.model.parameters()]))
 if made.accelerator.is_main_process:
