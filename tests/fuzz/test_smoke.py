@@ -38,5 +38,3 @@ def test_a_saved_case_runs_alone(backend, tmp_path):
     path = fuzz.save(tmp_path, "logprobs", backend, 0, case, AssertionError("none"))
     ran = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    path.write_text(path.read_text().replace("**{", "**{'unknown': 1, "))
-    assert subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True).returncode == 1

@@ -10,8 +10,9 @@ import contextlib
 import linear_cases
 import linear_policy_cases
 import logit_cases
+import sim
 import torch
-from cases import PAIRS, WEIGHED, batch, check, gates_under_test, kernel_backends, packed, run
+from cases import PAIRS, WEIGHED, batch, check, gates_under_test, packed, run
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ def patience(scale):
     errors = parity.errors
 
     def patient(kernel, truth, base):
-        summands = scale if truth.numel() > 9 else 1.0
+        summands = scale if truth.numel() > 9 else max(scale, 1.0)
         more = ULPS * torch.finfo(kernel.dtype).eps * summands
         return [(norm, error, allowed + more * (1.0 if norm == "max" else truth.numel() ** 0.5))
                 for norm, error, allowed in errors(kernel, truth, base)]  # fmt: skip
@@ -111,7 +112,7 @@ def check_logprobs(backend, seed, rows, vocab, k, dtype, view, scale, keep, igno
         transform["keep_mask"] = torch.rand(vocab, generator=g) < 0.7
         transform["keep_mask"][ids.unique()] = True
     ids[torch.rand(ids.shape, generator=g) < ignored] = -100
-    with patience(1 / transform["temperature"]):
+    with patience(max(scale, 1) / transform["temperature"]):  # a rounding of a logit moves its probability by so much
         logit_cases.check(view_of(logits, view), ids, backend, outputs=outputs, **transform)
 
 
@@ -153,7 +154,7 @@ def check_linear_policy(
     assume(torch.equal(low, high))
     budget = made.budget_of(case, chunk) if chunk else None
     more |= {"kl": kl, "kl_coef": 0.3, "entropy_coef": 0.1 if bonus else 0.0, "memory_budget": budget}
-    with patience(1 / transform["temperature"] / (rows * width)):
+    with patience(4 / transform["temperature"] / (rows * width)):  # weights of the head and of tokens are about 2
         made.check(row, case, backend, torch.float32, **more)
 
 
@@ -188,7 +189,8 @@ KINDS = {
 
 def reproduce(kind, backend, **case):
     """The check of one case."""
-    assert backend in kernel_backends(), f"{backend} does not run here"  # and "sim" is made by being asked for
+    if backend == "sim":
+        sim.register()
     try:
         KINDS[kind][0](backend, **case)
     except ValueError as error:  # what fits is a matter of the head's shape
