@@ -106,7 +106,7 @@ def configured(trainer: Any, model: Any = "qwen2", steps: int = 6, **options: An
     }  # fmt: skip
     args = GRPOConfig(output_dir=tempfile.mkdtemp(prefix="tokenrl-world-"), max_steps=steps, **(defaults | options))
     return trainer(
-        model=model_folder(model) if isinstance(model, str) else model, reward_funcs=vowels, args=args,
+        model=model_folder(model) if model in MODELS else model, reward_funcs=vowels, args=args,
         train_dataset=prompts(), eval_dataset=prompts(8) if "eval_strategy" in options else None,
         processing_class=tokenizer(), **own,
     )  # fmt: skip
