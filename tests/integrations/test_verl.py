@@ -148,3 +148,41 @@ def test_ppo_is_vanilla(core):
     for name in ("ppo", "grpo", "dapo", "bnpo", "dr_grpo"):
         found = evaluated(core.get_policy_loss_fn(f"tokenrl_{name}"), *case, **options)
         assert max(differences(evaluated(theirs, *case, **options), found).values()) < 1e-7
+
+
+class Data(dict):
+    """A stand-in for a TensorDict, which is not installed: a padded batch."""
+
+    def select(self, *names):
+        return Data({name: self[name] for name in names})
+
+    def to_padded_tensor(self):
+        return self
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_verl_s_caller(name, core):
+    """ppo_loss, which adds an entropy bonus to our loss in place and collects the metrics."""
+    if not verl_source.has_caller():
+        pytest.skip(f"verl {verl_source.version()} has no ppo_loss")
+    theirs, ours = pair(core, name)
+    logp, old, advantages, mask = batch(5, 0.3, True)
+    g = torch.Generator().manual_seed(5)
+    weight, entropy = (torch.rand(logp.shape, generator=g, dtype=torch.float64) for _ in range(2))
+    results = []
+    for function in (theirs, ours):
+        known = {"get_policy_loss_fn": lambda name, function=function: function, "agg_loss": core.agg_loss}
+        ppo_loss = verl_source.caller(**known)
+        x = logp.clone().requires_grad_()
+        data = Data(
+            response_mask=mask.long(), old_log_probs=old, advantages=advantages, rollout_is_weights=weight, dp_size=2,
+            batch_num_tokens=101, global_batch_size=20,
+        )  # fmt: skip
+        config = verl_source.actor_config(entropy_coeff=0.1, loss_mode=name, **SETTINGS.get(name, {}))
+        torch.manual_seed(0)
+        loss, metrics = ppo_loss(config, {"log_probs": x, "entropy": entropy}, data)
+        loss.backward()
+        values = {key: value.aggregate() for key, value in metrics.items()}
+        results.append((loss.detach(), x.grad, values))
+    assert set(results[1][2]) == set(results[0][2]) | {"tokenrl/ess", "tokenrl/ratio_max"}
+    assert max(differences(*results).values()) < 1e-7

@@ -172,3 +172,27 @@ def test_the_entropy_is_compiled_as_verl_compiles_it(modules):
     compiled = torch.compile(modules[head.FUNCTIONS].entropy_from_logits, dynamic=True, backend="aot_eager")
     logits = torch.randn(5, 11)
     torch.testing.assert_close(compiled(logits), torch.distributions.Categorical(logits=logits).entropy())
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["rolled by verl", "shift_labels"])
+def test_verl_s_forward_of_a_model(shifted, modules):
+    """verl's own forward with fused kernels on a real Qwen2: it shifts the labels, the head is ours."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.Qwen2Config(
+        vocab_size=41, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.Qwen2ForCausalLM(config), torch.randint(41, (2, 7))
+    file = verl_source.lifted("dense", "models/transformers/dense_common.py", lambda node: True)
+    labels = {"shift_labels": ids.flip(0).roll(-1, -1)} if shifted else {}
+
+    def call():
+        model.zero_grad()
+        out = file.forward_with_torch_backend(model, input_ids=ids, return_dict=True, temperature=0.7, **labels)
+        (out.log_probs.square().sum() + out.entropy.sum()).backward()
+        return [out.log_probs, out.entropy, *(p.grad.clone() for p in model.parameters())]
+
+    theirs = [x.detach().double() for x in call()]
+    verl.fuse()
+    assert max(errors([x.detach() for x in call()], theirs)) < 5e-6

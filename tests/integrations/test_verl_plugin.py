@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import verl_source
 if verl_source.folder() is None:
     pytest.skip("verl is not installed (make test installs it, without its dependencies)", allow_module_level=True)
 
+from paths import ROOT
 from verl_batches import batch, evaluated
 
 import tokenrl
@@ -214,3 +216,17 @@ def test_plugin_by_name_in_a_fresh_process(way):
         assert found["loaded"] and not found["heavy"]
     assert set(found["modes"]) >= OWN
     assert not any(found["modes"][name].startswith("tokenrl.") for name in MODES if name in found["modes"])
+
+
+def test_the_example_s_settings_are_verl_s():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    config = yaml.safe_load((verl_source.folder() / "trainer/config/_generated_ppo_trainer.yaml").read_text())
+    given = re.findall(r"^ +([\w.]+)=(\S+)", (ROOT / "examples/verl_ctpo.sh").read_text(), re.MULTILINE)
+    for key, _ in given:
+        found = config
+        for name in key.split("."):
+            assert name in found, key
+            found = found[name]
+    given = dict(given)
+    row = tokenrl.OBJECTIVES[given["actor_rollout_ref.actor.policy_loss.loss_mode"].removeprefix("tokenrl_")]
+    assert given["actor_rollout_ref.actor.loss_agg_mode"] == row.aggregation

@@ -98,3 +98,15 @@ def counts_globally(core: ModuleType) -> bool:
 def loads_plugins() -> bool:
     """From 0.9.0 on."""
     return "verl.plugins" in (folder() / "__init__.py").read_text()
+
+
+def has_caller() -> bool:
+    return "def ppo_loss" in (folder() / "workers/utils/losses.py").read_text()
+
+
+def caller(**known: Any) -> Callable[..., Any]:
+    """verl's ppo_loss, of padded batches: what takes a nested tensor apart does nothing."""
+    metric = lifted("verl.utils.metric", "utils/metric/utils.py", lambda node: True)
+    types = {"TensorDict": dict, "ActorConfig": configs().ActorConfig, "no_padding_2_padding": lambda x, data: x}
+    types |= {"Metric": metric.Metric, "AggregationType": metric.AggregationType}
+    return lifted("losses", "workers/utils/losses.py", named("ppo_loss"), **types, **known).ppo_loss
