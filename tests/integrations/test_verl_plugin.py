@@ -168,14 +168,24 @@ def test_replace_and_restore(core):
 
 
 def test_versions(monkeypatch):
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "0.6.0")
     with pytest.raises(
         ImportError, match="^verl: got 0.6.0, accepted: verl 0.6.1 to 0.9.1 for the losses and the head"
     ):
         settings.install()
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "0.10.0")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "0.10.0")
     with pytest.warns(UserWarning, match="^verl: got 0.10.0, held to verl 0.6.1 to 0.9.1"):
         hosts.require("verl")
+    monkeypatch.setattr(hosts, "version_of", lambda name: None)
+    with pytest.raises(ImportError, match="^verl: got none, accepted: verl 0.6.1 to 0.9.1"):
+        settings.install()
+
+
+def test_the_version_of_a_checkout_is_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", type(sys)("verl"))
+    assert hosts.version_of("verl") == hosts.metadata.version("verl")
+    sys.modules["verl"].__version__ = "0.10.0.dev"
+    assert hosts.version_of("verl") == "0.10.0.dev" and hosts.version_of("no such package") is None
 
 
 def fresh_process(*external, **environment):
