@@ -67,8 +67,10 @@ class Ours(TokenRLMixin, Rollouts, trl.GRPOTrainer):
     pass
 
 
+PREVENTS = {"beta", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef", "use_adaptive_entropy"}
 # With TRL's own head every fourth: it is the same loss.
 CASES = [(name, "hidden") for name in SETTINGS] + [(name, "loss") for name in list(SETTINGS)[::4]]
+CASES += [(name, "one-pass") for name, given in SETTINGS.items() if not PREVENTS & {*given} and "mixtral" not in name]
 
 
 @pytest.mark.parametrize("name, depth", CASES)
@@ -144,3 +146,16 @@ def test_versions(monkeypatch):
     monkeypatch.setattr(hosts, "version_of", lambda name: "1.17.0")
     with pytest.warns(UserWarning, match="^trl: got 1.17.0, held to trl 1.10.0 to 1.16.0"):
         hosts.require("trl")
+
+
+@pytest.mark.parametrize("name", ["grpo, high entropy, its bonus", "cispo, beta", "mixtral, balanced"])
+def test_what_prevents_one_pass_is_named(name):
+    with pytest.raises(
+        ValueError, match="^head: got 'one-pass' with [a-z_]+, accepted: 'hidden', which has its numbers"
+    ):
+        trained(Ours, tokenrl=TokenRLConfig(head="one-pass"), **SETTINGS[name])
+    assert trained(Ours, **SETTINGS[name])._depth == "hidden"
+
+
+def test_auto_is_the_deepest():
+    assert trained(Ours, steps=1)._depth == "one-pass"

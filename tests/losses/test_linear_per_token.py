@@ -47,3 +47,22 @@ def test_log_probs_and_entropies_are_given(way, packed, backend, monkeypatch):
         torch.testing.assert_close(found, of_all, rtol=1e-5, atol=1e-5)
     if backend != "reference":
         assert metrics.passes == (2 if way in ("twice", "form") else 1)
+
+
+@pytest.mark.parametrize("backend", backends_to_test())
+def test_sequences_without_advantage_are_computed_where_asked(backend):
+    device, g = device_of(backend), torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=g).to(device).requires_grad_() for shape in ((3, 5, 4), (50, 4)))
+    ids, old = torch.randint(0, 50, (3, 5), generator=g).to(device), torch.full((3, 5), -4.0, device=device)
+    advantages, found = torch.tensor([1.0, 0.0, -1.0], device=device), []
+    for way in ("skip", "compute"):
+        loss, metrics = tokenrl.linear_policy_loss(
+            "grpo", hidden, weight, ids, old, advantages, without_advantage=way, backend=backend
+        )
+        found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+        assert (metrics.tokens, metrics.left_out) == ((10, 5) if way == "skip" else (15, 0))
+        assert bool((metrics.logp[1] != 0).all()) == (way == "compute")
+    for skipped, computed in zip(*found, strict=True):
+        torch.testing.assert_close(skipped, computed, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="^without_advantage: got 'none', accepted: skip, compute"):
+        tokenrl.linear_policy_loss("grpo", hidden, weight, ids, old, advantages, without_advantage="none")

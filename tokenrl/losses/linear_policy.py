@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..batch.checks import check_name
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
@@ -49,6 +50,7 @@ def linear_policy_loss(
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
     on_policy: bool = False,
+    without_advantage: str = "skip",
     backend: str | None = None,
 ) -> tuple[Tensor, LinearMetrics]:
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
@@ -74,8 +76,8 @@ def linear_policy_loss(
     fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops, and objectives with a
     form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
-    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
-    coefficient is zero enter no GEMM of the backward.
+    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not), unless
+    without_advantage="compute" asks for their metrics. Tokens whose coefficient is zero enter no GEMM of the backward.
     main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
     weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
@@ -83,6 +85,7 @@ def linear_policy_loss(
     made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
     naming the argument, what was given and what is accepted.
     """
+    check_name("without_advantage", without_advantage, ("skip", "compute"))
     row, head = find_objective(objective), head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
     )  # fmt: skip
@@ -107,7 +110,7 @@ def linear_policy_loss(
     valid = layout.valid()
     flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
     silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
-    if silent and inputs.advantages is not None:
+    if silent and without_advantage == "skip" and inputs.advantages is not None:
         layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
     loss, raw, *per_token = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers

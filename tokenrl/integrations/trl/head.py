@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...logprobs.from_hidden import linear_token_logprobs
 from ..hosts import check_parameters, require
+from .one_pass import running
 
 # TRL's names of the optional results, in its order -> ours.
 RESULTS = {
@@ -39,12 +40,14 @@ class ChunkedLogProb:
         chunk_size has no effect: the memory budget decides."""
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
+        head: dict[str, Any] = {
+            "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
+            "compute_dtype": torch.get_autocast_dtype(device) if autocast else hidden.dtype,
+        }  # fmt: skip
+        if (one_pass := running()) is not None:
+            return *one_pass.apply(hidden, weight, targets, **head), None, None, None
         asked = ["logp", *(ours for theirs, ours in RESULTS.items() if theirs in outputs)]
-        found = linear_token_logprobs(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=final_logit_softcapping,
-            logit_scale=logit_scale, outputs=asked,
-            compute_dtype=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
-        )  # fmt: skip
+        found = linear_token_logprobs(hidden, weight, targets, outputs=asked, **head)
         values = {name: x if name in WITH_GRADIENT else x.detach() for name, x in zip(asked, found, strict=True)}
         return tuple(values.get(name) for name in ("logp", *RESULTS.values()))
 

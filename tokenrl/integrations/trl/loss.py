@@ -63,9 +63,9 @@ def share_of_items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
     return items * parts_of(trainer) / trainer.args.steps_per_generation if trainer.model.training else items
 
 
-def weighting(trainer: Any, batch: MicroBatch) -> dict[str, Any]:
+def weighting(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
     """mask, aggregation and normalizer of TRL's loss_type."""
-    rows, parts = batch.mask.shape[0], parts_of(trainer)
+    rows, parts = mask.shape[0], parts_of(trainer)
     modes: dict[str, tuple[str, Any]] = {
         "grpo": ("seq-mean-token-mean", rows * parts),
         "sapo": ("seq-mean-token-mean", rows * parts),
@@ -73,12 +73,12 @@ def weighting(trainer: Any, batch: MicroBatch) -> dict[str, Any]:
         "dr_grpo": ("token-sum", rows * parts * trainer.max_completion_length),
     }
     if trainer.loss_type == "bnpo":
-        aggregation, normalizer = "token-mean", batch.mask.sum().clamp(min=1) * parts
+        aggregation, normalizer = "token-mean", mask.sum().clamp(min=1) * parts
     elif trainer.loss_type in modes:
         aggregation, normalizer = modes[trainer.loss_type]
     else:
-        aggregation, normalizer = "token-sum", share_of_items(trainer, batch.inputs)
-    return {"mask": batch.mask, "aggregation": aggregation, "normalizer": normalizer}
+        aggregation, normalizer = "token-sum", share_of_items(trainer, inputs)
+    return {"mask": mask, "aggregation": aggregation, "normalizer": normalizer}
 
 
 def high_entropy(trainer: Any, batch: MicroBatch) -> Tensor | None:
@@ -88,10 +88,17 @@ def high_entropy(trainer: Any, batch: MicroBatch) -> Tensor | None:
     return trainer.get_high_entropy_mask(batch.entropy, batch.mask, 1 - trainer.top_entropy_quantile)
 
 
-def rollout_ratio(trainer: Any, batch: MicroBatch) -> Tensor | None:
-    """vLLM's importance ratio [B, T] or [B, 1], None without correction."""
+def policy_inputs(trainer: Any, inputs: dict[str, Any], row: Objective) -> dict[str, Any]:
+    """old_logp [B, T] (None: the current log-probs), advantages [B] or [B, T], token_weight [B, T] or [B, 1]: vLLM's
+    importance ratio, which some rows take into theirs."""
     corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-    return batch.inputs["importance_sampling_ratio"] if corrected else None
+    old, weight = inputs.get("old_per_token_logps"), inputs["importance_sampling_ratio"] if corrected else None
+    if weight is not None and row.gate.reads_rollout:
+        old, weight = old - weight.log().clamp(LEAST, MOST), None
+    advantages = inputs["advantages"]
+    if advantages.dim() == 2 and advantages.shape[1] == 1:
+        advantages = advantages[:, 0]
+    return {"old_logp": old, "advantages": advantages, "token_weight": weight}
 
 
 def off_policy_mask(trainer: Any, batch: MicroBatch) -> Tensor | None:
@@ -107,21 +114,13 @@ def off_policy_mask(trainer: Any, batch: MicroBatch) -> Tensor | None:
 
 def policy_term(trainer: Any, batch: MicroBatch, row: Objective, how: dict[str, Any]) -> tuple[Tensor, Any]:
     """(the objective under the weights that are its alone, its metrics)."""
-    old, ratio = batch.sampled, rollout_ratio(trainer, batch)
-    weights = [off_policy_mask(trainer, batch), high_entropy(trainer, batch)]
-    if ratio is not None and row.gate.reads_rollout:  # inside the sequence's weight
-        old = old - ratio.log().clamp(LEAST, MOST)
-    else:
-        weights.append(ratio)
+    given = policy_inputs(trainer, batch.inputs, row)
     weight = None
-    for factor in weights:
+    for factor in (given["token_weight"], off_policy_mask(trainer, batch), high_entropy(trainer, batch)):
         if factor is not None:
             factor = factor.to(batch.logp.dtype).expand_as(batch.logp)
             weight = factor if weight is None else weight * factor
-    advantages = batch.inputs["advantages"]
-    if advantages.dim() == 2 and advantages.shape[1] == 1:
-        advantages = advantages[:, 0]
-    return policy_loss(row, batch.logp, old, advantages, token_weight=weight, **how)
+    return policy_loss(row, batch.logp, **given | {"token_weight": weight}, **how)
 
 
 def kl_term(trainer: Any, batch: MicroBatch, how: dict[str, Any]) -> Tensor:
@@ -147,20 +146,24 @@ def entropy_term(trainer: Any, batch: MicroBatch) -> Tensor:
     return group_aggregate(batch.entropy, "token-mean", mask=batch.mask if keep is None else batch.mask & keep.bool())
 
 
+def entropy_enabled(trainer: Any) -> bool:
+    return getattr(trainer, "_entropy_bonus_enabled", False)
+
+
 def entropy_coefficient(trainer: Any) -> float:
     """0 without a bonus; the adaptive one is that of the end of the last step."""
-    if not getattr(trainer, "_entropy_bonus_enabled", False):
+    if not entropy_enabled(trainer):
         return 0.0
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         return 0.0
     return trainer.entropy_coef
 
 
-def loss_of(trainer: Any, batch: MicroBatch, row: Objective | None) -> tuple[Tensor, Any]:
-    """(TRL's loss, metrics of the objective). row: takes the place of TRL's loss_type, under the aggregation and
-    normalizer of that."""
-    how = weighting(trainer, batch)
-    loss, metrics = policy_term(trainer, batch, row or host_objective(trainer), how)
+def loss_of(trainer: Any, batch: MicroBatch, row: Objective) -> tuple[Tensor, Any]:
+    """(TRL's loss with its loss_type's objective or another, under the aggregation and normalizer of loss_type; metrics
+    of the objective)."""
+    how = weighting(trainer, batch.inputs, batch.mask)
+    loss, metrics = policy_term(trainer, batch, row, how)
     if trainer.beta != 0.0:
         loss = loss + trainer.beta * kl_term(trainer, batch, how)
     if coefficient := entropy_coefficient(trainer):

@@ -16,9 +16,10 @@ from ...batch.checks import check_name
 from ...errors import wrong
 from ...objectives.policy import Objective, find_objective
 from .head import fused_head
-from .loss import MicroBatch, loss_of
+from .loss import MicroBatch, host_objective, loss_of
+from .one_pass import OnePass, inside, what_prevents
 
-HEADS = ("auto", "hidden", "loss")
+HEADS = ("auto", "one-pass", "hidden", "loss")
 PARITY = ("first", "always", "never")
 GROUPED = ("balanced", "group-mean")  # aggregations
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -35,8 +36,9 @@ OF_LOSS_TYPE = ("clip_ratio/", "cispo_clip_ratio", "vespo/", "policy_loss")
 class TokenRLConfig:
     """objective: None for TRL's loss_type, with TRL's numbers; a name of tokenrl's table or an Objective trains with
     that, aggregated as TRL's loss_type is.
-    head: "hidden" log-probs from hidden states without logits (trl 1.15 and later), "loss" TRL's own head, "auto" the
-    first that this TRL has.
+    head: "one-pass" the loss and its gradients straight from hidden states, 6 N D V flops, where the settings allow it;
+    "hidden" log-probs from hidden states without logits, 8 N D V (both trl 1.15 and later); "loss" TRL's own head;
+    "auto" the first of these that is possible.
     parity: "first" runs TRL's own loss beside the first micro-batch and raises where they differ; "always", "never".
     """
 
@@ -65,6 +67,18 @@ def check_trainer(trainer: Any) -> None:
         raise wrong("trainer", "unsloth's generated GRPOTrainer", "TRL's own (import unsloth after it, or not at all)")
 
 
+def depth_of(trainer: Any, head: str, row: Objective) -> str:
+    """The head that was asked for, or for "auto" the deepest whose numbers are TRL's."""
+    if not hasattr(utils, "add_fused_lm_head"):
+        if head in ("one-pass", "hidden"):
+            raise wrong("head", f"{head!r} with trl {trl.__version__}", "'loss'; the others from trl 1.15.0 on")
+        return "loss"
+    reason = what_prevents(trainer, row)
+    if head == "one-pass" and reason:
+        raise wrong("head", f"'one-pass' with {reason}", "'hidden', which has its numbers")
+    return ("hidden" if reason else "one-pass") if head == "auto" else head
+
+
 class TokenRLMixin:
     """Before a GRPOTrainer among the bases: class Mine(TokenRLMixin, MyTrainer). Keyword tokenrl: a TokenRLConfig; or
     as args.tokenrl."""
@@ -78,39 +92,44 @@ class TokenRLMixin:
         check_trainer(self)
         self._tokenrl = config_of(self, tokenrl)
         chosen = self._tokenrl.objective
-        self._row = None if chosen is None else find_objective(chosen)
-        has_fused_head = hasattr(utils, "add_fused_lm_head")
-        if self._tokenrl.head == "hidden" and not has_fused_head:
-            raise wrong("head", f"'hidden' with trl {trl.__version__}", "'loss'; 'hidden' from trl 1.15.0 on")
-        self._fuses = has_fused_head and self._tokenrl.head != "loss"
+        self._is_hosts = chosen is None
+        self._row = host_objective(self) if chosen is None else find_objective(chosen)
+        self._depth = depth_of(self, self._tokenrl.head, self._row)
         self._known: tuple[Any, ...] | None = None  # what TRL's own loss is given while it makes its metrics
         self._compared = False
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         if self._known is not None:
             return self._known
-        with fused_head(self._fuses):
+        with fused_head(self._depth != "loss"):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        batch = self._micro_batch(model, inputs)
-        loss, metrics = loss_of(self, batch, self._row)
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        if self._depth == "one-pass":
+            one_pass = OnePass(self, inputs, mask, self._row)
+            with inside(one_pass):
+                batch = self._micro_batch(model, inputs, mask)
+            loss, metrics = one_pass.loss, one_pass.metrics
+        else:
+            batch = self._micro_batch(model, inputs, mask)
+            loss, metrics = loss_of(self, batch, self._row)
         theirs = self._host_loss(model, batch)
-        if self._row is None:
+        if self._is_hosts:
             self._compare(loss.detach(), theirs)
         self._log_ours(metrics)
         return loss
 
-    def _micro_batch(self, model: Any, inputs: dict[str, Any]) -> MicroBatch:
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+    def _micro_batch(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> MicroBatch:
+        ids = inputs["completion_ids"]
         both = (torch.cat([inputs[f"prompt_{key}"], inputs[f"completion_{key}"]], 1) for key in ("ids", "mask"))
         logp, entropy, auxiliary = self._get_per_token_logps_and_entropies(
             model, *both, ids.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in PASSED_ON},
         )  # fmt: skip
-        return MicroBatch(inputs, logp, entropy, auxiliary, mask.bool())
+        return MicroBatch(inputs, logp, entropy, auxiliary, mask)
 
     def _host_loss(self, model: Any, batch: MicroBatch) -> Tensor:
         """TRL's loss, without gradient, of the log-probs that are there; logs TRL's metrics."""
@@ -131,7 +150,7 @@ class TokenRLMixin:
 
     def _log_ours(self, metrics: Any) -> None:
         logged = self._metrics["train" if self.model.training else "eval"]
-        if self._row is not None:
+        if not self._is_hosts:
             for name in [name for name in logged if name.startswith(OF_LOSS_TYPE)]:
                 del logged[name]
         for name, value in metrics.as_dict().items():

@@ -1,0 +1,75 @@
+"""head="one-pass": TRL's loss straight from hidden states, inside the model's forward, where its head would run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...losses.linear_policy import linear_policy_loss
+from ...objectives.policy import Objective
+from .loss import entropy_enabled, policy_inputs, weighting
+
+_current: list["OnePass"] = []  # the one whose forward runs
+
+
+@dataclass
+class OnePass:
+    """One call of _compute_loss; loss and metrics are there after the forward. mask: bool [B, T], tools' output left
+    out."""
+
+    trainer: Any
+    inputs: dict[str, Any]
+    mask: Tensor
+    row: Objective
+    loss: Tensor = field(init=False)
+    metrics: Any = field(init=False)
+
+    def apply(self, hidden: Tensor, weight: Tensor, ids: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies) of the completions' tokens, packed as TRL packs them: hidden [N, D], ids [N]."""
+        there = self.inputs["completion_mask"].bool()
+
+        def packed(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.expand_as(there)[there]
+
+        given = policy_inputs(self.trainer, self.inputs, self.row)
+        advantages = given.pop("advantages")
+        how = weighting(self.trainer, self.inputs, self.mask) | {
+            "mask": self.mask[there],
+            "cu_seqlens": torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)),
+        }
+        self.loss, self.metrics = linear_policy_loss(
+            self.row, hidden, weight, ids, packed(given["old_logp"]), packed(advantages) if advantages.dim() == 2
+            else advantages, advantages_per="token" if advantages.dim() == 2 else "sequence",
+            token_weight=packed(given["token_weight"]), without_advantage="compute", **how, **head,
+        )  # fmt: skip
+        return self.metrics.logp, self.metrics.token_entropy
+
+
+def running() -> OnePass | None:
+    return _current[-1] if _current else None
+
+
+@contextmanager
+def inside(one_pass: OnePass) -> Iterator[None]:
+    """The next head of the trainer is this."""
+    _current.append(one_pass)
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def what_prevents(trainer: Any, row: Objective) -> str | None:
+    """The setting under which one pass has not TRL's numbers, None if there is none."""
+    settings = {
+        "beta": trainer.beta != 0.0,
+        "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
+        "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
+        "entropy_coef": entropy_enabled(trainer),
+        "router_aux_loss_coef": trainer.aux_loss_enabled,
+        f"objective={row.name!r}": row.form is not None,
+    }
+    return next((name for name, prevents in settings.items() if prevents), None)
