@@ -33,7 +33,6 @@ class _Import(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != CORE:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
@@ -41,6 +40,8 @@ class _Import(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 while _waiting:
                     _waiting.pop(0)(module)
 
