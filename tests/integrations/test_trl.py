@@ -140,10 +140,10 @@ def test_unsloth_is_refused():
 
 
 def test_versions(monkeypatch):
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "1.9.2")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "1.9.2")
     with pytest.raises(ImportError, match="^trl: got 1.9.2, accepted: trl 1.10.0 to 1.16.0 for the loss"):
         hosts.require("trl")
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "1.17.0")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "1.17.0")
     with pytest.warns(UserWarning, match="^trl: got 1.17.0, held to trl 1.10.0 to 1.16.0"):
         hosts.require("trl")
 

@@ -1,5 +1,6 @@
 """tokenrl's rows in verl's registry: by name, by parameters, in a fresh process of the real verl; what is refused."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from verl_batches import batch, evaluated
 
 import tokenrl
 from tokenrl.integrations import hosts, verl
-from tokenrl.integrations.verl import settings
+from tokenrl.integrations.verl import registry, settings
 from tokenrl.integrations.verl.modes import MODES, SETTINGS, nothing
 from tokenrl.integrations.verl.registry import NEEDS
 
@@ -167,15 +168,43 @@ def test_replace_and_restore(core):
     assert core.POLICY_LOSS_REGISTRY == before
 
 
+def test_what_waits_for_verl_s_import_survives_a_look_at_its_spec(tmp_path, monkeypatch):
+    (tmp_path / "core_algos.py").write_text("REGISTRY = {}")
+    monkeypatch.delitem(sys.modules, verl_source.CORE, raising=False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(registry, "_waiting", [])
+    seen = []
+    registry.with_core(seen.append)
+    registry.with_core(seen.append)
+    finder = next(finder for finder in sys.meta_path if isinstance(finder, registry._Import))
+    assert finder.find_spec("another.module", [str(tmp_path)]) is None
+    for _ in range(2):
+        spec = finder.find_spec(verl_source.CORE, [str(tmp_path)])
+    assert not seen
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert seen == [module, module] and finder not in sys.meta_path
+
+
 def test_versions(monkeypatch):
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "0.6.0")
     with pytest.raises(
         ImportError, match="^verl: got 0.6.0, accepted: verl 0.6.1 to 0.9.1 for the losses and the head"
     ):
         settings.install()
-    monkeypatch.setattr(hosts.metadata, "version", lambda name: "0.10.0")
+    monkeypatch.setattr(hosts, "version_of", lambda name: "0.10.0")
     with pytest.warns(UserWarning, match="^verl: got 0.10.0, held to verl 0.6.1 to 0.9.1"):
         hosts.require("verl")
+    monkeypatch.setattr(hosts, "version_of", lambda name: None)
+    with pytest.raises(ImportError, match="^verl: got none, accepted: verl 0.6.1 to 0.9.1"):
+        settings.install()
+
+
+def test_the_version_of_a_checkout_is_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", type(sys)("verl"))
+    assert hosts.version_of("verl") == hosts.metadata.version("verl")
+    sys.modules["verl"].__version__ = "0.10.0.dev"
+    assert hosts.version_of("verl") == "0.10.0.dev" and hosts.version_of("no such package") is None
 
 
 def fresh_process(*external, **environment):

@@ -28,16 +28,24 @@ HOSTS = {
 }
 
 
+def version_of(distribution: str) -> str | None:
+    """Of what is imported, which may be a checkout that was never installed, else of what is installed."""
+    loaded = getattr(sys.modules.get(distribution), "__version__", None)
+    try:
+        return loaded or metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def require(name: str) -> None:
     """ImportError where the host of a hook is missing or too old; a warning where it is newer than what was tried."""
     from packaging.version import Version
 
     host = HOSTS[name]
     accepted = f"{host.distribution} {host.oldest} to {host.newest} for {host.what}"
-    try:
-        found = metadata.version(host.distribution)
-    except metadata.PackageNotFoundError:
-        raise ImportError(f"{host.distribution}: got none, accepted: {accepted}") from None
+    found = version_of(host.distribution)
+    if found is None:
+        raise ImportError(f"{host.distribution}: got none, accepted: {accepted}")
     if Version(found) < Version(host.oldest):
         raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
     if Version(found) > Version(host.newest):

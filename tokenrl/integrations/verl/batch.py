@@ -1,10 +1,10 @@
 """What verl hands to a policy loss, and the counts that its aggregation modes divide by."""
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor
 from ...batch.checks import check_name
 from ...errors import wrong
 
+CORE = "verl.trainer.ppo.core_algos"
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
 @cache
-def version_at_least(wanted: str) -> bool:
-    from packaging.version import Version
-
-    return Version(metadata.version("verl")) >= Version(wanted)
+def counts_rows(agg_loss: Callable[..., Tensor]) -> bool:
+    """Whether verl's "seq-mean-token-sum-norm" is divided by the rows too, as it is from 0.7.1 on."""
+    ones = torch.ones(2, 1)
+    return float(agg_loss(ones, ones, "seq-mean-token-sum-norm")) == 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Batch:
             return aggregation, 1 / parts
         over_width = aggregation == "seq-mean-token-sum-norm"
         scale = (info.get("loss_scale_factor") or self.mask.shape[1]) if over_width else 1
-        if over_width and not version_at_least("0.7.1"):  # which counts no rows
+        if over_width and not counts_rows(sys.modules[CORE].agg_loss):
             return "token-sum", scale
         name = "batch_num_tokens" if aggregation == "token-mean" else "global_batch_size"
         count = info.get(name)

@@ -1,8 +1,9 @@
 """A row of tokenrl's table behind the signature of verl's policy losses."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from ...errors import wrong
 from ...losses.policy import policy_loss
 from ...objectives.metrics import RAW, Metrics
-from ...objectives.policy import Objective, objective
+from ...objectives.policy import OBJECTIVES, Objective, objective
 from .batch import Batch, setting
-from .modes import MODES, Mode
+from .modes import HARD_WIRED, MODES, Mode, of_sequences
 
 PARAMETERS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
@@ -99,6 +100,9 @@ def own_loss(
     return OwnLoss(f"tokenrl_{name}", row, Mode(row.name, settings), dict(parameters))
 
 
-def host_loss(name: str, row: Objective) -> PolicyLoss:
-    """The loss with the numbers of verl's mode of that name."""
-    return PolicyLoss(name, row, MODES[name])
+def host_loss(name: str, original: Callable[..., Any]) -> PolicyLoss:
+    """The loss with the numbers of a function of verl's, that of the mode of that name."""
+    mode = MODES[name]
+    if HARD_WIRED in inspect.unwrap(original).__code__.co_consts:
+        mode = replace(mode, counts=of_sequences)
+    return PolicyLoss(name, OBJECTIVES[mode.row], mode)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...objectives.policy import Objective
-from .batch import Batch, positive, setting, version_at_least
+from .batch import Batch, positive, setting
 
 KL, CLIPPED, LOWER = "actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower"
+HARD_WIRED = "seq-mean-token-mean"  # in verl's sapo, and in its gspo before 0.9.1
 LARGEST = 20.0  # of a log ratio, in most modes of verl
 Sums = dict[str, Tensor]
 Counts = tuple[str, float | Tensor | None]
@@ -65,12 +66,7 @@ def as_configured(batch: Batch) -> Counts:
 
 
 def of_sequences(batch: Batch) -> Counts:
-    return batch.counts("seq-mean-token-mean")
-
-
-def of_sequences_once(batch: Batch) -> Counts:
-    """gspo's, which follows the setting from verl 0.9.1 on."""
-    return as_configured(batch) if version_at_least("0.9.1") else of_sequences(batch)
+    return batch.counts(HARD_WIRED)
 
 
 def of_all_rows(batch: Batch) -> Counts:
@@ -143,8 +139,8 @@ class Mode:
 
 MODES = {
     "vanilla": Mode("ppo", dual_bounds),
-    "gspo": Mode("gspo_token", bounds, counts=of_sequences_once),
-    "sapo": Mode("sapo", temperatures, counts=of_sequences),
+    "gspo": Mode("gspo_token", bounds),
+    "sapo": Mode("sapo", temperatures),
     "gpg": Mode("gpg", keys=()),
     "clip_cov": Mode("clip_cov", clipped_covariance, (CLIPPED, KL), of_dropped),
     "kl_cov": Mode("kl_cov", penalised_covariance, (KL,), of_sizes),

@@ -12,10 +12,10 @@ from ...errors import wrong
 from ...objectives.gates.kl import KlGate
 from ...objectives.policy import OBJECTIVES, Objective, find_objective
 from ..hosts import check_parameters
+from .batch import CORE
 from .loss import PARAMETERS, host_loss, own_loss
 from .modes import MODES, SETTINGS, nothing
 
-CORE = "verl.trainer.ppo.core_algos"
 NEEDS = {  # what verl does not hand to a policy loss
     "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids",
     "hapo": "entropy scores", "rmt": "a next-token weight", "dppo_topk": "top-K divergences",
@@ -33,7 +33,6 @@ class _Import(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != CORE:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
@@ -41,6 +40,8 @@ class _Import(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 while _waiting:
                     _waiting.pop(0)(module)
 
@@ -125,7 +126,7 @@ def _replace(registry: dict[str, Any], modes: tuple[str, ...]) -> None:
         if name not in _originals:
             check_parameters(f"verl's {name}", registry[name], PARAMETERS)
             _originals[name] = registry[name]
-        registry[name] = host_loss(name, OBJECTIVES[MODES[name].row])
+        registry[name] = host_loss(name, _originals[name])
 
 
 def restore() -> None:
