@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is a core; a test of threads sets their number itself
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # then Triton's kernels run in the interpreter
@@ -20,3 +22,11 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN: unwritten cells show
 
 pytest_plugins = ["account", "noise", "order"]
+
+
+@pytest.fixture(autouse=True)
+def graphs_of_this_test_alone():
+    """torch.compile counts its graphs of a function over the whole process, and stops at eight."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

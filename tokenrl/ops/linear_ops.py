@@ -16,7 +16,7 @@ from .arguments import schema
 from .derivatives import register_derivative
 from .kernel_ops import STATISTICS, SavedStatistics, Upstream
 from .linear import policy_loss, token_logprobs
-from .linear.gemm import scaled, sum_dtype
+from .linear.gemm import empty_like, scaled, sum_dtype
 from .linear.head import HeadInputs
 from .linear.policy_loss import LinearPolicyLossInputs
 
@@ -75,7 +75,7 @@ def _gradients(
     of_hidden = torch.zeros_like(hidden, dtype=dtypes[0]) if wanted[0] else None
     of_weight = None
     if wanted[1]:
-        of_weight = torch.empty_like(weight, dtype=dtypes[1]) if main_grad is None else main_grad
+        of_weight = empty_like(weight, dtypes[1]) if main_grad is None else main_grad
     sums = weight.new_zeros(weight.shape[0], dtype=sum_dtype(weight.dtype)) if wanted[2] else None
     return token_logprobs.Gradients(of_hidden, of_weight, sums, adds=main_grad is not None)
 

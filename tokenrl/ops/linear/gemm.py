@@ -1,13 +1,39 @@
 """Matrix products of the head: torch's GEMMs, with the sums of many products in fp32."""
 
+import math
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+
+from ...batch.checks import values_known
 
 # Rows of a product that stay in a CPU's cache until they are added up.
 CPU_ROWS = 4096
 SUMMED_ROWS = 64
+ALIGNMENT = 64  # bytes, of a cache line
+
+
+def empty(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[count] on the device of `like`. On a CPU from malloc and aligned here: glibc before 2.38 does not find a freed
+    block of torch's aligned_alloc again, and beside tensors of the same size the process grew by one per call."""
+    if not values_known(like):
+        return like.new_empty(count, dtype=dtype)
+    nbytes = count * dtype.itemsize
+    memory = numpy.empty(nbytes + ALIGNMENT, numpy.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    found = torch.from_numpy(memory[begin : begin + nbytes]).view(dtype)
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fills and torch.are_deterministic_algorithms_enabled():
+        found.fill_(math.nan)  # as torch fills its own
+    return found
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not (values_known(x) and x.is_contiguous()):
+        return torch.empty_like(x, dtype=dtype)
+    return empty(x.numel(), x, dtype).view(x.shape)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,7 +108,7 @@ class ProductSum:
     def __init__(self, out: Tensor, dtype: torch.dtype, *, once: bool, adds: bool = False):
         in_place = out.dtype == sum_dtype(dtype) or (once and out.dtype == dtype)
         self.out, self.begun = out, adds
-        self.total = out if in_place else torch.empty_like(out, dtype=sum_dtype(dtype))
+        self.total = out if in_place else empty_like(out, sum_dtype(dtype))
 
     def add(self, a: Tensor, b: Tensor, by: float) -> None:
         (add_product if self.begun else write_product)(self.total, a, b, by)
@@ -109,7 +135,7 @@ def column_sums(x: Tensor) -> Tensor:
 def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """x times a number, in sum_dtype and rounded once to dtype, in new memory."""
     by = by.to(sum_dtype(x.dtype)).reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first
-    out = torch.empty_like(x, dtype=dtype)
+    out = empty_like(x, dtype)
     if x.is_cuda:
         return torch.mul(x, by, out=out)
     for some, rows in zip(out.split(CPU_ROWS), x.split(CPU_ROWS), strict=True):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -20,7 +19,6 @@ FEWEST = 256  # rows and columns of a tile of which the GEMM is worth its launch
 # Of whole rows: below, the sums of the weight's gradient would cost more than a second pass over its tiles.
 FEWEST_TOKENS = 64
 BYTES_PER_TILE = 128  # of a row's statistics, from the tile to the merge
-ALIGNMENT = 64  # bytes, of a cache line
 Rows = slice | Tensor
 
 
@@ -177,16 +175,6 @@ def compacted(used: Tensor) -> tuple[Tensor | None, int]:
     """(where `used` is true, or None if everywhere; how often). One sync on a GPU."""
     index = used.nonzero().squeeze(1)
     return (None, used.numel()) if index.numel() == used.numel() else (index, index.numel())
-
-
-def tile_memory(cells: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the device of `like`. On a CPU from malloc and aligned here: glibc before 2.38 does not find a freed block of
-    torch's aligned_alloc again, and beside tensors of the same size the process grew by a tile per call."""
-    if like.device.type != "cpu":
-        return like.new_empty(cells, dtype=dtype)
-    memory = torch.from_numpy(numpy.empty(cells * dtype.itemsize + ALIGNMENT, numpy.uint8))
-    begin = -memory.data_ptr() % ALIGNMENT
-    return memory[begin : begin + cells * dtype.itemsize].view(dtype)
 
 
 def as_tile(memory: Tensor, rows: int, at: slice) -> Tensor:

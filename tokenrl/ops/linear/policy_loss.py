@@ -21,7 +21,7 @@ from ..arguments import OpArguments
 from ..kernel_ops import IGNORED, ObjectiveInputs, RowInputs
 from ..reference import regularized
 from . import token_logprobs
-from .gemm import ProductSum, add_product, column_sums, sum_dtype
+from .gemm import ProductSum, add_product, column_sums, empty, sum_dtype
 from .head import (
     FEWEST_TOKENS,
     Head,
@@ -33,7 +33,6 @@ from .head import (
     fitting_whole_rows,
     rows_at,
     split,
-    tile_memory,
 )
 from .lift import lifted
 from .token_logprobs import Gradients
@@ -242,7 +241,7 @@ def _one_pass(
     if inputs.old_logp is None:
         ends = [count] * len(ends)
     most = max(chunk.stop - chunk.start for chunk in chunks)
-    memory = tile_memory(most * head.vocab, inputs.hidden, head.dtype)
+    memory = empty(most * head.vocab, inputs.hidden, head.dtype)
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)

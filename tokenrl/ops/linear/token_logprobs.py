@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernel_ops import IGNORED, RESULTS, logprob_results
-from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, sum_dtype
+from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, empty, sum_dtype
 from .head import (
     FEWEST_TOKENS,
     Head,
@@ -23,7 +23,6 @@ from .head import (
     fitting_whole_rows,
     rows_at,
     split,
-    tile_memory,
     tiles_of,
     whole_rows_of,
 )
@@ -46,7 +45,7 @@ def statistics(head: Head, hidden: Tensor, ids: Tensor, outputs: list[str], budg
     ordered = "is_top1" in outputs or "rank" in outputs
     whole = ordered or fitting_whole_rows(head, budget) >= min(count, FEWEST_TOKENS)
     tiles = (whole_rows_of if whole else tiles_of)(head, count, budget)
-    memory = tile_memory(tiles.cells, hidden, head.dtype)
+    memory = empty(tiles.cells, hidden, head.dtype)
     if index is None and tiles == Tiles(count, head.vocab):
         return _of_rows(head, hidden.to(head.dtype), ids, slice(0, count), outputs, tiles, memory)
     results = [x.zero_() for x in logprob_results(hidden, ids, outputs, sum_dtype(head.dtype))]
@@ -152,7 +151,7 @@ def gradients(
     saved = [x[rows] if x.numel() else x for x in saved]
     total = states.new_zeros((0,) if grads.hidden is None else states.shape, dtype=sum_dtype(head.dtype))
     tiles = tiles_of(head, count, budget, sums=states.nbytes + total.nbytes)
-    memory = tile_memory(tiles.cells, hidden, head.dtype)
+    memory = empty(tiles.cells, hidden, head.dtype)
     for at in split(head.vocab, tiles.columns):
         columns, local = head.columns(at), local_ids(ids, at)
         if grads.weight is not None:
