@@ -117,10 +117,10 @@ def test_another_loss_is_named(monkeypatch):
 
 
 WRONG = {
-    "head": ({"head": "hiden"}, "head: got 'hiden', accepted: auto, hidden, loss. Did you mean 'hidden'"),
+    "head": ({"head": "hiden"}, "head: got 'hiden', accepted: auto, one-pass, hidden, loss. Did you mean 'hidden'"),
     "parity": ({"parity": "once"}, "parity: got 'once', accepted: first, always, never"),
     "objective": ({"objective": "cptoo"}, "objective: got 'cptoo'"),
-    "groups": ({"objective": "ba"}, "objective: got 'ba', accepted: an objective that needs no groups"),
+    "groups": ({"objective": "ba"}, "objective: got 'ba', which needs group ids, accepted: a row of what TRL hands"),
 }
 
 

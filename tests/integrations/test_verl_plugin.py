@@ -22,9 +22,9 @@ from verl_batches import batch, evaluated
 
 import tokenrl
 from tokenrl.integrations import hosts, verl
+from tokenrl.integrations.hosts import NEEDS
 from tokenrl.integrations.verl import registry, settings
 from tokenrl.integrations.verl.modes import MODES, SETTINGS, nothing
-from tokenrl.integrations.verl.registry import NEEDS
 
 
 @pytest.fixture

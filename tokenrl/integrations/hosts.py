@@ -9,6 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import wrong
+from ..objectives.gates.kl import KlGate
+from ..objectives.policy import Objective
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ HOSTS = {
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
 }
+
+
+NEEDS = {  # what hosts do not hand to a policy loss
+    "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids",
+    "hapo": "entropy scores", "rmt": "a next-token weight", "dppo_topk": "top-K divergences",
+}  # fmt: skip
+
+
+def needed_by(row: Objective) -> str | None:
+    """What a row needs beside log-probs, advantages and mask; None: nothing."""
+    if isinstance(row.gate, KlGate):
+        return "a reference's log-probs"
+    return NEEDS.get(row.name, "group ids" if row.aggregation in ("group-mean", "balanced") else None)
 
 
 def version_of(distribution: str) -> str | None:

@@ -15,13 +15,13 @@ from trl.trainer import utils
 from ...batch.checks import check_name
 from ...errors import wrong
 from ...objectives.policy import Objective, find_objective
+from ..hosts import needed_by
 from .head import fused_head
 from .loss import MicroBatch, host_objective, loss_of
 from .one_pass import OnePass, inside, what_prevents
 
 HEADS = ("auto", "one-pass", "hidden", "loss")
 PARITY = ("first", "always", "never")
-GROUPED = ("balanced", "group-mean")  # aggregations
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # What TRL's GRPOTrainer hands to the model beside ids and mask.
 PASSED_ON = (
@@ -49,9 +49,9 @@ class TokenRLConfig:
     def __post_init__(self) -> None:
         check_name("head", self.head, HEADS)
         check_name("parity", self.parity, PARITY)
-        if self.objective is not None and find_objective(self.objective).aggregation in GROUPED:
-            accepted = "an objective that needs no groups: TRL's micro-batches hold none"
-            raise wrong("objective", repr(find_objective(self.objective).name), accepted)
+        row = None if self.objective is None else find_objective(self.objective)
+        if row is not None and (needs := needed_by(row)):
+            raise wrong("objective", f"{row.name!r}, which needs {needs}", "a row of what TRL hands to a loss")
 
 
 def config_of(trainer: Any, given: TokenRLConfig | None) -> TokenRLConfig:

@@ -11,15 +11,11 @@ from ...batch.checks import check_name
 from ...errors import wrong
 from ...objectives.gates.kl import KlGate
 from ...objectives.policy import OBJECTIVES, Objective, find_objective
-from ..hosts import check_parameters
+from ..hosts import check_parameters, needed_by
 from .batch import CORE
 from .loss import PARAMETERS, host_loss, own_loss
 from .modes import MODES, SETTINGS, nothing
 
-NEEDS = {  # what verl does not hand to a policy loss
-    "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids",
-    "hapo": "entropy scores", "rmt": "a next-token weight", "dppo_topk": "top-K divergences",
-}  # fmt: skip
 _waiting: list[Callable[[ModuleType], None]] = []
 _originals: dict[str, Any] = {}
 
@@ -60,9 +56,7 @@ def with_core(action: Callable[[ModuleType], None]) -> None:
 
 def refusal(name: str, row: Objective) -> ValueError | None:
     """The error of a row that verl cannot feed."""
-    needs = NEEDS.get(row.name, "group ids" if row.aggregation in ("group-mean", "balanced") else None)
-    if isinstance(row.gate, KlGate):
-        needs = "a reference's log-probs (actor.use_kl_loss)"
+    needs = needed_by(row)
     if needs is None:
         return None
     return wrong("loss_mode", f"tokenrl_{name}, which needs {needs}", "a row of what verl hands to a policy loss")
