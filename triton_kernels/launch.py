@@ -92,4 +92,4 @@ def vocab_warps(block: int, heavy: bool = False) -> int:
 
 def several_ids(per_row: int) -> dict:
     """Options of a kernel that counts for several ids at once: ptxas would rather spill than use so many registers."""
-    return {"maxnreg": 160} if per_row > 1 and not INTERPRETED else {}
+    return {"maxnreg": 176} if per_row > 1 and not INTERPRETED else {}

@@ -81,8 +81,9 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
   for (int64_t v = head + packs * kPack + threadIdx.x; v < end; v += kThreads) out[v] = Logit{};
 }
 
+// fp64 would spill in the registers of two blocks.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 ? 1 : kBlocksAtOnce)
     logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t index = blockIdx.x / splits, length = (args.vocab + splits - 1) / splits;

@@ -112,7 +112,7 @@ def test_another_loss_is_named(monkeypatch):
     real = trainer_module.loss_of
     monkeypatch.setattr(trainer_module, "loss_of", lambda *args: (real(*args)[0] + 0.5, real(*args)[1]))
     with pytest.raises(ValueError, match=r"^loss: got .* from tokenrl, .* from trl .*, accepted: a relative"):
-        trained(Ours, steps=1)
+        trained(Ours, steps=1, tokenrl=TokenRLConfig(head="hidden"))
     trained(Ours, steps=1, tokenrl=TokenRLConfig(parity="never"))
 
 

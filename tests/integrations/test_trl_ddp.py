@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="trl is not installed (make test installs it)"
 from bench.trl_world import model_folder
 
 RUN = """
-import json, sys
+import json, os, sys
 import torch, trl
 from bench.trl_world import NOT_COMPARED, trained
 from tokenrl.integrations.trl import GRPOTrainer, TokenRLConfig
@@ -28,8 +28,9 @@ for trainer, own in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"tokenrl": TokenRLCon
     found.append((logged, [p.double().sum().item() for p in made.model.parameters()]))
 if made.accelerator.is_main_process:
     assert made.accelerator.num_processes == 2
-    print("FOUND" + json.dumps(found))
-torch.distributed.destroy_process_group()
+    print("FOUND" + json.dumps(found), flush=True)
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads may abort a process that ends in order
 """
 OPTIONS = {
     "dapo": {"loss_type": "dapo"},
