@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import markdown_table, overhead_table, readme_table
+from .report import markdown_table, overhead_table, readme_table, trl_table
 
 RESULTS = Path(__file__).parent / "results"
 # The markers' name -> the file of the results, and the table that is made of them.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "bench": ("cpu.json", readme_table),
+    "trl": ("trl.json", lambda report: markdown_table(*trl_table(report))),
     "overhead": ("overhead.json", lambda report: markdown_table(*overhead_table(report))),
 }
 

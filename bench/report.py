@@ -138,11 +138,11 @@ def cliffs_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 def trl_table(report: dict) -> tuple[list[str], list[list[str]]]:
     """TRL's loss step and ours in turns, ours below TRL's."""
-    found, rows = report.get("trl", []), []
-    for theirs, ours in zip(found[::2], found[1::2], strict=True):
-        rows.append([theirs["what"], number(1e3 * theirs["seconds"]), megabytes(theirs["bytes"]), MISSING, MISSING])
-        ratios = [f"{theirs[key] / ours[key]:.1f}x" for key in ("seconds", "bytes")]
-        rows.append([ours["what"], number(1e3 * ours["seconds"]), megabytes(ours["bytes"]), *ratios])
+    rows, theirs = [], {}
+    for step in report.get("trl", []):
+        theirs = step if step["what"].startswith("TRL") else theirs
+        ratios = [MISSING if step is theirs else f"{theirs[key] / step[key]:.1f}x" for key in ("seconds", "bytes")]
+        rows.append([step["what"], number(1e3 * step["seconds"]), megabytes(step["bytes"]), *ratios])
     return ["loss step", "ms", "peak MB", "faster", "smaller"], rows
 
 

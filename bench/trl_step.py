@@ -59,14 +59,12 @@ def measure() -> list[dict[str, Any]]:
     found = []
     for share in (1.0, 0.5):
         batch = _batch(share)
+        kinds = {"TRL": (trl.GRPOTrainer, {})} | {
+            f"tokenrl, {head}": (GRPOTrainer, {"tokenrl": TokenRLConfig(head=head)}) for head in ("hidden", "one-pass")
+        }
         calls = {
-            "TRL": _step(_trainer(trl.GRPOTrainer, made_model(vocab_size=VOCAB, hidden_size=WIDTH)), batch),
-            "tokenrl": _step(
-                _trainer(
-                    GRPOTrainer, made_model(vocab_size=VOCAB, hidden_size=WIDTH), tokenrl=TokenRLConfig(head="hidden")
-                ),
-                batch,
-            ),
+            name: _step(_trainer(kind, made_model(vocab_size=VOCAB, hidden_size=WIDTH), **own), batch)
+            for name, (kind, own) in kinds.items()
         }
         for call in calls.values():
             call()  # warm; the first of ours also runs TRL's loss

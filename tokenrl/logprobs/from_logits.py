@@ -162,10 +162,10 @@ def of_rows_read(transform: Transform, ids: Tensor, several: bool) -> Transform:
 
 def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, one per row) in the precision of the results."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         if torch.compiler.is_compiling() and temperature != 1:  # an op's number is burnt into a graph, a factor not
+            dtype = torch.promote_types(logits.dtype, torch.float32)
             return 1.0, logits.new_ones(logits.shape[:-1], dtype=dtype) * temperature
         return float(temperature), None
     check_tensor("temperature", temperature)
@@ -174,6 +174,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)
     if temperature.requires_grad:
         raise wrong("temperature", "a tensor that requires grad", "one without: no gradient flows to it")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     return 1.0, as_saved(temperature.detach().to(logits.device, dtype).contiguous())
 
 
