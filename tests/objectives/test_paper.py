@@ -166,7 +166,7 @@ PAPER = {
     **DETACHED,
     **MIXED,
 }
-# These compare sequences or tokens of the whole batch: test_batch_forms.py.
+# These compare sequences or tokens of the whole batch: test_batch_forms.py, test_fibration.py.
 OF_THE_BATCH = {"real", "fipo", "clip_cov", "kl_cov", "fiberpo_domain", "apc_obj"}
 OWN = {
     "ppo": "token-mean", "dapo": "token-mean", "cispo": "token-mean", "minpro": "token-mean",
