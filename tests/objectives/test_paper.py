@@ -130,10 +130,6 @@ def kl(value, slope):
     return formula
 
 
-def k2(s):
-    return s * s / 2
-
-
 def k3(s):
     return math.expm1(-s) + s
 
@@ -158,7 +154,7 @@ PAPER = {
     "rmt": ppo(0.2, 0.2),  # with next tokens: test_rmt
     "kl_abs": kl(abs, lambda s: math.copysign(1.0, s) if s else 0.0),
     "kl_k1": kl(lambda s: s, lambda s: 1.0),
-    "kl_k2": kl(k2, lambda s: s),
+    "kl_k2": kl(lambda s: s * s / 2, lambda s: s),
     "kl_k3": kl(k3, lambda s: -math.expm1(-s)),
     "kl_k1_unbiased": kl(lambda s: s, lambda s: s),
     "kl_abs_unbiased": kl(abs, lambda s: s),
