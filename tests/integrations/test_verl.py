@@ -1,7 +1,6 @@
 """verl's real policy losses (tests/support/verl_source.py) beside tokenrl's in their place: loss, gradient, metrics."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ if verl_source.folder() is None:
 from verl_batches import batch, evaluated
 
 from tokenrl.integrations import verl
-from tokenrl.integrations.verl import settings
 from tokenrl.integrations.verl.batch import AGGREGATIONS, counts_rows
 from tokenrl.integrations.verl.modes import MODES
 
@@ -35,16 +33,6 @@ INFOS = {
 LIMITS = {"loss": 1e-12, "gradient": 1e-12, "metrics": 1e-7}
 OF_MODES = {"sapo": {"gradient": 1e-8}, "dppo_tv": {"loss": 5e-7, "gradient": 2e-8},
             "dppo_kl": {"loss": 5e-7, "gradient": 2e-8}}  # fmt: skip
-
-
-@pytest.fixture
-def core(monkeypatch):
-    """verl's core_algos as if it were imported, with all that this process registers in it."""
-    module = verl_source.core_algos()
-    monkeypatch.setitem(sys.modules, verl_source.CORE, module)
-    settings.register_table({})
-    yield module
-    verl.restore()
 
 
 def differences(truth, found):

@@ -26,17 +26,6 @@ from tokenrl.integrations.hosts import NEEDS
 from tokenrl.integrations.verl import registry, settings
 from tokenrl.integrations.verl.modes import MODES, SETTINGS, nothing
 
-
-@pytest.fixture
-def core(monkeypatch):
-    """verl's core_algos as if it were imported, with all that this process registers in it."""
-    module = verl_source.core_algos()
-    monkeypatch.setitem(sys.modules, verl_source.CORE, module)
-    settings.register_table({})
-    yield module
-    verl.restore()
-
-
 ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if not name.startswith("kl_") or name == "kl_cov"]
 
 

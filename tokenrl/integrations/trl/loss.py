@@ -104,19 +104,20 @@ def policy_inputs(trainer: Any, inputs: dict[str, Any], row: Objective) -> dict[
 def off_policy_mask(trainer: Any, batch: MicroBatch) -> Tensor | None:
     if trainer.off_policy_mask_threshold is None:
         return None
-    now = batch.logp.detach()
-    rollout = batch.inputs.get("sampling_per_token_logps", batch.sampled)
-    rollout = torch.where(rollout.isnan(), now, rollout)  # vLLM's NaN says nothing of a token
+    rollout, threshold = batch.inputs.get("sampling_per_token_logps", batch.sampled), trainer.off_policy_mask_threshold
     return off_policy_sequence_mask(
-        now, rollout, batch.inputs["advantages"], mask=batch.mask, threshold=trainer.off_policy_mask_threshold
-    )
+        batch.logp.detach(), rollout, batch.inputs["advantages"], mask=batch.mask, threshold=threshold,
+        unknown="neutral",
+    )  # fmt: skip
 
 
-def policy_term(trainer: Any, batch: MicroBatch, row: Objective, how: dict[str, Any]) -> tuple[Tensor, Any]:
-    """(the objective under the weights that are its alone, its metrics)."""
+def policy_term(
+    trainer: Any, batch: MicroBatch, row: Objective, keep: Tensor | None, how: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """(the objective under the weights that are its alone, its metrics). keep: high_entropy's."""
     given = policy_inputs(trainer, batch.inputs, row)
     weight = None
-    for factor in (given["token_weight"], off_policy_mask(trainer, batch), high_entropy(trainer, batch)):
+    for factor in (given["token_weight"], off_policy_mask(trainer, batch), keep):
         if factor is not None:
             factor = factor.to(batch.logp.dtype).expand_as(batch.logp)
             weight = factor if weight is None else weight * factor
@@ -140,9 +141,8 @@ def kl_term(trainer: Any, batch: MicroBatch, how: dict[str, Any]) -> Tensor:
     return of_kl + of_ratio - of_ratio.detach()
 
 
-def entropy_term(trainer: Any, batch: MicroBatch) -> Tensor:
+def entropy_term(batch: MicroBatch, keep: Tensor | None) -> Tensor:
     """The mean entropy of the tokens that the objective takes."""
-    keep = high_entropy(trainer, batch)
     return group_aggregate(batch.entropy, "token-mean", mask=batch.mask if keep is None else batch.mask & keep.bool())
 
 
@@ -162,12 +162,12 @@ def entropy_coefficient(trainer: Any) -> float:
 def loss_of(trainer: Any, batch: MicroBatch, row: Objective) -> tuple[Tensor, Any]:
     """(TRL's loss with its loss_type's objective or another, under the aggregation and normalizer of loss_type; metrics
     of the objective)."""
-    how = weighting(trainer, batch.inputs, batch.mask)
-    loss, metrics = policy_term(trainer, batch, row, how)
+    how, keep = weighting(trainer, batch.inputs, batch.mask), high_entropy(trainer, batch)
+    loss, metrics = policy_term(trainer, batch, row, keep, how)
     if trainer.beta != 0.0:
         loss = loss + trainer.beta * kl_term(trainer, batch, how)
     if coefficient := entropy_coefficient(trainer):
-        loss = loss - coefficient * entropy_term(trainer, batch) / parts_of(trainer)
+        loss = loss - coefficient * entropy_term(batch, keep) / parts_of(trainer)
     if batch.auxiliary is not None:
         loss = loss + trainer.router_aux_loss_coef * batch.auxiliary / parts_of(trainer)
     return loss, metrics
