@@ -55,7 +55,7 @@ def test_empty_rows_take_part_in_no_extreme(dtype, backend):
     assert found.raw.dtype == torch.float64 and found.tokens == 2
     assert found.ratio_min == pytest.approx(math.exp(1)) and found.ratio_max == pytest.approx(math.exp(2))
     none = tokenrl.policy_loss("grpo", x, torch.zeros_like(x), x[:, 0], mask=mask & False, backend=backend)[1]
-    assert none.raw.tolist() == [0, 0, math.inf, -math.inf, 0, 0, 0, 0, 0]
+    assert none.raw.tolist() == [0, 0, math.inf, -math.inf, *[0] * 8]
 
 
 def test_tokens_are_counted_beyond_2_to_the_24():

@@ -42,7 +42,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class Evaluated(NamedTuple):
-    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]; and
+    """A loss; the metrics of its objective [12], its KL and entropy; its gradients by log-probs and entropies, [N]; and
     these themselves, [N]."""
 
     loss: Tensor
@@ -181,7 +181,7 @@ class Chunk:
 
 
 def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics [9 of the objective, KL, entropy, passes], log-probs [N], entropies [N]); fills grads. Tokens that
+    """(loss, metrics [12 of the objective, KL, entropy, passes], log-probs [N], entropies [N]); fills grads. Tokens that
     the mask leaves out enter no GEMM: their log-probs and entropies are 0."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(inputs.active)
