@@ -1,10 +1,8 @@
 """A row of tokenrl's table behind the signature of verl's policy losses."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from ...errors import wrong
 from ...losses.policy import policy_loss
 from ...objectives.metrics import RAW, Metrics
 from ...objectives.policy import OBJECTIVES, Objective, objective
+from ..hosts import say
 from .batch import Batch, setting
 from .modes import HARD_WIRED, MODES, Mode, of_sequences
 
@@ -81,13 +80,8 @@ class OwnLoss(PolicyLoss):
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, float]]:
         aggregation = kwargs.get("loss_agg_mode", args[4] if len(args) > 4 else "token-mean")
         if aggregation != self.row.aggregation:
-            _say(f"{self.loss_mode}: loss_agg_mode {aggregation!r}, the method's own is {self.row.aggregation!r}")
+            say(f"{self.loss_mode}: loss_agg_mode {aggregation!r}, the method's own is {self.row.aggregation!r}")
         return super().__call__(*args, **kwargs)
-
-
-@cache
-def _say(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
 
 
 def own_loss(
