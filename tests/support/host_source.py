@@ -2,6 +2,7 @@
 files (build/hosts, where `make test` unpacks them; nothing is installed), run here."""
 
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +37,11 @@ def lifted(path: Path, *names: str, **known: Any) -> ModuleType:
     wanted = {name: node for node in tree.body for name in names_of(node) if name in names}
     assert set(wanted) == set(names), set(names) - set(wanted)
     tree.body = [tree.body[0], *(node for node in tree.body if any(node is w for w in wanted.values()))]
-    exec(compile(tree, str(path), "exec"), module.__dict__)
+    sys.modules[module.__name__] = module  # where dataclasses look their annotations up
+    try:
+        exec(compile(tree, str(path), "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
     return module
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..batch.checks import check_name
@@ -35,10 +36,12 @@ HOSTS = {
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
     "openrlhf": Host("openrlhf", "the loss", "0.11.2", "0.11.2"),
+    "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
 }
 
 VARIABLE = "TOKENRL_OBJECTIVE"  # of hosts whose settings take nothing but theirs
 FORM = """a name of tokenrl.OBJECTIVES, or a JSON object as {"ctpo": {"eps_low": 0.03}}"""
+LEAST_WEIGHT = 1e-8  # of an importance weight inside a ratio
 PPO = ("ppo", "grpo", "dr_grpo", "dapo", "bnpo")  # rows that take a host's bounds of PPO
 
 NEEDS = {  # what hosts do not hand to a policy loss
@@ -60,9 +63,8 @@ def check_fed(name: str, row: Objective) -> None:
         raise wrong("objective", f"{row.name!r}, which needs {needs}", f"a row of what {name} hands to a policy loss")
 
 
-def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Objective | None:
-    """The row that the variable names; None where it is not set: the host's own loss. settings: what rows take from the
-    host's, below what the variable says."""
+def chosen(host: str = "the trainer") -> tuple[str, dict[str, Any]] | None:
+    """(the row that the variable names, its parameters there); None where it is not set."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None
@@ -75,9 +77,32 @@ def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Ob
         if not isinstance(parameters, dict) or "aggregation" in parameters:
             raise wrong(VARIABLE, text, f"{FORM}; the aggregation is {host}'s")
     check_name(VARIABLE, name, OBJECTIVES)
+    objective(name, **parameters)
+    return name, parameters
+
+
+def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Objective | None:
+    """The row that the variable names; None where it is not set: the host's own loss. settings: what rows take from the
+    host's, below what the variable says."""
+    found = chosen(host)
+    if found is None:
+        return None
+    name, parameters = found
     row = objective(name, **{**settings.get(name, {}), **parameters})
     check_fed(host, row)
     return row
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Log-probs of 16 bits in 32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def weighed(row: Objective, old_logp: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(old_logp, token_weight) with a rollout's importance weights, which some rows take into their ratio."""
+    if weight is None or not row.gate.reads_rollout:
+        return old_logp, weight
+    return old_logp - weight.clamp(min=LEAST_WEIGHT).log(), None
 
 
 def clip_fraction(metrics: Metrics) -> Tensor:

@@ -12,7 +12,7 @@ from ...errors import wrong
 from ...losses.policy import policy_loss
 from ...objectives.metrics import RAW, Metrics
 from ...objectives.policy import OBJECTIVES, Objective, objective
-from ..hosts import say
+from ..hosts import at_least_fp32, say, weighed
 from .batch import Batch, setting
 from .modes import HARD_WIRED, MODES, Mode, of_sequences
 
@@ -20,7 +20,6 @@ PARAMETERS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
 )  # fmt: skip
 OURS = ("ess", "ratio_max")  # beside verl's metrics
-LEAST_WEIGHT = 1e-8  # of an importance weight inside a ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +40,13 @@ class PolicyLoss:
         ratio_max of tokenrl), after one wait for the device."""
         if config is None:
             raise wrong("config", None, "verl's ActorConfig")
-        logp = log_prob.float() if log_prob.dtype in (torch.bfloat16, torch.float16) else log_prob
+        logp = at_least_fp32(log_prob)
         batch = Batch(
             logp, old_log_prob.detach().to(logp.dtype), advantages.detach().to(logp.dtype), response_mask.bool(),
             rollout_is_weights, loss_agg_mode, config,
         )  # fmt: skip
         row = self.row_for(config)
-        old_logp, weight = batch.old_logp, self.mode.weight(batch)
-        if weight is not None and row.gate.reads_rollout:
-            old_logp, weight = old_logp - weight.clamp(min=LEAST_WEIGHT).log(), None
+        old_logp, weight = weighed(row, batch.old_logp, self.mode.weight(batch))
         aggregation, normalizer = self.mode.counts(batch)
         loss, metrics = policy_loss(
             row, logp, old_logp, batch.advantages, mask=batch.mask, aggregation=aggregation, normalizer=normalizer,
