@@ -165,6 +165,7 @@ struct SequenceObjective {
 template <class T>
 __device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, const SequenceTotals<T>* per_sequence) {
   BatchTotals sum = BatchTotals::nothing();
+#pragma unroll 2  // more would spill registers
   for (int64_t i = threadIdx.x; i < args.spans.num_sequences; i += kThreads) sum.add(per_sequence[i]);
   TRL_SHARED(BatchTotals, memory, kWarps);
   sum = reduce(sum, Add{}, memory);
