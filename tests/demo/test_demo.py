@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tokenrl
@@ -117,10 +116,10 @@ def test_the_recorded_rollouts_come_back(run):
     assert torch.allclose(logp, tensors["logp"], atol=1e-5)
     _, metrics = tokenrl.policy_loss("grpo", logp, tensors["old_logp"], tensors["advantages"], mask=tensors["mask"])
     assert metrics.ratio_max > 1.001
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata.pop("task") == "running totals modulo five"
-    assert metadata == {"temperature": "1.0", "objective": "ctpo", "seed": "0", "step": "1"}
+    batch = tokenrl.load_batch(path)
+    assert batch.source == {"task": "running totals modulo five", "seed": "0", "step": "1"}
+    assert batch.settings == {"temperature": 1.0} and batch.objective.name == "ctpo"
+    assert batch.loss("grpo")[1].ratio_max == pytest.approx(metrics.ratio_max)
 
 
 def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
