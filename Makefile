@@ -8,13 +8,17 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check fuzz lint gpu clean
+.PHONY: demo test test-trainers check fuzz lint gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
 
-test: $(VENV)/.built $(VENV)/.rivals
+test: $(VENV)/.built $(VENV)/.rivals build/hosts/.done
 	$(VENV)/bin/python -m pytest -q $(WORKERS) --durations=20 tests
+
+# The hooks of tokenrl.integrations beside the trainers that they stand in for.
+test-trainers: $(VENV)/.built $(VENV)/.rivals build/hosts/.done
+	$(VENV)/bin/python -m pytest -q $(WORKERS) tests/integrations
 
 # The inner loop: of every room a few, in less than a minute (tests/support/order.py says which and why).
 check: $(VENV)/.built
@@ -47,6 +51,13 @@ $(VENV)/.installed: requirements.txt
 $(VENV)/.rivals: $(VENV)/.installed
 	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
 	$(PIP) install -q --no-deps "verl==0.9.1"
+	touch $@
+
+# Trainers that exclude each other's dependencies: their wheels, unpacked, for tests that run the text of a function of theirs.
+build/hosts/.done: Makefile
+	rm -rf build/hosts
+	$(PYTHON) -m pip install -q --no-deps --no-compile --ignore-requires-python --target build/hosts \
+	    "openrlhf==0.11.2" "skyrl==0.3.0" "ms-swift==4.6.0" "areal==1.0.4"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -67,7 +67,7 @@ class Ours(TokenRLMixin, Rollouts, trl.GRPOTrainer):
     pass
 
 
-PREVENTS = {"beta", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef", "use_adaptive_entropy"}
+PREVENTS = {"top_entropy_quantile", "off_policy_mask_threshold"}
 # With TRL's own head every fourth: it is the same loss.
 CASES = [(name, "hidden") for name in SETTINGS] + [(name, "loss") for name in list(SETTINGS)[::4]]
 CASES += [(name, "one-pass") for name, given in SETTINGS.items() if not PREVENTS & {*given} and "mixtral" not in name]
@@ -148,7 +148,7 @@ def test_versions(monkeypatch):
         hosts.require("trl")
 
 
-@pytest.mark.parametrize("name", ["grpo, high entropy, its bonus", "cispo, beta", "mixtral, balanced"])
+@pytest.mark.parametrize("name", ["grpo, high entropy, its bonus", "mixtral, balanced"])
 def test_what_prevents_one_pass_is_named(name):
     with pytest.raises(
         ValueError, match="^head: got 'one-pass' with [a-z_]+, accepted: 'hidden', which has its numbers"

@@ -1,6 +1,5 @@
 """tokenrl's rows in verl's registry: by name, by parameters, in a fresh process of the real verl; what is refused."""
 
-import importlib.util
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from verl_batches import batch, evaluated
 import tokenrl
 from tokenrl.integrations import hosts, verl
 from tokenrl.integrations.hosts import NEEDS
-from tokenrl.integrations.verl import registry, settings
+from tokenrl.integrations.verl import settings
 from tokenrl.integrations.verl.modes import MODES, SETTINGS, nothing
 
 ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if not name.startswith("kl_") or name == "kl_cov"]
@@ -155,24 +154,6 @@ def test_replace_and_restore(core):
     ]
     verl.restore()
     assert core.POLICY_LOSS_REGISTRY == before
-
-
-def test_what_waits_for_verl_s_import_survives_a_look_at_its_spec(tmp_path, monkeypatch):
-    (tmp_path / "core_algos.py").write_text("REGISTRY = {}")
-    monkeypatch.delitem(sys.modules, verl_source.CORE, raising=False)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(registry, "_waiting", [])
-    seen = []
-    registry.with_core(seen.append)
-    registry.with_core(seen.append)
-    finder = next(finder for finder in sys.meta_path if isinstance(finder, registry._Import))
-    assert finder.find_spec("another.module", [str(tmp_path)]) is None
-    for _ in range(2):
-        spec = finder.find_spec(verl_source.CORE, [str(tmp_path)])
-    assert not seen
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert seen == [module, module] and finder not in sys.meta_path
 
 
 def test_versions(monkeypatch):

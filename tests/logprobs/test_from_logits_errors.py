@@ -53,7 +53,7 @@ def test_a_wrong_row_mask_is_named(shape, dtype):
 
 @pytest.mark.parametrize(
     "shape,dtype",
-    [((3,), torch.float32), ((2, 1), torch.float32), ((), torch.float32), ((2,), INT), ((2,), torch.half)],
+    [((3,), torch.float32), ((2, 1), torch.float32), ((2,), INT), ((2,), torch.half)],
 )
 def test_a_wrong_tensor_of_temperatures_is_named(shape, dtype):
     given = rf"{dtype} \[{', '.join(map(str, shape))}\]"

@@ -97,7 +97,7 @@ def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
 
     loss = (
         old, logp, mask, cu, None, *spans, None, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
-        [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, 0.01,
+        [None, logp, None], 20.0, 10.0, reference, "kl_k3", [10.0], 20.0, 9.0, 0.1, old, "token", 0.01, None,
     )  # fmt: skip
     every, across = [True] * 3, (tensors[0], tensors[1].t().contiguous().t(), tensors[2])
     return {

@@ -77,8 +77,10 @@ class Layout:
 
     def flat_tokens_or_sequences(self, name: str, x: Tensor, dtype: torch.dtype, per: str | None = None) -> Tensor:
         """[N] or [S], flat, told apart by their length: where both are one, [N]. per: which of the two x is, where a
-        packed batch has as many sequences as tokens; None: one per token."""
+        packed batch has as many sequences as tokens; None: one per token. [B, 1] is [B]."""
         check_tensor(name, x)
+        if self.width is not None and per != "token" and x.shape == (self.num_sequences, 1) != self.shape:
+            x = x[:, 0]
         if per is not None:
             check_name(f"{name}_per", per, PER)
         if per != "sequence" and x.shape == self.shape:

@@ -1,16 +1,24 @@
 """The hosts, the versions that their hooks are held to, and the check of what is installed."""
 
 import inspect
+import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_name
 from ..errors import wrong
 from ..objectives.gates.kl import KlGate
-from ..objectives.policy import Objective
+from ..objectives.metrics import RAW, Metrics
+from ..objectives.policy import OBJECTIVES, Objective, objective
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,14 @@ HOSTS = {
     "trl": Host("trl", "the loss", "1.10.0", "1.16.0"),
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
+    "openrlhf": Host("openrlhf", "the loss", "0.11.2", "0.11.2"),
+    "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
 }
 
+VARIABLE = "TOKENRL_OBJECTIVE"  # of hosts whose settings take nothing but theirs
+FORM = """a name of tokenrl.OBJECTIVES, or a JSON object as {"ctpo": {"eps_low": 0.03}}"""
+LEAST_WEIGHT = 1e-8  # of an importance weight inside a ratio
+PPO = ("ppo", "grpo", "dr_grpo", "dapo", "bnpo")  # rows that take a host's bounds of PPO
 
 NEEDS = {  # what hosts do not hand to a policy loss
     "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids",
@@ -42,6 +56,66 @@ def needed_by(row: Objective) -> str | None:
     if isinstance(row.gate, KlGate):
         return "a reference's log-probs"
     return NEEDS.get(row.name, "group ids" if row.aggregation in ("group-mean", "balanced") else None)
+
+
+def check_fed(name: str, row: Objective) -> None:
+    """ValueError for a row that needs what a host does not hand to a loss."""
+    if needs := needed_by(row):
+        raise wrong("objective", f"{row.name!r}, which needs {needs}", f"a row of what {name} hands to a policy loss")
+
+
+def chosen(host: str = "the trainer") -> tuple[str, dict[str, Any]] | None:
+    """(the row that the variable names, its parameters there); None where it is not set."""
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return None
+    name, parameters = text, {}
+    if text.startswith("{"):
+        try:
+            ((name, parameters),) = json.loads(text).items()
+        except ValueError:  # no JSON, or not one row
+            raise wrong(VARIABLE, text, FORM) from None
+        if not isinstance(parameters, dict) or "aggregation" in parameters:
+            raise wrong(VARIABLE, text, f"{FORM}; the aggregation is {host}'s")
+    check_name(VARIABLE, name, OBJECTIVES)
+    objective(name, **parameters)
+    return name, parameters
+
+
+def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Objective | None:
+    """The row that the variable names; None where it is not set: the host's own loss. settings: what rows take from the
+    host's, below what the variable says."""
+    found = chosen(host)
+    if found is None:
+        return None
+    name, parameters = found
+    row = objective(name, **{**settings.get(name, {}), **parameters})
+    check_fed(host, row)
+    return row
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Log-probs of 16 bits in 32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def weighed(row: Objective, old_logp: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(old_logp, token_weight) with a rollout's importance weights, which some rows take into their ratio."""
+    if weight is None or not row.gate.reads_rollout:
+        return old_logp, weight
+    return old_logp - weight.clamp(min=LEAST_WEIGHT).log(), None
+
+
+def clip_fraction(metrics: Metrics) -> Tensor:
+    """0-d, on the device: the fraction of tokens with an active lower or upper bound, NaN without tokens."""
+    sums = dict(zip(RAW, metrics.raw, strict=False))
+    return (sums["clip_low"] + sums["clip_high"]) / sums["tokens"]
+
+
+@cache
+def say(text: str) -> None:
+    """A warning, once."""
+    warnings.warn(text, stacklevel=4)
 
 
 def version_of(distribution: str) -> str | None:
@@ -68,8 +142,9 @@ def require(name: str) -> None:
         warnings.warn(f"{host.distribution}: got {found}, held to {accepted}: compare a step", stacklevel=3)
 
 
-def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...]) -> None:
-    """Whether a function of a host still takes what its stand-in takes."""
+def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...] | Callable[..., Any]) -> None:
+    """Whether a function of a host still takes what its stand-in takes: names, or the stand-in itself."""
+    accepted = tuple(inspect.signature(accepted).parameters) if callable(accepted) else accepted
     found = tuple(inspect.signature(function).parameters)
     if found != accepted:
         raise wrong(name, f"the parameters ({', '.join(found)})", f"({', '.join(accepted)})")

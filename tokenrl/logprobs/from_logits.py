@@ -63,7 +63,7 @@ def token_logprobs(
     is 1. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here), or K of them per
     row, [N, K] or [B, T, K]; then logp, is_top1 and rank are [..., K]. An id of ignore_index gives 0 and no gradient; a
     row that row_mask (bool, [N] or [B, T]) leaves out, or all of whose ids are ignored, gives zeros and is never read.
-    temperature: a positive number, or one per row, fp32 or fp64. softcap, logit_scale: positive numbers.
+    temperature: a positive number, or one per row, fp32 or fp64 (0-d or [B, 1], too). softcap, logit_scale: positive.
     keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
     mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
     outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
@@ -169,6 +169,8 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Te
             return 1.0, logits.new_ones(logits.shape[:-1], dtype=dtype) * temperature
         return float(temperature), None
     check_tensor("temperature", temperature)
+    if temperature.dim() == 0 or temperature.shape == (*logits.shape[:-2], 1):
+        temperature = temperature.expand(logits.shape[:-1])
     if temperature.shape != logits.shape[:-1] or temperature.dtype not in (torch.float32, torch.float64):
         accepted = f"a positive number, or fp32 or fp64, one per row of logits, {list(logits.shape[:-1])}"
         raise wrong("temperature", f"{temperature.dtype} {list(temperature.shape)}", accepted)

@@ -14,7 +14,7 @@ from .aggregation import span_weights
 
 KINDS = {"sum": "prefix_sum", "mean": "prefix_mean", "min": "prefix_min"}
 _IDENTITY = Objective("identity", "token", Identity(), "token-mean", "the aggregation alone")
-_ALONE = Regularizers(None, _IDENTITY, 0.0, 0.0)
+_ALONE = Regularizers(None, _IDENTITY, 0.0, None, None, 0.0, None)
 
 
 def prefix_ratio(

@@ -44,7 +44,10 @@ def linear_policy_loss(
     ref_logp: Tensor | None = None,
     kl: str | Objective = "kl_k3",
     kl_coef: float = 0.0,
+    kl_weight: Tensor | None = None,
+    kl_ratio: str | None = None,
     entropy_coef: float = 0.0,
+    entropy_weight: Tensor | None = None,
     ignore_index: int = IGNORED,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
@@ -55,15 +58,14 @@ def linear_policy_loss(
 ) -> tuple[Tensor, LinearMetrics]:
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
-        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias
+        loss = sum_t w_t (gate(s_t) + kl_coef r_t kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias
 
     hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
     here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
     keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, advantages_per, mask to normalizer: as
     for policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and
     is not read.
-    ref_logp: log-probs of the reference model, of the shape of ids; kl: a row kl_* of the table, kl_coef its weight.
-    entropy_coef: weight of the entropy bonus. All terms share the weights w of the aggregation.
+    ref_logp: log-probs of the reference model, of the shape of ids; kl to entropy_weight: as for policy_loss.
 
     The loss carries the gradients of hidden, weight and bias, each computed in the forward only where it is required;
     the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
@@ -72,9 +74,9 @@ def linear_policy_loss(
     instead. The gradients of fp16 tensors are kept in fp32 until the backward has multiplied them, by a loss scale for
     one, and those of fp16 logits are lifted by a power of two meanwhile: neither underflows in between.
     One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
-    token, prefixes with flow "local", on-policy); for the others chunks end with sequences. Where a sequence does not
-    fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V flops, and objectives with a
-    form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
+    token, prefixes with flow "local", on-policy); for the others, and kl_ratio "span_mean", chunks end with sequences.
+    Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V
+    flops, and objectives with a form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
     Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
     where no other term wants them (metrics.left_out counts their tokens, the other metrics do not), unless
     without_advantage="compute" asks for their metrics. Tokens whose coefficient is zero enter no GEMM of the backward.
@@ -100,12 +102,16 @@ def linear_policy_loss(
     dtype = sum_dtype(head.like.dtype)
     old_logp = None if on_policy else old_logp
     old_logp, token_weight = corrected(
-        row.gate.reads_rollout, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction
+        row, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction, kl_ratio
     )
+    regularizers = regularizers_of(
+        layout, dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
+        entropy_coef=entropy_coef, entropy_weight=entropy_weight,
+    )  # fmt: skip
     inputs = policy_loss_inputs(
         row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
         token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
-        normalizer=normalizer, regularizers=regularizers_of(layout, dtype, ref_logp, kl, kl_coef, entropy_coef),
+        normalizer=normalizer, regularizers=regularizers,
     )  # fmt: skip
     valid = layout.valid()
     flat = head.inputs(ids, valid.view(ids.shape), ignore_index)

@@ -31,13 +31,16 @@ def policy_loss(
     ref_logp: Tensor | None = None,
     kl: str | Objective = "kl_k3",
     kl_coef: float = 0.0,
+    kl_weight: Tensor | None = None,
+    kl_ratio: str | None = None,
     entropy_coef: float = 0.0,
+    entropy_weight: Tensor | None = None,
     correction: dict | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The loss of a policy objective and its metrics.
 
-        loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t),   s a statistic of the log ratios
+        loss = sum_t w_t (gate(s_t) + kl_coef r_t kl_t - entropy_coef entropy_t),   s a statistic of the log ratios
 
     objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
     logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
@@ -50,11 +53,16 @@ def policy_loss(
     segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
     of over the sequence.
     group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
-    token_weight: of logp's shape, multiplies the loss (importance weights, entropy masks), never the ratio.
+    token_weight: of logp's shape, or [B, 1], multiplies the loss (importance weights, entropy masks), never the ratio.
     aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
     that the mode divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
     ref_logp: log-probs of the reference model, of logp's shape; kl: a row kl_* of the table, kl_coef its weight.
+    kl_ratio: what corrects that estimate, which is one of the current policy, for tokens of the old one: r_t = the
+    ratio to old_logp of the "token" (DeepSeek-V3.2) or e^"span_mean" of its sequence or segment (TRL), with the ratio's
+    own gradient, on-policy too; None: r_t = 1.
     entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
+    kl_weight, entropy_weight: of logp's shape, or [B, 1]: what stands for w_t in that term, as
+    tokenrl.aggregation_weights gives it; None: w_t, the weight of the aggregation times token_weight.
     rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
     tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
     bound, low, high, ...; None: of single tokens, truncated at 2. A NaN, a token that the engine did not score, raises,
@@ -71,9 +79,12 @@ def policy_loss(
     check_floats("logp", logp)
     chosen = backends.choose(backend, logp.device, row.gate.name)
     old_logp, token_weight = corrected(
-        row.gate.reads_rollout, layout, old_logp, logp, rollout_logp, segment_ids, token_weight, correction
+        row, layout, old_logp, logp, rollout_logp, segment_ids, token_weight, correction, kl_ratio
     )
-    regularizers = regularizers_of(layout, logp.dtype, ref_logp, kl, kl_coef, entropy_coef)
+    regularizers = regularizers_of(
+        layout, logp.dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
+        entropy_coef=entropy_coef, entropy_weight=entropy_weight,
+    )  # fmt: skip
     inputs = policy_loss_inputs(
         row, layout, logp.dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
         token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,

@@ -15,6 +15,7 @@ from ..objectives.policy import Objective
 from ..ops.backends import Backend
 from ..ops.dispatch import PolicyLossInputs, Regularizers, SpanWeights
 from .aggregation import span_weights
+from .regularizers import flat_weight
 from .rollout_correction import importance_weights
 
 CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize", "unknown")  # of importance_weights
@@ -52,7 +53,7 @@ def policy_loss_inputs(
     if advantages is not None:
         advantages, per_row = _advantages(layout, advantages, dtype, advantages_per)
     if token_weight is not None:
-        token_weight = layout.flat_tokens("token_weight", token_weight, dtype)
+        token_weight = flat_weight("token_weight", token_weight, layout, dtype)
     starts = None
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids)
@@ -96,8 +97,16 @@ def _checked_correction(correction: object) -> Mapping[str, Any]:
     return correction
 
 
+def _check_in_ratio(row: Objective, level: Any, kl_ratio: str | None) -> None:
+    if level != "token":
+        raise wrong("correction", f"level {level!r}", "'token': the objective multiplies them over the row")
+    if kl_ratio is not None:
+        given = f"{kl_ratio!r} and rollout_logp, which {row.name!r} takes into its ratio"
+        raise wrong("kl_ratio", given, "one of the two: the ratio of a KL holds no rollout")
+
+
 def corrected(
-    in_ratio: bool,
+    row: Objective,
     layout: Layout,
     old_logp: Tensor | None,
     current: Tensor | None,
@@ -105,6 +114,7 @@ def corrected(
     segment_ids: Tensor | None,
     token_weight: Tensor | None,
     correction: Mapping[str, Any] | None,
+    kl_ratio: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(old_logp, token_weight), one of them with the importance weights of old_logp (on-policy: current) to the
     rollout's as a factor, if that is given: of the ratio to old_logp, or of token_weight."""
@@ -112,13 +122,13 @@ def corrected(
         if correction is not None:
             raise wrong("rollout_logp", None, "log-probs of the sampling engine; correction is given")
         return old_logp, token_weight
-    logp = current if old_logp is None else old_logp
+    in_ratio, logp = row.gate.reads_rollout, current if old_logp is None else old_logp
     if logp is None:
         raise wrong("old_logp", None, "log-probs to compare rollout_logp with; on-policy they are not known in advance")
     check_tensor("old_logp", logp)
     given = TRUNCATED if correction is None else _checked_correction(correction)
-    if in_ratio and given.get("level", "token") != "token":
-        raise wrong("correction", f"level {given['level']!r}", "'token': the objective multiplies them over the row")
+    if in_ratio:
+        _check_in_ratio(row, given.get("level", "token"), kl_ratio)
     if given.get("level") == "segment":
         given = {"segment_ids": segment_ids, **given}
     if logp.shape != layout.shape:

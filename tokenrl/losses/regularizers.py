@@ -1,25 +1,31 @@
-"""What a policy loss is made of beside its objective: a KL penalty and an entropy bonus under the same weights.
+"""What a policy loss is made of beside its objective: a KL penalty and an entropy bonus.
 
-loss = sum_t w_t (gate(s_t) + kl_coef kl_t - entropy_coef entropy_t)
+loss = sum_t w_t gate(s_t) + kl_coef sum_t w_t r_t kl_t - entropy_coef sum_t w_t entropy_t
 """
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_number
+from ..batch.checks import check_constant, check_floats, check_name, check_number, check_tensor
 from ..batch.layout import Layout
 from ..errors import wrong
 from ..objectives.policy import Objective, kl_estimator
 from ..ops.dispatch import Regularizers
 
+KL_RATIOS = ("token", "span_mean")
+
 
 def regularizers_of(
     layout: Layout,
     dtype: torch.dtype,
+    *,
     ref_logp: Tensor | None,
     kl: str | Objective,
     kl_coef: float,
+    kl_weight: Tensor | None,
+    kl_ratio: str | None,
     entropy_coef: float,
+    entropy_weight: Tensor | None,
 ) -> Regularizers:
     """Checked and flat."""
     kl = kl_estimator(kl)
@@ -31,4 +37,19 @@ def regularizers_of(
         check_floats("ref_logp", ref_logp)
         check_constant("ref_logp", ref_logp)
         ref_logp = layout.flat_tokens("ref_logp", ref_logp, dtype)
-    return Regularizers(ref_logp, kl, float(kl_coef), float(entropy_coef))
+    if kl_ratio is not None:
+        check_name("kl_ratio", kl_ratio, KL_RATIOS)
+    kl_weight, entropy_weight = (
+        weight if weight is None else flat_weight(name, weight, layout, dtype)
+        for name, weight in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight))
+    )
+    return Regularizers(ref_logp, kl, float(kl_coef), kl_weight, kl_ratio, float(entropy_coef), entropy_weight)
+
+
+def flat_weight(name: str, weight: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """A constant factor of each token's loss, [N]; for a padded batch [B, 1] is one per sequence."""
+    check_tensor(name, weight)
+    check_constant(name, weight)
+    if layout.width is not None and weight.shape == (layout.num_sequences, 1):
+        weight = weight.expand(layout.shape)
+    return layout.flat_tokens(name, weight, dtype)

@@ -14,17 +14,19 @@ from torch import Tensor
 from ..batch.layout import Layout
 from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Bound, Gate
+from ..objectives.gates.kl import estimates
 from ..objectives.policy import Objective, find_objective
 from . import reference
 from .backends import Backend
 from .derivatives import call
 from .kernel_ops import IGNORED, ObjectiveInputs
+from .linear.evaluation import LinearPolicyLossInputs
 from .linear.head import HeadInputs
-from .linear.policy_loss import LinearPolicyLossInputs
 from .reference import regularized
 
 # sum_t w_t x_t, as k1 of x to 0: the entropy bonus, weighed by the kernel that weighs the objective.
 ITSELF = replace(find_objective("kl_k1"), clamp=math.inf)
+RATIO = find_objective("ratio")
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class SpanWeights:
 
 @dataclass(frozen=True)
 class Regularizers:
-    """What a loss has beside its objective, under the same weights. kl: a row of the table; ref_logp None: no KL
-    term."""
+    """What a loss has beside its objective. kl: a row of the table; ref_logp None: no KL term; kl_ratio: the statistic
+    of the ratio that the KL is multiplied by, None: of none. *_weight: flat, the term's own weights; None: those of
+    the objective."""
 
     ref_logp: Tensor | None
     kl: Objective
     kl_coef: float
+    kl_weight: Tensor | None
+    kl_ratio: str | None
     entropy_coef: float
+    entropy_weight: Tensor | None
 
     @property
     def wanted(self) -> bool:
@@ -69,9 +75,13 @@ class PolicyLossInputs:
     weights: SpanWeights
     regularizers: Regularizers
 
-    def beside(self, row: Objective) -> "PolicyLossInputs":
-        """Another term, as an objective of single tokens under the same weights."""
-        return replace(self, row=row, gate=row.gate, form=None, advantages=None, starts=None)
+    def beside(self, row: Objective, weight: Tensor | None) -> "PolicyLossInputs":
+        """Another term, as an objective of single tokens: under weights of its own, or those of this one."""
+        term = replace(self, row=row, gate=row.gate, form=None, advantages=None, starts=None)
+        if weight is None:
+            return term
+        own = SpanWeights(torch.ones_like(self.weights.span_weight), torch.ones_like(self.weights.normalizer))
+        return replace(term, weights=own, token_weight=weight)
 
 
 def statistic(
@@ -134,17 +144,38 @@ def policy_loss(
     """(loss, raw metrics [9] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
     sum_t w_t entropy_t, [11])."""
     extra = inputs.regularizers
-    loss, raw = _objective(chosen, layout, logp, logp.detach() if inputs.old_logp is None else inputs.old_logp, inputs)
+    old_logp = logp.detach() if inputs.old_logp is None else inputs.old_logp
+    loss, raw = _objective(chosen, layout, logp, old_logp, inputs)
     if entropy is None and extra.ref_logp is None:
         return loss, raw
     kl = bonus = None
     if extra.ref_logp is not None:
-        kl, _ = _row(chosen, layout, logp, extra.ref_logp, inputs.beside(extra.kl))
+        kl = _kl(chosen, layout, logp, old_logp, extra.ref_logp, inputs)
     if entropy is not None:
-        bonus, _ = _row(chosen, layout, entropy, torch.zeros_like(entropy), inputs.beside(ITSELF))
+        bonus, _ = _row(chosen, layout, entropy, torch.zeros_like(entropy), inputs.beside(ITSELF, extra.entropy_weight))
     zero = raw.new_zeros(())
     sums = torch.stack([zero if x is None else x.detach().to(raw.dtype) for x in (kl, bonus)])
     return regularized(loss, kl, extra.kl_coef, bonus, extra.entropy_coef), torch.cat([raw, sums])
+
+
+def _kl(
+    chosen: Backend, layout: Layout, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, inputs: PolicyLossInputs
+) -> Tensor:
+    """The KL term; of r k the gradient is r dk + k dr."""
+    extra, row, valid = inputs.regularizers, inputs.row, layout.valid()
+    term = inputs.beside(extra.kl, extra.kl_weight)
+    if extra.kl_ratio is None:
+        return _row(chosen, layout, logp, ref_logp, term)[0]
+    now = logp.detach()
+    k = estimates(extra.kl.gate, now, ref_logp, valid, extra.kl.clamp, extra.kl.cap)
+    x = (now - old_logp).clamp(-row.clamp, row.clamp)
+    r = statistic(chosen, layout, x, torch.zeros_like(x), inputs.starts, extra.kl_ratio, "through").exp()
+    weighed = replace(term, token_weight=r if term.token_weight is None else r * term.token_weight)
+    through_kl, _ = _row(chosen, layout, logp, ref_logp, weighed)
+    plain = replace(RATIO, statistic=extra.kl_ratio, clamp=row.clamp)
+    of_ratio = replace(term, row=plain, gate=plain.gate, advantages=-k, starts=inputs.starts)
+    through_ratio, _ = _row(chosen, layout, logp, old_logp, of_ratio)
+    return through_kl + through_ratio - through_ratio.detach()
 
 
 def _objective(
@@ -224,7 +255,7 @@ def _one_op(
             *head, wanted, main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
             weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
             numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
-            extra.kl.cap, extra.kl_coef, extra.entropy_coef,
+            extra.kl.cap, extra.kl_coef, extra.kl_weight, extra.kl_ratio, extra.entropy_coef, extra.entropy_weight,
         )
     )[:4]  # fmt: skip
 

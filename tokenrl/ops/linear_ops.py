@@ -16,9 +16,9 @@ from .arguments import schema
 from .derivatives import register_derivative
 from .kernel_ops import STATISTICS, SavedStatistics, Upstream
 from .linear import policy_loss, token_logprobs
+from .linear.evaluation import LinearPolicyLossInputs
 from .linear.gemm import empty_like, scaled, sum_dtype
 from .linear.head import HeadInputs
-from .linear.policy_loss import LinearPolicyLossInputs
 
 _LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 _GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...losses.building_blocks import group_aggregate
+from ...losses.aggregation import aggregation_weights
 from ...losses.policy import policy_loss
 from ...losses.rollout_correction import off_policy_sequence_mask
 from ...objectives.policy import Objective, objective
 
 INF = math.inf
 LEVELS = {"token": "token", "sequence": "span_mean"}
+UNCLIPPED = objective("ratio", clamp=INF)
 LEAST, MOST = math.log(1e-8), 20.0  # TRL's bounds of vespo's log weights, of a token's rollout ratio and of a sequence
 
 
@@ -88,11 +89,20 @@ def high_entropy(trainer: Any, batch: MicroBatch) -> Tensor | None:
     return trainer.get_high_entropy_mask(batch.entropy, batch.mask, 1 - trainer.top_entropy_quantile)
 
 
+def corrects_rollout(trainer: Any) -> bool:
+    return trainer.use_vllm and trainer.vllm_importance_sampling_correction
+
+
+def ratio_holds_rollout(trainer: Any, row: Objective) -> bool:
+    """Whether old_logp is no longer that of the ratio which TRL corrects its KL with."""
+    return row.gate.reads_rollout and corrects_rollout(trainer)
+
+
 def policy_inputs(trainer: Any, inputs: dict[str, Any], row: Objective) -> dict[str, Any]:
     """old_logp [B, T] (None: the current log-probs), advantages [B] or [B, T], token_weight [B, T] or [B, 1]: vLLM's
     importance ratio, which some rows take into theirs."""
-    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-    old, weight = inputs.get("old_per_token_logps"), inputs["importance_sampling_ratio"] if corrected else None
+    old = inputs.get("old_per_token_logps")
+    weight = inputs["importance_sampling_ratio"] if corrects_rollout(trainer) else None
     if weight is not None and row.gate.reads_rollout:
         old, weight = old - weight.log().clamp(LEAST, MOST), None
     advantages = inputs["advantages"]
@@ -111,41 +121,6 @@ def off_policy_mask(trainer: Any, batch: MicroBatch) -> Tensor | None:
     )  # fmt: skip
 
 
-def policy_term(
-    trainer: Any, batch: MicroBatch, row: Objective, keep: Tensor | None, how: dict[str, Any]
-) -> tuple[Tensor, Any]:
-    """(the objective under the weights that are its alone, its metrics). keep: high_entropy's."""
-    given = policy_inputs(trainer, batch.inputs, row)
-    weight = None
-    for factor in (given["token_weight"], off_policy_mask(trainer, batch), keep):
-        if factor is not None:
-            factor = factor.to(batch.logp.dtype).expand_as(batch.logp)
-            weight = factor if weight is None else weight * factor
-    return policy_loss(row, batch.logp, **given | {"token_weight": weight}, **how)
-
-
-def kl_term(trainer: Any, batch: MicroBatch, how: dict[str, Any]) -> Tensor:
-    """k3 of the reference; under use_bias_correction_kl times TRL's ratio, with the ratio's gradient: of single tokens
-    d(r k3) = r d(k1^2 / 2), of sequences by the product rule."""
-    logp, ref, mask = batch.logp, batch.inputs["ref_per_token_logps"], batch.mask
-    if not trainer.args.use_bias_correction_kl:
-        return policy_loss("kl_k3", logp, ref, None, **how)[0]
-    x = torch.where(mask, logp.detach() - batch.sampled, 0)
-    if trainer.importance_sampling_level == "token":
-        return policy_loss("kl_k3_unbiased", logp, ref, None, token_weight=x.exp(), **how)[0]
-    ratio = (x.sum(1, True) / mask.sum(1, True).clamp(min=1)).exp().expand_as(x)
-    to_ref = torch.where(mask, ref - logp.detach(), 0)
-    of_kl = policy_loss("kl_k3", logp, ref, None, token_weight=ratio, **how)[0]
-    plain = objective("ratio", statistic="span_mean", clamp=INF)
-    of_ratio = policy_loss(plain, logp, batch.sampled, to_ref - torch.expm1(to_ref), **how)[0]
-    return of_kl + of_ratio - of_ratio.detach()
-
-
-def entropy_term(batch: MicroBatch, keep: Tensor | None) -> Tensor:
-    """The mean entropy of the tokens that the objective takes."""
-    return group_aggregate(batch.entropy, "token-mean", mask=batch.mask if keep is None else batch.mask & keep.bool())
-
-
 def entropy_enabled(trainer: Any) -> bool:
     return getattr(trainer, "_entropy_bonus_enabled", False)
 
@@ -159,15 +134,42 @@ def entropy_coefficient(trainer: Any) -> float:
     return trainer.entropy_coef
 
 
+def terms_of(
+    trainer: Any, inputs: dict[str, Any], mask: Tensor, keep: Tensor | None, how: dict[str, Any], shared: bool
+) -> dict[str, Any]:
+    """TRL's KL and entropy terms, which see none of the policy term's weights. keep: high_entropy's; how: weighting's;
+    shared: the policy term has no weights of its own."""
+    terms: dict[str, Any] = {}
+    if trainer.beta != 0.0:
+        corrected = LEVELS[trainer.importance_sampling_level] if trainer.args.use_bias_correction_kl else None
+        terms |= {"ref_logp": inputs["ref_per_token_logps"], "kl_coef": float(trainer.beta), "kl_ratio": corrected}
+        terms["kl_weight"] = None if shared else aggregation_weights(**how)
+    if coefficient := entropy_coefficient(trainer):
+        # A mean of the micro-batch, whatever loss_type divides by.
+        weight = aggregation_weights("token-mean", mask=mask if keep is None else mask & keep.bool())
+        terms |= {"entropy_coef": float(coefficient), "entropy_weight": weight / parts_of(trainer)}
+    return terms
+
+
 def loss_of(trainer: Any, batch: MicroBatch, row: Objective) -> tuple[Tensor, Any]:
     """(TRL's loss with its loss_type's objective or another, under the aggregation and normalizer of loss_type; metrics
     of the objective)."""
     how, keep = weighting(trainer, batch.inputs, batch.mask), high_entropy(trainer, batch)
-    loss, metrics = policy_term(trainer, batch, row, keep, how)
-    if trainer.beta != 0.0:
-        loss = loss + trainer.beta * kl_term(trainer, batch, how)
-    if coefficient := entropy_coefficient(trainer):
-        loss = loss - coefficient * entropy_term(batch, keep) / parts_of(trainer)
+    given = policy_inputs(trainer, batch.inputs, row)
+    weight = None
+    for factor in (given["token_weight"], off_policy_mask(trainer, batch), keep):
+        if factor is not None:
+            factor = factor.to(batch.logp.dtype).expand_as(batch.logp)
+            weight = factor if weight is None else weight * factor
+    given["token_weight"] = weight
+    terms = terms_of(trainer, batch.inputs, batch.mask, keep, how, weight is None)
+    terms |= {"entropy": batch.entropy} if "entropy_coef" in terms else {}
+    if ratio_holds_rollout(trainer, row):
+        loss, metrics = policy_loss(row, batch.logp, **given, **how)
+        nothing = torch.zeros_like(given["advantages"])
+        loss = loss + policy_loss(UNCLIPPED, batch.logp, batch.sampled, nothing, **how, **terms)[0]
+    else:
+        loss, metrics = policy_loss(row, batch.logp, **given, **how, **terms)
     if batch.auxiliary is not None:
         loss = loss + trainer.router_aux_loss_coef * batch.auxiliary / parts_of(trainer)
     return loss, metrics

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...losses.linear_policy import linear_policy_loss
 from ...objectives.policy import Objective
-from .loss import entropy_enabled, policy_inputs, weighting
+from .loss import policy_inputs, ratio_holds_rollout, terms_of, weighting
 
 _current: list["OnePass"] = []  # the one whose forward runs
 
@@ -31,19 +31,18 @@ class OnePass:
         """(log-probs, entropies) of the completions' tokens, packed as TRL packs them: hidden [N, D], ids [N]."""
         there = self.inputs["completion_mask"].bool()
 
-        def packed(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.expand_as(there)[there]
+        def packed(x: Any) -> Any:
+            return x.expand_as(there)[there] if isinstance(x, Tensor) and x.dim() == 2 else x
 
         given = policy_inputs(self.trainer, self.inputs, self.row)
-        advantages = given.pop("advantages")
-        how = weighting(self.trainer, self.inputs, self.mask) | {
-            "mask": self.mask[there],
-            "cu_seqlens": torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)),
-        }
+        how = weighting(self.trainer, self.inputs, self.mask)
+        terms = terms_of(self.trainer, self.inputs, self.mask, None, how, given["token_weight"] is None)
+        per = "token" if given["advantages"].dim() == 2 else "sequence"
+        per_token = {name: packed(x) for name, x in (given | how | terms).items()}
+        boundaries = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
         self.loss, self.metrics = linear_policy_loss(
-            self.row, hidden, weight, ids, packed(given["old_logp"]), packed(advantages) if advantages.dim() == 2
-            else advantages, advantages_per="token" if advantages.dim() == 2 else "sequence",
-            token_weight=packed(given["token_weight"]), without_advantage="compute", **how, **head,
+            self.row, hidden, weight, ids, cu_seqlens=boundaries, advantages_per=per, without_advantage="compute",
+            **per_token, **head,
         )  # fmt: skip
         return self.metrics.logp, self.metrics.token_entropy
 
@@ -65,10 +64,11 @@ def inside(one_pass: OnePass) -> Iterator[None]:
 def what_prevents(trainer: Any, row: Objective) -> str | None:
     """The setting under which one pass has not TRL's numbers, None if there is none."""
     settings = {
-        "beta": trainer.beta != 0.0,
+        f"beta and loss_type={trainer.loss_type!r} of vLLM's rollouts": (
+            trainer.beta != 0.0 and trainer.args.use_bias_correction_kl and ratio_holds_rollout(trainer, row)
+        ),
         "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
-        "entropy_coef": entropy_enabled(trainer),
         "router_aux_loss_coef": trainer.aux_loss_enabled,
         f"objective={row.name!r}": row.form is not None,
     }

@@ -1,10 +1,8 @@
 """A row of tokenrl's table behind the signature of verl's policy losses."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from ...errors import wrong
 from ...losses.policy import policy_loss
 from ...objectives.metrics import RAW, Metrics
 from ...objectives.policy import OBJECTIVES, Objective, objective
+from ..hosts import at_least_fp32, say, weighed
 from .batch import Batch, setting
 from .modes import HARD_WIRED, MODES, Mode, of_sequences
 
@@ -21,7 +20,6 @@ PARAMETERS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
 )  # fmt: skip
 OURS = ("ess", "ratio_max")  # beside verl's metrics
-LEAST_WEIGHT = 1e-8  # of an importance weight inside a ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +40,13 @@ class PolicyLoss:
         ratio_max of tokenrl), after one wait for the device."""
         if config is None:
             raise wrong("config", None, "verl's ActorConfig")
-        logp = log_prob.float() if log_prob.dtype in (torch.bfloat16, torch.float16) else log_prob
+        logp = at_least_fp32(log_prob)
         batch = Batch(
             logp, old_log_prob.detach().to(logp.dtype), advantages.detach().to(logp.dtype), response_mask.bool(),
             rollout_is_weights, loss_agg_mode, config,
         )  # fmt: skip
         row = self.row_for(config)
-        old_logp, weight = batch.old_logp, self.mode.weight(batch)
-        if weight is not None and row.gate.reads_rollout:
-            old_logp, weight = old_logp - weight.clamp(min=LEAST_WEIGHT).log(), None
+        old_logp, weight = weighed(row, batch.old_logp, self.mode.weight(batch))
         aggregation, normalizer = self.mode.counts(batch)
         loss, metrics = policy_loss(
             row, logp, old_logp, batch.advantages, mask=batch.mask, aggregation=aggregation, normalizer=normalizer,
@@ -81,13 +77,8 @@ class OwnLoss(PolicyLoss):
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, float]]:
         aggregation = kwargs.get("loss_agg_mode", args[4] if len(args) > 4 else "token-mean")
         if aggregation != self.row.aggregation:
-            _say(f"{self.loss_mode}: loss_agg_mode {aggregation!r}, the method's own is {self.row.aggregation!r}")
+            say(f"{self.loss_mode}: loss_agg_mode {aggregation!r}, the method's own is {self.row.aggregation!r}")
         return super().__call__(*args, **kwargs)
-
-
-@cache
-def _say(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
 
 
 def own_loss(

@@ -1,10 +1,7 @@
 """tokenrl's losses in verl's registry of policy losses, now or as soon as verl has imported it."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 from ...batch.checks import check_name
@@ -12,46 +9,12 @@ from ...errors import wrong
 from ...objectives.gates.kl import KlGate
 from ...objectives.policy import OBJECTIVES, Objective, find_objective
 from ..hosts import check_parameters, needed_by
+from ..lazy import when_imported
 from .batch import CORE
 from .loss import PARAMETERS, host_loss, own_loss
 from .modes import MODES, SETTINGS, nothing
 
-_waiting: list[Callable[[ModuleType], None]] = []
 _originals: dict[str, Any] = {}
-
-
-class _Import(MetaPathFinder):
-    """Does what waits for core_algos when that is imported: importing it from within verl's own import takes seconds,
-    in processes too that never train."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != CORE:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            run = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                while _waiting:
-                    _waiting.pop(0)(module)
-
-            loader.exec_module = exec_module
-        return spec
-
-
-def with_core(action: Callable[[ModuleType], None]) -> None:
-    if CORE in sys.modules:
-        action(sys.modules[CORE])
-        return
-    _waiting.append(action)
-    if not any(isinstance(finder, _Import) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Import())
 
 
 def refusal(name: str, row: Objective) -> ValueError | None:
@@ -80,7 +43,7 @@ def register(name: str, row: str | Objective | None = None, **parameters: Any) -
 
 
 def _enter(loss: Any) -> None:
-    with_core(lambda core: core.register_policy_loss(loss.loss_mode)(loss))
+    when_imported(CORE, lambda core: core.register_policy_loss(loss.loss_mode)(loss))
 
 
 def register_table(parameters: Mapping[str, Mapping[str, Any]]) -> None:
@@ -110,7 +73,7 @@ def replace(*modes: str) -> None:
     """
     for name in modes:
         check_name("mode", name, MODES)
-    with_core(lambda core: _replace(core.POLICY_LOSS_REGISTRY, modes))
+    when_imported(CORE, lambda core: _replace(core.POLICY_LOSS_REGISTRY, modes))
 
 
 def _replace(registry: dict[str, Any], modes: tuple[str, ...]) -> None:

@@ -14,6 +14,12 @@ class KlGate(Gate):
     uses_advantages = False
 
 
+def estimates(gate: Gate, logp: Tensor, ref_logp: Tensor, mask: Tensor, clamp: float, cap: float) -> Tensor:
+    """The estimate of each token, zero in masked cells."""
+    s = torch.where(mask, logp - ref_logp, 0).clamp(-clamp, min(clamp, cap))
+    return gate.value(s, s, s, s, s)
+
+
 @parametrised
 class KlK1(KlGate):
     """l = s. Schulman's k1: right value; as a loss its expected gradient is zero."""

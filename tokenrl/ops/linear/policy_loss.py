@@ -10,22 +10,18 @@ The scan is carried from chunk to chunk by the log-probs: the objective's kernel
 chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take microseconds per token.
 """
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import OpArguments
-from ..kernel_ops import IGNORED, ObjectiveInputs, RowInputs
-from ..reference import regularized
+from ..kernel_ops import IGNORED
 from . import token_logprobs
+from .evaluation import Evaluated, LinearPolicyLossInputs
 from .gemm import ProductSum, add_product, column_sums, empty, sum_dtype
 from .head import (
     FEWEST_TOKENS,
     Head,
-    HeadInputs,
     Rows,
     as_tile,
     compacted,
@@ -38,93 +34,6 @@ from .lift import lifted
 from .token_logprobs import Gradients
 
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
-
-
-class Evaluated(NamedTuple):
-    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]; and
-    these themselves, [N]."""
-
-    loss: Tensor
-    metrics: tuple[Tensor, Tensor, Tensor]
-    grad_logp: Tensor
-    grad_entropy: Tensor | None
-    logp: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
-class _Gradients(OpArguments):
-    """wanted: of hidden, weight, bias. main_grad: only its dtype matters here. old_logp None: on-policy."""
-
-    wanted: list[bool]
-    main_grad: Tensor | None
-    old_logp: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Regularizers(OpArguments):
-    """ref_logp None: no KL term. kl_*: the row that estimates it, a statistic of single tokens."""
-
-    ref_logp: Tensor | None
-    kl_gate: str
-    kl_params: list[float]
-    kl_clamp: float
-    kl_cap: float
-    kl_coef: float
-    entropy_coef: float
-
-
-@dataclass(frozen=True)
-class LinearPolicyLossInputs(_Regularizers, RowInputs, _Gradients, HeadInputs):
-    """Of op linear_policy_loss; its advantages are one per token, its mask is given, its ids are [N, 1]."""
-
-    @property
-    def active(self) -> Tensor:
-        """bool [N]: the tokens that the mask leaves in."""
-        assert self.mask is not None
-        return self.mask
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether a token's coefficient may depend on the log-probs of later tokens of its sequence."""
-        local = self.statistic == "token" or (self.statistic.startswith("prefix") and self.flow == "local")
-        return not local and self.old_logp is not None
-
-    def objective(self, logp: Tensor, old_logp: Tensor) -> ObjectiveInputs:
-        """Of op objective, for as many tokens as there are log-probs."""
-        count = logp.numel()
-        cu_seqlens = self.cu_seqlens if count == self.ids.numel() else self.cu_seqlens.clamp(max=count)
-        return ObjectiveInputs(
-            logp, _first(old_logp, count), _first(self.advantages, count), _first(self.mask, count), cu_seqlens,
-            _first(self.starts, count), self.span_weight, self.normalizer, _first(self.token_weight, count),
-            self.statistic, self.flow, self.gate, self.params, [_first(p, count) for p in self.param_tensors],
-            self.clamp, self.cap,
-        )  # fmt: skip
-
-    def evaluate(self, ops: Any, logp: Tensor, entropy: Tensor) -> "Evaluated":
-        """The loss of the first tokens, whose log-probs and entropies these are."""
-        inputs = self.objective(logp, logp if self.old_logp is None else self.old_logp)
-        loss, coef, metrics = ops.objective(*inputs)
-        kl = kl_grad = grad_entropy = None
-        beside = replace(inputs, advantages=None, statistic="token", flow="through")
-        if self.ref_logp is not None:
-            term = replace(beside, old_logp=_first(self.ref_logp, logp.numel()), gate=self.kl_gate)
-            term = replace(term, params=self.kl_params, param_tensors=[None] * len(self.kl_params))
-            kl, kl_grad, _ = ops.objective(*replace(term, clamp=self.kl_clamp, cap=self.kl_cap))
-        # sum_t w_t entropy_t, as k1 of the entropy to 0.
-        term = replace(beside, logp=entropy, old_logp=torch.zeros_like(entropy), gate="kl_k1")
-        bonus, weights, _ = ops.objective(*replace(term, params=[], param_tensors=[], clamp=math.inf, cap=math.inf))
-        loss = regularized(loss, kl, self.kl_coef, bonus, self.entropy_coef)
-        grad_logp = regularized(coef, kl_grad, self.kl_coef, None, self.entropy_coef)
-        if self.entropy_coef != 0:
-            grad_entropy = -self.entropy_coef * weights
-        sums = (metrics, torch.zeros_like(bonus) if kl is None else kl, bonus)
-        return Evaluated(loss, sums, grad_logp, grad_entropy, logp, entropy)
-
-
-def _first(x: MaybeTensor, count: int) -> MaybeTensor:
-    return x if x is None or x.numel() == count else x[:count]
 
 
 class Chunk:
