@@ -52,7 +52,7 @@ def fuse_lm_head(
     model = base_of(model)
     like = torch.zeros(1, 1, device=check_head(model).weight.device)
     asked = ("logp", *(name for name in outputs if name != "logp"))
-    options = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
+    options: dict[str, Any] = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
     if not like.is_meta:  # the arguments are checked here, those of a model that is not there yet when it runs
         linear_token_logprobs(like, like, like[0].long(), outputs=asked, compute_dtype=compute_dtype, **options)
     fused = getattr(model, FUSED, None)
