@@ -32,6 +32,7 @@ class Host:
 
 
 HOSTS = {
+    "transformers": Host("transformers", "the fused head", "4.50.3", "5.24.0"),
     "trl": Host("trl", "the loss", "1.10.0", "1.16.0"),
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
