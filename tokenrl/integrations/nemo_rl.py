@@ -1,4 +1,4 @@
-"""NeMo-RL 0.6. One line: `python -m tokenrl.integrations.nemo_rl run_grpo.py ...` in place of `python run_grpo.py ...`.
+"""NeMo-RL 0.6. One line: `python -m tokenrl.integrations.nemo_rl SCRIPT ...` in place of `python SCRIPT ...`.
 
 NeMo-RL builds its ClippedPGLossFn where the script runs and sends it to the workers, which find this module by name.
 TOKENRL_OBJECTIVE names a row of tokenrl's table; without it the loss is NeMo-RL's own, by tokenrl.
