@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch.checks import as_saved, check_bytes, check_tensor, made_in_inference_mode
 from ..errors import wrong
+from ..observed import observed
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import Transform
 from ..ops.linear.head import HeadInputs
@@ -74,6 +75,7 @@ def _warn_of_autocast(autocast: torch.dtype, dtype: torch.dtype) -> None:
         warnings.warn(f"{text} (name either of them)", stacklevel=4)
 
 
+@observed
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
