@@ -1,13 +1,21 @@
 """`tokenrl doctor`."""
 
+from typing import Annotated
 
-def doctor() -> None:
-    """Versions, and each backend: whether it can run here, or why not.
+from typer import Option as option
 
-    Example: tokenrl doctor
+
+def doctor(json: Annotated[bool, option("--json", help="As JSON.")] = False) -> None:
+    """Versions, each backend, whether it can run here or why not, and what would give a faster one.
+
+    Example: tokenrl doctor --json
     """
     from rich.console import Console
 
-    from ..instruments.doctor import print_doctor
+    from ..instruments import doctor as instrument
+    from ..instruments.output import print_json
 
-    print_doctor(Console())
+    if json:
+        print_json(instrument.findings())
+    else:
+        instrument.print_doctor(Console())
