@@ -45,6 +45,22 @@ def lifted(path: Path, *names: str, **known: Any) -> ModuleType:
     return module
 
 
+def methods(path: Path, name: str, *wanted: str, **known: Any) -> type:
+    """A class of some methods of a file's class, without its bases and their decorators."""
+    (found,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name]
+    found.bases, found.keywords, found.decorator_list = [], [], []
+    found.body = [node for node in found.body if getattr(node, "name", None) in wanted]
+    assert {node.name for node in found.body} == set(wanted)
+    for node in found.body:
+        node.decorator_list = [x for x in node.decorator_list if ast.unparse(x) in ("staticmethod", "classmethod")]
+    module = ModuleType(f"lifted_{path.stem}")
+    module.__dict__.update(torch=torch, **known)
+    tree = ast.parse("from __future__ import annotations")
+    tree.body.append(found)
+    exec(compile(tree, str(path), "exec"), module.__dict__)
+    return module.__dict__[name]
+
+
 def names_of(node: ast.stmt) -> list[str]:
     targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
     return [getattr(node, "name", "")] + [target.id for target in targets if isinstance(target, ast.Name)]
