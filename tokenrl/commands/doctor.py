@@ -2,7 +2,10 @@
 
 
 def doctor() -> None:
-    """Versions, and each backend: whether it can run here, or why not."""
+    """Versions, and each backend: whether it can run here, or why not.
+
+    Example: tokenrl doctor
+    """
     from rich.console import Console
 
     from ..instruments.doctor import print_doctor
