@@ -8,7 +8,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import tokenrl
-from tokenrl import cli, demo
+from tokenrl import demo
+from tokenrl.commands import demo as demo_command
 from tokenrl.demo import loss_head, task, train
 from tokenrl.ops import backends
 
@@ -164,4 +165,4 @@ def test_the_command_fails_when_the_reward_does_not_rise(run, monkeypatch, tmp_p
         monkeypatch.setattr(run.trained["ctpo"], "after", {"sampled": after})
         assert run.not_risen() == fell
     with pytest.raises(SystemExit, match="did not rise .*: ctpo 0.200 -> 0.250"):
-        cli.run_demo(tmp_path)
+        demo_command.demo(tmp_path)

@@ -38,6 +38,8 @@ HOSTS = {
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
     "openrlhf": Host("openrlhf", "the loss", "0.11.2", "0.11.2"),
     "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
+    "swift": Host("ms-swift", "the loss", "4.6.0", "4.6.0"),
+    "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
