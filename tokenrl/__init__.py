@@ -9,6 +9,8 @@ check_versions()
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
 from .instruments import parity  # noqa: E402
+from .instruments.record import record  # noqa: E402
+from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
@@ -34,6 +36,7 @@ __all__ = [
     "LinearMetrics",
     "Metrics",
     "Objective",
+    "RolloutBatch",
     "TermMetrics",
     "TokenStats",
     "advantages",
@@ -48,12 +51,14 @@ __all__ = [
     "hidden_reward",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "load_batch",
     "objective",
     "parametrised",
     "parity",
     "policy_loss",
     "position_adaptive_clip",
     "prefix_ratio",
+    "record",
     "register",
     "register_triton",
     "rewards",

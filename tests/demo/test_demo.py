@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tokenrl
-from tokenrl import cli, demo
+from tokenrl import demo
+from tokenrl.commands import demo as demo_command
 from tokenrl.demo import loss_head, task, train
 from tokenrl.ops import backends
 
@@ -117,10 +117,10 @@ def test_the_recorded_rollouts_come_back(run):
     assert torch.allclose(logp, tensors["logp"], atol=1e-5)
     _, metrics = tokenrl.policy_loss("grpo", logp, tensors["old_logp"], tensors["advantages"], mask=tensors["mask"])
     assert metrics.ratio_max > 1.001
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata.pop("task") == "running totals modulo five"
-    assert metadata == {"temperature": "1.0", "objective": "ctpo", "seed": "0", "step": "1"}
+    batch = tokenrl.load_batch(path)
+    assert batch.source == {"task": "running totals modulo five", "seed": "0", "step": "1"}
+    assert batch.settings == {"temperature": 1.0} and batch.objective.name == "ctpo"
+    assert batch.loss("grpo")[1].ratio_max == pytest.approx(metrics.ratio_max)
 
 
 def test_gradients_are_those_of_the_fp64_reference_on_every_backend(run):
@@ -165,4 +165,4 @@ def test_the_command_fails_when_the_reward_does_not_rise(run, monkeypatch, tmp_p
         monkeypatch.setattr(run.trained["ctpo"], "after", {"sampled": after})
         assert run.not_risen() == fell
     with pytest.raises(SystemExit, match="did not rise .*: ctpo 0.200 -> 0.250"):
-        cli.run_demo(tmp_path)
+        demo_command.demo(tmp_path)

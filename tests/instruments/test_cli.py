@@ -3,8 +3,10 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from paths import ROOT
 from typer.testing import CliRunner
 
 import tokenrl
@@ -46,6 +48,18 @@ def test_a_missing_package_names_the_extra(monkeypatch, missing):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert missing in str(stop.value) and "tokenrl[demo]" in str(stop.value)
+
+
+def test_bench_is_the_module_at_the_top():
+    outcome = called("bench", "--device", "cpu", "--check-only", "--op", "policy_loss")
+    assert outcome.exit_code == 0 and "1 checks: every value and gradient is within" in outcome.output
+    assert Path(sys.modules["tokenrl.bench"].__file__).parent == ROOT / "bench"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example(name):
+    outcome = called(name, "--help")
+    assert outcome.exit_code == 0 and f"Example: tokenrl {name}" in outcome.output
 
 
 def test_it_runs_as_a_module():

@@ -110,8 +110,14 @@ def test_a_config_among_the_arguments():
 
 def test_another_loss_is_named(monkeypatch):
     real = trainer_module.loss_of
-    monkeypatch.setattr(trainer_module, "loss_of", lambda *args: (real(*args)[0] + 0.5, real(*args)[1]))
-    with pytest.raises(ValueError, match=r"^loss: got .* from tokenrl, .* from trl .*, accepted: a relative"):
+
+    def wrong(trainer, batch, row):
+        loss, metrics = real(trainer, batch, row)
+        return loss + 0.5 + 3 * batch.logp[1, 2], metrics
+
+    monkeypatch.setattr(trainer_module, "loss_of", wrong)
+    where = r"most at token 2 of completion 1, of gradient [23]\.[0-9]+ and -?[0-9.e-]+"
+    with pytest.raises(ValueError, match=rf"^loss: got .* from tokenrl, .* from trl .*, {where}, accepted: a relative"):
         trained(Ours, steps=1, tokenrl=TokenRLConfig(head="hidden"))
     trained(Ours, steps=1, tokenrl=TokenRLConfig(parity="never"))
 

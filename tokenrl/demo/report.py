@@ -9,11 +9,11 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import tokenrl
 
+from ..instruments.rollout_batch import owned, save
 from .loss_head import Parity
 from .train import History, Recording, Settings
 
@@ -119,20 +119,16 @@ def write(result: Result, path: Path, console: Console) -> Path:
 
 
 def save_rollouts(result: Result, path: Path) -> Path:
-    """Safetensors: logits [B, T, V]; ids, logp, old_logp, mask [B, T]; advantages, rewards, group_ids [B].
-
-    ids are -100 where the mask is false. logp: of the policy after the step; old_logp: of the one that sampled.
-    """
-    recording, batch = result.recording, result.recording.batch
-    temperature = recording.temperature
+    """As tokenrl.record would, with the rewards and logp, of the policy after the step; ids are -100 where the mask is
+    false."""
+    recording, batch, temperature = result.recording, result.recording.batch, result.recording.temperature
     (logp,) = tokenrl.token_logprobs(recording.logits, batch.ids, temperature=temperature, outputs=("logp",))
     tensors = {
         "logits": recording.logits, "ids": batch.ids, "logp": logp, "old_logp": batch.old_logp, "mask": batch.mask,
         "advantages": batch.advantages, "rewards": batch.rewards, "group_ids": batch.group_ids,
     }  # fmt: skip
-    metadata = {
-        "task": TASK, "temperature": str(temperature), "objective": OBJECTIVES[-1], "seed": str(result.settings.seed),
-        "step": str(recording.step),
-    }  # fmt: skip
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    source = {"task": TASK, "seed": str(result.settings.seed), "step": str(recording.step)}
+    objective, settings = tokenrl.objective(OBJECTIVES[-1]), {"temperature": temperature}
+    tensors = {name: owned(x) for name, x in tensors.items()}
+    save(tokenrl.RolloutBatch(tensors, objective, settings, source), path)
     return path

@@ -32,11 +32,15 @@ class Host:
 
 
 HOSTS = {
+    "transformers": Host("transformers", "the fused head", "4.50.3", "5.24.0"),
     "trl": Host("trl", "the loss", "1.10.0", "1.16.0"),
     "trl-head": Host("trl", "the fused head", "1.15.0", "1.16.0"),
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
     "openrlhf": Host("openrlhf", "the loss", "0.11.2", "0.11.2"),
     "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
+    "swift": Host("ms-swift", "the loss", "4.6.0", "4.6.0"),
+    "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
+    "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
 VARIABLE = "TOKENRL_OBJECTIVE"  # of hosts whose settings take nothing but theirs
@@ -135,6 +139,7 @@ def require(name: str) -> None:
     found = version_of(host.distribution)
     if found is None:
         raise ImportError(f"{host.distribution}: got none, accepted: {accepted}")
+    found = found.split("+")[0]  # without the commit of a checkout
     if Version(found) < Version(host.oldest):
         raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
     if Version(found) > Version(host.newest):

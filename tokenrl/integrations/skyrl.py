@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..losses.policy import policy_loss
 from ..objectives.gates.kl import KlGate
 from ..objectives.policy import OBJECTIVES, Objective, find_objective, objective
 from .hosts import PPO, at_least_fp32, check_parameters, chosen, needed_by, require, say, weighed
+from .probes import scales_with_advantages
 
 UTILS, MAIN = "skyrl.backends.skyrl_train.utils", "skyrl.train.entrypoints.main_base"
 DUAL = "dual_clip"  # a row of SkyRL's: ppo with a bound more
@@ -27,23 +27,6 @@ REDUCTIONS = {  # SkyRL's names of aggregations
     "token_mean": "token-mean", "token_mean_legacy": "token-mean", "sequence_mean": "seq-mean-token-mean",
     "seq_mean_token_sum_norm": "seq-mean-token-sum-norm", "prompt_mean": "group-mean",
 }  # fmt: skip
-
-
-@cache
-def scales_with_advantages(row: Objective) -> bool:
-    """Whether the gradient of advantages c A is c times that of A for any c > 0, one per sequence; found by trying."""
-    g = torch.Generator().manual_seed(0)
-    old, x, a = torch.randn(3, 6, 40, generator=g, dtype=torch.float64).unbind()
-    a, scale = 3 * a[:, :1].expand_as(a), (x[:, :1] / 2).exp()
-
-    def gradient(advantages: Tensor) -> Tensor:
-        logp = (x - 2 * old.abs()).requires_grad_()
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            loss, _ = policy_loss(row, logp, -2 * old.abs(), advantages, aggregation="token-sum")
-            return torch.autograd.grad(loss, logp)[0]
-
-    return torch.allclose(gradient(scale * a), scale * gradient(a), rtol=1e-9, atol=1e-12)
 
 
 def settings(config: Any) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batch.checks import FP32, as_saved, check_name, check_positive, check_tensor, values_known
 from ..errors import described, wrong
+from ..observed import observed
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import IGNORED, Transform
 
@@ -34,6 +35,7 @@ class TokenStats:
         return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
 
 
+@observed
 def token_logprobs(
     logits: Tensor,
     ids: Tensor,

@@ -12,12 +12,14 @@ from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
 from ..logprobs.from_logits import IGNORED, check_ids
 from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
+from ..observed import observed
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
 from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
 
 
+@observed
 def linear_policy_loss(
     objective: str | Objective,
     hidden: Tensor,

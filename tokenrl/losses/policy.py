@@ -7,11 +7,13 @@ from ..batch.layout import layout_of
 from ..errors import wrong
 from ..objectives.metrics import Metrics, TermMetrics
 from ..objectives.policy import Objective, find_objective
+from ..observed import observed
 from ..ops import backends, dispatch
 from .policy_arguments import corrected, policy_loss_inputs
 from .regularizers import regularizers_of
 
 
+@observed
 def policy_loss(
     objective: str | Objective,
     logp: Tensor,

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...logprobs.from_hidden import linear_token_logprobs
+from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
+from ..heads import check_weight
 from ..hosts import check_parameters, require
 from .one_pass import running
 
@@ -38,11 +38,10 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """(log-probs [N], entropy, log_sum_sq_probs, mean_logits, is_top1), None where not among the outputs.
         chunk_size has no effect: the memory budget decides."""
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
+        check_weight(weight)
         head: dict[str, Any] = {
             "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
-            "compute_dtype": torch.get_autocast_dtype(device) if autocast else hidden.dtype,
+            "compute_dtype": head_dtype(hidden),
         }  # fmt: skip
         if (one_pass := running()) is not None:
             return *one_pass.apply(hidden, weight, targets, **head), None, None, None

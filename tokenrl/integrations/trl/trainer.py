@@ -4,7 +4,7 @@ TRL computes the metrics it logs itself, without gradients, from the log-probs t
 ours is held to.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class TokenRLMixin:
             loss, metrics = loss_of(self, batch, self._row)
         theirs = self._host_loss(model, batch)
         if self._is_hosts:
-            self._compare(loss.detach(), theirs)
+            self._compare(model, batch, loss.detach(), theirs)
         self._log_ours(metrics)
         return loss
 
@@ -134,19 +134,38 @@ class TokenRLMixin:
     def _host_loss(self, model: Any, batch: MicroBatch) -> Tensor:
         """TRL's loss, without gradient, of the log-probs that are there; logs TRL's metrics."""
         self._known = (batch.logp.detach(), batch.entropy.detach(), batch.auxiliary)
+        with torch.no_grad():
+            return self._hosts(model, batch.inputs)
+
+    def _hosts(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         try:
-            with torch.no_grad():
-                return super()._compute_loss(model, batch.inputs)  # type: ignore[misc]
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:
             self._known = None
 
-    def _compare(self, loss: Tensor, theirs: Tensor) -> None:
+    def _worst_token(self, model: Any, batch: MicroBatch) -> str:
+        """Where the two losses have gradients by the log-probs that differ most."""
+        gradients = []
+        with torch.enable_grad():
+            for loss_by in (
+                lambda leaf: loss_of(self, leaf, self._row)[0],
+                lambda leaf: self._hosts(model, leaf.inputs),
+            ):
+                leaf = replace(batch, logp=batch.logp.detach().requires_grad_(), entropy=batch.entropy.detach())
+                self._known = (leaf.logp, leaf.entropy, leaf.auxiliary)
+                gradients.append(torch.autograd.grad(loss_by(leaf), leaf.logp)[0])
+        row, token = divmod(int((gradients[0] - gradients[1]).abs().argmax()), batch.logp.shape[1])
+        ours, theirs = (gradient[row, token] for gradient in gradients)
+        return f"most at token {token} of completion {row}, of gradient {ours:.4g} and {theirs:.4g}"
+
+    def _compare(self, model: Any, batch: MicroBatch, loss: Tensor, theirs: Tensor) -> None:
         if self._tokenrl.parity == "never" or (self._compared and self._tokenrl.parity == "first"):
             return
         self._compared = True
         if not torch.allclose(loss, theirs.to(loss.dtype), **TOLERANCE, equal_nan=True):
             accepted = f"a relative difference of {TOLERANCE['rtol']} (parity='never' trains all the same)"
-            raise wrong("loss", f"{loss:.6g} from tokenrl, {theirs:.6g} from trl {trl.__version__}", accepted)
+            both = f"{loss:.6g} from tokenrl, {theirs:.6g} from trl {trl.__version__}"
+            raise wrong("loss", f"{both}, {self._worst_token(model, batch)}", accepted)
 
     def _log_ours(self, metrics: Any) -> None:
         logged = self._metrics["train" if self.model.training else "eval"]

@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import compat
-from ...logprobs.from_hidden import linear_token_logprobs
+from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
+from ..heads import check_weight
 from ..hosts import check_parameters, rebind
 
 FUSED, KERNEL = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
@@ -25,11 +25,10 @@ _functions: dict[str, Any] = {}
 def head(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """(log-probs, entropies), fp32 (fp64 for fp64), of hidden's rows. ids come shifted from verl. Autocast is
     followed, as verl's matmul does. temperature: a number, one per row, or [B] for [B, T] rows."""
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    check_weight(weight)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(*temperature.shape, *(1,) * (ids.dim() - temperature.dim())).expand(ids.shape)
-    found = linear_token_logprobs(hidden, weight, ids.long(), temperature=temperature, compute_dtype=autocast)
+    found = linear_token_logprobs(hidden, weight, ids.long(), temperature=temperature, compute_dtype=head_dtype(hidden))
     return found.logp, found.entropy
 
 

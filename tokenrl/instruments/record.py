@@ -1,0 +1,193 @@
+"""tokenrl.record: the first batch that a training step gives to a loss, as a file (rollout_batch.py)."""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..batch.checks import check_number
+from ..errors import wrong
+from ..objectives.policy import Objective, find_objective
+from ..observed import observing
+from ..ops.kernel_ops import IGNORED
+from . import rollout_batch
+from .rollout_batch import DTYPES, FIXED, PER_SEQUENCE, PER_TOKEN, SETTINGS, RolloutBatch, owned
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+HEADS = ("token_logprobs", "linear_token_logprobs")
+LOSSES = ("policy_loss", "linear_policy_loss")
+
+
+def bytes_of(limit: int | float | str) -> int:
+    """A number of bytes, or words as "512 MB"."""
+    if not isinstance(limit, str):
+        check_number("limit", limit, above=0, accepted="a positive number of bytes, or as '512 MB'")
+        return int(limit)
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)\s*", limit)
+    if not found or found[2].upper() not in UNITS:
+        raise wrong("limit", repr(limit), "a number of bytes, or as '512 MB', '2 GiB'")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+@dataclass
+class Recording:
+    """What record has written: the batch, and the sequences that were left out of it for the limit. batch is None until
+    a loss was called."""
+
+    path: Path
+    limit: int
+    source: Mapping[str, str]
+    batch: RolloutBatch | None = None
+    left_out: int = 0
+    # The memory of log-probs, weakly, where they begin there, and the arguments of the call that made them.
+    _heads: list[tuple[StorageWeakRef, int, Mapping[str, Any]]] = field(default_factory=list)
+
+    def observe(self, function: str, arguments: Mapping[str, Any], result: Any) -> None:
+        if self.batch is not None:
+            return
+        if function in HEADS:
+            self._heads = [head for head in self._heads if not head[0].expired()]
+            if "logp" in arguments["outputs"] and arguments["ids"].dim() == _rows(arguments):
+                made = StorageWeakRef(result.logp.untyped_storage())
+                self._heads.append((made, result.logp.storage_offset(), dict(arguments)))
+        elif function in LOSSES:
+            self._write(function, arguments)
+
+    def _write(self, function: str, arguments: Mapping[str, Any]) -> None:
+        given = dict(arguments)
+        if function == "policy_loss":
+            given = self._head_of(given["logp"]) | given
+        batch = batch_of(given, {"function": function, **_here(), **self.source})
+        batch, self.left_out = cut(batch, self.limit)
+        self.batch = replace(batch, tensors={name: owned(x) for name, x in batch.tensors.items()})
+        self._heads = []
+        rollout_batch.save(self.batch, self.path)
+
+    def _head_of(self, logp: Tensor) -> dict[str, Any]:
+        """The arguments of the call that made these log-probs, rows as they were taken from its; {} if none did."""
+        memory = logp.untyped_storage()._cdata
+        for made, offset, head in self._heads:
+            shape = head["ids"].shape
+            if made.cdata == memory and not made.expired():
+                rows = torch.arange(shape.numel(), device=logp.device)
+                rows = rows.as_strided(logp.shape, logp.stride(), logp.storage_offset() - offset)
+                return {name: _at(rows, shape, x) for name, x in head.items()}
+        return {}
+
+
+def _rows(head: Mapping[str, Any]) -> int:
+    """The dimensions of the rows of a head's input: with several ids a row there is no batch of it."""
+    return head["logits" if "logits" in head else "hidden"].dim() - 1
+
+
+def _at(rows: Tensor, shape: torch.Size, x: Any) -> Any:
+    """Of a tensor with something for each of `shape` that of `rows`; anything else as it is."""
+    if not isinstance(x, Tensor) or x.shape[: len(shape)] != shape:
+        return x
+    return x.detach().reshape(-1, *x.shape[len(shape) :])[rows]
+
+
+def _here() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"torch": torch.__version__, "tokenrl": version("tokenrl"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def batch_of(arguments: Mapping[str, Any], source: Mapping[str, str]) -> RolloutBatch:
+    """The batch of a call of a loss and of the head before it. Tensors lie where they lay."""
+    tensors, settings = {}, {}
+    shape = arguments["ids" if "ids" in arguments else "logp"].shape
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.dim() > 0 and name in DTYPES:
+            tensors[name] = _as_stored(name, x.detach(), shape)
+        elif name in SETTINGS and x is not None:
+            settings[name] = _as_words(name, x)
+    if arguments.get("on_policy"):
+        tensors.pop("old_logp", None)
+    if (ignored := arguments.get("ignore_index", IGNORED)) != IGNORED:
+        tensors["ids"] = tensors["ids"].masked_fill(tensors["ids"] == ignored, IGNORED)
+    return RolloutBatch(tensors, find_objective(arguments["objective"]), settings, source)
+
+
+def _as_stored(name: str, x: Tensor, shape: torch.Size) -> Tensor:
+    """In a dtype of the schema, and whole where it was one number per sequence for each of its tokens."""
+    x = x if x.dtype in DTYPES[name] else x.to(DTYPES[name][0])
+    column = name in PER_TOKEN and len(shape) == 2 and x.shape == (shape[0], 1)
+    return x.expand(shape) if column else x
+
+
+def _as_words(name: str, x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.item()
+    if isinstance(x, Objective):
+        return x.name
+    try:
+        json.dumps(x)
+    except TypeError:
+        raise wrong(name, repr(x), "numbers and words, to be recorded") from None
+    return x
+
+
+def cut(batch: RolloutBatch, limit: int) -> tuple[RolloutBatch, int]:
+    """(its first sequences, as many as take at most `limit` bytes; how many were left out)."""
+    sequences = batch.layout.num_sequences
+    whole = {name: x.nbytes for name, x in batch.tensors.items()}
+    fixed = sum(size for name, size in whole.items() if name in FIXED)
+    if sum(whole.values()) <= limit:
+        return batch, 0
+    ends = batch.layout.cu_seqlens.tolist()
+    share = (sum(whole.values()) - fixed) / max(batch.tokens.numel(), 1)
+    fitting = sum(1 for end in ends[1:] if fixed + end * share <= limit)
+    if fitting == 0:
+        needed = fixed + (ends[1] - ends[0]) * share
+        raise wrong("limit", f"{limit:,} bytes", f"at least {needed:,.0f}: the head and one sequence")
+    return first(batch, fitting), sequences - fitting
+
+
+def first(batch: RolloutBatch, count: int) -> RolloutBatch:
+    """The first sequences of a batch."""
+    packed, end = batch.layout.width is None, int(batch.layout.cu_seqlens[count])
+    rows = end if packed else count
+
+    def part(name: str, x: Tensor) -> Tensor:
+        if name in FIXED or (name == "keep_mask" and x.dim() == 1):
+            return x
+        if name == "cu_seqlens":
+            return x[: count + 1]
+        per_sequence = name in PER_SEQUENCE or (name == "advantages" and x.shape != batch.tokens.shape)
+        return x[:count] if per_sequence else x[:rows]
+
+    return replace(batch, tensors={name: part(name, x) for name, x in batch.tensors.items()})
+
+
+@contextmanager
+def record(
+    path: str | Path, *, limit: int | str = "1 GB", source: Mapping[str, str] | None = None
+) -> Iterator[Recording]:
+    """Saves the batch of the first loss that is called inside.
+
+        with tokenrl.record("batch.safetensors", limit="2 GB") as recording:
+            training_step()
+        print(recording.left_out, "sequences left out")
+
+    Seen are policy_loss and linear_policy_loss; with policy_loss the logits, or hidden states and weight, come along
+    where its logp is what token_logprobs or linear_token_logprobs gave inside, or a view of it, and log-probs alone
+    otherwise. The numbers are those at the time of the call. path: of a safetensors file (its schema:
+    tokenrl/instruments/rollout_batch.py), written at that call. limit: bytes, or as "512 MB": whole sequences from the
+    first on, as many as fit beside the head. source: words on where the batch comes from.
+
+    Errors: ValueError where the limit holds no sequence; RuntimeError at the end where no loss was called.
+    """
+    recording = Recording(Path(path), bytes_of(limit), dict(source or {}))
+    with observing(recording.observe):
+        yield recording
+    if recording.batch is None:
+        raise RuntimeError(f"record: saw no loss, accepted: a call of {' or '.join(LOSSES)} inside.")
