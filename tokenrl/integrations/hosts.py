@@ -40,6 +40,8 @@ HOSTS = {
     "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
     "swift": Host("ms-swift", "the loss", "4.6.0", "4.6.0"),
     "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
+    "slime": Host("slime", "the loss", "0.3.1", "0.3.1"),
+    "miles": Host("miles", "the loss", "0.1.0", "0.1.0"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
@@ -144,6 +146,17 @@ def require(name: str) -> None:
         raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
     if Version(found) > Version(host.newest):
         warnings.warn(f"{host.distribution}: got {found}, held to {accepted}: compare a step", stacklevel=3)
+
+
+def standing(name: str) -> str:
+    """What require says of an installed host: "works", the warning, or the error."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            require(name)
+        except ImportError as error:
+            return str(error)
+    return str(said[0].message) if said else "works"
 
 
 def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...] | Callable[..., Any]) -> None:
