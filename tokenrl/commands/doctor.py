@@ -1,26 +1,30 @@
 """`tokenrl doctor`."""
 
+from typing import Annotated
 
-def doctor() -> None:
-    """Versions, each backend: whether it can run here, or why not, and the trainers that are installed.
+from typer import Option as option
 
-    Example: tokenrl doctor
+
+def doctor(json: Annotated[bool, option("--json", help="As JSON.")] = False) -> None:
+    """Versions, each backend, whether it can run here or why not, what would give a faster one, and the trainers.
+
+    Example: tokenrl doctor --json
     """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from ..instruments.doctor import print_doctor
-    from ..integrations import hosts
+    from ..instruments import doctor as instrument
+    from ..instruments.output import print_json
+    from ..integrations.hosts import trainers
 
+    if json:
+        return print_json(instrument.findings() | {"trainers": trainers()})
     console = Console()
-    print_doctor(console)
+    instrument.print_doctor(console)
     table = Table("trainer", "here", "held to", "for", "", box=box.SIMPLE_HEAD)
-    for name, host in hosts.HOSTS.items():
-        if found := hosts.version_of(host.distribution):
-            table.add_row(
-                host.distribution, found, f"{host.oldest} to {host.newest}", host.what, escape(hosts.standing(name))
-            )
+    for row in trainers().values():
+        table.add_row(*map(escape, row.values()))
     if table.row_count:
         console.print(table, highlight=False)

@@ -159,6 +159,16 @@ def standing(name: str) -> str:
     return str(said[0].message) if said else "works"
 
 
+def trainers() -> dict[str, dict[str, str]]:
+    """The hosts that are installed: their version, the versions that a hook is held to, what it does, its standing."""
+    found = {name: (host, version_of(host.distribution)) for name, host in HOSTS.items()}
+    return {
+        name: {"trainer": host.distribution, "here": here, "held_to": f"{host.oldest} to {host.newest}",
+               "for": host.what, "standing": standing(name)}
+        for name, (host, here) in found.items() if here
+    }  # fmt: skip
+
+
 def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...] | Callable[..., Any]) -> None:
     """Whether a function of a host still takes what its stand-in takes: names, or the stand-in itself."""
     accepted = tuple(inspect.signature(accepted).parameters) if callable(accepted) else accepted

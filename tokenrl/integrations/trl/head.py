@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...logprobs.from_hidden import linear_token_logprobs
-from ..heads import check_weight, head_dtype
+from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
+from ..heads import check_weight
 from ..hosts import check_parameters, require
 from .one_pass import running
 
