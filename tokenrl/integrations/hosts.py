@@ -42,6 +42,7 @@ HOSTS = {
     "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
     "slime": Host("slime", "the loss", "0.3.1", "0.3.1"),
     "miles": Host("miles", "the loss", "0.1.0", "0.1.0"),
+    "areal": Host("areal", "the losses", "1.0.4", "1.0.4"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
@@ -97,6 +98,28 @@ def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Ob
     row = objective(name, **{**settings.get(name, {}), **parameters})
     check_fed(host, row)
     return row
+
+
+class Choice:
+    """The row that a host's use() was given last; None: that of the variable."""
+
+    def __init__(self, host: str):
+        self.host = host
+        self.name: str | Objective | None = None
+        self.parameters: dict[str, Any] = {}
+
+    def take(self, name: str | Objective | None, parameters: dict[str, Any]) -> None:
+        if name is not None:
+            check_fed(self.host, objective(name, **parameters))
+        chosen_objective(self.host, {})
+        self.name, self.parameters = name, parameters
+
+    def row(self, settings: Mapping[str, Mapping[str, Any]]) -> Objective | None:
+        """With the host's settings below what was given; None: the host's own loss."""
+        if self.name is None:
+            return chosen_objective(self.host, settings)
+        known = settings.get(self.name, {}) if isinstance(self.name, str) else {}
+        return objective(self.name, **{**known, **self.parameters})
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
