@@ -38,7 +38,10 @@ HOSTS = {
     "verl": Host("verl", "the losses and the head", "0.6.1", "0.9.1"),
     "openrlhf": Host("openrlhf", "the loss", "0.11.2", "0.11.2"),
     "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
+    "swift": Host("ms-swift", "the loss", "4.6.0", "4.6.0"),
     "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
+    "slime": Host("slime", "the loss", "0.3.1", "0.3.1"),
+    "miles": Host("miles", "the loss", "0.1.0", "0.1.0"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
@@ -143,6 +146,27 @@ def require(name: str) -> None:
         raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
     if Version(found) > Version(host.newest):
         warnings.warn(f"{host.distribution}: got {found}, held to {accepted}: compare a step", stacklevel=3)
+
+
+def standing(name: str) -> str:
+    """What require says of an installed host: "works", the warning, or the error."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            require(name)
+        except ImportError as error:
+            return str(error)
+    return str(said[0].message) if said else "works"
+
+
+def trainers() -> dict[str, dict[str, str]]:
+    """The hosts that are installed: their version, the versions that a hook is held to, what it does, its standing."""
+    found = {name: (host, version_of(host.distribution)) for name, host in HOSTS.items()}
+    return {
+        name: {"trainer": host.distribution, "here": here, "held_to": f"{host.oldest} to {host.newest}",
+               "for": host.what, "standing": standing(name)}
+        for name, (host, here) in found.items() if here
+    }  # fmt: skip
 
 
 def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...] | Callable[..., Any]) -> None:
