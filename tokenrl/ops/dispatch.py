@@ -16,7 +16,7 @@ from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Bound, Gate
 from ..objectives.gates.kl import estimates
 from ..objectives.policy import Objective, find_objective
-from . import reference
+from . import ranges, reference
 from .backends import Backend
 from .derivatives import call
 from .kernel_ops import IGNORED, ObjectiveInputs
@@ -115,7 +115,9 @@ def aggregation_weights(
     scale: float,
 ) -> SpanWeights:  # fmt: skip
     """The normalizer is scale times the count of the unit; advantages flat [S] or [N]."""
-    run = reference.aggregation_weights if chosen.is_reference else chosen.ops.aggregation_weights
+    run = reference.aggregation_weights
+    if chosen.namespace is not None:
+        run = ranges.kernels(chosen.namespace).aggregation_weights
     return SpanWeights(
         *run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit, scale)
     )
