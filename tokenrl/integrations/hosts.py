@@ -43,6 +43,7 @@ HOSTS = {
     "slime": Host("slime", "the loss", "0.3.1", "0.3.1"),
     "miles": Host("miles", "the loss", "0.1.0", "0.1.0"),
     "areal": Host("areal", "the losses", "1.0.4", "1.0.4"),
+    "torchtitan": Host("torchtitan", "the loss of its RL experiment", "0.2.2", "0.2.2"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
