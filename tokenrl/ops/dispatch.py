@@ -143,8 +143,8 @@ def linear_token_logprobs(
 def policy_loss(
     chosen: Backend, layout: Layout, logp: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor]:
-    """(loss, raw metrics [9] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
-    sum_t w_t entropy_t, [11])."""
+    """(loss, raw metrics [12] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
+    sum_t w_t entropy_t, [14])."""
     extra = inputs.regularizers
     old_logp = logp.detach() if inputs.old_logp is None else inputs.old_logp
     loss, raw = _objective(chosen, layout, logp, old_logp, inputs)
@@ -234,7 +234,7 @@ def _split(params: Sequence[Bound]) -> tuple[list[float], list[Tensor | None]]:
 def linear_policy_loss(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, ...]:
-    """(loss, raw metrics [12] of policy_loss from hidden states, with the number of passes over the logits, log-probs
+    """(loss, raw metrics [15] of policy_loss from hidden states, with the number of passes over the logits, log-probs
     [N], entropies [N])."""
     one_op = not chosen.is_reference and inputs.form is None
     return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.metrics import RAW
 from . import kernel_ops, ranges
 from .arguments import schema
 from .derivatives import register_derivative
@@ -112,7 +113,7 @@ def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
-    metrics = loss.new_empty(12, dtype=torch.float64)
+    metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
     return loss, metrics, logp, entropy, *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 

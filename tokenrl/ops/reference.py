@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
-from ..objectives.excess import excess
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
+from ..objectives.metrics import EXTREMES, NOTHING, of_tokens
 from .linear.gemm import linear
 from .ranges import ranged
 
@@ -102,15 +102,10 @@ def token_weights(
 
 
 def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    ratio = s.double().exp()
-    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, x, logp, a, t)]
     if not mask.numel():
-        return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
-    lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()
-    one = torch.where(mask, ratio, 0)
-    kl = torch.where(mask, excess(x.double()), 0).sum()
-    sums = [mask.sum(), one.sum(), lowest, highest, *bounds, kl, (one * one).sum()]
-    return torch.stack([value.double() for value in sums])
+        return torch.tensor(NOTHING, dtype=torch.float64, device=mask.device)
+    entries = of_tokens(gate, s, x, logp, a, t, mask)
+    return torch.stack([getattr(entry, EXTREMES.get(name, "sum"))().double() for name, entry in entries.items()])
 
 
 @ranged
