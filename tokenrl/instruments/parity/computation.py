@@ -1,4 +1,4 @@
-"""A loss of a batch on the reference, step by step: what is tested is held to it, and mistakes.py changes its steps."""
+"""A loss of a batch on the reference, step by step: what is tested is held to it, and its steps may be changed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
