@@ -119,9 +119,7 @@ def test_versions_and_signatures(host, monkeypatch):
     with pytest.raises(ValueError, match=r"^torchtitan's DAPOLoss: got the parameters \(self, pred\)"):
         importlib.import_module(NAME)
     sys.modules["torchtitan"].__version__ = "0.2.1"
-    with pytest.raises(
-        ImportError, match="^torchtitan: got 0.2.1, accepted: torchtitan 0.2.2 to 0.2.2 for the loss"
-    ):
+    with pytest.raises(ImportError, match="^torchtitan: got 0.2.1, accepted: torchtitan 0.2.2 to 0.2.2 for the loss"):
         importlib.import_module(NAME)
 
 
