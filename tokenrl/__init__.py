@@ -18,6 +18,7 @@ from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
+from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
 from .methods import bounds  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "Objective",
     "RolloutBatch",
     "TermMetrics",
+    "TokenMetrics",
     "TokenStats",
     "advantages",
     "aggregation_weights",
@@ -64,6 +66,7 @@ __all__ = [
     "rewards",
     "selection",
     "token_logprobs",
+    "token_metrics",
     "topk_divergence",
 ]
 

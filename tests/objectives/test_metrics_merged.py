@@ -108,9 +108,10 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
     case = cases.batch(2, rows=7)
     torch.save([case[name] for name in ("logp", "old_logp", "advantages", "mask")], tmp_path / "batch.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    python = sys.executable, "-W", "error::FutureWarning", "-c"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-c", RANK, str(tmp_path / "store"), str(rank), str(tmp_path / "batch.pt")],
+            [*python, RANK, str(tmp_path / "store"), str(rank), str(tmp_path / "batch.pt")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
         )
         for rank in range(2)
