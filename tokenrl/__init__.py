@@ -9,6 +9,7 @@ check_versions()
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
 from .instruments import parity  # noqa: E402
+from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "policy_loss",
     "position_adaptive_clip",
     "prefix_ratio",
+    "profile",
     "record",
     "register",
     "register_triton",
