@@ -8,24 +8,14 @@ import torch
 from torch.autograd import DeviceType
 
 import tokenrl
-from tokenrl.instruments import machine, profiler
-from tokenrl.instruments.machine_limits import Limits, Work
+from tokenrl.instruments import profiler
+from tokenrl.instruments.machine_limits import Work
 from tokenrl.instruments.profiling import accounts, lines, tables
 from tokenrl.instruments.work import FORMULAS
 from tokenrl.ops import kernel_ops, linear_ops, ranges
 
 N, D, V = 12, 8, 31
-LIMITS = Limits(read=8e9, copy=2e9, exponentials=1e9, source="made up")
-
-
-@pytest.fixture(autouse=True)
-def known_limits(monkeypatch):
-    for module in (lines, machine):
-        monkeypatch.setattr(module, "limits", lambda device, size=0: LIMITS)
-    monkeypatch.setattr(lines, "products", lambda *shape: dict.fromkeys(("logits", "hidden", "weight"), 5e9))
-    machine.described_machine.cache_clear()
-    yield
-    machine.described_machine.cache_clear()
+pytestmark = pytest.mark.usefixtures("known_limits")
 
 
 @pytest.fixture
