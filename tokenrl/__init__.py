@@ -11,6 +11,7 @@ from .advantages import rewards  # noqa: E402
 from .instruments import parity  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
+from .logprobs.divergence import token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
@@ -25,13 +26,16 @@ from .methods import thr as hidden_reward  # noqa: E402
 from .methods import tw_grpo as divergence_weights  # noqa: E402
 from .methods.dhpo import entropy_mix  # noqa: E402
 from .methods.topk_divergence import topk_divergence  # noqa: E402
+from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa: E402
 from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
+    "DIVERGENCES",
     "OBJECTIVES",
+    "Divergence",
     "Gate",
     "LinearMetrics",
     "Metrics",
@@ -45,6 +49,7 @@ __all__ = [
     "compat",
     "conflicts",
     "corrections",
+    "divergence",
     "divergence_weights",
     "entropy_mix",
     "group_aggregate",
@@ -63,6 +68,7 @@ __all__ = [
     "register_triton",
     "rewards",
     "selection",
+    "token_divergence",
     "token_logprobs",
     "topk_divergence",
 ]

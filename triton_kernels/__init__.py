@@ -7,6 +7,7 @@ import torch
 
 from ..ops.kernel_ops import SCHEMAS
 from .aggregation_weights import aggregation_weights
+from .divergence import divergence, divergence_backward
 from .objective import objective
 from .position_adaptive_clip import position_adaptive_clip
 from .statistic import statistic, statistic_backward
@@ -17,7 +18,7 @@ OPS = {
     op.__name__: op
     for op in (
         objective, statistic, statistic_backward, position_adaptive_clip, aggregation_weights, token_logprobs,
-        token_logprobs_backward, token_logprobs_backward_,
+        token_logprobs_backward, token_logprobs_backward_, divergence, divergence_backward,
     )
 }  # fmt: skip
 _library = torch.library.Library("tokenrl_triton", "DEF")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
+from ..objectives.divergences import Divergence
 from ..objectives.excess import excess
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
+from .kernel_ops import Transform
 from .linear.gemm import linear
 
 
@@ -215,6 +217,29 @@ def token_logprobs(
         order = _order(logits.detach(), ids, keep_mask) if {"is_top1", "rank"} & {*outputs} else (ids, ids)
     stats = (entropy, lse, torch.zeros_like(lse.detach()), log_sum_sq_probs, mean, max_prob)
     return logp, *(torch.where(row_used, value, 0) for value in stats), *order
+
+
+def divergence(
+    logits: Tensor, other_logits: Tensor, rows: Tensor | None, transform: Transform, other: Transform,
+    kind: Divergence,
+) -> Tensor:  # fmt: skip
+    """Of the rows, 0 where rows is false."""
+    value = kind.terms(*(_log_probs(x, rows, how) for x, how in ((logits, transform), (other_logits, other)))).sum(-1)
+    return value if rows is None else torch.where(rows, value, 0)
+
+
+def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Tensor:
+    """Of the rows that count, with -inf where a logit is, which gets no gradient."""
+    if rows is not None:
+        logits = torch.where(rows[..., None], logits, 0)
+    *how, keep_mask = transform
+    z = _transformed(torch.where(logits == -torch.inf, logits.detach(), logits), *how)
+    if keep_mask is not None:
+        z = torch.where(keep_mask if rows is None else keep_mask | ~rows[..., None], z, -torch.inf)
+    z = z + torch.where(z == torch.inf, torch.nan, 0)
+    gone = z == -torch.inf
+    log_p = torch.where(gone, z.detach(), z) - z.logsumexp(-1, keepdim=True)
+    return torch.where(gone, log_p.detach(), log_p)
 
 
 def linear_token_logprobs(
