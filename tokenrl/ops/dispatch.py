@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..batch.layout import Layout
-from ..objectives.divergences import Divergence
 from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Bound, Gate
 from ..objectives.gates.kl import estimates
@@ -20,7 +19,7 @@ from ..objectives.policy import Objective, find_objective
 from . import ranges, reference
 from .backends import Backend
 from .derivatives import call
-from .kernel_ops import IGNORED, DivergenceInputs, ObjectiveInputs, PairStatistics, Transform
+from .kernel_ops import IGNORED, ObjectiveInputs
 from .linear.evaluation import LinearPolicyLossInputs
 from .linear.head import HeadInputs
 from .reference import regularized
@@ -129,18 +128,6 @@ def token_logprobs(chosen: Backend, *inputs: Any) -> tuple[Tensor, ...]:
     if chosen.is_reference:
         return reference.token_logprobs(*inputs)
     return call(chosen.namespace, "token_logprobs", *inputs)
-
-
-def divergence(
-    chosen: Backend, logits: Tensor, other_logits: Tensor, statistics: PairStatistics, transform: Transform,
-    other: Transform, kind: Divergence,
-) -> Tensor:  # fmt: skip
-    """Of p, of the logits, from r, of the other ones, for each row that statistics.rows leaves in, else 0."""
-    if chosen.is_reference:
-        return reference.divergence(logits, other_logits, statistics.rows, transform, other, kind)
-    how = (*statistics, *transform, *other, kind.name, kind.params())
-    inputs = DivergenceInputs(*how)
-    return call(chosen.namespace, "divergence", logits, other_logits, *inputs)[0]
 
 
 def linear_token_logprobs(

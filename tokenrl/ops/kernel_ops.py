@@ -87,36 +87,6 @@ class SavedStatistics(OpArguments):
     log_sum_sq_probs: Tensor
 
 
-@dataclass(frozen=True)
-class OtherTransform(OpArguments):
-    """That of the other head's logits."""
-
-    other_temperature: float
-    other_temperatures: Tensor | None
-    other_softcap: float
-    other_logit_scale: float
-    other_keep_mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class PairStatistics(OpArguments):
-    """Of the rows of two heads' logits, as token_logprobs gives them. rows: bool, false takes a row out."""
-
-    lse: Tensor
-    lse_rest: Tensor
-    other_lse: Tensor
-    other_lse_rest: Tensor
-    rows: Tensor | None
-
-
-@dataclass(frozen=True)
-class DivergenceInputs(OtherTransform, Transform, PairStatistics):
-    """Beside the logits. of: the kind, its parameters in order."""
-
-    kind: str
-    params: list[float]
-
-
 STATISTICS = "(" + ", ".join(f"Tensor {name}" for name in RESULTS) + ")"
 SCHEMAS = {
     "objective": schema(ObjectiveInputs, returns="(Tensor loss, Tensor coef, Tensor metrics)"),
@@ -136,12 +106,6 @@ SCHEMAS = {
     ),
     "token_logprobs_backward_": schema(
         Upstream, "Tensor(a!) logits, Tensor ids", SavedStatistics, Transform, returns="()"
-    ),
-    "divergence": schema(
-        "Tensor logits, Tensor other_logits", DivergenceInputs, returns="(Tensor value, Tensor by_p, Tensor by_r)"
-    ),
-    "divergence_backward": schema(
-        "Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of", DivergenceInputs, returns="Tensor"
     ),
 }
 
@@ -180,8 +144,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "token_logprobs": _fake_logprobs,
     "token_logprobs_backward": lambda g1, g2, g3, g4, logits, *rest: logits.new_empty(logits.shape),
     "token_logprobs_backward_": lambda *args: None,
-    "divergence": lambda logits, other, lse, *rest: tuple(torch.empty_like(lse) for _ in range(3)),
-    "divergence_backward": lambda grad, logits, *rest: logits.new_empty(logits.shape),
 }
 
 
@@ -270,33 +232,6 @@ def _logprobs_backward(namespace: str) -> Callable[..., Any]:
     return backward
 
 
-def _save_divergence(ctx, inputs, output):
-    logits, other, *given = inputs
-    given = DivergenceInputs(*given)
-    value, *by = output
-    ctx.mark_non_differentiable(*by)
-    ctx.tensors = [name for name, x in vars(given).items() if isinstance(x, Tensor)]
-    ctx.given = {name: x for name, x in vars(given).items() if name not in ctx.tensors}
-    ctx.save_for_backward(logits, other, *by, *(getattr(given, name) for name in ctx.tensors))
-    ctx.set_materialize_grads(False)
-
-
-def _divergence_backward(namespace: str) -> Callable[..., Any]:
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return None, None
-        logits, other, by_p, by_r, *saved = ctx.saved_tensors
-        given = DivergenceInputs(**ctx.given, **dict(zip(ctx.tensors, saved, strict=True)))
-        op = getattr(torch.ops, namespace).divergence_backward
-        sides = (("logits", by_p), ("other_logits", by_r))
-        return tuple(
-            op(grad.contiguous(), logits, other, by, of, *given) if wanted else None
-            for (of, by), wanted in zip(sides, ctx.needs_input_grad, strict=False)
-        )
-
-    return backward
-
-
 def register(namespace: str) -> None:
     """Gives the ops of a namespace their fakes and derivatives."""
     for op, fake in FAKES.items():
@@ -305,4 +240,3 @@ def register(namespace: str) -> None:
     register_derivative(namespace, "statistic", _save_statistic, _statistic_backward(namespace))
     register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward(namespace))
     register_derivative(namespace, "token_logprobs", _save_logprobs, _logprobs_backward(namespace))
-    register_derivative(namespace, "divergence", _save_divergence, _divergence_backward(namespace), 2)

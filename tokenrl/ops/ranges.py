@@ -66,6 +66,7 @@ _WORKS_ON: dict[str, Callable[[tuple[Any, ...]], tuple[tuple[int, ...], torch.dt
     "linear_token_logprobs": _head,
     "linear_token_logprobs_backward": _head,
     "linear_policy_loss": _head,
+    "linear_divergence": _head,
 }
 
 

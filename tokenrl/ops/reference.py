@@ -13,6 +13,7 @@ from ..objectives.gates.base import Bound, Gate, map_params, straight_through
 from ..objectives.metrics import EXTREMES, NOTHING, of_tokens
 from .kernel_ops import Transform
 from .linear.gemm import linear
+from .linear.head import HeadInputs
 from .ranges import ranged
 
 
@@ -244,6 +245,17 @@ def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Ten
     return torch.where(gone, log_p.detach(), log_p)
 
 
+def head_logits(head: HeadInputs) -> Tensor:
+    """All logits of a head, of rows whose ids are ignored those of zeros, [N, V]."""
+    return _head_logits(head.hidden, head.weight, head.bias, head.ids, head.compute_dtype)
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, compute_dtype: str) -> Tensor:
+    dtype = getattr(torch, compute_dtype)
+    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
+    return linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 @ranged
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
@@ -251,9 +263,7 @@ def linear_token_logprobs(
     outputs: list[str], main_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op's results, by way of all logits."""
-    dtype = getattr(torch, compute_dtype)
-    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
-    logits = linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = _head_logits(hidden, weight, bias, ids, compute_dtype)
     return token_logprobs(
         logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
     )
