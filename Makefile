@@ -50,7 +50,7 @@ $(VENV)/.installed: requirements.txt
 # What the hooks of tokenrl.integrations and the drop-ins of tokenrl.compat are compared with.
 $(VENV)/.rivals: $(VENV)/.installed
 	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
-	$(PIP) install -q --no-deps "verl==0.9.1"
+	$(PIP) install -q --no-deps "verl==0.9.1" "liger-kernel==0.8.5"
 	touch $@
 
 # Trainers that exclude each other's dependencies: their wheels, unpacked, for tests that run the text of a function of theirs.

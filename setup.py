@@ -25,6 +25,7 @@ VERSION = "0.1.0"
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
 PER_ISA = ("divergence", "machine_limit_loops", "objective", "token_logprobs", "token_logprobs_backward")  # of csrc/cpu
+BESIDE = {"tokenrl.triton_kernels": "triton_kernels", "tokenrl.bench": "bench"}  # packages that lie beside tokenrl/
 ISAS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma"
@@ -196,9 +197,10 @@ class BuildNative(build_ext):
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["tokenrl*"]), "tokenrl.triton_kernels"],
-    package_dir={"tokenrl": "tokenrl", "tokenrl.triton_kernels": "triton_kernels"},
-    package_data={"tokenrl": ["py.typed"]},
+    packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
+    package_dir={"tokenrl": "tokenrl", **BESIDE},
+    py_modules=["tokenrl_pytest"],
+    package_data={"tokenrl": ["py.typed"], "tokenrl.bench": ["results/*.json"]},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])
     ],  # so that the wheel is a platform wheel; BuildNative knows the sources

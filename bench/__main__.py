@@ -9,6 +9,8 @@ import torch
 import typer
 from typer import Option
 
+from tokenrl.errors import unknown
+from tokenrl.instruments.progress import tracked
 from tokenrl.ops import backends
 
 from . import cliffs, overhead, report, trl_step
@@ -35,7 +37,7 @@ def bad(option: str, given: object, accepted: str) -> typer.BadParameter:
 def each_of(option: str, given: list[str], accepted: list[str]) -> list[str]:
     for one in given:
         if one not in accepted:
-            raise bad(option, one, ", ".join(accepted))
+            raise typer.BadParameter(str(unknown(option, one, accepted)))
     return list(dict.fromkeys(given))
 
 
@@ -121,7 +123,10 @@ def main(
     png: Annotated[Path | None, Option(help="File for the figure.")] = None,
     out: Annotated[Path | None, Option(help="Folder for {device}.md, {device}.json and {device}.png.")] = None,
 ) -> None:
-    """Checks each backend against the fp64 reference, then times it beside eager PyTorch, torch.compile, TRL, Liger."""
+    """Checks each backend against the fp64 reference, then times it beside eager PyTorch, torch.compile, TRL, Liger.
+
+    Example: tokenrl bench --op token_logprobs --shape 2048x32000 --dtype bf16
+    """
     place = parsed_device(device)
     load, allocator = os.getloadavg()[0], keep_freed_memory()
     specs, names = parsed_specs(place, check_only, op, shape, dtype), parsed_backends(backend, place)
@@ -129,7 +134,7 @@ def main(
         torch.set_num_threads(threads)
     findings = Findings()
     print(f"backends on {place}: {', '.join(names) or 'none'}", flush=True)
-    for spec in specs:
+    for spec in tracked(specs, lambda spec: f"{spec.op} {'x'.join(map(str, spec.shape))}"):
         case = make(spec, place)
         run_case(case, names, place, findings, repeats=repeats, compile=not no_compile, check_only=check_only)
         del case
@@ -138,7 +143,7 @@ def main(
             "device": place, "machine": machine_line(place, load, allocator), "lines": findings.lines,
             "missing": findings.missing, "failures": findings.failures,
         }  # fmt: skip
-        result |= {name: measure() for name, measure in OWN_TABLES.items() if name in op}
+        result |= {name: OWN_TABLES[name]() for name in tracked(name for name in OWN_TABLES if name in op)}
         report.show(result)
         write(result, out, json, png)
     finish(findings)

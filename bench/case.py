@@ -8,18 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Work:
-    """What an ideal kernel does: bytes that it reads and writes, each once, and exponentials."""
-
-    read: int
-    written: int
-    exponentials: int
-
-    @property
-    def bytes(self) -> int:
-        return self.read + self.written
+from tokenrl.instruments.machine_limits import Work
 
 
 @dataclass(frozen=True)

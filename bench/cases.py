@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 import tokenrl
+from tokenrl.instruments.machine_limits import Work
 
 from . import linear_cases
-from .case import Case, Spec, Work
+from .case import Case, Spec
 from .eager import eager_ctpo, eager_logprobs
 
 LOGIT_OPS = ("token_logprobs", "policy_loss")

@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tokenrl.instruments.machine_limits import Limits, limits
+
 from . import measure
 from .case import Case
 from .check import Verdict
 from .competitors import Competitor, first_line
 from .linear_cases import bare_gemms
-from .measure import Limits, host_syncs, launches, limits, paired_samples, peak_memory, thunk
+from .measure import host_syncs, launches, paired_samples, peak_memory, thunk
 
 BARE = "bare GEMMs"
 Samples = dict[str, list[float]]

@@ -2,14 +2,16 @@
 
 import ctypes
 import functools
+import os
 import platform
 import re
 from pathlib import Path
 
 import torch
 
+from tokenrl.instruments.machine_limits import limits
+
 from .competitors import versions
-from .measure import limits
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -23,8 +25,9 @@ def keep_freed_memory() -> str:
     Else each call that allocates 1 GB pays for its first touch anew: the kernel clears every page, and on a virtual
     machine the host may have to find it. That takes longer than the call's own work, and tells nothing about it. Small
     pages defeat this, though: glibc before 2.38 does not find a freed block of 64-byte alignment again, it finds one
-    aligned to pages, as torch asks for huge ones (THP_MEM_ALLOC_ENABLE, set in __init__.py before torch loads).
+    aligned to pages, as torch asks for huge ones where THP_MEM_ALLOC_ENABLE says so at its first allocation.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] != "glibc":
         return "malloc as it is (no glibc)"
     malloc = ctypes.CDLL(None)

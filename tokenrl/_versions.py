@@ -6,6 +6,7 @@ import torch
 
 PYTHON = ((3, 10), (3, 13))
 TORCH = ((2, 11), (2, 13))
+TRITON = (3, 6)  # the oldest; it is optional
 
 
 def _text(version: tuple[int, ...]) -> str:

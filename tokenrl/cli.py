@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("demo", "doctor", "objectives")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "objectives", "parity")  # in the order of --help
 ALWAYS = ("typer", "rich")
 NEEDED = {"demo": ("transformers", "safetensors", "matplotlib")}  # beside those, by command
 

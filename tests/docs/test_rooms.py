@@ -24,8 +24,10 @@ ALIASES = (
 def linted(folder: Path, added: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """import-linter on a copy of the package as it is installed, lines added at the end of some of its files."""
     pytest.importorskip("importlinter", reason="import-linter is not installed")
-    for source, target in ((ROOT / "tokenrl", "tokenrl"), (ROOT / "triton_kernels", "tokenrl/triton_kernels")):
-        shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for source, target in (
+        ("tokenrl", "tokenrl"), ("triton_kernels", "tokenrl/triton_kernels"), ("bench", "tokenrl/bench"),
+    ):  # fmt: skip
+        shutil.copytree(ROOT / source, folder / target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name, line in added.items():
         path = folder / "tokenrl" / name
         path.write_text(f"{path.read_text() if path.exists() else ''}\n{line}\n")

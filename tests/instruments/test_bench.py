@@ -15,6 +15,7 @@ from bench import __main__ as main
 from bench import cases, cliffs, linear_cases, measure, overhead, readme, trl_step
 from bench.lines import BARE
 from bench.report import markdown, readme_table
+from tokenrl.instruments import machine_limits
 
 
 @pytest.fixture
@@ -215,14 +216,14 @@ def test_very_slow_rivals_are_sampled_once(monkeypatch):
 
 
 def test_limits_are_those_of_the_larger_need():
-    found = measure.Limits(read=10.0, copy=5.0, exponentials=2.0, source="")
-    assert found.least(cases.Work(100, 0, 1)) == (10.0, "read")
-    assert found.least(cases.Work(100, 100, 1)) == (40.0, "copy")
-    assert found.least(cases.Work(10, 0, 10)) == (5.0, "exp")
+    found = machine_limits.Limits(read=10.0, copy=5.0, exponentials=2.0, source="")
+    assert found.least(machine_limits.Work(100, 0, 1)) == (10.0, "read")
+    assert found.least(machine_limits.Work(100, 100, 1)) == (40.0, "copy")
+    assert found.least(machine_limits.Work(10, 0, 10)) == (5.0, "exp")
 
 
 def test_limits_of_this_machine_are_plausible():
-    found = measure.limits("cpu", 1 << 24)
+    found = machine_limits.limits("cpu", 1 << 24)
     assert 1e8 < found.read < 1e13 and 1e8 < found.copy < 1e13 and 1e7 < found.exponentials < 1e12
 
 

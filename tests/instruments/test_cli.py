@@ -3,13 +3,16 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from paths import ROOT
 from typer.testing import CliRunner
 
 import tokenrl
 from tokenrl import cli
 from tokenrl.instruments import doctor
+from tokenrl.integrations import hosts
 from tokenrl.ops import backends
 
 
@@ -34,6 +37,17 @@ def test_doctor_prints_reasons_as_they_are(monkeypatch):
     assert "no compiler [c++] was found" in called("doctor").output
 
 
+def test_doctor_names_the_trainers_that_are_installed(monkeypatch):
+    found = {"trl": "1.16.0", "verl": "0.5.0", "openrlhf": "0.12.0"}
+    monkeypatch.setattr(hosts, "version_of", found.get)
+    seen = " ".join(called("doctor").output.split())
+    assert "trl 1.16.0 1.10.0 to 1.16.0 the loss works" in seen
+    assert "verl 0.5.0 0.6.1 to 0.9.1 the losses and the head verl: got 0.5.0, accepted: verl 0.6.1 to 0.9.1" in seen
+    assert "openrlhf 0.12.0 0.11.2 to 0.11.2 the loss openrlhf: got 0.12.0, held to" in seen and "skyrl" not in seen
+    monkeypatch.setattr(hosts, "version_of", lambda name: None)
+    assert "trainer" not in called("doctor").output
+
+
 def test_an_unknown_command_is_an_error():
     outcome = called("dmeo")
     assert outcome.exit_code == 2 and "dmeo" in outcome.output
@@ -46,6 +60,18 @@ def test_a_missing_package_names_the_extra(monkeypatch, missing):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert missing in str(stop.value) and "tokenrl[demo]" in str(stop.value)
+
+
+def test_bench_is_the_module_at_the_top():
+    outcome = called("bench", "--device", "cpu", "--check-only", "--op", "policy_loss")
+    assert outcome.exit_code == 0 and "1 checks: every value and gradient is within" in outcome.output
+    assert Path(sys.modules["tokenrl.bench"].__file__).parent == ROOT / "bench"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example(name):
+    outcome = called(name, "--help")
+    assert outcome.exit_code == 0 and f"Example: tokenrl {name}" in outcome.output
 
 
 def test_it_runs_as_a_module():

@@ -4,8 +4,9 @@ files (build/hosts, where `make test` unpacks them; nothing is installed), run h
 import ast
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from paths import ROOT
 
 HOSTS = ROOT / "build/hosts"
+ANNOTATIONS = "from __future__ import annotations\n"
 
 
 def needed(package: str) -> Path:
@@ -31,18 +33,45 @@ def version(distribution: str) -> str:
 def lifted(path: Path, *names: str, **known: Any) -> ModuleType:
     """A module of a file's functions, classes and constants of these names, in the file's order; their annotations are
     not evaluated. known: what they call beside."""
+    return executed(path, _of_names(path, names), known)
+
+
+def methods(path: Path, name: str, *wanted: str, **known: Any) -> type:
+    """A class of some methods of a file's class, without its bases and their decorators."""
+    return vars(executed(path, _of_methods(path, name, wanted), known))[name]
+
+
+def executed(path: Path, code: CodeType, known: dict[str, Any]) -> ModuleType:
     module = ModuleType(f"lifted_{path.stem}")
     module.__dict__.update(torch=torch, **known)
-    tree = ast.parse("from __future__ import annotations\n" + path.read_text())
-    wanted = {name: node for node in tree.body for name in names_of(node) if name in names}
-    assert set(wanted) == set(names), set(names) - set(wanted)
-    tree.body = [tree.body[0], *(node for node in tree.body if any(node is w for w in wanted.values()))]
     sys.modules[module.__name__] = module  # where dataclasses look their annotations up
     try:
-        exec(compile(tree, str(path), "exec"), module.__dict__)
+        exec(code, module.__dict__)
     finally:
         del sys.modules[module.__name__]
     return module
+
+
+@cache
+def _of_names(path: Path, names: tuple[str, ...]) -> CodeType:
+    tree = ast.parse(ANNOTATIONS + path.read_text())
+    wanted = {name: node for node in tree.body for name in names_of(node) if name in names}
+    assert set(wanted) == set(names), set(names) - set(wanted)
+    tree.body = [tree.body[0], *(node for node in tree.body if any(node is w for w in wanted.values()))]
+    return compile(tree, str(path), "exec")
+
+
+@cache
+def _of_methods(path: Path, name: str, wanted: tuple[str, ...]) -> CodeType:
+    tree = ast.parse(ANNOTATIONS + path.read_text())
+    (found,) = [node for node in tree.body if getattr(node, "name", None) == name]
+    found.bases, found.keywords, found.decorator_list = [], [], []
+    found.body = [node for node in found.body if getattr(node, "name", None) in wanted]
+    assert {node.name for node in found.body} == set(wanted)
+    for node in found.body:
+        node.decorator_list = []
+    tree.body = [tree.body[0], found]
+    return compile(tree, str(path), "exec")
 
 
 def names_of(node: ast.stmt) -> list[str]:

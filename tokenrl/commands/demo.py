@@ -14,7 +14,10 @@ def demo(
     prompts: Annotated[int, option(min=1, help="Problems per batch, 8 rollouts each.")] = 48,
     learning_rate: Annotated[float, option(help="Of the reinforcement, with AdamW.")] = 2e-4,
 ) -> None:
-    """Trains a small language model with grpo and ctpo, times the loss head, checks every backend's gradients."""
+    """Trains a small language model with grpo and ctpo, times the loss head, checks every backend's gradients.
+
+    Example: tokenrl demo --seed 1 --out demo_out
+    """
     from rich.console import Console
 
     from ..demo import Settings, run

@@ -4,7 +4,8 @@ import torch
 
 from ..batch.checks import check_tensor
 from ..errors import wrong
-from ..logprobs.from_logits import TokenStats, token_logprobs
+from ..logprobs.from_logits import TokenStats, made_by_torch, token_logprobs, why_not_inplace
+from ..ops import backends
 from ..ops.kernel_ops import IGNORED
 
 
@@ -31,3 +32,8 @@ def stats_of(
         index = index.reshape(rows.numel(), *index.shape[len(rows) :])
         logits = logits.reshape(rows.numel(), logits.shape[-1])
     return token_logprobs(logits, index, temperature=temperature, outputs=outputs, inplace_backward=inplace_backward)
+
+
+def may_be_in_place(logits: torch.Tensor) -> bool:
+    """Whether a gradient in the memory of the logits, where a caller permits it, goes unnoticed."""
+    return why_not_inplace(logits, backends.choose(None, logits.device)) is None and made_by_torch(logits)

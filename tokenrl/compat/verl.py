@@ -3,9 +3,7 @@
 import torch
 
 from ..batch.checks import check_tensor
-from ..logprobs.from_logits import made_by_torch, why_not_inplace
-from ..ops import backends
-from .stats import stats_of
+from .stats import may_be_in_place, stats_of
 
 
 def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
@@ -19,6 +17,5 @@ def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_bac
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)
-    chosen = backends.choose(None, logits.device)
-    inplace_backward = inplace_backward and why_not_inplace(logits, chosen) is None and made_by_torch(logits)
+    inplace_backward = inplace_backward and may_be_in_place(logits)
     return stats_of(logits, labels, 1.0, None, ("logp",), inplace_backward, "labels").logp.view(labels.shape)

@@ -1,66 +1,73 @@
-"""`tokenrl doctor`: versions, the build, and each backend, whether it can run here or why not."""
+"""`tokenrl doctor`: versions, the build, each backend, whether it can run here or why not, and what would help."""
 
-import importlib
-import importlib.metadata
-import importlib.util
+import dataclasses
 import platform
 import shutil
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from .. import _versions
-from ..ops.backends import BACKENDS
-
-
-def package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+from ..ops.backends import BACKENDS, choose
+from .remedies import build_info, here, installed, remedies, shown
 
 
 def versions() -> list[tuple[str, str, str]]:
     """(what, version or place, supported)."""
-    ranges = {name: " to ".join(".".join(map(str, v)) for v in span)
+    ranges = {name: " to ".join(map(shown, span))
               for name, span in (("Python", _versions.PYTHON), ("torch", _versions.TORCH))}  # fmt: skip
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    packages = {name: installed(name) or "not installed" for name in ("tokenrl", "triton", "numpy")}
     return [
-        ("tokenrl", package_version("tokenrl"), ""),
+        ("tokenrl", packages["tokenrl"], ""),
         ("Python", platform.python_version(), ranges["Python"]),
         ("torch", torch.__version__, ranges["torch"]),
-        ("triton", package_version("triton"), "optional"),
-        ("numpy", package_version("numpy"), ""),
+        ("triton", packages["triton"], f"optional, {shown(_versions.TRITON)} or newer"),
+        ("numpy", packages["numpy"], ""),
         ("C++ compiler", shutil.which("c++") or shutil.which("g++") or "not found", "to build"),
         ("nvcc", shutil.which("nvcc") or "not found", "optional, to build for CUDA"),
         ("GPU", gpu, "optional"),
     ]
 
 
-def build_info() -> dict[str, object]:
-    """What the native extension says about its build; the reason where it is missing."""
-    if importlib.util.find_spec("tokenrl._bindings") is None:
-        built = importlib.import_module("tokenrl._build") if importlib.util.find_spec("tokenrl._build") else None
-        return {"tokenrl._bindings": getattr(built, "BINDINGS_REASON", None) or "not built"}
-    try:
-        return dict(importlib.import_module("tokenrl._bindings").build_info())
-    except ImportError as error:
-        return {"tokenrl._bindings": f"does not import: {error}"}
+def devices() -> list[torch.device]:
+    return [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
+
+
+def findings() -> dict[str, Any]:
+    """All of it, as JSON has it."""
+    return {
+        "versions": {what: {"here": found, "supported": supported} for what, found, supported in versions()},
+        "build": build_info(),
+        "backends": {name: {d.type: b.why_not(d) or "can run" for d in devices()} for name, b in BACKENDS.items()},
+        "fastest": {device.type: choose(None, device).name for device in devices()},
+        "remedies": [dataclasses.asdict(remedy) for remedy in remedies(here())],
+    }
 
 
 def print_doctor(console: Console) -> None:
-    """Prints the versions, the build and the table of backends."""
+    """Prints the versions, the build, the table of backends and the remedies."""
+    found = findings()
     table = Table("", "here", "supported", box=box.SIMPLE_HEAD)
-    for row in versions():
-        table.add_row(*map(escape, row))
+    for what, row in found["versions"].items():
+        table.add_row(*map(escape, (what, row["here"], row["supported"])))
     console.print(table, highlight=False)
-    lines = (f"    {key}: {value}" for key, value in build_info().items())
+    lines = (f"    {key}: {value}" for key, value in found["build"].items())
     console.print("  build", *lines, sep="\n", highlight=False, markup=False)
-    devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
-    table = Table("backend", *(f"on {device.type}" for device in devices), box=box.SIMPLE_HEAD)
-    for name, backend in BACKENDS.items():
-        table.add_row(name, *(escape(backend.why_not(device) or "can run") for device in devices))
+    table = Table("backend", *(f"on {device.type}" for device in devices()), box=box.SIMPLE_HEAD)
+    for name, reasons in found["backends"].items():
+        table.add_row(name, *map(escape, reasons.values()))
     console.print(table, highlight=False)
+    fastest = ", ".join(f"{name} on {device}" for device, name in found["fastest"].items())
+    console.print(f"  a call that names no backend gets {fastest}", highlight=False)
+    for remedy in found["remedies"]:
+        console.print(Padding(Text(f"{remedy['what']}: {remedy['why']}"), (1, 0, 0, 2)))
+        console.print(Padding(Text(remedy["remedy"]), (0, 0, 0, 6)))
+    if not found["remedies"]:
+        console.print("  nothing is missing for a faster one", highlight=False)

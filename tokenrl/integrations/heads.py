@@ -1,17 +1,8 @@
 """What the hooks into heads of models share."""
 
-import torch
 from torch import Tensor
 
 from ..errors import wrong
-
-
-def head_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of a model's own GEMM: autocast's, which leaves fp64 alone, else that of hidden."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
 
 
 def check_weight(weight: Tensor) -> None:

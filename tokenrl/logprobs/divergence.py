@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
 from ..ops import backends, dispatch
+from ..ops import divergence_dispatch as pairs
 from ..ops.backends import Backend
-from ..ops.kernel_ops import IGNORED, PairStatistics, Transform
+from ..ops.divergence_ops import PairStatistics
+from ..ops.kernel_ops import IGNORED, Transform
+from ..ops.linear.head import HeadInputs
+from .from_hidden import head_arguments
 from .from_logits import DTYPES, TokenStats, as_transform, check_row_mask, of_rows_read
 
 Kinds = str | Divergence | Sequence[str | Divergence]
@@ -72,7 +77,7 @@ def token_divergence(
     own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
     logits, other_logits = (x if x.stride(-1) == 1 else x.contiguous() for x in pair)
     statistics = _statistics(chosen, (logits, other_logits), (own, other), ids, rows)
-    values = {row.name: dispatch.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
+    values = {row.name: pairs.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
     return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
 
 
@@ -114,3 +119,69 @@ def _statistics(
             dispatch.token_logprobs(chosen, x, ids, *how, [], False) for x, how in zip(pair, transforms, strict=True)
         )
     return PairStatistics(lse, rest, other_lse, other_rest, rows)
+
+
+@observed
+def linear_token_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    kind: str | Divergence = "forward_kl",
+    *,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    other_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    other_logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    other_keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """token_divergence of the logits hidden @ weight^T + bias and other_hidden @ other_weight^T + other_bias, of which
+    only chunks of whole rows are held.
+
+    hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
+    go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
+    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs, fp16 excepted. The rest as for
+    token_divergence; rows that row_mask leaves out enter no GEMM.
+
+    The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
+    weight of each token, needs 6 and 2. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both
+    heads' logits and one's gradient must fit.
+    """
+    row, heads = divergence(kind), head_pair(
+        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+         other_softcap, other_logit_scale, other_keep_mask),
+        row_mask, compute_dtype, memory_budget,
+    )  # fmt: skip
+    chosen = backends.choose(backend, hidden.device)
+    _, value = pairs.linear_divergence(chosen, *heads, row, None)
+    return value.view(hidden.shape[:-1])
+
+
+def head_pair(
+    own: tuple[Any, ...], other: tuple[Any, ...], row_mask: Tensor | None, compute_dtype: torch.dtype | None,
+    memory_budget: int | None,
+) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
+    """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
+    how = (compute_dtype, memory_budget, None)
+    heads = [head_arguments(*(*given, *how)) for given in (own, other)]
+    for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
+        if x is not None and x.requires_grad:
+            raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")
+    shapes = [list(head.like.shape) for head in heads]
+    if shapes[0] != shapes[1]:
+        raise wrong("other_hidden", f"a head of logits {shapes[1]}", f"those of the trained one, {shapes[0]}")
+    for dtype in {head.compute_dtype for head in heads}:
+        if dtype == "float16" or dtype != heads[0].compute_dtype:
+            raise wrong("compute_dtype", f"{dtype} of a head", "bfloat16, float32 or float64, the same for both")
+    ids = heads[0].like.new_zeros(shapes[0][:-1], dtype=torch.int64)
+    return heads[0].inputs(ids, row_mask, IGNORED), heads[1].inputs(ids, row_mask, IGNORED)

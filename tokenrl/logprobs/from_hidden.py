@@ -51,8 +51,8 @@ def head_arguments(
 ) -> HeadArguments:  # fmt: skip
     _check_head(hidden, weight, bias, compute_dtype, main_grad)
     dtype = compute_dtype or hidden.dtype
-    if compute_dtype is None and torch.is_autocast_enabled(hidden.device.type):
-        _warn_of_autocast(torch.get_autocast_dtype(hidden.device.type), dtype)
+    if compute_dtype is None and (followed := head_dtype(hidden)) != dtype:
+        _warn_of_autocast(followed, dtype)
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"])
     check_bytes("memory_budget", memory_budget)
@@ -68,9 +68,17 @@ def head_arguments(
     )  # fmt: skip
 
 
+def head_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of a model's own GEMM: autocast's, which leaves fp64 alone, else that of hidden."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
 def _warn_of_autocast(autocast: torch.dtype, dtype: torch.dtype) -> None:
-    """A head of the model's own would compute in the dtype of autocast, but for fp64."""
-    if dtype not in (autocast, torch.float64) and not torch.compiler.is_compiling():
+    """A head of the model's own would compute in the dtype of autocast."""
+    if not torch.compiler.is_compiling():
         text = f"compute_dtype: got None under autocast to {autocast}, which is not followed; computes in {dtype}"
         warnings.warn(f"{text} (name either of them)", stacklevel=4)
 

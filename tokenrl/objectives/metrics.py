@@ -3,23 +3,58 @@
 import math
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-RAW = ("tokens", "ratio_sum", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares")
+from .excess import excess
+from .gates.base import Gate
+
+RAW = (
+    "tokens", "ratio_sum", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares",
+    "log_ratio_sum", "clip_low_pos", "clip_high_pos",
+)  # fmt: skip
+EXTREMES = {"ratio_min": "amin", "ratio_max": "amax"}  # what parts have as a whole; their other entries add up
+NOTHING = tuple({"ratio_min": math.inf, "ratio_max": -math.inf}.get(name, 0.0) for name in RAW)
+
+
+def of_tokens(
+    gate: Gate, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor, valid: Tensor
+) -> dict[str, Tensor]:
+    """What each token adds to the raw metrics, [N] by name, in masked cells nothing. s: the objective's statistic; x:
+    the token's own log ratio; both without gradient."""
+    ratio = torch.where(valid, s.double().exp(), 0)
+    low, high, dual = (active & valid for active in gate.clipped(s, x, logp, advantages, t))
+    x, positive = torch.where(valid, x.double(), 0), advantages > 0
+    return {
+        "tokens": valid,
+        "ratio_sum": ratio,
+        "ratio_min": torch.where(valid, ratio, math.inf),
+        "ratio_max": torch.where(valid, ratio, -math.inf),
+        "clip_low": low,
+        "clip_high": high,
+        "clip_dual": dual,
+        "kl_sum": excess(x),
+        "ratio_squares": ratio * ratio,
+        "log_ratio_sum": x,
+        "clip_low_pos": low & positive,
+        "clip_high_pos": high & positive,
+    }
 
 
 class Metrics:
-    """Metrics of one loss call over its valid tokens; `raw` is the kernel's tensor of sums, float64
-    [9]: those of parts of a batch add up, entries 2 and 3 by their minimum and maximum.
+    """Metrics of one loss call over its valid tokens; `raw` is the kernel's tensor of sums, float64 [12], named by RAW.
 
     tokens: their count. ratio_mean, ratio_min, ratio_max: of the objective's own ratio e^s. clip_low, clip_high,
-    clip_dual: the fraction of tokens on which that bound is active. approx_kl: mean of e^x - 1 - x, x the token's log
-    ratio (k3 of KL(old || new)). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1], and nan
+    clip_dual: the fraction of tokens on which that bound is active; clip_low_pos, clip_high_pos: of all tokens, those
+    of them with A > 0. approx_kl: mean of e^x - 1 - x, x the token's log ratio (k3 of KL(old || new)); log_ratio_mean:
+    of x (k1 with its sign turned). ess: effective sample size (sum r)^2 / (n sum r^2), in (0, 1], and nan
     where ratios are beyond e^354 or below e^-354. All nan when there is no token.
     """
 
+    RAW = RAW
     NAMES: tuple[str, ...] = (
         "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_dual", "approx_kl", "ess",
+        "log_ratio_mean", "clip_low_pos", "clip_high_pos",
     )  # fmt: skip
 
     def __init__(self, raw: Tensor):
@@ -44,6 +79,9 @@ class Metrics:
             "clip_dual": sums["clip_dual"] / n,
             "approx_kl": sums["kl_sum"] / n,
             "ess": sums["ratio_sum"] ** 2 / (n * sums["ratio_squares"]) if sums["ratio_squares"] > 0 else math.nan,
+            "log_ratio_mean": sums["log_ratio_sum"] / n,
+            "clip_low_pos": sums["clip_low_pos"] / n,
+            "clip_high_pos": sums["clip_high_pos"] / n,
         }
 
     def as_dict(self) -> dict[str, float]:
@@ -61,7 +99,7 @@ class Metrics:
 
 class TermMetrics(Metrics):
     """Metrics of a loss with other terms: those of Metrics, and kl, entropy: sum_t w_t of the KL estimates (0 without
-    ref_logp) and of the entropies (0 without them), before their coefficients. raw [11]."""
+    ref_logp) and of the entropies (0 without them), before their coefficients. raw [14]."""
 
     NAMES = (*Metrics.NAMES, "kl", "entropy")
 
@@ -71,7 +109,7 @@ class TermMetrics(Metrics):
 
 
 class LinearMetrics(TermMetrics):
-    """Metrics of linear_policy_loss: those of TermMetrics over the tokens that were computed, and, raw [13]:
+    """Metrics of linear_policy_loss: those of TermMetrics over the tokens that were computed, and, raw [16]:
 
     passes: over the logits; 2 where the gradients needed them again. left_out: valid tokens that entered no GEMM
     because the advantages of their sequence are zero.

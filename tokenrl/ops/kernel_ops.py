@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.metrics import RAW
+from . import ranges
 from .arguments import OpArguments, schema
 from .derivatives import register_derivative
 
@@ -85,36 +87,6 @@ class SavedStatistics(OpArguments):
     log_sum_sq_probs: Tensor
 
 
-@dataclass(frozen=True)
-class OtherTransform(OpArguments):
-    """That of the other head's logits."""
-
-    other_temperature: float
-    other_temperatures: Tensor | None
-    other_softcap: float
-    other_logit_scale: float
-    other_keep_mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class PairStatistics(OpArguments):
-    """Of the rows of two heads' logits, as token_logprobs gives them. rows: bool, false takes a row out."""
-
-    lse: Tensor
-    lse_rest: Tensor
-    other_lse: Tensor
-    other_lse_rest: Tensor
-    rows: Tensor | None
-
-
-@dataclass(frozen=True)
-class DivergenceInputs(OtherTransform, Transform, PairStatistics):
-    """Beside the logits. of: the kind, its parameters in order."""
-
-    kind: str
-    params: list[float]
-
-
 STATISTICS = "(" + ", ".join(f"Tensor {name}" for name in RESULTS) + ")"
 SCHEMAS = {
     "objective": schema(ObjectiveInputs, returns="(Tensor loss, Tensor coef, Tensor metrics)"),
@@ -135,17 +107,11 @@ SCHEMAS = {
     "token_logprobs_backward_": schema(
         Upstream, "Tensor(a!) logits, Tensor ids", SavedStatistics, Transform, returns="()"
     ),
-    "divergence": schema(
-        "Tensor logits, Tensor other_logits", DivergenceInputs, returns="(Tensor value, Tensor by_p, Tensor by_r)"
-    ),
-    "divergence_backward": schema(
-        "Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of", DivergenceInputs, returns="Tensor"
-    ),
 }
 
 
 def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9, dtype=torch.float64)
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(len(RAW), dtype=torch.float64)
 
 
 def _fake_weights(mask, cu_seqlens, *rest):
@@ -178,8 +144,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "token_logprobs": _fake_logprobs,
     "token_logprobs_backward": lambda g1, g2, g3, g4, logits, *rest: logits.new_empty(logits.shape),
     "token_logprobs_backward_": lambda *args: None,
-    "divergence": lambda logits, other, lse, *rest: tuple(torch.empty_like(lse) for _ in range(3)),
-    "divergence_backward": lambda grad, logits, *rest: logits.new_empty(logits.shape),
 }
 
 
@@ -190,9 +154,15 @@ def _save_objective(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
-    coef, _ = ctx.saved_tensors
-    return (None if grad_loss is None else grad_loss * coef,)
+def _objective_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad_loss, grad_coef, grad_metrics):
+        coef, _ = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,)
+        with ranges.around_backward(namespace, "objective", coef):
+            return (grad_loss * coef,)
+
+    return backward
 
 
 def _save_clip(ctx, inputs, output):
@@ -211,15 +181,19 @@ def _statistic_backward(namespace: str) -> Callable[..., Any]:
         if grad is None:
             return (None,)
         *where, _ = ctx.saved_tensors
-        op = getattr(torch.ops, namespace).statistic_backward
+        op = ranges.kernels(namespace).statistic_backward
         return (op(grad.contiguous(), *where, ctx.statistic, ctx.flow),)
 
     return backward
 
 
-def _clip_backward(ctx, grad, _):
-    inside, _ = ctx.saved_tensors
-    return (torch.where(inside != 0, grad, 0),)
+def _clip_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad, _):
+        inside, _ = ctx.saved_tensors
+        with ranges.around_backward(namespace, "position_adaptive_clip", inside):
+            return (torch.where(inside != 0, grad, 0),)
+
+    return backward
 
 
 def mark_constants(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -247,7 +221,7 @@ def _logprobs_backward(namespace: str) -> Callable[..., Any]:
         logits, *saved, temperatures, keep_mask = ctx.saved_tensors
         grads = [g if g is None else g.contiguous() for g in wanted]
         transform = (ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask)
-        ops = getattr(torch.ops, namespace)
+        ops = ranges.kernels(namespace)
         if not ctx.inplace:
             return (ops.token_logprobs_backward(*grads, logits, *saved, *transform),)
         ops.token_logprobs_backward_(*grads, logits.detach(), *saved, *transform)
@@ -258,39 +232,11 @@ def _logprobs_backward(namespace: str) -> Callable[..., Any]:
     return backward
 
 
-def _save_divergence(ctx, inputs, output):
-    logits, other, *given = inputs
-    given = DivergenceInputs(*given)
-    value, *by = output
-    ctx.mark_non_differentiable(*by)
-    ctx.tensors = [name for name, x in vars(given).items() if isinstance(x, Tensor)]
-    ctx.given = {name: x for name, x in vars(given).items() if name not in ctx.tensors}
-    ctx.save_for_backward(logits, other, *by, *(getattr(given, name) for name in ctx.tensors))
-    ctx.set_materialize_grads(False)
-
-
-def _divergence_backward(namespace: str) -> Callable[..., Any]:
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return None, None
-        logits, other, by_p, by_r, *saved = ctx.saved_tensors
-        given = DivergenceInputs(**ctx.given, **dict(zip(ctx.tensors, saved, strict=True)))
-        op = getattr(torch.ops, namespace).divergence_backward
-        sides = (("logits", by_p), ("other_logits", by_r))
-        return tuple(
-            op(grad.contiguous(), logits, other, by, of, *given) if wanted else None
-            for (of, by), wanted in zip(sides, ctx.needs_input_grad, strict=False)
-        )
-
-    return backward
-
-
 def register(namespace: str) -> None:
     """Gives the ops of a namespace their fakes and derivatives."""
     for op, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{op}", fake)
-    register_derivative(namespace, "objective", _save_objective, _objective_backward)
+    register_derivative(namespace, "objective", _save_objective, _objective_backward(namespace))
     register_derivative(namespace, "statistic", _save_statistic, _statistic_backward(namespace))
-    register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward)
+    register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward(namespace))
     register_derivative(namespace, "token_logprobs", _save_logprobs, _logprobs_backward(namespace))
-    register_derivative(namespace, "divergence", _save_divergence, _divergence_backward(namespace), 2)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..objectives import statistics
 from ..objectives.divergences import Divergence
-from ..objectives.excess import excess
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
+from ..objectives.metrics import EXTREMES, NOTHING, of_tokens
 from .kernel_ops import Transform
 from .linear.gemm import linear
+from .linear.head import HeadInputs
+from .ranges import ranged
 
 
 class Rows:
@@ -52,6 +54,7 @@ def regularized(
     return objective
 
 
+@ranged
 def objective(
     logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None,
     span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str, flow: str, gate: Gate,
@@ -102,17 +105,13 @@ def token_weights(
 
 
 def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    ratio = s.double().exp()
-    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, x, logp, a, t)]
     if not mask.numel():
-        return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
-    lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()
-    one = torch.where(mask, ratio, 0)
-    kl = torch.where(mask, excess(x.double()), 0).sum()
-    sums = [mask.sum(), one.sum(), lowest, highest, *bounds, kl, (one * one).sum()]
-    return torch.stack([value.double() for value in sums])
+        return torch.tensor(NOTHING, dtype=torch.float64, device=mask.device)
+    entries = of_tokens(gate, s, x, logp, a, t, mask)
+    return torch.stack([getattr(entry, EXTREMES.get(name, "sum"))().double() for name, entry in entries.items()])
 
 
+@ranged
 def statistic(
     logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None, statistic: str, flow: str,
     width: int | None,
@@ -128,6 +127,7 @@ def statistic(
     return torch.where(mask, s, 0)
 
 
+@ranged
 def position_adaptive_clip(
     log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low: Bound, eps_high: Bound, power: Bound,
     width: int | None,
@@ -142,6 +142,7 @@ def position_adaptive_clip(
     return torch.where(mask, torch.where(inside, x, edge), 0)
 
 
+@ranged
 def aggregation_weights(
     mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
     span: str, unit: str, scale: float,
@@ -189,6 +190,7 @@ def _transformed(
     return x / (temperature if temperatures is None else temperatures[..., None])
 
 
+@ranged
 def token_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
@@ -219,6 +221,7 @@ def token_logprobs(
     return logp, *(torch.where(row_used, value, 0) for value in stats), *order
 
 
+@ranged
 def divergence(
     logits: Tensor, other_logits: Tensor, rows: Tensor | None, transform: Transform, other: Transform,
     kind: Divergence,
@@ -242,15 +245,25 @@ def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Ten
     return torch.where(gone, log_p.detach(), log_p)
 
 
+def head_logits(head: HeadInputs) -> Tensor:
+    """All logits of a head, of rows whose ids are ignored those of zeros, [N, V]."""
+    return _head_logits(head.hidden, head.weight, head.bias, head.ids, head.compute_dtype)
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, compute_dtype: str) -> Tensor:
+    dtype = getattr(torch, compute_dtype)
+    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
+    return linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@ranged
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
     softcap: float, logit_scale: float, keep_mask: Tensor | None, compute_dtype: str, memory_budget: int,
     outputs: list[str], main_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op's results, by way of all logits."""
-    dtype = getattr(torch, compute_dtype)
-    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
-    logits = linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = _head_logits(hidden, weight, bias, ids, compute_dtype)
     return token_logprobs(
         logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
     )

@@ -12,9 +12,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from ...errors import wrong
-from ...logprobs.from_hidden import linear_token_logprobs
+from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
 from ...logprobs.from_logits import DTYPES, IGNORED, OUTPUTS
-from ..heads import check_weight, head_dtype
+from ..heads import check_weight
 from .logits import Logits, StandIn
 
 

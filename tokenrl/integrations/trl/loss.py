@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compat.grpo import LEAST, LEVELS, MOST, VESPO, grpo_objective
 from ...losses.aggregation import aggregation_weights
 from ...losses.policy import policy_loss
 from ...losses.rollout_correction import off_policy_sequence_mask
 from ...objectives.policy import Objective, objective
 
-INF = math.inf
-LEVELS = {"token": "token", "sequence": "span_mean"}
-UNCLIPPED = objective("ratio", clamp=INF)
-LEAST, MOST = math.log(1e-8), 20.0  # TRL's bounds of vespo's log weights, of a token's rollout ratio and of a sequence
+UNCLIPPED = objective("ratio", clamp=math.inf)
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,12 @@ def parts_of(trainer: Any) -> int:
 
 def host_objective(trainer: Any) -> Objective:
     """TRL's loss_type with its parameters as a row."""
-    args, level = trainer.args, LEVELS[trainer.importance_sampling_level]
-    if trainer.loss_type == "cispo":
-        return objective("cispo", statistic=level, eps_high=trainer.epsilon_high, clamp=INF)
-    if trainer.loss_type == "sapo":
-        temperatures = {"tau_pos": args.sapo_temperature_pos, "tau_neg": args.sapo_temperature_neg}
-        return objective("sapo", statistic=level, clamp=INF, **temperatures)
-    if trainer.loss_type == "vespo":
-        names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
-        return objective("vespo", floor=LEAST, **{name: getattr(args, f"vespo_{name}") for name in names})
-    # TRL's delta cuts the ratio before the minimum, for either sign of A: below the upper bound it is that bound.
-    delta = INF if args.delta is None else args.delta
-    bounds = {"eps_low": trainer.epsilon_low, "eps_high": min(trainer.epsilon_high, delta - 1)}
-    return objective("ppo", statistic=level, clamp=INF, dual=max(delta, 1 + trainer.epsilon_high), **bounds)
+    args = trainer.args
+    vespo = {name: getattr(args, f"vespo_{name}") for name in VESPO}
+    return grpo_objective(
+        trainer.loss_type, trainer.importance_sampling_level, trainer.epsilon_low, trainer.epsilon_high, args.delta,
+        (args.sapo_temperature_pos, args.sapo_temperature_neg), vespo,
+    )  # fmt: skip
 
 
 def share_of_items(trainer: Any, inputs: dict[str, Any]) -> Tensor:

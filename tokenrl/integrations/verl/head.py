@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ... import compat
-from ...logprobs.from_hidden import linear_token_logprobs
-from ..heads import check_weight, head_dtype
+from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
+from ..heads import check_weight
 from ..hosts import check_parameters, rebind
 
 FUSED, KERNEL = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
