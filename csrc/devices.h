@@ -142,7 +142,8 @@ struct CudaDevice {
   }
   template <class Args>
   void divergence(const Args& args, const char* kind) const {
-    check(cuda::divergence(args, kind, stream()));
+    const auto memory = scratch(cuda::divergence_scratch_bytes(args));
+    check(cuda::divergence(args, kind, memory.data_ptr(), stream()));
   }
 };
 #endif

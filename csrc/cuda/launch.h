@@ -40,7 +40,9 @@ const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* str
 
 // Forward without a grad, else backward.
 template <class Logit, class T>
-const char* divergence(const DivergenceArgs<Logit, T>& args, const char* kind, void* stream);
+size_t divergence_scratch_bytes(const DivergenceArgs<Logit, T>& args);
+template <class Logit, class T>
+const char* divergence(const DivergenceArgs<Logit, T>& args, const char* kind, void* scratch, void* stream);
 
 // The ticket of a stream of the current device. Null where it has none: there are many streams, or its launches are
 // being recorded into a graph, which may run on any stream.

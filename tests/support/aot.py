@@ -173,6 +173,27 @@ def logprobs():
             yield from row_cases(f"{label} split", one, 1, False)
 
 
+def divergences():
+    """Every kind, and the gradient of either head's logits: plain, with everything, and a single row that is split over
+    programs; the vocabularies as above."""
+    from tokenrl.objectives.divergences import DIVERGENCES
+
+    for k, (name, kind) in enumerate(DIVERGENCES.items()):
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows, transform in ((2, "plain"), (2, "everything"), (1, "split")):
+                vocab = (151936, 50257)[k % 2]
+                logits, stats = torch.empty(1, rows, vocab, dtype=dtype), torch.zeros(1, rows)
+                plain, flags = (0.7, None, float("inf"), 1.0, None), None
+                if transform == "everything":
+                    keep = torch.ones(vocab, dtype=torch.bool).expand(logits.shape)
+                    plain, flags = (1.0, stats, 30.0, 0.5, keep), torch.ones(1, rows, dtype=torch.bool)
+                given = (stats, stats, stats, stats, flags, *plain, *plain, name, kind().params())
+                label = f"{str(dtype).removeprefix('torch.')} V={vocab} {name} {transform}"
+                yield label, "divergence", (logits, logits, *given)
+                for of in ("logits", "other_logits"):
+                    yield f"{label} {of}", "divergence_backward", (stats, logits, logits, stats, of, *given)
+
+
 def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
@@ -186,7 +207,8 @@ def main(arch: int, which: str) -> None:
 
     found = []
     compile_only(arch, found)
-    cases = canary() if which == "canary" else (case for make in (objectives, parts, logprobs) for case in make())
+    everything = (objectives, parts, logprobs, divergences)
+    cases = canary() if which == "canary" else (case for make in everything for case in make())
     for label, op, args in cases:
         triton_kernels.OPS[op](*args)
         for name, kernel, seconds in found:
