@@ -9,6 +9,7 @@ check_versions()
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
 from .instruments import parity  # noqa: E402
+from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
@@ -20,7 +21,8 @@ from .losses.building_blocks import group_aggregate, position_adaptive_clip, pre
 from .losses.distillation import distillation_loss, linear_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
-from .methods import bounds  # noqa: E402
+from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
+from .methods import adakd, aligndistil, bounds  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
@@ -46,9 +48,12 @@ __all__ = [
     "Objective",
     "RolloutBatch",
     "TermMetrics",
+    "TokenMetrics",
     "TokenStats",
+    "adakd",
     "advantages",
     "aggregation_weights",
+    "aligndistil",
     "bounds",
     "compat",
     "conflicts",
@@ -71,6 +76,7 @@ __all__ = [
     "policy_loss",
     "position_adaptive_clip",
     "prefix_ratio",
+    "profile",
     "record",
     "register",
     "register_triton",
@@ -78,6 +84,7 @@ __all__ = [
     "selection",
     "token_divergence",
     "token_logprobs",
+    "token_metrics",
     "topk_divergence",
 ]
 

@@ -129,6 +129,22 @@ def test_a_row_of_the_table(name, made, monkeypatch):
     assert found[2][0]["pg_clipfrac"].item() == pytest.approx(clipped)
 
 
+def test_a_row_with_a_form(made, monkeypatch):
+    monkeypatch.setenv(hosts.VARIABLE, '{"gmpo": {"eps_low": 0.3, "eps_high": 0.3}}')
+    host, loss = made("slime", "per_token")
+    found, x = evaluated(host, loss), host.x
+    truth = with_gradient(
+        lambda logp: tokenrl.policy_loss(
+            tokenrl.objective("gmpo", eps_low=0.3, eps_high=0.3), logp, x["old_logp"], x["advantages"], mask=x["mask"],
+            cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0), advantages_per="token", aggregation="token-sum",
+        ), x["logp"],
+    )  # fmt: skip
+    assert max(compared(truth[:2], found[:2])) < 1e-12
+    metrics = truth[2][0]
+    clipped = (metrics.clip_low + metrics.clip_high) * metrics.tokens
+    assert found[2][0]["pg_clipfrac"].item() == pytest.approx(clipped) and clipped > 0
+
+
 def test_rows_take_the_host_s_bounds(made, monkeypatch):
     from tokenrl.integrations.custom_loss import row_of
 
