@@ -19,7 +19,7 @@ RESULTS = ("loss", *RAW, "kl", "entropy")
 TOGETHER = {
     "loss": ("loss", "kl", "entropy"),
     "sums": tuple(name for name in RAW if name not in EXTREMES),
-    "range": tuple(EXTREMES),
+    "range": ("ratio_min", "ratio_max"),
 } | {name: (name,) for name in HEAD}
 TORCHS = (*HEAD, "loss", "kl", "entropy")  # GEMMs of torch, and its sums over tokens
 KL_ROWS = [name for name, row in tokenrl.OBJECTIVES.items() if isinstance(row.gate, KlGate)]

@@ -30,12 +30,17 @@ def sync(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
+def clock(device: str) -> Callable[[], float]:
+    """Of one thread on a CPU its processor time, which nobody else on the machine lengthens; else the wall's."""
+    return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def seconds(call: Callable[[], object], device: str, now: Callable[[], float] = time.perf_counter) -> float:
     sync(device)
-    start = time.perf_counter()
+    start = now()
     kept = call()
     sync(device)
-    taken = time.perf_counter() - start
+    taken = now() - start
     del kept  # freeing the results is no part of the call
     return taken
 
@@ -109,3 +114,30 @@ def _limits(device: str, size: int, threads: int) -> Limits:
 def limits(device: str, size: int = 1 << 29) -> Limits:
     """Of a buffer as large as what a case reads, to a power of two, since small ones stay in the caches of a CPU."""
     return _limits(device, min(1 << max(size - 1, 1).bit_length(), 1 << 29), torch.get_num_threads())
+
+
+PRODUCT_FLOPS = 1 << 37  # of a sample: tenths of a second on two cores
+
+
+@functools.cache
+def products(device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int) -> dict[str, float]:
+    """Flops per second of the three matrix products of a head, "logits", "hidden" and "weight", by torch.mm; of fewer
+    columns where all of them would take long."""
+    columns = max(min(columns, PRODUCT_FLOPS // (2 * tokens * hidden)), 1)
+    sizes = ((tokens, hidden), (columns, hidden), (tokens, columns))
+    states, weight, logits = (torch.zeros(*size, dtype=dtype, device=device) for size in sizes)
+    calls = {
+        "logits": lambda: torch.mm(states, weight.t(), out=logits),
+        "hidden": lambda: torch.mm(logits, weight, out=states),
+        "weight": lambda: torch.mm(logits.t(), states, out=weight),
+    }
+    flops, now = 2 * tokens * hidden * columns, clock(device)
+    for call in calls.values():
+        call()
+    return {name: flops / min(seconds(call, device, now) for _ in range(3)) for name, call in calls.items()}
+
+
+def launch(device: str) -> float:
+    """Seconds that a small operation takes, most of them to be launched."""
+    x, calls = torch.zeros(64, 8, device=device), 100
+    return min(seconds(lambda: [x + 1 for _ in range(calls)], device, clock(device)) for _ in range(8)) / calls

@@ -55,7 +55,7 @@ def _head(inputs: tuple[Any, ...]) -> tuple[tuple[int, ...], torch.dtype]:
     return (hidden.shape[0], hidden.shape[1], weight.shape[0]), dtype
 
 
-# Of the inputs of an op: shape and dtype of what it works on. Others work on their first one.
+# Of the inputs of an op: shape and dtype of what it works on. Others work on their first tensor.
 _WORKS_ON: dict[str, Callable[[tuple[Any, ...]], tuple[tuple[int, ...], torch.dtype]]] = {
     "aggregation_weights": lambda inputs: ((inputs[2],), torch.float64),
     "token_logprobs": lambda inputs: _rows(inputs[0]),
@@ -79,7 +79,8 @@ def around(namespace: str | None, op: str, inputs: tuple[Any, ...]) -> AbstractC
     if op in _WORKS_ON:
         shape, dtype = _WORKS_ON[op](inputs)
     else:
-        shape, dtype = tuple(inputs[0].shape), inputs[0].dtype
+        first = next(x for x in inputs if isinstance(x, Tensor))
+        shape, dtype = tuple(first.shape), first.dtype
     name, backward, _ = op.partition("_backward")
     return _marked(
         Range(name, "backward" if backward else "forward", shape, dtype, _backend(namespace, inputs), inputs)
