@@ -2,9 +2,10 @@
 
 import importlib
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,17 @@ class Profile:
         return self._profiled
 
     @cached_property
-    def works(self) -> dict[str, Work]:
-        """Of all calls of a range, by its name."""
-        found: dict[str, Work] = defaultdict(lambda: Work(0, 0, 0))
+    def works(self) -> dict[tuple[str, ...], Work]:
+        """Of all calls of a range, by its path. Those of one name began in the order in which they were watched."""
+        found: dict[tuple[str, ...], Work] = defaultdict(lambda: Work(0, 0, 0))
+        watched: dict[str, deque[tuple[Formula, Amount]]] = defaultdict(deque)
         for name, formula, amount in self._pending:
-            one, more = found[name], formula(int(amount))
-            found[name] = Work(one.read + more.read, one.written + more.written, one.exponentials + more.exponentials)
+            watched[name].append((formula, amount))
+        for path in self.step.order:
+            if watched[path[-1]]:
+                formula, amount = watched[path[-1]].popleft()
+                one, more = found[path], formula(int(amount))
+                found[path] = Work(*(a + b for a, b in zip(astuple(one), astuple(more), strict=True)))
         return found
 
     @cached_property

@@ -88,12 +88,13 @@ class Memory:
 
 @dataclass
 class Step:
-    """Everything inside. wall: its seconds; busy: those in which the device worked. spans: of our ranges; other_spans:
-    of the operations outside of them, kernel_spans: of the device. others: the operations that are not ours, with the
-    seconds that they took themselves."""
+    """Everything inside. order: the paths of all calls, as they began. wall: its seconds; busy: those in which the
+    device worked. spans: of our ranges; other_spans: of the operations outside of them, kernel_spans: of the device.
+    others: the operations that are not ours, with the seconds that they took themselves."""
 
     total: Account
     accounts: dict[tuple[str, ...], Account]
+    order: list[tuple[str, ...]]
     spans: list[Span]
     other_spans: list[Span]
     kernel_spans: list[Span]
@@ -131,9 +132,10 @@ def step_of(profiled: Any, on_gpu: bool, more_memory: Sequence[tuple[int, int]] 
         account.peak = max(account.peak, memory.most(begin, end))
     reader.total.peak = memory.most(0.0, wall)
     reader.total.host = wall
+    order = [account.path for account, *_ in sorted(reader.windows, key=lambda window: window[1])]
     return Step(
-        reader.total, reader.accounts, reader.spans, reader.other_spans, kernels, memory, wall, _covered(kernels),
-        reader.others,
+        reader.total, reader.accounts, order, reader.spans, reader.other_spans, kernels, memory, wall,
+        _covered(kernels), reader.others,
     )  # fmt: skip
 
 
