@@ -137,7 +137,7 @@ ERRORS = {
     "device": (["--device", "gpu"], "device: got 'gpu', accepted: cpu, cuda."),
     "backend": (["--backend", "tritn"], "backend: got 'tritn', accepted: cuda, .* Did you mean 'triton'"),
     "objective": (["--objective", "cptp"], "objective: got 'cptp', .* Did you mean 'ctpo'"),
-    "unable": (["--backend", "cuda"], r"backend: got cuda, accepted: cpu, .*reference \(cuda: "),
+    "unable": (["--backend", "cuda"], r"backend: got cuda, accepted: cpu, .*reference.* \(cuda: "),
 }  # fmt: skip
 
 
