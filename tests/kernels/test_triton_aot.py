@@ -19,7 +19,7 @@ BUILD = ROOT / "build" / "triton"
 ARCHS = (80, 90, 100)
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
-    "forward_kernel", "merge_kernel", "backward_kernel",
+    "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel",
 }  # fmt: skip
 
 
