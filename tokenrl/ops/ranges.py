@@ -61,9 +61,12 @@ _WORKS_ON: dict[str, Callable[[tuple[Any, ...]], tuple[tuple[int, ...], torch.dt
     "token_logprobs": lambda inputs: _rows(inputs[0]),
     "token_logprobs_backward": lambda inputs: _rows(inputs[4]),
     "token_logprobs_backward_": lambda inputs: _rows(inputs[4]),
+    "divergence": lambda inputs: _rows(inputs[0]),
+    "divergence_backward": lambda inputs: _rows(inputs[1]),
     "linear_token_logprobs": _head,
     "linear_token_logprobs_backward": _head,
     "linear_policy_loss": _head,
+    "linear_divergence": _head,
 }
 
 
