@@ -5,17 +5,15 @@ import functools
 import os
 import platform
 import re
-from pathlib import Path
 
 import torch
 
-from tokenrl.instruments.machine_limits import limits
+from tokenrl.instruments.machine_limits import CPUINFO, limits, machine_name
 
 from .competitors import versions
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @functools.cache
@@ -33,13 +31,6 @@ def keep_freed_memory() -> str:
     malloc = ctypes.CDLL(None)
     kept = malloc.mallopt(M_MMAP_MAX, 0) == 1 and malloc.mallopt(M_TRIM_THRESHOLD, -1) == 1
     return "freed memory kept, huge pages" if kept else "malloc as it is (mallopt failed)"
-
-
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
-    return found[1].strip() if found else platform.machine()
 
 
 def bf16_instructions() -> str:

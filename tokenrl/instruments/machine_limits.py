@@ -2,14 +2,25 @@
 
 import functools
 import importlib
+import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 GPU_BUFFER = 1 << 30
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def machine_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    return found[1].strip() if found else platform.machine()
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,17 @@ def sync(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
+def clock(device: str) -> Callable[[], float]:
+    """Of one thread on a CPU its processor time, which nobody else on the machine lengthens; else the wall's."""
+    return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def seconds(call: Callable[[], object], device: str, now: Callable[[], float] = time.perf_counter) -> float:
     sync(device)
-    start = time.perf_counter()
+    start = now()
     kept = call()
     sync(device)
-    taken = time.perf_counter() - start
+    taken = now() - start
     del kept  # freeing the results is no part of the call
     return taken
 
@@ -109,3 +125,30 @@ def _limits(device: str, size: int, threads: int) -> Limits:
 def limits(device: str, size: int = 1 << 29) -> Limits:
     """Of a buffer as large as what a case reads, to a power of two, since small ones stay in the caches of a CPU."""
     return _limits(device, min(1 << max(size - 1, 1).bit_length(), 1 << 29), torch.get_num_threads())
+
+
+GEMM_FLOPS = 1 << 37  # of a sample: tenths of a second on two cores
+
+
+@functools.cache
+def gemms(device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int) -> dict[str, float]:
+    """Flops per second of the three GEMMs of a head, "logits", "hidden" and "weight", by torch.mm; of fewer
+    columns where all of them would take long."""
+    columns = max(min(columns, GEMM_FLOPS // (2 * tokens * hidden)), 1)
+    sizes = ((tokens, hidden), (columns, hidden), (tokens, columns))
+    states, weight, logits = (torch.zeros(*size, dtype=dtype, device=device) for size in sizes)
+    calls = {
+        "logits": lambda: torch.mm(states, weight.t(), out=logits),
+        "hidden": lambda: torch.mm(logits, weight, out=states),
+        "weight": lambda: torch.mm(logits.t(), states, out=weight),
+    }
+    flops, now = 2 * tokens * hidden * columns, clock(device)
+    for call in calls.values():
+        call()
+    return {name: flops / min(seconds(call, device, now) for _ in range(3)) for name, call in calls.items()}
+
+
+def launch(device: str) -> float:
+    """Seconds that a small operation takes, most of them to be launched."""
+    x, calls = torch.zeros(64, 8, device=device), 100
+    return min(seconds(lambda: [x + 1 for _ in range(calls)], device, clock(device)) for _ in range(8)) / calls
