@@ -199,6 +199,7 @@ setup(
     version=VERSION,
     packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
     package_dir={"tokenrl": "tokenrl", **BESIDE},
+    py_modules=["tokenrl_pytest"],
     package_data={"tokenrl": ["py.typed"], "tokenrl.bench": ["results/*.json"]},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])

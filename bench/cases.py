@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import tokenrl
-from tokenrl.instruments.machine_limits import Work
+from tokenrl.instruments.work import elementwise, gradient_of_logits, objective_of_tokens, statistics_of_logits
 
 from . import linear_cases
 from .case import Case, Spec
@@ -37,10 +37,10 @@ def logprob_case(spec: Spec, device: str) -> Case:
     cotangents = tuple(torch.randn(rows, device=device, generator=g) for _ in range(2))
     half = min(CHECKED_ROWS, max(2, 2**27 // (8 * vocab))) // 2
     ends = None if rows <= 2 * half else torch.cat([torch.arange(half), torch.arange(rows - half, rows)]).to(device)
-    size = logits.numel() * logits.element_size()
+    cells, size = logits.numel(), logits.element_size()
     return Case(
         spec, (logits.requires_grad_(), ids), cotangents, _logprobs, eager_logprobs,
-        Work(size, 0, logits.numel()), Work(size, size, logits.numel()), ends,
+        statistics_of_logits(cells, size), gradient_of_logits(cells, size), ends,
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def policy_case(spec: Spec, device: str) -> Case:
     n = rows * width
     return Case(
         spec, (logp, old_logp, advantages, mask), (torch.tensor(1.0, device=device),),
-        _ctpo, eager_ctpo, Work(9 * n, 4 * n, n), Work(4 * n, 4 * n, 0),
+        _ctpo, eager_ctpo, objective_of_tokens(n, 4, masked=True), elementwise(n, 4, 4),
     )  # fmt: skip
 
 

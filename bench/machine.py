@@ -4,11 +4,11 @@ import ctypes
 import functools
 import os
 import platform
-import re
 
 import torch
 
-from tokenrl.instruments.machine_limits import CPUINFO, limits, machine_name
+from tokenrl.instruments.machine import bf16_instructions, machine_name
+from tokenrl.instruments.machine_limits import limits
 
 from .competitors import versions
 
@@ -33,19 +33,10 @@ def keep_freed_memory() -> str:
     return "freed memory kept, huge pages" if kept else "malloc as it is (mallopt failed)"
 
 
-def bf16_instructions() -> str:
-    """Which of the instructions that GEMMs in bf16 want an x86 CPU has; nothing of another one."""
-    flags = re.search(r"flags\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
-    if flags is None:
-        return ""
-    there = {name: name in flags[1].split() for name in ("amx_bf16", "avx512_bf16")}
-    return ", " + ", ".join(name if has else f"no {name}" for name, has in there.items())
-
-
 def machine_line(device: str, load: float, allocator: str) -> str:
     """What ran this, what it does at best, and how busy others kept it before the start."""
     found = limits(device)
-    on_cpu = f"{bf16_instructions()}; {allocator}" if device == "cpu" else ""
+    on_cpu = f"; {bf16_instructions() or 'no x86'}; {allocator}" if device == "cpu" else ""
     return (
         f"{machine_name(device)}, {torch.get_num_threads()} threads{on_cpu}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, {versions()}; read {found.read / 1e9:.1f} GB/s, copy {found.copy / 1e9:.1f} GB/s, "

@@ -10,8 +10,22 @@
 namespace tokenrl {
 
 // One entry of the metrics tensor each, in this order (tokenrl/objectives/metrics.py). ratio is e^s; kl is the k3 of
-// the token's own ratio.
-enum Metric { kTokens, kRatioSum, kRatioMin, kRatioMax, kLow, kHigh, kDual, kKlSum, kRatioSquares, kNumMetrics };
+// the token's own ratio, log_ratio its logarithm; low_pos and high_pos count tokens of A > 0.
+enum Metric {
+  kTokens,
+  kRatioSum,
+  kRatioMin,
+  kRatioMax,
+  kLow,
+  kHigh,
+  kDual,
+  kKlSum,
+  kRatioSquares,
+  kLogRatioSum,
+  kLowPos,
+  kHighPos,
+  kNumMetrics
+};
 
 // Where tokens and their sequences and segments lie.
 struct Spans {

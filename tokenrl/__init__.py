@@ -9,6 +9,7 @@ check_versions()
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
 from .instruments import parity  # noqa: E402
+from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
@@ -18,6 +19,7 @@ from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
+from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
 from .methods import bounds  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
@@ -38,6 +40,7 @@ __all__ = [
     "Objective",
     "RolloutBatch",
     "TermMetrics",
+    "TokenMetrics",
     "TokenStats",
     "advantages",
     "aggregation_weights",
@@ -58,12 +61,14 @@ __all__ = [
     "policy_loss",
     "position_adaptive_clip",
     "prefix_ratio",
+    "profile",
     "record",
     "register",
     "register_triton",
     "rewards",
     "selection",
     "token_logprobs",
+    "token_metrics",
     "topk_divergence",
 ]
 

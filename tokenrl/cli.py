@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("bench", "demo", "doctor", "objectives", "plan")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "objectives", "parity", "plan")  # in the order of --help
 ALWAYS = ("typer", "rich")
 NEEDED = {"demo": ("transformers", "safetensors", "matplotlib")}  # beside those, by command
 

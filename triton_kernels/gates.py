@@ -171,8 +171,9 @@ def _dppo(s, logp, advantage, p, mu, divergence, eps_low, eps_high, ceiling):
     """-min(r, ceiling) A logp of the tokens that are kept."""
     low = (advantage <= 0) & (p < mu) & (divergence > eps_low)
     high = (advantage > 0) & (p > mu) & (divergence > eps_high)
-    value, d_logp = _weighted(logp, advantage, tl.where(low | high, 0.0, smaller(exponential(s), ceiling)))
-    return value, 0.0, d_logp, low, high, False
+    dropped, ratio = low | high, exponential(s)
+    value, d_logp = _weighted(logp, advantage, tl.where(dropped, 0.0, smaller(ratio, ceiling)))
+    return value, 0.0, d_logp, low, high, (dropped == 0) & (ratio > ceiling)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..objectives.gates import GATES as FORMULAS
+from ..objectives.metrics import NOTHING, RAW
 from . import launch
 from .gates import GATES, NEED_POSITION
 from .scalar import wide_exponential
@@ -16,9 +17,9 @@ from .spans import Spans, fill_outside, is_last, sequence, without_padding
 from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
 MAX_PARAMS = 6
-NUM_METRICS = 9
-NUM_SUMS = tl.constexpr(10)  # the metrics in the order of tokenrl/objectives/metrics.py, then the loss
-RATIO_MIN, RATIO_MAX, LOSS = tl.constexpr(2), tl.constexpr(3), tl.constexpr(9)
+NUM_SUMS = tl.constexpr(len(RAW) + 1)  # the metrics, then the loss
+RATIO_MIN, RATIO_MAX = tl.constexpr(RAW.index("ratio_min")), tl.constexpr(RAW.index("ratio_max"))
+LOSS = tl.constexpr(len(RAW))
 SUM_ROWS = tl.constexpr(16)
 
 
@@ -111,8 +112,7 @@ def objective_kernel(
 
 def _nothing(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The result of a batch without sequences."""
-    inf = float("inf")
-    metrics = torch.tensor([0, 0, inf, -inf, 0, 0, 0, 0, 0], dtype=torch.float64, device=logp.device)
+    metrics = torch.tensor(NOTHING, dtype=torch.float64, device=logp.device)
     return logp.new_zeros(()), torch.zeros_like(logp), metrics
 
 
@@ -121,12 +121,12 @@ def objective(
     starts: Tensor | None, span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str,
     flow: str, gate: str, params: list[float], param_tensors: list[Tensor | None], clamp: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss 0-d, coef [N], metrics [9]); contract: tokenrl/ops/kernel_ops.py, formulas: tokenrl/ops/reference.py."""
+    """(loss 0-d, coef [N], metrics [12]); contract: tokenrl/ops/kernel_ops.py, formulas: tokenrl/ops/reference.py."""
     num_tokens, sequences = logp.numel(), cu_seqlens.numel() - 1
     if sequences == 0:
         return _nothing(logp)
     coef, loss = torch.empty_like(logp), logp.new_empty(())
-    metrics = logp.new_empty(NUM_METRICS, dtype=torch.float64)
+    metrics = logp.new_empty(len(RAW), dtype=torch.float64)
     segmented_span = statistic.startswith("span") and starts is not None
     needs_scratch = segmented_span or (statistic.startswith("prefix") and flow == "through")
     padding, formula = MAX_PARAMS - len(params), FORMULAS[gate]

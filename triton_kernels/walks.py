@@ -42,7 +42,8 @@ def no_sums(BLOCK: tl.constexpr, T: tl.constexpr):
     largest ratio the statistics; then the loss. Ratios are summed in fp64, as fp32 ends at e^88 and could not square
     what is beyond e^44: a few such operations per token hide behind its loads."""
     none, zero, inf = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), float("inf"), T)
-    return none, zero, inf, -inf, none, none, none, zero, zero, tl.zeros((BLOCK,), T)
+    narrow = tl.zeros((BLOCK,), T)
+    return none, zero, inf, -inf, none, none, none, zero, zero, narrow, none, none, narrow
 
 
 @triton.jit
@@ -72,12 +73,14 @@ def gated(
     g = tl.where(live & (s <= numbers.cap), weight * d_s, 0.0)
     e = tl.where(live, weight * d_logp, 0.0)
     ratio = tl.where(valid, wide_exponential(capped), 0.0)
-    count, ratios, least, most, lows, highs, duals, kl, squares, loss = sums
+    low, high, positive = valid & low, valid & high, advantage > 0
+    count, ratios, least, most, lows, highs, duals, kl, squares, xs, lows_pos, highs_pos, loss = sums
     sums = (
         count + valid.to(tl.int32), ratios + ratio, smaller(least, tl.where(valid, capped, float("inf"))),
-        larger(most, tl.where(valid, capped, -float("inf"))), lows + (valid & low).to(tl.int32),
-        highs + (valid & high).to(tl.int32), duals + (valid & dual).to(tl.int32), kl + wide_k3_of(x),
-        squares + ratio * ratio, loss + tl.where(live, weight * value, 0.0),
+        larger(most, tl.where(valid, capped, -float("inf"))), lows + low.to(tl.int32), highs + high.to(tl.int32),
+        duals + (valid & dual).to(tl.int32), kl + wide_k3_of(x), squares + ratio * ratio, xs + x,
+        lows_pos + (low & positive).to(tl.int32), highs_pos + (high & positive).to(tl.int32),
+        loss + tl.where(live, weight * value, 0.0),
     )  # fmt: skip
     return g, e, sums
 

@@ -10,6 +10,8 @@ namespace {
 
 // Tokens whose sums are taken in T; blocks are added up in double.
 constexpr int64_t kBlock = 512;
+// A sum over a block counts the tokens that a bound clips, and those of A > 0 in multiples of this.
+constexpr int64_t kPositive = 2 * kBlock;
 
 // One entry per token of a piece of a sequence; masked cells hold harmless numbers and weight 0. Every array has room
 // for whole vectors.
@@ -145,14 +147,19 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
     shared[k] = pays & (uncapped <= cap) ? weight * g.d_s : T(0);
     direct[k] = pays ? weight * g.d_logp : T(0);
     loss += pays ? weight * g.value : T(0);
-    low += counts ? g.low : T(0);
-    high += counts ? g.high : T(0);
+    const T step = advantage[k] > 0 ? T(1 + kPositive) : T(1);
+    low += counts ? step * g.low : T(0);
+    high += counts ? step * g.high : T(0);
     dual += counts ? g.dual : T(0);
   }
   Totals block{};
+  const auto count = [&block](Metric all, Metric of_positive, T both) {
+    block.metrics[all] = static_cast<double>(static_cast<int64_t>(both) % kPositive);
+    block.metrics[of_positive] = static_cast<double>(static_cast<int64_t>(both) / kPositive);
+  };
   block.loss = static_cast<double>(loss);
-  block.metrics[kLow] = static_cast<double>(low);
-  block.metrics[kHigh] = static_cast<double>(high);
+  count(kLow, kLowPos, low);
+  count(kHigh, kHighPos, high);
   block.metrics[kDual] = static_cast<double>(dual);
   totals.add_sums(block);
 }
@@ -161,8 +168,9 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
 template <class T>
 inline void wide_metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lanes, Totals& totals) {
   const T *x = lanes.x, *statistic = lanes.s, *valids = lanes.valid;
-  double tokens = 0, sum = 0, lowest = infinity<double>(), highest = -infinity<double>(), kl = 0, squares = 0;
-#pragma omp simd reduction(+ : tokens, sum, kl, squares) reduction(min : lowest) reduction(max : highest)
+  double tokens = 0, sum = 0, lowest = infinity<double>(), highest = -infinity<double>();
+  double kl = 0, squares = 0, x_sum = 0;
+#pragma omp simd reduction(+ : tokens, sum, kl, squares, x_sum) reduction(min : lowest) reduction(max : highest)
   for (int64_t k = first; k < last; ++k) {
     const bool counts = valids[k] != 0;
     const double ratio = wide_exponential(smaller(statistic[k], cap)), one = counts ? ratio : 0.0;
@@ -173,15 +181,16 @@ inline void wide_metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>
     lowest = least < lowest ? least : lowest;
     highest = highest < most ? most : highest;
     kl += counts ? wide_excess(x[k]) : 0.0;
+    x_sum += static_cast<double>(x[k]);
   }
-  totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+  totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares, x_sum, 0, 0}});
 }
 
 template <class T>
 inline void metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lanes, Totals& totals) {
   const T *x = lanes.x, *statistic = lanes.s, *valids = lanes.valid;
-  T tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>(), kl = 0, squares = 0;
-#pragma omp simd reduction(+ : tokens, sum, kl, squares) reduction(min : lowest) reduction(max : highest)
+  T tokens = 0, sum = 0, lowest = infinity<T>(), highest = -infinity<T>(), kl = 0, squares = 0, x_sum = 0;
+#pragma omp simd reduction(+ : tokens, sum, kl, squares, x_sum) reduction(min : lowest) reduction(max : highest)
   for (int64_t k = first; k < last; ++k) {
     const bool counts = valids[k] != 0;
     const T ratio = exponential(smaller(statistic[k], cap)), one = counts ? ratio : T(0);
@@ -192,10 +201,11 @@ inline void metrics_loop(T cap, int64_t first, int64_t last, const Lanes<T>& lan
     lowest = least < lowest ? least : lowest;
     highest = highest < most ? most : highest;
     kl += counts ? excess(x[k]) : T(0);
+    x_sum += x[k];
   }
   // What floats cannot hold or square is added up once more.
   if (sizeof(T) == sizeof(double) || ((lowest > T(1e-19)) & (highest < T(1e19)) & (kl < infinity<T>())))
-    totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares}});
+    totals.add({0, {tokens, sum, lowest, highest, 0, 0, 0, kl, squares, x_sum, 0, 0}});
   else wide_metrics_loop(cap, first, last, lanes, totals);
 }
 

@@ -20,7 +20,7 @@ struct Totals {
   // The entries that are sums.
   TRL_HD void add_sums(const Totals& other) {
     loss += other.loss;
-    for (int k : {kLow, kHigh, kDual}) metrics[k] += other.metrics[k];
+    for (int k : {kLow, kHigh, kDual, kLowPos, kHighPos}) metrics[k] += other.metrics[k];
   }
   TRL_HD void add(const Totals& other) {
     loss += other.loss;

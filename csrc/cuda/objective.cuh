@@ -56,24 +56,25 @@ struct SequenceObjective {
     return element;
   }
 
-  __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, int32_t t) const {
+  __device__ __forceinline__ Gated<T> gate(int64_t token, T s, T x, T own, int32_t t) const {
     const auto params = params_at<Gate>(args.params, token);
-    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
     const T t_power = position_power<Gate>(T(t), params);
     return Gate::eval(GateInput<T>{s, x, args.logp[token], own, t_power}, params);
   }
 
-  __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated) {
+  __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated, bool positive) {
     const double ratio = wide_exponential(s);
-    totals.add(SequenceTotals<T>{T(0), s, s, ratio, wide_excess(x), ratio * ratio, 1, gated.low > 0, gated.high > 0,
-                                 gated.dual > 0});
+    const bool low = gated.low > 0, high = gated.high > 0;
+    totals.add(SequenceTotals<T>{T(0), s, s, x, ratio, wide_excess(x), ratio * ratio, 1, low, high, gated.dual > 0,
+                                 low & positive, high & positive});
   }
 
   // The statistic of one token is known: its loss, and its coefficient as far as other tokens have no part in it.
   __device__ __forceinline__ void evaluate(int64_t token, T statistic_value, int32_t t, int32_t divisor) {
     const T s = smaller(statistic_value, args.cap), x = log_ratio(token);
-    const Gated<T> gated = gate(token, s, x, t);
-    observe(x, s, gated);
+    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
+    const Gated<T> gated = gate(token, s, x, own, t);
+    observe(x, s, gated, own > 0);
     const T w = args.token_weight ? weight * args.token_weight[token] : weight;
     totals.loss += w != 0 ? w * gated.value : T(0);
     const T shared = w != 0 && statistic_value <= args.cap ? w * gated.d_s : T(0),
@@ -164,6 +165,7 @@ struct SequenceObjective {
 template <class T>
 __device__ __forceinline__ void add_up_sequences(const ObjectiveArgs<T>& args, const SequenceTotals<T>* per_sequence) {
   BatchTotals sum = BatchTotals::nothing();
+#pragma unroll 2  // more would spill registers
   for (int64_t i = threadIdx.x; i < args.spans.num_sequences; i += kThreads) sum.add(per_sequence[i]);
   TRL_SHARED(BatchTotals, memory, kWarps);
   sum = reduce(sum, Add{}, memory);

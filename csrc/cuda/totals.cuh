@@ -10,12 +10,12 @@ namespace tokenrl::cuda {
 // and could not square what is beyond e^44: a few such operations per token hide behind its loads.
 template <class T, class Count>
 struct Totals {
-  T loss, least, most;
+  T loss, least, most, log_ratio_sum;
   double ratio_sum, kl_sum, ratio_squares;
-  Count tokens, low, high, dual;
+  Count tokens, low, high, dual, low_pos, high_pos;
 
   __device__ __forceinline__ static Totals nothing() {
-    return {T(0), infinity<T>(), -infinity<T>(), 0, 0, 0, 0, 0, 0, 0};
+    return {T(0), infinity<T>(), -infinity<T>(), T(0), 0, 0, 0, 0, 0, 0, 0, 0, 0};
   }
 
   template <class U, class C>
@@ -23,6 +23,7 @@ struct Totals {
     loss += other.loss;
     least = smaller(least, T(other.least));
     most = larger(most, T(other.most));
+    log_ratio_sum += other.log_ratio_sum;
     ratio_sum += other.ratio_sum;
     kl_sum += other.kl_sum;
     ratio_squares += other.ratio_squares;
@@ -30,6 +31,8 @@ struct Totals {
     low += other.low;
     high += other.high;
     dual += other.dual;
+    low_pos += other.low_pos;
+    high_pos += other.high_pos;
   }
 
   __device__ __forceinline__ double metric(int which) const {
@@ -42,7 +45,10 @@ struct Totals {
       case kHigh: return double(high);
       case kDual: return double(dual);
       case kKlSum: return kl_sum;
-      default: return ratio_squares;
+      case kRatioSquares: return ratio_squares;
+      case kLogRatioSum: return double(log_ratio_sum);
+      case kLowPos: return double(low_pos);
+      default: return double(high_pos);
     }
   }
 };

@@ -72,9 +72,12 @@ TRL_HD Gated<T> dppo(const GateInput<T>& in, const Params& params, Divergence di
   const bool positive = in.advantage > 0;
   const T low = !positive & (p < mu) & (far > params.eps_low) ? T(1) : T(0);
   const T high = positive & (p > mu) & (far > params.eps_high) ? T(1) : T(0);
-  Gated<T> out = weighted(in, low + high > 0 ? T(0) : smaller(exponential(in.s), params.ceiling));
+  const T ratio = exponential(in.s);
+  const bool dropped = low + high > 0;
+  Gated<T> out = weighted(in, dropped ? T(0) : smaller(ratio, params.ceiling));
   out.low = low;
   out.high = high;
+  out.dual = !dropped & (ratio > params.ceiling) ? T(1) : T(0);
   return out;
 }
 

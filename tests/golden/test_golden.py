@@ -227,13 +227,13 @@ def trl_clipped(name, config, x, logp, metrics, backend):
 
 
 def test_every_family_has_its_test():
-    vocabulary = ("primitives_small", "primitives_medium", "trl_selective", "linear", "trl_chunked")
+    vocabulary = ("primitives_small", "primitives_medium", "trl_selective", "linear", "trl_chunked", "flash_attn")
     estimators = ("verl_advantages", "verl_rollout_correction", "tempo", "spo", "rto", "hapo")
     selections = ("bandpo_bounds", "gtpo", "tw_grpo")
     forms = (
         "gmpo_official", "trl_gmpo", "verl_geo_mean", "fiberpo", "cppo_unirl", "verl_clip_cov", "verl_kl_cov",
         "vespo_official", "swift_grpo",
     )  # fmt: skip
-    trainers = ("nemo_rl_loss", "prime_rl_loss")  # tests/integrations
+    trainers = ("nemo_rl_loss", "prime_rl_loss", "slime_loss", "miles_loss", "torchtitan_loss")  # tests/integrations
     elsewhere = (*DETACHED, *vocabulary, *estimators, *selections, *forms, *trainers)
     assert {*VERL, *TRL, *elsewhere, "verl_agg_loss", "verl_kl_penalty"} == set(INDEX)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import tokenrl
 from tokenrl import cli
 from tokenrl.instruments import doctor
+from tokenrl.integrations import hosts
 from tokenrl.ops import backends
 
 
@@ -34,6 +35,17 @@ def test_doctor_prints_reasons_as_they_are(monkeypatch):
     never = backends.Backend("cpu", "tokenrl", lambda device: "no compiler [c++] was found")
     monkeypatch.setattr(doctor, "BACKENDS", {"cpu": never})
     assert "no compiler [c++] was found" in called("doctor").output
+
+
+def test_doctor_names_the_trainers_that_are_installed(monkeypatch):
+    found = {"trl": "1.16.0", "verl": "0.5.0", "openrlhf": "0.12.0"}
+    monkeypatch.setattr(hosts, "version_of", found.get)
+    seen = " ".join(called("doctor").output.split())
+    assert "trl 1.16.0 1.10.0 to 1.16.0 the loss works" in seen
+    assert "verl 0.5.0 0.6.1 to 0.9.1 the losses and the head verl: got 0.5.0, accepted: verl 0.6.1 to 0.9.1" in seen
+    assert "openrlhf 0.12.0 0.11.2 to 0.11.2 the loss openrlhf: got 0.12.0, held to" in seen and "skyrl" not in seen
+    monkeypatch.setattr(hosts, "version_of", lambda name: None)
+    assert "trainer" not in called("doctor").output
 
 
 def test_an_unknown_command_is_an_error():

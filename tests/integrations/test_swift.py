@@ -83,7 +83,7 @@ def trainer_of(kind, beta=0.0, chord_sft_dataset=None, **arguments):
 
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch):
-    monkeypatch.setattr(swift, "_given", [])
+    monkeypatch.setattr(swift, "CHOICE", hosts.Choice("swift"))
 
 
 def evaluated(trainer, seed, old=True):
@@ -156,10 +156,10 @@ def test_a_row_of_the_table(level, host, monkeypatch):
 
 def test_rows_take_ms_swift_s_bounds(host):
     swift.use("dapo", eps_low=0.1)
-    gate = swift.chosen_row(trainer_of(host.GRPOTrainer, delta=2.0)).gate
+    gate = swift.CHOICE.row(swift.settings(trainer_of(host.GRPOTrainer, delta=2.0))).gate
     assert (gate.eps_low, gate.eps_high, gate.dual) == (0.1, 0.3, 2.0)
     swift.use(tokenrl.objective("ppo", eps_low=0.4))
-    assert swift.chosen_row(trainer_of(host.GRPOTrainer)).gate.eps_low == 0.4
+    assert swift.CHOICE.row(swift.settings(trainer_of(host.GRPOTrainer))).gate.eps_low == 0.4
 
 
 def test_another_value_than_ms_swift_s_raises(host, monkeypatch):
@@ -211,7 +211,7 @@ def test_the_example_is_a_plugin(host):
     example = ROOT / "examples/swift_ctpo.py"
     exec(compile(example.read_text(), str(example), "exec"), {"__name__": "_swift_external_1"})
     trainer = trainer_of(host.GRPOTrainer)
-    row = swift.chosen_row(trainer)
+    row = swift.CHOICE.row(swift.settings(trainer))
     assert row.name == "ctpo" and swift.counts(trainer, None, batch(0)[4])["aggregation"] == row.aggregation
 
 

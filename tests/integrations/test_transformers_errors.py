@@ -6,7 +6,6 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (make test installs it)")
 
 from tokenrl.integrations import hosts  # noqa: E402
-from tokenrl.integrations.heads import check_weight  # noqa: E402
 from tokenrl.integrations.transformers import fuse_lm_head  # noqa: E402
 
 SIZES = {
@@ -151,11 +150,19 @@ def test_arguments(options, said):
 
 
 def test_the_heads_of_trl_and_verl_refuse_a_partition_too():
-    weight = torch.nn.Parameter(torch.empty(0))
-    check_weight(weight)
+    pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
+    from tokenrl.integrations.trl.head import ChunkedLogProb
+    from tokenrl.integrations.verl.head import head
+
+    weight = torch.nn.Parameter(torch.ones(7, 4))
+    hidden, ids = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+    calls = (lambda: ChunkedLogProb.apply(hidden, weight, None, ids, 1.0, 1), lambda: head(hidden, weight, ids, 1.0))
+    for call in calls:
+        call()
     weight.ds_status = "NOT_AVAILABLE"
-    with pytest.raises(ValueError, match="^lm_head.weight: got a partition of DeepSpeed's ZeRO-3"):
-        check_weight(weight)
+    for call in calls:
+        with pytest.raises(ValueError, match="^lm_head.weight: got a partition of DeepSpeed's ZeRO-3"):
+            call()
 
 
 def test_versions(monkeypatch):

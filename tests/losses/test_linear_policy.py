@@ -189,7 +189,7 @@ def test_metrics_by_name():
     _, metrics = tokenrl.linear_policy_loss(
         "ppo", hidden, weight, ids, None, torch.ones(1), ref_logp=ref_logp, kl="kl_k2"
     )
-    assert isinstance(metrics, tokenrl.LinearMetrics) and metrics.raw.shape == (13,)
+    assert isinstance(metrics, tokenrl.LinearMetrics) and metrics.raw.shape == (16,)
     named = metrics.as_dict()
     assert tuple(named) == metrics.NAMES == (*tokenrl.Metrics.NAMES, "kl", "entropy", "passes", "left_out")
     assert (metrics.tokens, metrics.passes, metrics.left_out, metrics.ratio_mean) == (3, 1, 0, 1.0)

@@ -55,7 +55,52 @@ def test_empty_rows_take_part_in_no_extreme(dtype, backend):
     assert found.raw.dtype == torch.float64 and found.tokens == 2
     assert found.ratio_min == pytest.approx(math.exp(1)) and found.ratio_max == pytest.approx(math.exp(2))
     none = tokenrl.policy_loss("grpo", x, torch.zeros_like(x), x[:, 0], mask=mask & False, backend=backend)[1]
-    assert none.raw.tolist() == [0, 0, math.inf, -math.inf, 0, 0, 0, 0, 0]
+    assert none.raw.tolist() == [0, 0, math.inf, -math.inf, *[0] * 8]
+
+
+# (gate's objective, x -> (below, above) for either sign of A, by the definition alone)
+BOUNDS = {
+    "ppo": (tokenrl.objective("ppo"), lambda x, a: (a < 0 and x < math.log(0.8), a > 0 and x > math.log(1.2))),
+    "cispo": (
+        tokenrl.objective("cispo", eps_low=0.7, eps_high=1.3),
+        lambda x, a: (math.exp(x) < 0.7, math.exp(x) > 1.3),
+    ),
+    "topr": (tokenrl.objective("topr_roll"), lambda x, a: (a <= 0 and x > 0, False)),
+    "gmpo": (tokenrl.objective("gmpo"), lambda x, a: (a < 0 and x < -0.4, a >= 0 and x > 0.4)),
+    "fipo": (tokenrl.objective("fipo"), lambda x, a: (a < 0 and x < math.log(0.8), a > 0 and x > math.log(1.28))),
+}
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_log_ratios_and_clipped_tokens_of_positive_advantage(name, per_token, backend):
+    """A row of A > 0, one of A < 0, one of A = 0; more tokens than the kernels sum up at once, masked ones of NaN."""
+    objective, clipped = BOUNDS[name]
+    g = torch.Generator().manual_seed(1)
+    count = 60 if backend == "triton" else 1500
+    x = torch.randn(3, count, generator=g).clamp(-1.9, 1.9)
+    mask, a = torch.rand(3, count, generator=g) < 0.8, torch.tensor([1.0, -2.0, 0.0])
+    signs = a[torch.randint(0, 3, x.shape, generator=g)] if per_token else a[:, None].expand_as(x)
+    device = device_of(backend)
+    old = torch.full_like(x, -2.0)
+    logp = torch.where(mask, old + x, torch.nan)
+    given = [y.to(device) for y in (logp, old, signs if per_token else a)]
+    found = tokenrl.policy_loss(objective, *given, mask=mask.to(device), backend=backend)[1]
+    tokens = list(zip((logp - old)[mask].double().tolist(), signs[mask].tolist(), strict=True))
+    counts = [[clipped(x, a) for x, a in tokens if a > 0 or not alone] for alone in (False, True)]
+    for which, bound in enumerate(("clip_low", "clip_high")):
+        for some, suffix in zip(counts, ("", "_pos"), strict=True):
+            expected = sum(pair[which] for pair in some) / len(tokens)
+            assert getattr(found, bound + suffix) == pytest.approx(expected, rel=1e-12), bound + suffix
+    mean = math.fsum(x for x, _ in tokens) / len(tokens)
+    assert found.log_ratio_mean == pytest.approx(mean, abs=1e-6) and not found.raw.requires_grad
+
+
+@EVERY_BACKEND
+def test_the_mean_log_ratio_is_of_clamped_ones(backend):
+    for objective, expected in (("ppo", (20 - 20 + 1) / 3), ("gspo", (50 - 30 + 1) / 3)):
+        assert evaluated(objective, [50.0, -30.0, 1.0], backend)[2].log_ratio_mean == pytest.approx(expected, rel=1e-6)
 
 
 def test_tokens_are_counted_beyond_2_to_the_24():

@@ -57,6 +57,7 @@ CALLS = [
     (tokenrl.token_logprobs, {"logits": LOGITS, "ids": IDS, "row_mask": MASK} | VOCABULARY),
     (tokenrl.linear_token_logprobs, {"ids": IDS, "row_mask": MASK} | HEAD),
     (tokenrl.aggregation_weights, BALANCED), (tokenrl.group_aggregate, {"values": X} | BALANCED),
+    (tokenrl.token_metrics, {"objective": "ctpo", "logp": LOGP, "old_logp": OLD, "advantages": R} | TOKENS),
     (tokenrl.prefix_ratio, {"logp": LOGP, "old_logp": OLD} | TOKENS),
     (tokenrl.position_adaptive_clip, {"log_ratio": X, "eps_low": 0.1, "eps_high": 0.1, "power": 0.5} | TOKENS),
     (tokenrl.entropy_mix, {"entropy": X, "lowest": 0.0, "highest": 1.0} | TOKENS),
@@ -119,6 +120,8 @@ def tensors(x):
     """What a call returns, as a list of tensors."""
     if isinstance(x, Metrics):
         return [x.raw]
+    if isinstance(x, tokenrl.TokenMetrics):
+        return [x.ratio, x.sequence_sums()]
     if isinstance(x, torch.Tensor):
         return [x]
     return [y for part in x for y in tensors(part)] if hasattr(x, "__iter__") else []

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 import tokenrl
 from tokenrl.instruments.parity import close
 from tokenrl.objectives.gates.kl import KlGate
-from tokenrl.objectives.metrics import RAW
+from tokenrl.objectives.metrics import EXTREMES, RAW
 from tokenrl.ops.linear.gemm import sum_dtype
 from tokenrl.ops.linear.head import BYTES_PER_TILE
 
@@ -18,7 +18,7 @@ RESULTS = ("loss", *RAW, "kl", "entropy")
 # One number may be exact in the base by chance: what is summed over the same tokens is compared together.
 TOGETHER = {
     "loss": ("loss", "kl", "entropy"),
-    "sums": ("tokens", "ratio_sum", "clip_low", "clip_high", "clip_dual", "kl_sum", "ratio_squares"),
+    "sums": tuple(name for name in RAW if name not in EXTREMES),
     "range": ("ratio_min", "ratio_max"),
 } | {name: (name,) for name in HEAD}
 TORCHS = (*HEAD, "loss", "kl", "entropy")  # GEMMs of torch, and its sums over tokens

@@ -71,3 +71,10 @@ class CrossEntropy:
             return losses, torch.zeros_like(losses)
         z_losses = self.scale * stats.lse.square()
         return losses + z_losses, z_losses.detach()
+
+
+def reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """By "mean" over the labels that are counted (0 of none), "sum" or "none"."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()

@@ -2,25 +2,14 @@
 
 import functools
 import importlib
-import platform
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 GPU_BUFFER = 1 << 30
-CPUINFO = Path("/proc/cpuinfo")
-
-
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
-    return found[1].strip() if found else platform.machine()
 
 
 @dataclass(frozen=True)
@@ -127,14 +116,20 @@ def limits(device: str, size: int = 1 << 29) -> Limits:
     return _limits(device, min(1 << max(size - 1, 1).bit_length(), 1 << 29), torch.get_num_threads())
 
 
-GEMM_FLOPS = 1 << 37  # of a sample: tenths of a second on two cores
+PRODUCT_FLOPS = 1 << 37  # of a sample: tenths of a second on two cores
+
+
+def products(device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int) -> dict[str, float]:
+    """Flops per second of the three matrix products of a head, "logits", "hidden" and "weight", by torch.mm; of fewer
+    columns where all of them would take long."""
+    columns = max(min(columns, PRODUCT_FLOPS // (2 * tokens * hidden)), 1)
+    return _products(device, dtype, tokens, hidden, columns, torch.get_num_threads())
 
 
 @functools.cache
-def gemms(device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int) -> dict[str, float]:
-    """Flops per second of the three GEMMs of a head, "logits", "hidden" and "weight", by torch.mm; of fewer
-    columns where all of them would take long."""
-    columns = max(min(columns, GEMM_FLOPS // (2 * tokens * hidden)), 1)
+def _products(
+    device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int, threads: int
+) -> dict[str, float]:
     sizes = ((tokens, hidden), (columns, hidden), (tokens, columns))
     states, weight, logits = (torch.zeros(*size, dtype=dtype, device=device) for size in sizes)
     calls = {

@@ -125,5 +125,5 @@ def gemm(shape: Shape, name: str) -> Step:
     return Step(f"GEMM: {name}", Work(sum(sizes.values()) * shape.size - written, written, 0), flops, name)
 
 
-def kernel(name: str, read: int, written: int, exponentials: int = 0, launches: int = 0) -> Step:
-    return Step(name, Work(read, written, exponentials), launches=launches)
+def kernel(name: str, read: int, written: int, exponentials: int = 0) -> Step:
+    return Step(name, Work(read, written, exponentials))

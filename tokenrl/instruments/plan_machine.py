@@ -9,6 +9,7 @@ import torch
 from ..errors import unknown
 from . import machine_limits
 from .gpus import GPUS
+from .machine import machine_name
 from .machine_limits import Limits
 from .plan import Machine, Shape
 from .progress import tracked
@@ -53,12 +54,12 @@ def measured(device: str, shape: Shape) -> Machine:
     """This machine, by what it does at best. Shards are all here, so that what they send is free."""
     measures: dict[str, Callable[[], Any]] = {
         "bandwidth": lambda: machine_limits.limits(device, min(shape.logits * shape.size, 1 << 29)),
-        "GEMMs": lambda: machine_limits.gemms(device, shape.dtype, shape.tokens, shape.hidden, shape.columns),
+        "GEMMs": lambda: machine_limits.products(device, shape.dtype, shape.tokens, shape.hidden, shape.columns),
         "launches": lambda: machine_limits.launch(device),
     }
     found = {name: measures[name]() for name in tracked(measures, lambda name: f"measuring {name}")}
     limits = found["bandwidth"]
-    title, memory = machine_limits.machine_name(device), None
+    title, memory = machine_name(device), None
     if device == "cuda":
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:

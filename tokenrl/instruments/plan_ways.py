@@ -12,6 +12,7 @@ from ..ops.linear.head import FEWEST_TOKENS as FEWEST
 from ..ops.linear.policy_loss import rows_of_chunk
 from .machine_limits import Work
 from .plan import Shape, Step, Way, gemm, kernel
+from .work import gradient_of_logits, statistics_of_logits
 
 SUM = 4  # bytes of a number in fp32: sums, log-probs, and what eager computes a softmax in
 EAGER_LOSS, OUR_LOSS = 1000, 200  # bytes of a token's loss, eager and ours: some 80 and 17 small ops
@@ -31,6 +32,14 @@ def _shared_hidden(shape: Shape) -> Iterator[Step]:
     if shape.shards > 1:
         sent = 2 * shape.states * SUM * (shape.shards - 1) // shape.shards
         yield Step("sum of hidden's gradient", Work(shape.states * SUM, shape.states * SUM, 0), sent=sent)
+
+
+def _statistics(shape: Shape, launches: int = 0) -> Step:
+    return Step("statistics", statistics_of_logits(shape.logits, shape.size), launches=launches)
+
+
+def _gradient(shape: Shape, launches: int = 0) -> Step:
+    return Step("gradient", gradient_of_logits(shape.logits, shape.size), launches=launches)
 
 
 def _loss(shape: Shape, of_a_token: int) -> Step:
@@ -67,11 +76,11 @@ def from_logits(shape: Shape) -> Way:
     return Way(
         "token_logprobs",
         (
-            gemm(shape, "logits"), kernel("statistics", cells, 0, shape.logits),
+            gemm(shape, "logits"), _statistics(shape),
             *_exchange(shape, 1, GATHERED), _loss(shape, OUR_LOSS),
         ),
         (
-            kernel("gradient", cells, cells, shape.logits), gemm(shape, "hidden"), gemm(shape, "weight"),
+            _gradient(shape), gemm(shape, "hidden"), gemm(shape, "weight"),
             *_shared_hidden(shape),
         ),
         (cells, max(2 * cells, cells + (shape.weight + shape.states) * shape.size)),
@@ -96,18 +105,17 @@ def _tiled(shape: Shape, device: str, budget: int) -> tuple[list[Step], list[Ste
     sums = shape.states * (size + sum_dtype(shape.dtype).itemsize)
     second = tiles_of(head, shape.tokens, budget, sums=sums)
     across, down = _count(shape.columns, second.columns), _count(shape.tokens, second.rows)
-    cells = shape.logits * size
     # A product of hidden's gradient is added to its sum once a tile across, one of the weight's once a tile down.
     added = kernel("sums of hidden's gradient", shape.states * SUM * across, shape.states * SUM * across)
     if down > 1:
         added = added._replace(work=_plus(added.work, shape.weight * SUM * down))
     forward = [
         gemm(shape, "logits"),
-        kernel("statistics", cells, 0, shape.logits, PER_TILE * (_tiles(shape, first) - 1)),
+        _statistics(shape, PER_TILE * (_tiles(shape, first) - 1)),
     ]
     tiles = across * down
     backward = [
-        gemm(shape, "logits"), kernel("gradient", cells, cells, shape.logits, PER_TILE * (tiles - 1)),
+        gemm(shape, "logits"), _gradient(shape, PER_TILE * (tiles - 1)),
         gemm(shape, "hidden"), gemm(shape, "weight"), added, *_shared_hidden(shape),
     ]  # fmt: skip
     statistics = shape.tokens * BYTES_PER_TILE * _count(shape.columns, first.columns)
@@ -158,13 +166,13 @@ def _chunk(shape: Shape, device: str, budget: int) -> int:
 
 def one_pass(shape: Shape, device: str, rows: int) -> Way:
     """linear_policy_loss in one pass over chunks of so many tokens."""
-    sums, chunks, cells = _sums(shape), _count(shape.tokens, rows), shape.logits * shape.size
+    sums, chunks = _sums(shape), _count(shape.tokens, rows)
     waiting, last, scaled = _waiting(shape, device)
     summed = [kernel("sums of the weight's gradient", shape.weight * SUM * chunks, shape.weight * SUM * chunks)]
     forward = (
-        gemm(shape, "logits"), kernel("statistics", cells, 0, shape.logits),
+        gemm(shape, "logits"), _statistics(shape),
         *_exchange(shape, chunks, GATHERED), _loss(shape, OUR_LOSS),
-        kernel("gradient", cells, cells, shape.logits, PER_CHUNK * (chunks - 1)),
+        _gradient(shape, PER_CHUNK * (chunks - 1)),
         gemm(shape, "hidden"), gemm(shape, "weight"), *summed * (chunks > 1),
         *_shared_hidden(shape),
     )  # fmt: skip

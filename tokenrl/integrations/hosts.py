@@ -40,6 +40,10 @@ HOSTS = {
     "skyrl": Host("skyrl", "the losses", "0.3.0", "0.3.0"),
     "swift": Host("ms-swift", "the loss", "4.6.0", "4.6.0"),
     "prime_rl": Host("prime_rl", "the loss", "0.8.0", "0.8.0"),
+    "slime": Host("slime", "the loss", "0.3.1", "0.3.1"),
+    "miles": Host("miles", "the loss", "0.1.0", "0.1.0"),
+    "areal": Host("areal", "the losses", "1.0.4", "1.0.4"),
+    "torchtitan": Host("torchtitan", "the loss of its RL experiment", "0.2.2", "0.2.2"),
     "nemo_rl": Host("nemo_rl", "the loss", "0.6.0", "0.6.0"),
 }
 
@@ -97,6 +101,28 @@ def chosen_objective(host: str, settings: Mapping[str, Mapping[str, Any]]) -> Ob
     return row
 
 
+class Choice:
+    """The row that a host's use() was given last; None: that of the variable."""
+
+    def __init__(self, host: str):
+        self.host = host
+        self.name: str | Objective | None = None
+        self.parameters: dict[str, Any] = {}
+
+    def take(self, name: str | Objective | None, parameters: dict[str, Any]) -> None:
+        if name is not None:
+            check_fed(self.host, objective(name, **parameters))
+        chosen_objective(self.host, {})
+        self.name, self.parameters = name, parameters
+
+    def row(self, settings: Mapping[str, Mapping[str, Any]]) -> Objective | None:
+        """With the host's settings below what was given; None: the host's own loss."""
+        if self.name is None:
+            return chosen_objective(self.host, settings)
+        known = settings.get(self.name, {}) if isinstance(self.name, str) else {}
+        return objective(self.name, **{**known, **self.parameters})
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """Log-probs of 16 bits in 32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -144,6 +170,27 @@ def require(name: str) -> None:
         raise ImportError(f"{host.distribution}: got {found}, accepted: {accepted}")
     if Version(found) > Version(host.newest):
         warnings.warn(f"{host.distribution}: got {found}, held to {accepted}: compare a step", stacklevel=3)
+
+
+def standing(name: str) -> str:
+    """What require says of an installed host: "works", the warning, or the error."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            require(name)
+        except ImportError as error:
+            return str(error)
+    return str(said[0].message) if said else "works"
+
+
+def trainers() -> dict[str, dict[str, str]]:
+    """The hosts that are installed: their version, the versions that a hook is held to, what it does, its standing."""
+    found = {name: (host, version_of(host.distribution)) for name, host in HOSTS.items()}
+    return {
+        name: {"trainer": host.distribution, "here": here, "held_to": f"{host.oldest} to {host.newest}",
+               "for": host.what, "standing": standing(name)}
+        for name, (host, here) in found.items() if here
+    }  # fmt: skip
 
 
 def check_parameters(name: str, function: Callable[..., Any], accepted: tuple[str, ...] | Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import wrong
 from ..losses.policy import policy_loss
 from ..objectives.policy import Objective, objective
-from .hosts import PPO, check_fed, check_parameters, chosen_objective, require, weighed
+from .hosts import PPO, Choice, check_parameters, require, weighed
 from .lazy import when_imported
 
 TRAINER = "swift.rlhf_trainers.grpo_trainer"
@@ -27,7 +27,7 @@ PARAMETERS = ("self", "model", "model_inputs", "grpo_batch")
 INF, TOLERANCE = math.inf, {"rtol": 1e-4, "atol": 1e-5}
 LEVELS = {"token": ("token", "through"), "sequence": ("span_mean", "through"), "sequence_token": ("span_mean", "local")}
 K3 = objective("kl_k3", ceiling=10.0)
-_given: list[tuple[Any, dict[str, Any]]] = []  # what use() was given last
+CHOICE = Choice("swift")
 
 
 def settings(trainer: Any) -> dict[str, dict[str, Any]]:
@@ -46,14 +46,6 @@ def settings(trainer: Any) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def chosen_row(trainer: Any) -> Objective | None:
-    name, parameters = _given[-1]
-    known = settings(trainer)
-    if name is None:
-        return chosen_objective("swift", known)
-    return objective(name, **{**(known.get(name, {}) if isinstance(name, str) else {}), **parameters})
-
-
 def own_row(trainer: Any) -> Objective:
     """ms-swift's loss_type."""
     known, kind = settings(trainer), trainer.loss_type
@@ -65,7 +57,7 @@ def own_row(trainer: Any) -> Objective:
 
 def check_trainer(trainer: Any) -> None:
     """What no loss of ours goes with, before training."""
-    args, row = trainer.args, chosen_row(trainer)
+    args, row = trainer.args, CHOICE.row(settings(trainer))
     for name, given in (
         ("use_liger_kernel", args.use_liger_kernel), ("sdar_loss_coef", trainer.sdar_loss_coef),
         ("chord_sft_dataset", trainer.chord_sft_dataset),
@@ -136,7 +128,7 @@ def loss_of(
 
 def compute(original: Any, trainer: Any, *given: Any) -> tuple[Tensor, dict[str, Any]]:
     """GRPOTrainer._compute_loss_and_metrics; given: model, model_inputs, grpo_batch."""
-    chosen = chosen_row(trainer)
+    chosen = CHOICE.row(settings(trainer))
     logp, entropies = trainer._get_per_token_logps_and_entropies(*given, compute_entropy=trainer.compute_entropy)
     with torch.no_grad(), shadowed(trainer, (logp.detach(), entropies)) as weights:
         theirs, found = original(trainer, *given)
@@ -158,10 +150,7 @@ def use(name: str | Objective | None = None, **parameters: Any) -> None:
     """The loss of every GRPOTrainer of ms-swift in this process, now or as soon as it is imported. name, parameters: a
     row of tokenrl's table. Again: another objective."""
     require("swift")
-    if name is not None:
-        check_fed("swift", objective(name, **parameters))
-    chosen_objective("swift", {})
-    _given[:] = [(name, parameters)]
+    CHOICE.take(name, parameters)
     when_imported(TRAINER, _patch)
 
 

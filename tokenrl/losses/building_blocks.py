@@ -9,12 +9,12 @@ from ..objectives.gates.bounded import Identity
 from ..objectives.policy import Objective
 from ..objectives.statistics import check_statistic
 from ..ops import backends, dispatch
-from ..ops.dispatch import PolicyLossInputs, Regularizers
+from ..ops.dispatch import PolicyLossInputs
 from .aggregation import span_weights
+from .regularizers import NO_REGULARIZERS
 
 KINDS = {"sum": "prefix_sum", "mean": "prefix_mean", "min": "prefix_min"}
 _IDENTITY = Objective("identity", "token", Identity(), "token-mean", "the aggregation alone")
-_ALONE = Regularizers(None, _IDENTITY, 0.0, None, None, 0.0, None)
 
 
 def prefix_ratio(
@@ -114,6 +114,17 @@ def group_aggregate(
     )
     flat = layout.flat_tokens("values", values)
     inputs = PolicyLossInputs(
-        _IDENTITY, _IDENTITY.gate, None, None, None, None, None, None, None, aggregation, weights, _ALONE
+        _IDENTITY,
+        _IDENTITY.gate,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        aggregation,
+        weights,
+        NO_REGULARIZERS,
     )
     return dispatch.policy_loss(chosen, layout, flat, None, inputs)[0]

@@ -13,6 +13,7 @@ from ..objectives.policy import Objective, kl_estimator
 from ..ops.dispatch import Regularizers
 
 KL_RATIOS = ("token", "span_mean")
+NO_REGULARIZERS = Regularizers(None, kl_estimator("kl_k3"), 0.0, None, None, 0.0, None)
 
 
 def regularizers_of(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+from . import ranges
+
 
 class _Functions(NamedTuple):
     """eager: its forward takes ctx, which costs a call 20 us less than a setup_context; transformed: for torch.func,
@@ -118,9 +120,16 @@ def _transformed(op: Callable, save: Callable, backward: Callable) -> type[torch
 def call(namespace: str | None, op: str, *inputs: Any) -> Any:
     """The op's results, with their derivative. Torch knows the derivative of the op itself, and a trace needs no more;
     its eager way there, torch.library's, takes 20 us of Python without a gradient and 100 us with one."""
-    found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]
     if torch.compiler.is_compiling():
-        return found(*inputs)
+        return _FUNCTIONS[namespace, op].op(*inputs)
+    if ranges.wanted():
+        with ranges.around(namespace, op, inputs):
+            return _called(namespace, op, inputs)
+    return _called(namespace, op, inputs)
+
+
+def _called(namespace: str | None, op: str, inputs: tuple[Any, ...]) -> Any:
+    found, differentiable, eager, transformed = _FUNCTIONS[namespace, op]
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, inputs)
     leading = inputs[:differentiable]

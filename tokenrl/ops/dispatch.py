@@ -16,7 +16,7 @@ from ..objectives.forms.base import Form, FormInputs
 from ..objectives.gates.base import Bound, Gate
 from ..objectives.gates.kl import estimates
 from ..objectives.policy import Objective, find_objective
-from . import reference
+from . import ranges, reference
 from .backends import Backend
 from .derivatives import call
 from .kernel_ops import IGNORED, ObjectiveInputs
@@ -115,7 +115,9 @@ def aggregation_weights(
     scale: float,
 ) -> SpanWeights:  # fmt: skip
     """The normalizer is scale times the count of the unit; advantages flat [S] or [N]."""
-    run = reference.aggregation_weights if chosen.is_reference else chosen.ops.aggregation_weights
+    run = reference.aggregation_weights
+    if chosen.namespace is not None:
+        run = ranges.kernels(chosen.namespace).aggregation_weights
     return SpanWeights(
         *run(layout.mask, layout.cu_seqlens, layout.num_tokens, advantages, group_ids, span, unit, scale)
     )
@@ -141,8 +143,8 @@ def linear_token_logprobs(
 def policy_loss(
     chosen: Backend, layout: Layout, logp: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor]:
-    """(loss, raw metrics [9] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
-    sum_t w_t entropy_t, [11])."""
+    """(loss, raw metrics [12] of the objective; then, where there is an entropy or a reference, sum_t w_t kl_t and
+    sum_t w_t entropy_t, [14])."""
     extra = inputs.regularizers
     old_logp = logp.detach() if inputs.old_logp is None else inputs.old_logp
     loss, raw = _objective(chosen, layout, logp, old_logp, inputs)
@@ -232,7 +234,7 @@ def _split(params: Sequence[Bound]) -> tuple[list[float], list[Tensor | None]]:
 def linear_policy_loss(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, ...]:
-    """(loss, raw metrics [12] of policy_loss from hidden states, with the number of passes over the logits, log-probs
+    """(loss, raw metrics [15] of policy_loss from hidden states, with the number of passes over the logits, log-probs
     [N], entropies [N])."""
     one_op = not chosen.is_reference and inputs.form is None
     return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.metrics import RAW
+from . import ranges
 from .arguments import OpArguments, schema
 from .derivatives import register_derivative
 
@@ -109,7 +111,7 @@ SCHEMAS = {
 
 
 def _fake_objective(logp, old_logp, advantages, mask, cu_seqlens, starts, span_weight, *rest):
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(9, dtype=torch.float64)
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(len(RAW), dtype=torch.float64)
 
 
 def _fake_weights(mask, cu_seqlens, *rest):
@@ -152,9 +154,15 @@ def _save_objective(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _objective_backward(ctx, grad_loss, grad_coef, grad_metrics):
-    coef, _ = ctx.saved_tensors
-    return (None if grad_loss is None else grad_loss * coef,)
+def _objective_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad_loss, grad_coef, grad_metrics):
+        coef, _ = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,)
+        with ranges.around_backward(namespace, "objective", coef):
+            return (grad_loss * coef,)
+
+    return backward
 
 
 def _save_clip(ctx, inputs, output):
@@ -173,15 +181,19 @@ def _statistic_backward(namespace: str) -> Callable[..., Any]:
         if grad is None:
             return (None,)
         *where, _ = ctx.saved_tensors
-        op = getattr(torch.ops, namespace).statistic_backward
+        op = ranges.kernels(namespace).statistic_backward
         return (op(grad.contiguous(), *where, ctx.statistic, ctx.flow),)
 
     return backward
 
 
-def _clip_backward(ctx, grad, _):
-    inside, _ = ctx.saved_tensors
-    return (torch.where(inside != 0, grad, 0),)
+def _clip_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad, _):
+        inside, _ = ctx.saved_tensors
+        with ranges.around_backward(namespace, "position_adaptive_clip", inside):
+            return (torch.where(inside != 0, grad, 0),)
+
+    return backward
 
 
 def mark_constants(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -209,7 +221,7 @@ def _logprobs_backward(namespace: str) -> Callable[..., Any]:
         logits, *saved, temperatures, keep_mask = ctx.saved_tensors
         grads = [g if g is None else g.contiguous() for g in wanted]
         transform = (ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask)
-        ops = getattr(torch.ops, namespace)
+        ops = ranges.kernels(namespace)
         if not ctx.inplace:
             return (ops.token_logprobs_backward(*grads, logits, *saved, *transform),)
         ops.token_logprobs_backward_(*grads, logits.detach(), *saved, *transform)
@@ -224,7 +236,7 @@ def register(namespace: str) -> None:
     """Gives the ops of a namespace their fakes and derivatives."""
     for op, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{op}", fake)
-    register_derivative(namespace, "objective", _save_objective, _objective_backward)
+    register_derivative(namespace, "objective", _save_objective, _objective_backward(namespace))
     register_derivative(namespace, "statistic", _save_statistic, _statistic_backward(namespace))
-    register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward)
+    register_derivative(namespace, "position_adaptive_clip", _save_clip, _clip_backward(namespace))
     register_derivative(namespace, "token_logprobs", _save_logprobs, _logprobs_backward(namespace))

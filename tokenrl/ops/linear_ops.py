@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernel_ops
+from ..objectives.metrics import RAW
+from . import kernel_ops, ranges
 from .arguments import schema
 from .derivatives import register_derivative
 from .kernel_ops import STATISTICS, SavedStatistics, Upstream
@@ -112,7 +113,7 @@ def _fake_policy_loss(*args):
     inputs = LinearPolicyLossInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
-    metrics = loss.new_empty(12, dtype=torch.float64)
+    metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
     return loss, metrics, logp, entropy, *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
@@ -158,7 +159,7 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
             ctx.compute_dtype, ctx.memory_budget,
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])
-        op = getattr(torch.ops, namespace).linear_token_logprobs_backward
+        op = ranges.kernels(namespace).linear_token_logprobs_backward
         grads = list(op(*head, *wanted_of, *saved, wanted, ctx.main_grad))
         if wanted[1] and ctx.main_grad is not None:
             grads[1] = _beside_main_grad(ctx.told)
@@ -177,10 +178,19 @@ def _save_policy_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _policy_loss_backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return None, None, None
-    *grads, hidden, weight, bias = ctx.saved_tensors
+def _policy_loss_backward(namespace: str) -> Callable[..., Any]:
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None
+        saved = ctx.saved_tensors
+        with ranges.around_backward(namespace, "linear_policy_loss", *saved[3:5]):
+            return _times_upstream(ctx, grad_loss, *saved)
+
+    return backward
+
+
+def _times_upstream(ctx, grad_loss, *saved):
+    *grads, hidden, weight, bias = saved
     added = ctx.wanted[1] and ctx.main_grad is not None
     if added:
         ctx.main_grad.addcmul_(grads[1], grad_loss.to(grads[1].dtype))
@@ -192,11 +202,11 @@ def _policy_loss_backward(ctx, grad_loss, *_):
 
 def _eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
     """The implementation on the kernels of a backend; autocast would cast the tiles behind its back."""
-    ops = getattr(torch.ops, namespace)
 
     @functools.wraps(function)
     def run(*inputs):
         device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+        ops = ranges.kernels(namespace)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
             return tuple(function(ops, *inputs))  # entering and leaving costs as much as a small kernel
         with torch.autocast(device, enabled=False), torch.no_grad():
@@ -222,4 +232,4 @@ def register(namespace: str) -> None:
             library.impl(op, _eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)
     register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace), 3)
-    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward, 3)
+    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward(namespace), 3)

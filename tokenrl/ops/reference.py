@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
-from ..objectives.excess import excess
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
+from ..objectives.metrics import EXTREMES, NOTHING, of_tokens
 from .linear.gemm import linear
+from .ranges import ranged
 
 
 class Rows:
@@ -50,6 +51,7 @@ def regularized(
     return objective
 
 
+@ranged
 def objective(
     logp: Tensor, old_logp: Tensor, advantages: Tensor | None, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None,
     span_weight: Tensor, normalizer: Tensor, token_weight: Tensor | None, statistic: str, flow: str, gate: Gate,
@@ -100,17 +102,13 @@ def token_weights(
 
 
 def _metrics(gate: Gate, x: Tensor, s: Tensor, logp: Tensor, a: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    ratio = s.double().exp()
-    bounds = [torch.where(mask, active, False).sum() for active in gate.clipped(s, x, logp, a, t)]
     if not mask.numel():
-        return ratio.new_tensor([0, 0, torch.inf, -torch.inf, 0, 0, 0, 0, 0])
-    lowest, highest = torch.where(mask, ratio, torch.inf).min(), torch.where(mask, ratio, -torch.inf).max()
-    one = torch.where(mask, ratio, 0)
-    kl = torch.where(mask, excess(x.double()), 0).sum()
-    sums = [mask.sum(), one.sum(), lowest, highest, *bounds, kl, (one * one).sum()]
-    return torch.stack([value.double() for value in sums])
+        return torch.tensor(NOTHING, dtype=torch.float64, device=mask.device)
+    entries = of_tokens(gate, s, x, logp, a, t, mask)
+    return torch.stack([getattr(entry, EXTREMES.get(name, "sum"))().double() for name, entry in entries.items()])
 
 
+@ranged
 def statistic(
     logp: Tensor, old_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, starts: Tensor | None, statistic: str, flow: str,
     width: int | None,
@@ -126,6 +124,7 @@ def statistic(
     return torch.where(mask, s, 0)
 
 
+@ranged
 def position_adaptive_clip(
     log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor, eps_low: Bound, eps_high: Bound, power: Bound,
     width: int | None,
@@ -140,6 +139,7 @@ def position_adaptive_clip(
     return torch.where(mask, torch.where(inside, x, edge), 0)
 
 
+@ranged
 def aggregation_weights(
     mask: Tensor | None, cu_seqlens: Tensor, num_tokens: int, advantages: Tensor | None, group_ids: Tensor | None,
     span: str, unit: str, scale: float,
@@ -187,6 +187,7 @@ def _transformed(
     return x / (temperature if temperatures is None else temperatures[..., None])
 
 
+@ranged
 def token_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None, outputs: list[str], inplace_backward: bool,
@@ -217,6 +218,7 @@ def token_logprobs(
     return logp, *(torch.where(row_used, value, 0) for value in stats), *order
 
 
+@ranged
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
     softcap: float, logit_scale: float, keep_mask: Tensor | None, compute_dtype: str, memory_budget: int,

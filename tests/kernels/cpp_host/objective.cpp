@@ -35,16 +35,17 @@ struct Truth {
 };
 
 template <class Gate, class T>
-Gated<double> gate_at(const ObjectiveArgs<T>& args, int64_t sequence, int64_t token, double s, double x, double t) {
+Gated<double> gate_at(const ObjectiveArgs<T>& args, double advantage, int64_t token, double s, double x, double t) {
   const auto params = params_from<Gate, double>([&](size_t k) { return double(args.params[k].at(token)); });
-  const double advantage = args.advantages[args.advantages_per_token ? token : sequence];
   return Gate::eval(GateInput<double>{s, x, args.logp[token], advantage, position_power<Gate>(t, params)}, params);
 }
 
 template <class Gate, class T>
 Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
-  Truth truth{0, std::vector<double>(args.spans.num_tokens, 0.0), {0, 0, INFINITY, -INFINITY, 0, 0, 0, 0, 0}};
+  Truth truth{0, std::vector<double>(args.spans.num_tokens, 0.0), std::vector<double>(kNumMetrics)};
   auto& metrics = truth.metrics;
+  metrics[kRatioMin] = INFINITY;
+  metrics[kRatioMax] = -INFINITY;
   for (int64_t i = 0; i < args.spans.num_sequences; ++i) {
     for (const auto& span : spans_of(args.spans, i)) {
       const size_t n = span.size();
@@ -56,7 +57,8 @@ Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
       }
       for (size_t k = 0; k < n; ++k) {
         const double raw = statistic_at(options.pair.statistic, x, k), s = std::fmin(raw, args.cap);
-        const auto gated = gate_at<Gate>(args, i, span[k], s, x[k], static_cast<double>(k + 1));
+        const double advantage = args.advantages[args.advantages_per_token ? span[k] : i];
+        const auto gated = gate_at<Gate>(args, advantage, span[k], s, x[k], static_cast<double>(k + 1));
         const double w =
             args.span_weight[i] / *args.normalizer * (args.token_weight ? args.token_weight[span[k]] : 1.0);
         truth.loss += w * gated.value;
@@ -65,7 +67,9 @@ Truth truth_of(const ObjectiveArgs<T>& args, const Options& options) {
         const double r = std::exp(s);
         metrics[2] = std::fmin(metrics[2], r);
         metrics[3] = std::fmax(metrics[3], r);
-        const double sums[] = {1, r, 0, 0, gated.low, gated.high, gated.dual, std::expm1(x[k]) - x[k], r * r};
+        const double low_pos = advantage > 0 ? gated.low : 0, high_pos = advantage > 0 ? gated.high : 0;
+        const double sums[] = {
+            1, r, 0, 0, gated.low, gated.high, gated.dual, std::expm1(x[k]) - x[k], r * r, x[k], low_pos, high_pos};
         for (int m = 0; m < kNumMetrics; ++m) metrics[m] += sums[m];
       }
       for (size_t j = 0; j < n; ++j) {

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...batch.checks import check_name
 from ...errors import described, wrong
 from ...logprobs.from_logits import TokenStats
-from ..cross_entropy import CrossEntropy
+from ..cross_entropy import CrossEntropy, reduced
 
 
 @dataclass
@@ -39,22 +39,18 @@ class _Loss(torch.nn.Module):
         self.ignore_index, self.reduction = ignore_index, reduction
         self.return_z_loss, self.return_token_accuracy = return_z_loss, return_token_accuracy
 
-    def reduced(
+    def output(
         self, losses: Tensor, z_losses: Tensor, stats: TokenStats, target: Tensor
     ) -> Tensor | CrossEntropyOutput:
-        count = (target != self.ignore_index).sum().clamp(min=1)
-
-        def by(x: Tensor) -> Tensor:
-            return x if self.reduction == "none" else x.sum() / (count if self.reduction == "mean" else 1)
-
-        loss = by(losses)
+        counted = target != self.ignore_index
+        loss = reduced(losses, counted, self.reduction)
         if not (self.return_z_loss or self.return_token_accuracy):
             return loss
+        z_loss = reduced(z_losses, counted, self.reduction) if self.return_z_loss else None
         accuracy = None
         if self.return_token_accuracy:
-            accuracy = stats.is_top1.float()
-            accuracy = accuracy if self.reduction == "none" else accuracy.sum() / count
-        return CrossEntropyOutput(loss, by(z_losses) if self.return_z_loss else None, accuracy)
+            accuracy = reduced(stats.is_top1.float(), counted, "none" if self.reduction == "none" else "mean")
+        return CrossEntropyOutput(loss, z_loss, accuracy)
 
 
 class LigerCrossEntropyLoss(_Loss):
@@ -84,7 +80,7 @@ class LigerCrossEntropyLoss(_Loss):
         )  # fmt: skip
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        return self.reduced(*self.terms.of_logits(_input, target, inplace=True), target)
+        return self.output(*self.terms.of_logits(_input, target, inplace=True), target)
 
 
 class LigerFusedLinearCrossEntropyLoss(_Loss):
@@ -123,7 +119,7 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
         if self.use_token_scaling:
             probability = stats.logp.detach().exp()
             losses, z_losses = losses * probability, z_losses * probability
-        return self.reduced(losses, z_losses, stats, target)
+        return self.output(losses, z_losses, stats, target)
 
 
 def liger_cross_entropy(

@@ -38,13 +38,13 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """(log-probs [N], entropy, log_sum_sq_probs, mean_logits, is_top1), None where not among the outputs.
         chunk_size has no effect: the memory budget decides."""
-        check_weight(weight)
         head: dict[str, Any] = {
             "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
             "compute_dtype": head_dtype(hidden),
         }  # fmt: skip
         if (one_pass := running()) is not None:
             return *one_pass.apply(hidden, weight, targets, **head), None, None, None
+        check_weight(weight)  # one pass has its gradients before TRL lets go of a gathered weight
         asked = ["logp", *(ours for theirs, ours in RESULTS.items() if theirs in outputs)]
         found = linear_token_logprobs(hidden, weight, targets, outputs=asked, **head)
         values = {name: x if name in WITH_GRADIENT else x.detach() for name, x in zip(asked, found, strict=True)}

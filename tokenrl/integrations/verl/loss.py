@@ -14,7 +14,7 @@ from ...objectives.metrics import RAW, Metrics
 from ...objectives.policy import OBJECTIVES, Objective, objective
 from ..hosts import at_least_fp32, say, weighed
 from .batch import Batch, setting
-from .modes import HARD_WIRED, MODES, Mode, of_sequences
+from .modes import HARD_WIRED, MODES, Mode, common, of_given, of_sequences
 
 PARAMETERS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
@@ -88,7 +88,8 @@ def own_loss(
     if "aggregation" in parameters:
         raise wrong("aggregation", parameters["aggregation"], "verl's actor.loss_agg_mode")
     objective(row, **parameters)
-    return OwnLoss(f"tokenrl_{name}", row, Mode(row.name, settings), dict(parameters))
+    mode = Mode(row.name, settings, sums=of_given if row.gate.reads_rollout else common)
+    return OwnLoss(f"tokenrl_{name}", row, mode, dict(parameters))
 
 
 def host_loss(name: str, original: Callable[..., Any]) -> PolicyLoss:

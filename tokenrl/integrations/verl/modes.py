@@ -87,9 +87,12 @@ def geometric_weight(batch: Batch) -> Tensor | None:
 
 def common(batch: Batch, row: Objective, raw: Sums) -> Sums:
     """Sums over tokens; raw: those of the kernel by name."""
-    log_ratio = batch.log_ratio.clamp(-row.clamp, row.clamp)
-    clipped = raw["clip_low"] + raw["clip_high"]
-    return {CLIPPED: clipped, KL: batch.total(-log_ratio), LOWER: raw["clip_dual"]}
+    return {CLIPPED: raw["clip_low"] + raw["clip_high"], KL: -raw["log_ratio_sum"], LOWER: raw["clip_dual"]}
+
+
+def of_given(batch: Batch, row: Objective, raw: Sums) -> Sums:
+    """Rows whose log ratio is not verl's: dppo's has no clamp, vespo's has the rollout's weights in it."""
+    return common(batch, row, raw) | {KL: batch.total(-batch.log_ratio.clamp(-LARGEST, LARGEST))}
 
 
 def of_gate(batch: Batch, row: Objective) -> Tensor:
@@ -97,13 +100,6 @@ def of_gate(batch: Batch, row: Objective) -> Tensor:
     x = batch.log_ratio
     low, high, _ = row.gate.clipped(x, x, batch.logp.detach(), batch.advantages, x)
     return low | high
-
-
-def of_kept(batch: Batch, row: Objective, raw: Sums) -> Sums:
-    """dppo: verl counts, of the tokens that it keeps, those whose ratio is truncated."""
-    log_ratio = batch.log_ratio.clamp(-LARGEST, LARGEST)
-    truncated = (log_ratio.exp() > row.gate.params()[2]) & ~of_gate(batch, row)
-    return common(batch, row, raw) | {KL: batch.total(-log_ratio), LOWER: batch.total(truncated)}
 
 
 def of_dropped(batch: Batch, row: Objective, raw: Sums) -> Sums:
@@ -147,8 +143,8 @@ MODES = {
     "geo_mean": Mode("gmpo", bounds, sums=of_either_bound, counts=of_all_rows, weight=geometric_weight),
     "dro": Mode("dro", quadratic, (KL,)),
     "cispo": Mode("cispo", relative_bounds),
-    "dppo_tv": Mode("dppo_tv", divergences, sums=of_kept),
-    "dppo_kl": Mode("dppo_kl", divergences, sums=of_kept),
+    "dppo_tv": Mode("dppo_tv", divergences, sums=of_given),
+    "dppo_kl": Mode("dppo_kl", divergences, sums=of_given),
 }
 
 # Rows that are a mode of verl, but for its hard-wired counts: they read the same fields of verl's config.

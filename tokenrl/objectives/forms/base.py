@@ -77,8 +77,8 @@ class FormInputs:
         if "logp" in (gate or self.gate).slopes:  # the ratio is a constant to it
             pair = (self.logp, (self.logp - log_ratio).detach())
         loss, raw = self.run_row(*pair, gate or self.gate, weight)
-        x = self.x.detach()
-        return loss, self._with(raw, kl_sum=excess(x.double()).sum())  # of the token's own ratio
+        x = self.x.detach().double()  # the token's own
+        return loss, self._with(raw, kl_sum=excess(x).sum(), log_ratio_sum=x.sum())
 
     def lengths(self) -> Tensor:
         """The number of valid tokens of each token's span, at least 1."""
@@ -97,7 +97,9 @@ class FormInputs:
 
     def counted(self, raw: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The metrics with other counts of tokens below and above a bound."""
-        return self._with(raw, clip_low=(low & self.valid).sum(), clip_high=(high & self.valid).sum())
+        entries = {"clip_low": low & self.valid, "clip_high": high & self.valid}
+        positive = {f"{name}_pos": clipped & (self.advantages > 0) for name, clipped in entries.items()}
+        return self._with(raw, **{name: clipped.sum() for name, clipped in (entries | positive).items()})
 
     def _with(self, raw: Tensor, **entries: Tensor) -> Tensor:
         raw = raw.clone()

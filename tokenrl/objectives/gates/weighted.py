@@ -142,7 +142,7 @@ class DppoGate(Gate):
 
     p = e^logp, mu = e^(logp - s), the old policy's. Dropped: A > 0 and the divergence upwards is above eps_high, A <= 0
     and downwards above eps_low. The gradient is through logp alone. The paper anchors on the rollout's log-probs: hand
-    them in as old_logp. clip_high, clip_low: dropped by either bound.
+    them in as old_logp. clip_high, clip_low: dropped by either bound; clip_dual: kept with a truncated ratio.
 
     Source: arXiv 2602.04879 (authors' code); verl (trainers).
     """
@@ -166,7 +166,7 @@ class DppoGate(Gate):
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
         low, high = self._dropped(s, logp, advantages)
-        return low, high, torch.zeros_like(low)
+        return low, high, ~(low | high) & (s.exp() > self.ceiling)
 
 
 @parametrised

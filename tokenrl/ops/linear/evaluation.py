@@ -19,7 +19,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class Evaluated(NamedTuple):
-    """A loss; the metrics of its objective [9], its KL and entropy; its gradients by log-probs and entropies, [N]; and
+    """A loss; the metrics of its objective [12], its KL and entropy; its gradients by log-probs and entropies, [N]; and
     these themselves, [N]."""
 
     loss: Tensor

@@ -90,8 +90,8 @@ class Chunk:
 
 
 def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics [9 of the objective, KL, entropy, passes], log-probs [N], entropies [N]); fills grads. Tokens that
-    the mask leaves out enter no GEMM: their log-probs and entropies are 0."""
+    """(loss, metrics [12 of the objective, KL, entropy, passes], log-probs [N], entropies [N]); fills grads. Tokens
+    that the mask leaves out enter no GEMM: their log-probs and entropies are 0."""
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(inputs.active)
     head = inputs.head(ops)

@@ -1,0 +1,41 @@
+"""`tokenrl parity`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument as argument
+from typer import Exit
+from typer import Option as option
+
+
+def parity(
+    batch: Annotated[Path | None, argument(help="A file of tokenrl.record; left out: a small one from a seed.")] = None,
+    objective: Annotated[str | None, option(help="A row of `tokenrl objectives`; left out: the batch's own.")] = None,
+    against: Annotated[str | None, option(help="MODULE:FUNCTION, a loss of yours in place of the backends.")] = None,
+    backend: Annotated[str | None, option(help="One alone; left out: every one that can run here.")] = None,
+    json: Annotated[bool, option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Value and gradient of every backend, or of a loss of yours, against the fp64 reference; 1 where one differs.
+
+    Example: tokenrl parity batch.safetensors --objective ctpo --against my_module:my_loss
+    """
+    from rich.console import Console
+
+    from ..errors import wrong
+    from ..instruments.parity import random_batch, report, shown, wording
+    from ..instruments.parity.user_loss import found_by_name, user_loss
+    from ..instruments.rollout_batch import load_batch
+
+    if against and backend:
+        raise wrong("backend", backend, "nothing beside --against, whose loss is computed by itself")
+    given = random_batch() if batch is None else load_batch(batch)
+    if against:
+        found = report.of_loss(user_loss(found_by_name("against", against)), given, objective)
+    else:
+        found = report.of_backends(given, objective, backend)
+    if json:
+        print(wording.as_json(found))
+    else:
+        shown.print_report(found, Console())
+    if not found.held:
+        raise Exit(1)

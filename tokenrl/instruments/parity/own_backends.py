@@ -1,0 +1,92 @@
+"""The backends of this machine, each on each device where it can run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...batch.checks import check_name
+from ...errors import wrong
+from ...objectives.gates.base import map_params
+from ...objectives.policy import Objective
+from ...ops.backends import BACKENDS, Backend
+from ..rollout_batch import RolloutBatch
+from .comparison import Comparison, Held, compared, precisions
+from .computation import Outcome, drawing_alike, with_leaves
+
+
+@dataclass(frozen=True)
+class Way:
+    """A backend on a device in a precision, None: the batch's own; or the reason why it cannot run."""
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device}"
+
+    def compared(self, held: Held) -> Comparison:
+        if self.reason is not None:
+            return Comparison(self.backend, reason=self.reason)
+        batch = held.batch if self.dtype is None else held.batch.cast(self.dtype)
+        found = backend_outcome(batch, held.row, held.leaves, self.backend, self.device)
+        return compared(self.backend, self.device.type, found, held, self.dtype)
+
+
+def ways(held: Held, names: tuple[str, ...]) -> Iterator[Way]:
+    for name in names:
+        found = places(BACKENDS[name], held.row.gate.name)
+        for device in (device for device, reason in found.items() if reason is None):
+            yield from (Way(name, device, dtype) for dtype in precisions(held.batch))
+        device, reason = list(found.items())[-1]
+        if all(found.values()):
+            yield Way(name, device, reason=reason)
+
+
+def named(held: Held, name: str) -> Iterator[Way]:
+    """One backend, which must be able to run."""
+    check_name("backend", name, BACKENDS)
+    found = list(ways(held, (name,)))
+    if reason := found[-1].reason:
+        able = dict.fromkeys(way.backend for way in ways(held, tuple(BACKENDS)) if way.reason is None)
+        raise wrong("backend", repr(name), f"{', '.join(able)} ({name}: {reason})")
+    yield from found
+
+
+def places(backend: Backend, gate: str) -> dict[torch.device, str | None]:
+    """The devices of this machine, with the reason why a backend cannot run there."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    devices = [torch.device(kind) for kind in kinds]
+    return {device: backend.why_not(device) or backend.why_not_gate(gate) for device in devices}
+
+
+def without(batch: RolloutBatch, tokens: Tensor) -> RolloutBatch:
+    """Some tokens take no part in the loss."""
+    if not tokens.any():
+        return batch
+    weight = batch.tensors.get("token_weight", torch.ones(tokens.shape))
+    return replace(batch, tensors={**batch.tensors, "token_weight": torch.where(tokens, 0, weight)})
+
+
+def on(row: Objective, device: torch.device) -> Objective:
+    """The row with its tensors on a device."""
+    parts: Mapping[str, Any] = {
+        name: map_params(part, lambda _, bound: bound.to(device)) for name, part in row.parts.items()
+    }
+    return replace(row, **parts)
+
+
+def backend_outcome(
+    batch: RolloutBatch, row: Objective, leaves: tuple[str, ...], backend: str, device: torch.device
+) -> Outcome:
+    """On the CPU again, in the batch's precision."""
+    batch = with_leaves(batch.to(device), leaves)
+    with drawing_alike():
+        loss, _ = batch.loss(on(row, device), backend=backend)
+    given = [batch.tensors[name] for name in leaves]
+    found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+    return Outcome(loss.detach().cpu(), {name: x.cpu() for name, x in zip(leaves, found, strict=True)})

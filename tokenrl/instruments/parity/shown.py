@@ -1,0 +1,66 @@
+"""A report on the terminal."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .comparison import Comparison, Token
+from .report import Report
+
+WIDEST = 18  # of names, so that a line has 80 columns
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The errors, the worst tokens, those left out, and what cannot run."""
+    tokens = f"{report.valid:,} of {report.cells:,} tokens valid in {report.sequences:,} sequences"
+    by = ", ".join(report.leaves)
+    console.print(f"{report.objective}: {tokens}; value, and gradient by {by}", highlight=False)
+    table = _table(("", "on", "in", "of"), ("error", "allowed"), ("",))
+    for comparison in report.comparisons:
+        _add(table, comparison)
+    worst = [(one.way, one.worst) for one in report.comparisons if one.worst is not None]
+    left_out = [("at a clip edge", token) for token in report.edges]
+    for part in (table, *_tokens("worst token of", worst), *_tokens("left out", left_out)):
+        console.print(part, highlight=False)
+    for comparison in report.comparisons:
+        if comparison.reason is not None:
+            console.print(f"{comparison.way} cannot run: {comparison.reason}", highlight=False, markup=False)
+    if report.undecided:
+        rest = report.undecided - len(report.edges)
+        more = f", those above and {rest} more" if rest else ""
+        console.print(f"rounding decides the gradient of {report.undecided} tokens{more}", highlight=False)
+
+
+def _table(texts: Sequence[str], numbers: Sequence[str], more: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in more:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _add(table: Table, comparison: Comparison) -> None:
+    where = (escape(comparison.way[:WIDEST]), comparison.device, comparison.dtype)
+    for error in comparison.errors:
+        verdict = "holds" if error.held else "[bold red]differs[/bold red]"
+        table.add_row(*where, error.of, f"{error.error:.1e}", f"{error.allowed:.1e}", verdict)
+        where = ("", "", "")
+    for name in comparison.not_compared:
+        table.add_row(*where, name, "-", "-", "tokens at a clip edge")
+
+
+def _tokens(title: str, named: Sequence[tuple[str, Token]]) -> Iterator[Table]:
+    if not named:
+        return
+    table = _table((title,), ("sequence", "token", "ratio", "A", "to edge"))
+    for name, token in named:
+        edge = "-" if token.to_edge is None else f"{token.to_edge:+.3g}"
+        where = (str(token.sequence), f"{token.position} of {token.length}")
+        table.add_row(escape(name[:WIDEST]), *where, f"{token.ratio:.5g}", f"{token.advantage:+.3g}", edge)
+    yield table

@@ -1,0 +1,50 @@
+"""A report in words and as JSON."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from .comparison import Error, Token
+from .report import Report
+
+
+def token_words(token: Token) -> str:
+    sign = "A > 0" if token.advantage > 0 else "A < 0" if token.advantage < 0 else "A = 0"
+    edge = "no clip edge" if token.to_edge is None else f"{token.to_edge:+.3g} to the clip edge"
+    where = f"sequence {token.sequence}, token {token.position} of {token.length}"
+    return f"{where}, ratio {token.ratio:.5g}, {sign}, {edge}"
+
+
+def error_words(error: Error) -> str:
+    what = "value" if error.of == "loss" else f"gradient by {error.of}"
+    return f"{what}: {error.norm} error {error.error:.2e}, allowed {error.allowed:.2e}"
+
+
+def words(report: Report) -> str:
+    """What does not hold, a line each, and where."""
+    lines = []
+    for comparison in report.comparisons:
+        if comparison.held:
+            continue
+        lines.append(f"{comparison.way} is not {report.objective!r} in {comparison.dtype}")
+        lines += [f"  {error_words(error)}" for error in comparison.errors if not error.held]
+        if comparison.worst is not None:
+            lines.append(f"  most at {token_words(comparison.worst)}")
+    return "\n".join(lines)
+
+
+def as_json(report: Report) -> str:
+    found = dataclasses.asdict(report) | {"held": report.held}
+    for shown, comparison in zip(found["comparisons"], report.comparisons, strict=True):
+        shown["held"] = comparison.held if comparison.reason is None else None
+    return json.dumps(_finite(found), indent=2)
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,1 @@
+"""What stands behind tokenrl.profile (tokenrl/instruments/profiler.py)."""
