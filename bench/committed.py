@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenrl.instruments.gpus import GPUS
-from tokenrl.instruments.plan import Shape
+from tokenrl.instruments.plan.gpus import GPUS
+from tokenrl.instruments.plan.model import Shape
 
 RESULTS = Path(__file__).parent / "results"
 # (op, variant, whether it is ours or eager's) -> the way of the plan.

@@ -8,9 +8,9 @@ import torch
 
 import tokenrl
 from tokenrl.instruments import machine_limits
-from tokenrl.instruments.plan import Shape
-from tokenrl.instruments.plan_machine import measured
-from tokenrl.instruments.plan_ways import ways
+from tokenrl.instruments.plan.machines import measured
+from tokenrl.instruments.plan.model import Shape
+from tokenrl.instruments.plan.ways import ways
 
 from .eager import eager_linear_ctpo
 from .linear_cases import SEQUENCES

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("bench", "demo", "doctor", "objectives", "parity", "plan")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "inspect", "objectives", "parity", "plan")  # in the order of --help
 ALWAYS = ("typer", "rich")
-NEEDED = {"demo": ("transformers", "safetensors", "matplotlib")}  # beside those, by command
+NEEDED = {
+    "demo": ("transformers", "safetensors", "matplotlib"),
+    "inspect": ("safetensors",),
+}  # beside those, by command
 
 
 def require(command: str, packages: tuple[str, ...]) -> None:

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from bench import committed, plan_table
 from bench.measure import peak_memory
 from tokenrl import cli
-from tokenrl.instruments import machine_limits, model_config, plan_machine, plan_report
-from tokenrl.instruments.gpus import GPUS
+from tokenrl.instruments import machine_limits
 from tokenrl.instruments.machine_limits import Limits
-from tokenrl.instruments.plan import HOST, Machine, Shape, Step, Way
-from tokenrl.instruments.plan_ways import ways
+from tokenrl.instruments.plan import machines, model_config, report
+from tokenrl.instruments.plan.gpus import GPUS
+from tokenrl.instruments.plan.model import HOST, Machine, Shape, Step, Way
+from tokenrl.instruments.plan.ways import ways
 
 LARGE = Shape(32768, 5120, 151936, torch.bfloat16)
 SLOW = Limits(read=10.0, copy=5.0, exponentials=2.0, source="a test")
@@ -86,12 +87,12 @@ def test_a_gpu_works_while_the_host_launches():
 
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_plans(name):
-    found = plan_report.plan(LARGE, name, 8, None, {})
+    found = report.plan(LARGE, name, 8, None, {})
     assert found["source"].startswith(GPUS[name].source) and found["memory_bytes"] == GPUS[name].memory
     seconds = {row["way"]: row["both_seconds"] for row in found["ways"] if row["shards"] == 1}
     least = 6 * LARGE.tokens * LARGE.hidden * LARGE.vocab / GPUS[name].half
     assert all(least < taken < 3 * least for taken in seconds.values())
-    single = plan_report.plan(dataclasses.replace(LARGE, dtype=torch.float32), name, 1, None, {})
+    single = report.plan(dataclasses.replace(LARGE, dtype=torch.float32), name, 1, None, {})
     assert single["gemm_flops_per_second"]["logits"] == pytest.approx(0.8 * GPUS[name].single)
 
 
@@ -109,12 +110,12 @@ def row(way: str, seconds: float, peak: int, fits: bool = True, shards: int = 1)
     ],
 )
 def test_the_way_to_use(rows, way, shards):
-    found = plan_report.chosen(rows)
+    found = report.chosen(rows)
     assert (found["way"], found.get("shards")) == (way, shards)
 
 
 def test_a_measured_machine_computes_and_copies():
-    found = plan_machine.measured("cpu", Shape(64, 32, 1000, torch.float32))
+    found = machines.measured("cpu", Shape(64, 32, 1000, torch.float32))
     assert set(found.gemms) == {"logits", "hidden", "weight"} and min(found.gemms.values()) > 1e6
     assert found.limits.copy > 1e8 and 0 < found.launch < 1e-2 and "threads" in found.name
 
@@ -178,7 +179,7 @@ def test_json_is_the_plan():
     outcome = called(*HEAD, "--gpu", "h200", "--shards", "4", "--budget", "4 GB", "--json")
     found = json.loads(outcome.output)
     assert {row["shards"] for row in found["ways"]} == {1, 4} and found["use"]["way"] == "linear_policy_loss"
-    assert found["ways"] == plan_report.plan(LARGE, "h200", 4, 4 * 10**9, {})["ways"]
+    assert found["ways"] == report.plan(LARGE, "h200", 4, 4 * 10**9, {})["ways"]
     smaller = json.loads(called(*HEAD, "--gpu", "h200", "--shards", "1", "--json").output)
     assert {row["shards"] for row in smaller["ways"]} == {1}
     peaks = [

@@ -24,17 +24,17 @@ def plan(
     from rich.console import Console
 
     from ..bench.committed import committed
-    from ..instruments import plan_report
-    from ..instruments.model_config import shape_of
     from ..instruments.output import print_json
-    from ..instruments.plan_machine import check_gpu
+    from ..instruments.plan import report
+    from ..instruments.plan.machines import check_gpu
+    from ..instruments.plan.model_config import shape_of
     from ..instruments.record import bytes_of
 
     shape = shape_of(tokens, hidden, vocab, dtype, model)
     name = check_gpu(gpu)
     limit = None if budget is None else bytes_of(budget, "budget")
-    found = plan_report.plan(shape, name, shards, limit, committed(shape, name))
+    found = report.plan(shape, name, shards, limit, committed(shape, name))
     if json:
         print_json(found)
     else:
-        plan_report.print_plan(found, Console())
+        report.print_plan(found, Console())

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..errors import unknown
-from . import machine_limits
+from ...errors import unknown
+from .. import machine_limits
+from ..machine import machine_name
+from ..machine_limits import Limits
+from ..progress import tracked
 from .gpus import GPUS
-from .machine import machine_name
-from .machine_limits import Limits
-from .plan import Machine, Shape
-from .progress import tracked
+from .model import Machine, Shape
 
 # Of the published limits, what copies and GEMMs reached on an H200: 4.3 of 4.8 TB/s, 790 of 989 TFLOP/s.
 REACHED_BANDWIDTH, REACHED_GEMMS = 0.9, 0.8

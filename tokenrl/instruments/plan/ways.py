@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..logprobs.from_hidden import DEFAULT_BUDGET
-from ..ops.linear.gemm import CPU_ROWS, sum_dtype
-from ..ops.linear.head import BYTES_PER_TILE, Head, Tiles, even, fitting_whole_rows, tiles_of, whole_rows_of
-from ..ops.linear.head import FEWEST_TOKENS as FEWEST
-from ..ops.linear.policy_loss import rows_of_chunk
-from .machine_limits import Work
-from .plan import Shape, Step, Way, gemm, kernel
-from .work import gradient_of_logits, statistics_of_logits
+from ...logprobs.from_hidden import DEFAULT_BUDGET
+from ...ops.linear.gemm import CPU_ROWS, sum_dtype
+from ...ops.linear.head import BYTES_PER_TILE, Head, Tiles, even, fitting_whole_rows, tiles_of, whole_rows_of
+from ...ops.linear.head import FEWEST_TOKENS as FEWEST
+from ...ops.linear.policy_loss import rows_of_chunk
+from ..machine_limits import Work
+from ..work import gradient_of_logits, statistics_of_logits
+from .model import Shape, Step, Way, gemm, kernel
 
 SUM = 4  # bytes of a number in fp32: sums, log-probs, and what eager computes a softmax in
 EAGER_LOSS, OUR_LOSS = 1000, 200  # bytes of a token's loss, eager and ours: some 80 and 17 small ops

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .machine_limits import Limits, Work
+from ..machine_limits import Limits, Work
 
 # What a way costs the host on tensors of a few numbers, in additions of such: forward, and forward and backward.
 HOST = {

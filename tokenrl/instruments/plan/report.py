@@ -11,10 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .machines import machine_of
+from .model import Machine, Shape, Way
 from .model_config import LONG
-from .plan import Machine, Shape, Way
-from .plan_machine import machine_of
-from .plan_ways import ways
+from .ways import ways
 
 SPARE = 0.9  # of a GPU's memory, which the model and its activations must share
 ALIKE = 1.1  # of ways whose times differ by less the smallest is taken

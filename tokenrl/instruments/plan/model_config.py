@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import unknown, wrong
-from .plan import Shape
+from ...errors import unknown, wrong
+from .model import Shape
 
 HIDDEN, VOCAB, DTYPE = ("hidden_size", "n_embd", "d_model"), ("vocab_size",), ("dtype", "torch_dtype")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
