@@ -140,6 +140,11 @@ def test_a_row_of_the_table(level, pairs, monkeypatch):
         ), given["logprobs"],
     )  # fmt: skip
     assert max(compared(truth[:2], found[:2])) < 1e-12
+    stat, metrics = found[2][0], truth[2][0]
+    assert stat["clip_mask"].sum() == (metrics.clip_low + metrics.clip_high) * metrics.tokens > 0
+    assert stat["dual_clip_mask"].sum() == metrics.clip_dual * metrics.tokens
+    assert stat["importance_weight"][kept].mean().item() == pytest.approx(metrics.ratio_mean)
+    assert (stat["loss"] == found[0]).all() and "behave_imp_weight" in stat and not stat["loss"].requires_grad
     monkeypatch.setenv(hosts.VARIABLE, '{"ctpo": {"eps_low": 0.03}}')
     areal.use()
     assert torch.equal(evaluated(loss, given, **PPO, rejection_sampling=rejection)[0], found[0])
@@ -147,7 +152,7 @@ def test_a_row_of_the_table(level, pairs, monkeypatch):
 
 def test_rows_take_areal_s_bounds(pairs, monkeypatch):
     seen = []
-    monkeypatch.setattr(areal, "evaluate", lambda row, *args: seen.append(row) or torch.zeros((), requires_grad=True))
+    monkeypatch.setattr(areal, "evaluate", lambda row, *args: seen.append(row))
     areal.use("dapo", eps_high=0.7)
     pairs["ppo_actor_loss_fn"][1](**inputs(0, True), eps_clip=0.1, c_clip=3.0)
     assert (seen[0].gate.eps_low, seen[0].gate.eps_high, seen[0].gate.dual) == (0.1, 0.7, 3.0)

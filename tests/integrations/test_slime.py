@@ -29,9 +29,11 @@ class Host(ModuleType):
     def __init__(self, name, case):
         super().__init__(MODULES[name])
         self.name, self.x, self.entry = name, arrays(f"{name}_loss", case), INDEX[f"{name}_loss"]["cases"][case]
+        self.calls = 0
         self.compute_policy_loss = lambda ppo_kl, advantages: (0 * ppo_kl, 0 * ppo_kl)
 
     def get_log_probs_and_entropy(self, logits):
+        self.calls += 1
         found = {"log_probs": list(logits.split(self.lengths))}
         return (torch.empty(0), found) if self.name == "slime" else found
 
@@ -103,10 +105,11 @@ def test_the_numbers_are_those_of_the_host(name, case, made):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name,case", [("slime", "all"), ("miles", "kl"), ("slime", "gspo")])
 def test_under_a_checkpoint(name, case, reentrant, made):
-    """--recompute-loss-function: of slime without reentry, of miles with it."""
+    """--recompute-loss-function: of slime without reentry, of miles with it. The weights cost no third pass."""
     host, loss = made(name, case)
-    plain, found = evaluated(host, loss), evaluated(host, loss, lambda *x: checkpoint(*x, use_reentrant=reentrant))
-    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+    plain, host.calls = evaluated(host, loss), 0
+    found = evaluated(host, loss, lambda *x: checkpoint(*x, use_reentrant=reentrant))
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]) and host.calls == 2
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -127,6 +130,22 @@ def test_a_row_of_the_table(name, made, monkeypatch):
     metrics = truth[2][0]
     clipped = (metrics.clip_low + metrics.clip_high) * metrics.tokens  # calculate_per_token_loss: a sum over tokens
     assert found[2][0]["pg_clipfrac"].item() == pytest.approx(clipped)
+
+
+def test_a_row_with_a_form(made, monkeypatch):
+    monkeypatch.setenv(hosts.VARIABLE, '{"gmpo": {"eps_low": 0.3, "eps_high": 0.3}}')
+    host, loss = made("slime", "per_token")
+    found, x = evaluated(host, loss), host.x
+    truth = with_gradient(
+        lambda logp: tokenrl.policy_loss(
+            tokenrl.objective("gmpo", eps_low=0.3, eps_high=0.3), logp, x["old_logp"], x["advantages"], mask=x["mask"],
+            cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0), advantages_per="token", aggregation="token-sum",
+        ), x["logp"],
+    )  # fmt: skip
+    assert max(compared(truth[:2], found[:2])) < 1e-12
+    metrics = truth[2][0]
+    clipped = (metrics.clip_low + metrics.clip_high) * metrics.tokens
+    assert found[2][0]["pg_clipfrac"].item() == pytest.approx(clipped) and clipped > 0
 
 
 def test_rows_take_the_host_s_bounds(made, monkeypatch):

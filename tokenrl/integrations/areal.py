@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..losses.policy import policy_loss
+from ..losses.token_metrics import token_metrics
 from ..objectives.policy import Objective, objective
 from .hosts import PPO, Choice, check_parameters, rebind, require, weighed
 from .lazy import when_imported
@@ -28,25 +29,32 @@ _originals: dict[str, Any] = {}
 
 
 def evaluate(
-    row: Objective, logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
-    count: Tensor, of_rows: bool, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The sum over the tokens by AReaL's count. of_rows: their advantages are the means of their sequences."""
-    shape: dict[str, Any] = {"advantages_per": "token"}
+    row: Objective, own: bool, logp: Tensor, old: Tensor, advantages: Tensor, stat: dict[str, Any], loss_mask: Tensor,
+    cu_seqlens: Tensor | None, level: str,
+) -> Found:  # fmt: skip
+    """(the sum over the tokens by AReaL's count, the statistics of each token). own: the row is AReaL's loss, else what
+    AReaL's counted is counted anew; stat: AReaL's, with what it rejects of the rollout."""
+    mask, count = stat.get("behave_mask", loss_mask.bool()), loss_mask.count_nonzero()
+    shape: dict[str, Any] = {"mask": mask, "advantages_per": "token"}
     if logp.dim() == 1:
         ends = torch.tensor([0, len(logp)], device=logp.device) if cu_seqlens is None else cu_seqlens.long()
         shape["cu_seqlens"] = ends
-    if of_rows:
+    if own and level == "sequence":  # of which the mean advantage is taken
         lengths = ends.diff() if logp.dim() == 1 else torch.full((len(logp),), logp.shape[1], device=logp.device)
         masked = torch.where(mask, advantages, 0).double(), mask.double()
         total, tokens = (torch.segment_reduce(x.flatten(), "sum", lengths=lengths) for x in masked)
         advantages, shape["advantages_per"] = total / tokens.clamp(min=1), "sequence"
-    old, weight = weighed(row, old, weight)
-    loss, _ = policy_loss(
-        row, logp, old, advantages, mask=mask, token_weight=weight, aggregation="token-mean",
-        normalizer=count.clamp(min=1), **shape,
-    )  # fmt: skip
-    return loss
+    old, weight = weighed(row, old, stat.get("behave_imp_weight"))
+    how: dict[str, Any] = {"token_weight": weight, "aggregation": "token-mean", "normalizer": count.clamp(min=1)}
+    loss, _ = policy_loss(row, logp, old, advantages, **how, **shape)
+    if own:
+        return loss, stat
+    ours: dict[str, Any] = {"loss": loss.detach().expand_as(logp)}
+    if row.form is None:
+        found = token_metrics(row, logp, old, advantages, **shape)
+        ours |= {"importance_weight": found.ratio, "clip_mask": found.clip_low | found.clip_high}
+        ours["dual_clip_mask"] = found.clip_dual
+    return loss, stat | ours
 
 
 def ppo_actor_loss_fn(
@@ -62,9 +70,8 @@ def ppo_actor_loss_fn(
     ppo = bounds | {"dual": c_clip or math.inf, "clamp": math.inf}
     chosen, of_rows = CHOICE.row(dict.fromkeys((*PPO, "gspo"), ppo)), importance_sampling_level == "sequence"
     row = chosen or objective("gspo" if of_rows else "ppo", **ppo)
-    mask, count = stat.get("behave_mask", loss_mask.bool()), loss_mask.count_nonzero()
-    how = cu_seqlens, count, of_rows and chosen is None, stat.get("behave_imp_weight")
-    return evaluate(row, logprobs, proximal_logprobs, advantages, mask, *how), stat
+    rest = stat, loss_mask, cu_seqlens, importance_sampling_level
+    return evaluate(row, chosen is None, logprobs, proximal_logprobs, advantages, *rest)
 
 
 def sapo_loss_fn(
@@ -77,8 +84,8 @@ def sapo_loss_fn(
     own, of_rows = {"tau_pos": tau_pos, "tau_neg": tau_neg, "clamp": math.inf}, importance_sampling_level == "sequence"
     chosen = CHOICE.row({"sapo": own})
     row = chosen or objective("sapo", **own, statistic="span_mean" if of_rows else "token")
-    mask, count = loss_mask.bool(), loss_mask.count_nonzero()
-    return evaluate(row, logprobs, old_logprobs, advantages, mask, cu_seqlens, count, of_rows and not chosen), stat
+    rest = stat, loss_mask, cu_seqlens, importance_sampling_level
+    return evaluate(row, chosen is None, logprobs, old_logprobs, advantages, *rest)
 
 
 STAND_INS: dict[str, Any] = {"ppo_actor_loss_fn": ppo_actor_loss_fn, "sapo_loss_fn": sapo_loss_fn}

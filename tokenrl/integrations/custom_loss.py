@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import wrong
 from ..losses.policy import policy_loss
+from ..losses.token_metrics import token_metrics
 from ..objectives.policy import Objective, objective
 from .hosts import PPO, chosen_objective, clip_fraction
 
@@ -79,28 +80,14 @@ def evaluate(
     logp, advantages = torch.cat(logps), torch.cat(list(batch["advantages"])).detach()
     sampled = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
     old = torch.cat(list(sampled)).detach() if sampled else None
-    ends = torch.tensor([0, *lengths], device=weight.device).cumsum(0)
-    loss, _ = policy_loss(
-        row, logp, old, advantages, mask=mask, cu_seqlens=ends, advantages_per="token", token_weight=weight,
-        aggregation="token-sum",
-    )  # fmt: skip
-    clipped = mean(clipped_tokens(row, logp.detach(), old, advantages, lengths, mask))
+    shape: dict[str, Any] = {"mask": mask, "advantages_per": "token"}
+    shape["cu_seqlens"] = torch.tensor([0, *lengths], device=weight.device).cumsum(0)
+    loss, metrics = policy_loss(row, logp, old, advantages, token_weight=weight, aggregation="token-sum", **shape)
+    if row.form is None:
+        tokens = token_metrics(row, logp, old, advantages, **shape)
+        clipped = (tokens.clip_low | tokens.clip_high).to(logp.dtype)
+    else:
+        clipped = clip_fraction(metrics).to(logp.dtype).expand_as(logp)
     total = loss + rest
-    ours = {"loss": total, "pg_loss": loss, "pg_clipfrac": clipped.to(loss.dtype)}
+    ours = {"loss": total, "pg_loss": loss, "pg_clipfrac": mean(clipped)}
     return total, reported | {name: x.detach().clone() for name, x in ours.items()}
-
-
-def clipped_tokens(
-    row: Objective, logp: Tensor, old: Tensor | None, advantages: Tensor, lengths: list[int], mask: Tensor
-) -> Tensor:
-    """[N]: of each token, the fraction of its sample's tokens on which the lower or upper bound is active."""
-    parts = []
-    for at in torch.arange(len(logp), device=logp.device).split(lengths):
-        ends, before = torch.tensor([0, len(at)], device=logp.device), None if old is None else old[at]
-        with torch.no_grad():
-            _, metrics = policy_loss(
-                row, logp[at], before, advantages[at], mask=mask[at], cu_seqlens=ends, advantages_per="token",
-                aggregation="token-sum",
-            )  # fmt: skip
-        parts.append(clip_fraction(metrics).nan_to_num().expand(len(at)))
-    return torch.cat(parts)

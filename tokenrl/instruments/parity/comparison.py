@@ -9,7 +9,7 @@ from torch import Tensor
 from ...objectives.policy import Objective
 from ..rollout_batch import FIXED, RolloutBatch
 from .around import Seen
-from .computation import HEADS, Change, Outcome, Undecided, as_it_is, outcome, seen, undecided
+from .computation import HEADS, Change, Computation, Outcome, Undecided, as_it_is, outcome, seen, undecided
 from .tolerance import errors, odd_ones, sum_errors
 
 
@@ -115,12 +115,20 @@ class Held:
         self.batch, self.row, self.leaves, self.change = batch, row, leaves, change
         self._known: dict[str, Outcome] = {}
 
+    def given(self, dtype: torch.dtype | None) -> RolloutBatch:
+        """The batch in a precision; None: in its own."""
+        return self.batch if dtype is None else self.batch.cast(dtype)
+
     def outcome(self, dtype: torch.dtype | None) -> Outcome:
-        """None: in the batch's own precisions."""
         if str(dtype) not in self._known:
-            batch = self.batch if dtype is None else self.batch.cast(dtype)
-            self._known[str(dtype)] = outcome(batch, self.row, self.leaves, self.change)
+            self._known[str(dtype)] = outcome(self.given(dtype), self.row, self.leaves, self.change)
         return self._known[str(dtype)]
+
+    def start(self) -> Computation:
+        """In fp64, without a graph, and without a KL whose coefficient is 0."""
+        batch = self.given(torch.float64)
+        start = Computation(batch, self.row, batch.log_probs("reference").detach())
+        return start if batch.settings.get("kl_coef") else start.changed(ref_logp=None)
 
     @property
     def truth(self) -> Outcome:

@@ -1,8 +1,9 @@
 """A loss of a batch on the reference, step by step: what is tested is held to it, and its steps may be changed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Computation:
         kept = {**self.batch.tensors, **tensors}
         return replace(self, batch=replace(self.batch, tensors={name: x for name, x in kept.items() if x is not None}))
 
+    def with_row(self, **changes: Any) -> "Computation":
+        """With other fields of the row."""
+        return replace(self, row=replace(self.row, **changes))
+
     def set(self, **settings: object) -> "Computation":
         """With other settings of the batch."""
         return replace(self, batch=replace(self.batch, settings={**self.batch.settings, **settings}))
@@ -65,7 +70,7 @@ class Computation:
             return torch.where(layout.valid(), layout.flat_tokens(name, bound.to(self.logp.device), dtype), 1)
 
         watched = Watched(map_params(self.row.gate, flat))
-        with drawing_alike():
+        with nullcontext() if self.row.form is None else drawing_alike():
             loss, _ = self.batch.loss(replace(self.row, gate=watched), logp=self.logp, backend="reference")
         return loss, watched
 

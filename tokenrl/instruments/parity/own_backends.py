@@ -32,8 +32,7 @@ class Way:
     def compared(self, held: Held) -> Comparison:
         if self.reason is not None:
             return Comparison(self.backend, reason=self.reason)
-        batch = held.batch if self.dtype is None else held.batch.cast(self.dtype)
-        found = backend_outcome(batch, held.row, held.leaves, self.backend, self.device)
+        found = backend_outcome(held.given(self.dtype), held.row, held.leaves, self.backend, self.device)
         return compared(self.backend, self.device.type, found, held, self.dtype)
 
 

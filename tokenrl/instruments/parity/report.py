@@ -1,6 +1,6 @@
 """What `tokenrl parity` and assert_parity found of a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,7 @@ from ...ops.backends import BACKENDS
 from ..progress import tracked
 from ..rollout_batch import RolloutBatch
 from .comparison import Comparison, Held, Token, compared, leaves_of, precisions
+from .diagnosis import diagnosed
 from .own_backends import named, ways, without
 from .user_loss import UserLoss
 
@@ -18,7 +19,8 @@ NAMED = 8  # of the tokens at clip edges
 @dataclass(frozen=True)
 class Report:
     """objective: the row's name. leaves: what gradients are taken by. undecided: how many tokens were left out since
-    rounding decides their gradient; edges: the first of them."""
+    rounding decides their gradient; edges: the first of them. mistakes: usual ones whose numbers are those of a wrong
+    loss; None where none was looked for."""
 
     objective: str
     sequences: int
@@ -28,6 +30,7 @@ class Report:
     comparisons: tuple[Comparison, ...]
     undecided: int
     edges: tuple[Token, ...]
+    mistakes: tuple[str, ...] | None = None
 
     @property
     def held(self) -> bool:
@@ -61,8 +64,13 @@ def of_loss(loss: UserLoss, batch: RolloutBatch, objective: str | Objective | No
     loss.check_names(row)
     batch = loss.leaf_batch(batch)
     held = Held(batch, row, loss.leaves(batch))
-    but, comparisons = held.undecided(), []
-    for dtype in precisions(batch):
-        found = loss.outcome(batch if dtype is None else batch.cast(dtype), row)
-        comparisons.append(compared(loss.name, "cpu", found, held, dtype, but))
-    return _report(held, comparisons, but.tokens)
+    but, dtypes = held.undecided(), precisions(batch)
+    found = [loss.outcome(held.given(dtype), row) for dtype in dtypes]
+    pairs = zip(found, dtypes, strict=True)
+    comparisons = [compared(loss.name, "cpu", outcome, held, dtype, but) for outcome, dtype in pairs]
+    report = _report(held, comparisons, but.tokens)
+    if report.held:
+        return report
+    wrong_in = next(dtype for dtype, one in zip(dtypes, comparisons, strict=True) if not one.held)
+    named = {one.name: str(one) for one in reversed(diagnosed(loss, batch, row, wrong_in))}
+    return replace(report, mistakes=tuple(reversed(named.values())))

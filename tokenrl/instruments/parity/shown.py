@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .comparison import Comparison, Token
 from .report import Report
+from .wording import mistake_words
 
 WIDEST = 18  # of names, so that a line has 80 columns
 
@@ -28,6 +29,8 @@ def print_report(report: Report, console: Console) -> None:
     for comparison in report.comparisons:
         if comparison.reason is not None:
             console.print(f"{comparison.way} cannot run: {comparison.reason}", highlight=False, markup=False)
+    for line in mistake_words(report):
+        console.print(line, highlight=False, markup=False, style="bold")
     if report.undecided:
         rest = report.undecided - len(report.edges)
         more = f", those above and {rest} more" if rest else ""

@@ -31,7 +31,16 @@ def words(report: Report) -> str:
         lines += [f"  {error_words(error)}" for error in comparison.errors if not error.held]
         if comparison.worst is not None:
             lines.append(f"  most at {token_words(comparison.worst)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {line}" for line in mistake_words(report))])
+
+
+def mistake_words(report: Report) -> list[str]:
+    """What a wrong loss computes, if that is known."""
+    if report.mistakes is None:
+        return []
+    if not report.mistakes:
+        return ["its numbers are those of no usual mistake"]
+    return ["its numbers are those of", *(f"  {name}" for name in report.mistakes)]
 
 
 def as_json(report: Report) -> str:

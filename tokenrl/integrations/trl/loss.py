@@ -11,9 +11,11 @@ from ...compat.grpo import LEAST, LEVELS, MOST, VESPO, grpo_objective
 from ...losses.aggregation import aggregation_weights
 from ...losses.policy import policy_loss
 from ...losses.rollout_correction import off_policy_sequence_mask
+from ...losses.token_metrics import token_metrics
 from ...objectives.policy import Objective, objective
 
 UNCLIPPED = objective("ratio", clamp=math.inf)
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -164,3 +166,17 @@ def loss_of(trainer: Any, batch: MicroBatch, row: Objective) -> tuple[Tensor, An
     if batch.auxiliary is not None:
         loss = loss + trainer.router_aux_loss_coef * batch.auxiliary / parts_of(trainer)
     return loss, metrics
+
+
+def clip_by_position(trainer: Any, batch: MicroBatch, row: Objective) -> Tensor:
+    """[QUARTERS]: the share of tokens on which a clip is active, by the quarter of the completions' width in which they
+    stand; NaN where none does."""
+    given = policy_inputs(trainer, batch.inputs, row)
+    found = token_metrics(row, batch.logp, given["old_logp"], given["advantages"], mask=batch.mask)
+    clipped = found.clip_low | found.clip_high | found.clip_dual
+    width = batch.mask.shape[1]
+    quarter = torch.arange(width, device=clipped.device) * QUARTERS // max(width, 1)
+    clips, tokens = (clipped.new_zeros(QUARTERS, dtype=torch.float64) for _ in range(2))
+    clips.index_add_(0, quarter, clipped.sum(0, dtype=torch.float64))
+    tokens.index_add_(0, quarter, batch.mask.sum(0, dtype=torch.float64))
+    return clips / tokens

@@ -4,6 +4,7 @@ TRL computes the metrics it logs itself, without gradients, from the log-probs t
 ours is held to.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...errors import wrong
 from ...objectives.policy import Objective, find_objective
 from ..hosts import needed_by
 from .head import fused_head
-from .loss import MicroBatch, host_objective, loss_of
+from .loss import MicroBatch, clip_by_position, host_objective, loss_of
 from .one_pass import OnePass, inside, what_prevents
 
 HEADS = ("auto", "one-pass", "hidden", "loss")
@@ -119,7 +120,7 @@ class TokenRLMixin:
         theirs = self._host_loss(model, batch)
         if self._is_hosts:
             self._compare(model, batch, loss.detach(), theirs)
-        self._log_ours(metrics)
+        self._log_ours(metrics, batch)
         return loss
 
     def _micro_batch(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> MicroBatch:
@@ -167,13 +168,17 @@ class TokenRLMixin:
             both = f"{loss:.6g} from tokenrl, {theirs:.6g} from trl {trl.__version__}"
             raise wrong("loss", f"{both}, {self._worst_token(model, batch)}", accepted)
 
-    def _log_ours(self, metrics: Any) -> None:
+    def _log_ours(self, metrics: Any, batch: MicroBatch) -> None:
         logged = self._metrics["train" if self.model.training else "eval"]
         if not self._is_hosts:
             for name in [name for name in logged if name.startswith(OF_LOSS_TYPE)]:
                 del logged[name]
-        for name, value in metrics.as_dict().items():
+        for name, value in metrics.reduce().as_dict().items():
             logged[f"tokenrl/{name}"].append(value)
+        if self._row.form is None:
+            for quarter, share in enumerate(clip_by_position(self, batch, self._row).tolist(), 1):
+                if not math.isnan(share):
+                    logged[f"tokenrl/clip_by_position/{quarter}"].append(share)
 
 
 class GRPOTrainer(TokenRLMixin, trl.GRPOTrainer):
