@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,7 +241,8 @@ def test_errors_name_what_is_accepted(arguments, message):
     "text, message",
     [("{", "no JSON"), ("[]", "without hidden_size and vocab_size"), ('{"vocab_size": 3}', "without hidden_size,")],
 )
-def test_a_config_that_describes_no_head_is_named(text, message, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    outcome = called("--tokens", "8", "--gpu", "l4", "--model", str(tmp_path))
+def test_a_config_that_describes_no_head_is_named(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(text)
+    outcome = called("--tokens", "8", "--gpu", "l4", "--model", "config.json")
     assert outcome.exit_code == 1 and "tokenrl plan: model: got " in outcome.output and message in outcome.output
