@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
-PER_ISA = ("objective", "token_logprobs", "token_logprobs_backward", "machine_limit_loops")  # of csrc/cpu
+PER_ISA = ("divergence", "machine_limit_loops", "objective", "token_logprobs", "token_logprobs_backward")  # of csrc/cpu
 BESIDE = {"tokenrl.triton_kernels": "triton_kernels", "tokenrl.bench": "bench"}  # packages that lie beside tokenrl/
 ISAS = {"portable": ""}
 if platform.machine() == "x86_64":
@@ -200,7 +200,7 @@ setup(
     packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
     package_dir={"tokenrl": "tokenrl", **BESIDE},
     py_modules=["tokenrl_pytest"],
-    package_data={"tokenrl": ["py.typed"], "tokenrl.bench": ["results/*.json"]},
+    package_data={"tokenrl": ["py.typed", "instruments/profiling/*.jinja"], "tokenrl.bench": ["results/*.json"]},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])
     ],  # so that the wheel is a platform wheel; BuildNative knows the sources

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "divergences.h"
 #include "gates/table.h"
 #include "introspection.h"
 #include "statistics.h"
@@ -24,10 +25,11 @@ py::dict build_info() {
   return info;
 }
 
-template <class... Gate>
-std::vector<std::pair<std::string, py::list>> gate_table(std::tuple<Gate...>*) {
+// (name, names of the parameters) of each functor.
+template <class... Functor>
+std::vector<std::pair<std::string, py::list>> table_of(std::tuple<Functor...>*) {
   const auto names = [](const char* listed) { return py::str(listed).attr("replace")(",", "").attr("split")(); };
-  return {{Gate::name, names(Gate::param_names)}...};
+  return {{Functor::name, names(Functor::param_names)}...};
 }
 
 std::vector<py::dict> kernel_attributes() {
@@ -63,12 +65,15 @@ double measured(int64_t size, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_bindings, m) {
-  m.doc() = "Build information, the gate table and the attributes of the CUDA kernels.";
+  m.doc() = "Build information, the tables of gates and divergences and the attributes of the CUDA kernels.";
   m.def("build_info", &build_info,
         "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
   m.def(
-      "gates", [] { return gate_table(static_cast<tokenrl::Gates*>(nullptr)); },
+      "gates", [] { return table_of(static_cast<tokenrl::Gates*>(nullptr)); },
       "(name, names of the parameters) of each gate.");
+  m.def(
+      "divergences", [] { return table_of(static_cast<tokenrl::Divergences*>(nullptr)); },
+      "(name, names of the parameters) of each divergence.");
   m.def(
       "statistics",
       [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },

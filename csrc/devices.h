@@ -62,6 +62,10 @@ struct CpuDevice {
   void token_logprobs_backward(const Args& args) const {
     cpu::token_logprobs_backward(args, kTorchThreads);
   }
+  template <class Args>
+  void divergence(const Args& args, const char* kind) const {
+    cpu::divergence(args, kind, kTorchThreads);
+  }
 };
 
 #if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
@@ -135,6 +139,11 @@ struct CudaDevice {
   template <class Args>
   void token_logprobs_backward(const Args& args) const {
     check(cuda::token_logprobs_backward(args, stream()));
+  }
+  template <class Args>
+  void divergence(const Args& args, const char* kind) const {
+    const auto memory = scratch(cuda::divergence_scratch_bytes(args));
+    check(cuda::divergence(args, kind, memory.data_ptr(), stream()));
   }
 };
 #endif

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "divergences.h"
 #include "gates/table.h"
 
 namespace tokenrl {
@@ -119,6 +120,18 @@ struct LogprobArgs {
   const T *grad_logp, *grad_entropy, *grad_lse, *grad_log_sum_sq_probs;
   Logit* grad_logits;
   int64_t grad_stride_batch, grad_stride_time;
+};
+
+// Two heads' logits, p of `of` and r of `other`: their logits, lse, lse_rest and transforms, and where `of` has them
+// the gradient's place and strides, of whichever logits it is.
+template <class Logit, class T>
+struct DivergenceArgs {
+  LogprobArgs<Logit, T> of, other;
+  const bool* rows;  // [B, T], optional: false takes a row out
+  T params[kMaxDivergenceParams];
+  T *value, *by_p, *by_r;  // [B, T]: the sums over the vocabulary; inputs of the backward, which reads one of by_*
+  const T* grad;           // [B, T]
+  bool of_other;           // the gradient is that of the other logits
 };
 
 }  // namespace tokenrl

@@ -61,21 +61,16 @@ int64_t ids_per_row(const Tensor& ids, const LogitShape& shape) {
   return ids.dim() == shape.dims ? ids.size(shape.dims - 1) : 1;
 }
 
+// Without ids.
 template <class Logit, class T>
-LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, const TransformOptions& options) {
+LogprobArgs<Logit, T> logit_args(const Tensor& logits, const TransformOptions& options) {
   const LogitShape shape(logits);
   check_strided(logits, "logits", logits);
   STD_TORCH_CHECK(shape.vocab >= 1, "logits: expected V >= 1.");
-  const int64_t rows = shape.dims - 1, per_row = ids_per_row(ids, shape);
-  STD_TORCH_CHECK(
-      (ids.dim() == rows || ids.dim() == rows + 1) && sizes_of(ids, rows) == sizes_of(logits, rows) && per_row >= 1,
-      "ids: expected one per row of logits, or K of them.");
-  check(ids, "ids", ScalarType::Long, ids.numel(), logits);
   LogprobArgs<Logit, T> args{};
-  args.batch = shape.batch, args.time = shape.time, args.vocab = shape.vocab, args.num_ids = per_row;
+  args.batch = shape.batch, args.time = shape.time, args.vocab = shape.vocab;
   args.stride_batch = shape.stride_batch(logits), args.stride_time = shape.stride_time(logits);
   args.logits = pointer<Logit>(logits);
-  args.ids = pointer<int64_t>(ids);
   Transform<T>& transform = args.transform;
   transform.temperature = static_cast<T>(options.temperature);
   transform.softcap = static_cast<T>(options.softcap);
@@ -89,6 +84,20 @@ LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, cons
     transform.keep = pointer<bool>(keep);
     transform.keep_stride_batch = shape.stride_batch(keep), transform.keep_stride_time = shape.stride_time(keep);
   }
+  return args;
+}
+
+template <class Logit, class T>
+LogprobArgs<Logit, T> logprob_args(const Tensor& logits, const Tensor& ids, const TransformOptions& options) {
+  auto args = logit_args<Logit, T>(logits, options);
+  const LogitShape shape(logits);
+  const int64_t rows = shape.dims - 1;
+  args.num_ids = ids_per_row(ids, shape);
+  STD_TORCH_CHECK((ids.dim() == rows || ids.dim() == rows + 1) && sizes_of(ids, rows) == sizes_of(logits, rows) &&
+                      args.num_ids >= 1,
+                  "ids: expected one per row of logits, or K of them.");
+  check(ids, "ids", ScalarType::Long, ids.numel(), logits);
+  args.ids = pointer<int64_t>(ids);
   return args;
 }
 

@@ -3,6 +3,7 @@
 // tokenrl_sim.
 #include <torch/csrc/stable/library.h>
 
+#include "divergence_ops.h"
 #include "logprob_ops.h"
 #include "objective_ops.h"
 
@@ -18,15 +19,17 @@ TOKENRL_EXPORT int64_t tokenrl_launches() { return tokenrl::host::launches(); }
 #define TOKENRL_LIBRARY tokenrl
 #endif
 
-#define TOKENRL_IMPLEMENT(m)                                                       \
-  m.impl("objective", TORCH_BOX(&tokenrl::objective));                             \
-  m.impl("statistic", TORCH_BOX(&tokenrl::statistic));                             \
-  m.impl("statistic_backward", TORCH_BOX(&tokenrl::statistic_backward));           \
-  m.impl("position_adaptive_clip", TORCH_BOX(&tokenrl::position_adaptive_clip));   \
-  m.impl("aggregation_weights", TORCH_BOX(&tokenrl::aggregation_weights));         \
-  m.impl("token_logprobs", TORCH_BOX(&tokenrl::token_logprobs));                   \
-  m.impl("token_logprobs_backward", TORCH_BOX(&tokenrl::token_logprobs_backward)); \
-  m.impl("token_logprobs_backward_", TORCH_BOX(&tokenrl::token_logprobs_backward_))
+#define TOKENRL_IMPLEMENT(m)                                                         \
+  m.impl("objective", TORCH_BOX(&tokenrl::objective));                               \
+  m.impl("statistic", TORCH_BOX(&tokenrl::statistic));                               \
+  m.impl("statistic_backward", TORCH_BOX(&tokenrl::statistic_backward));             \
+  m.impl("position_adaptive_clip", TORCH_BOX(&tokenrl::position_adaptive_clip));     \
+  m.impl("aggregation_weights", TORCH_BOX(&tokenrl::aggregation_weights));           \
+  m.impl("token_logprobs", TORCH_BOX(&tokenrl::token_logprobs));                     \
+  m.impl("token_logprobs_backward", TORCH_BOX(&tokenrl::token_logprobs_backward));   \
+  m.impl("token_logprobs_backward_", TORCH_BOX(&tokenrl::token_logprobs_backward_)); \
+  m.impl("divergence", TORCH_BOX(&tokenrl::divergence));                             \
+  m.impl("divergence_backward", TORCH_BOX(&tokenrl::divergence_backward))
 
 // One more step of expansion: torch's macros paste their argument.
 #define TOKENRL_DEFINE(ns, m) STABLE_TORCH_LIBRARY(ns, m)
@@ -58,6 +61,13 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
         "Tensor log_sum_sq_probs, Tensor mean_logit, Tensor max_prob, Tensor is_top1, Tensor rank)");
   m.def("token_logprobs_backward" TRL_UPSTREAM "Tensor logits, " TRL_SAVED TRL_TRANSFORM ") -> Tensor");
   m.def("token_logprobs_backward_" TRL_UPSTREAM "Tensor(a!) logits, " TRL_SAVED TRL_TRANSFORM ") -> ()");
+#define TRL_PAIR                                                                                                  \
+  "Tensor lse, Tensor lse_rest, Tensor other_lse, Tensor other_lse_rest, Tensor? rows, " TRL_TRANSFORM            \
+  ", float other_temperature, Tensor? other_temperatures, float other_softcap, float other_logit_scale, Tensor? " \
+  "other_keep_mask, str kind, float[] params"
+  m.def("divergence(Tensor logits, Tensor other_logits, " TRL_PAIR ") -> (Tensor value, Tensor by_p, Tensor by_r)");
+  m.def("divergence_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of, " TRL_PAIR
+        ") -> Tensor");
 }
 
 TOKENRL_IMPL_FOR(TOKENRL_LIBRARY, CPU, m) { TOKENRL_IMPLEMENT(m); }

@@ -12,28 +12,36 @@ from .instruments import parity  # noqa: E402
 from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
+from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
 from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
+from .losses.distillation import distillation_loss, linear_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import bounds  # noqa: E402
+from .methods import adakd, aligndistil, bounds  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
 from .methods import tw_grpo as divergence_weights  # noqa: E402
 from .methods.dhpo import entropy_mix  # noqa: E402
 from .methods.topk_divergence import topk_divergence  # noqa: E402
+from .objectives.distillation import DISTILLATIONS, Distillation, distillation  # noqa: E402
+from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa: E402
 from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
+    "DISTILLATIONS",
+    "DIVERGENCES",
+    "Distillation",
     "OBJECTIVES",
+    "Divergence",
     "Gate",
     "LinearMetrics",
     "Metrics",
@@ -42,17 +50,24 @@ __all__ = [
     "TermMetrics",
     "TokenMetrics",
     "TokenStats",
+    "adakd",
     "advantages",
     "aggregation_weights",
+    "aligndistil",
     "bounds",
     "compat",
     "conflicts",
     "corrections",
+    "distillation",
+    "distillation_loss",
+    "divergence",
     "divergence_weights",
     "entropy_mix",
     "group_aggregate",
     "hidden_reward",
+    "linear_distillation_loss",
     "linear_policy_loss",
+    "linear_token_divergence",
     "linear_token_logprobs",
     "load_batch",
     "objective",
@@ -67,6 +82,7 @@ __all__ = [
     "register_triton",
     "rewards",
     "selection",
+    "token_divergence",
     "token_logprobs",
     "token_metrics",
     "topk_divergence",

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("bench", "demo", "doctor", "inspect", "objectives", "parity", "plan")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "inspect", "objectives", "parity", "plan", "profile")  # in the order of --help
 ALWAYS = ("typer", "rich")
-NEEDED = {
+NEEDED = {  # beside those, by command
     "demo": ("transformers", "safetensors", "matplotlib"),
     "inspect": ("safetensors",),
-}  # beside those, by command
+    "profile": ("safetensors",),
+}
 
 
 def require(command: str, packages: tuple[str, ...]) -> None:

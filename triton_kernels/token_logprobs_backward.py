@@ -27,6 +27,7 @@ from .vocabulary import (
     row_begin,
     row_scale,
     row_strides,
+    store_zeros,
     transformed,
     vector,
 )
@@ -70,13 +71,6 @@ def _walk(
     if stop < high:
         to = stop + lanes
         _block(logits, keep, grad, to, lag, keep_lag, to < high, scale, inner, lse, rest, a, b, c, SOFTCAP)
-
-
-@triton.jit
-def _zeros(grad, low, high, BLOCK: tl.constexpr):
-    for block in range(low, high, BLOCK):
-        to = block + tl.arange(0, BLOCK)
-        tl.store(grad + to, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=to < high)
 
 
 @triton.jit
@@ -131,7 +125,7 @@ def backward_kernel(
     begin = row_begin(row, time, grad_batch, grad_time)
     low, high = part_of(begin, vocab, part, parts, BLOCK, VEC, SPLIT)
     if not some:
-        _zeros(grad, low, high, BLOCK)
+        store_zeros(grad, low, high, BLOCK)
     else:
         # Blocks are aligned in the gradient; `lag` leads to the same logit of a padded or sliced input.
         lag = tl.zeros((), tl.int64) if SAME else row_begin(row, time, stride_batch, stride_time) - begin

@@ -84,6 +84,13 @@ def load_own(logits, keep, begin, keep_begin, ids, inside, T: tl.constexpr):
 
 
 @triton.jit
+def store_zeros(grad, low, high, BLOCK: tl.constexpr):
+    for block in range(low, high, BLOCK):
+        to = block + tl.arange(0, BLOCK)
+        tl.store(grad + to, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=to < high)
+
+
+@triton.jit
 def row_scale(scale, temperatures, row, T: tl.constexpr):
     value = tl.full((), scale, T)
     if temperatures is not None:

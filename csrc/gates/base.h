@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <tuple>
 #include <utility>
 
 #include "../scalar.h"
@@ -46,6 +47,12 @@ TRL_HD ParamsOf<Gate, T> params_from(Value value) {
   return params_from<Gate, T>(value, std::make_index_sequence<Gate::num_params>());
 }
 
+template <class... Gate>
+constexpr int most_params(std::tuple<Gate...>*) {
+  int most = 0;
+  ((most = Gate::num_params > most ? Gate::num_params : most), ...);
+  return most;
+}
 // For gates that do not look at the position; the parameters of the others have its `power`.
 struct AnyPosition {
   static constexpr bool positional = false;

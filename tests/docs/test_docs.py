@@ -55,5 +55,5 @@ def test_every_name_that_readme_calls_exists():
 
 
 def test_every_aggregation_and_objective_is_named():
-    for name in (*AGGREGATIONS, *tokenrl.OBJECTIVES):
+    for name in (*AGGREGATIONS, *tokenrl.OBJECTIVES, *tokenrl.DISTILLATIONS, *tokenrl.DIVERGENCES):
         assert f"`{name}`" in README, name

@@ -12,6 +12,8 @@ from host_build import digest
 from made_once import made_once
 from paths import ROOT
 
+from tokenrl.objectives.divergences import DIVERGENCES
+
 triton = pytest.importorskip("triton")
 
 AOT = ROOT / "tests" / "support" / "aot.py"
@@ -19,7 +21,8 @@ BUILD = ROOT / "build" / "triton"
 ARCHS = (80, 90, 100)
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
-    "forward_kernel", "merge_kernel", "backward_kernel",
+    "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
+    "divergence_merge_kernel", "divergence_backward_kernel",
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def sources() -> str:
 
 def table(rows: list[dict]) -> str:
     line = (
-        "sm_{arch:<4} {kernel:<17} {case:<46} {reg:>4} registers {stack:>4} B stack {spills:>4} spills {shared:>6} B "
+        "sm_{arch:<4} {kernel:<26} {case:<56} {reg:>4} registers {stack:>4} B stack {spills:>4} spills {shared:>6} B "
         "shared {warps:>3} warps {occupancy:>5.0%} occupancy {seconds:>6} s"
     )
     return "\n".join(line.format(**row) for row in rows)
@@ -75,12 +78,28 @@ def test_logits_are_read_16_bytes_at_a_time(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_plain_row_costs_one_exponential_per_logit(arch):
     """And one per block and thread, which rescales the sums when the maximum moves."""
-    rows = [row for row in kernels(arch) if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
+    rows = [row for row in kernels(arch) if row["kernel"] in ("forward_kernel", "backward_kernel")]
+    rows = [row for row in rows if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
     # Of each dtype, plain and split: forwards of the even vocabulary, backwards of both.
     assert len(rows) == 2 * 2 * (1 + 2)
     for row in rows:
         logits = row["loop_loads"] * (8 if row["case"].startswith("bfloat16") else 4)
         assert 0 < row["loop_exponentials"] <= logits + (row["kernel"] == "forward_kernel"), row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_both_heads_of_a_divergence_are_read_16_bytes_at_a_time(arch):
+    """In the steady loop, whose exponentials are one per logit, and another per pair where a kind has more powers."""
+    rows = [row for row in kernels(arch) if row["kernel"] == "divergence_backward_kernel"]
+    rows += [row for row in kernels(arch) if row["kernel"] == "divergence_kernel" and "V=151936" in row["case"]]
+    # Of two dtypes every kind and a split jsd: the backwards of both sides, and half of the forwards.
+    assert len(rows) == 2 * (len(DIVERGENCES) + 1) * 2 + len(DIVERGENCES) + 2
+    for row in rows:
+        dtype, _, kind, what, *_ = row["case"].split()
+        assert row["loop_loads"] == (2 if dtype == "bfloat16" else 4), row
+        logits = row["loop_loads"] * (8 if dtype == "bfloat16" else 4)
+        more = logits // 2 if kind in ("squared_hellinger", "alpha_beta") else 0
+        assert what == "everything" or 0 < row["loop_exponentials"] <= logits + more, row
 
 
 def test_canary_a_spilling_kernel_is_seen():

@@ -10,9 +10,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
-from tokenrl.ops import kernel_ops, linear_ops, ranges
+from tokenrl.ops import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, ranges
 
 KERNELS = kernel_backends()
+MODULES = (kernel_ops, divergence_ops, linear_ops, linear_divergence_ops)
 G = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, 11, (2, 3), generator=G)
 OLD, ADVANTAGES = torch.randn(2, 3, generator=G) - 2, torch.tensor([1.0, -1.0])
@@ -33,6 +34,8 @@ def steps(backend, device="cpu"):
         tokenrl.linear_token_logprobs(hidden, weight, ids, **on).logp.sum(),
         tokenrl.prefix_ratio(logp, old, flow="through", **on).sum(),
         tokenrl.position_adaptive_clip(logp - old, eps_low=0.1, eps_high=0.2, power=0.5, **on).sum(),
+        tokenrl.token_divergence(logits, logits.detach() + 1, **on).sum(),
+        tokenrl.linear_token_divergence(hidden, weight, hidden.detach(), 2 * weight.detach(), **on).sum(),
     ]
     return torch.autograd.grad(losses, (logits, hidden, weight, logp))
 
@@ -50,12 +53,13 @@ def test_every_op_has_its_ranges(backend):
         f"tokenrl::{op} {way} {shape} fp32 {backend}"
         for op, shape in (
             ("token_logprobs", [6, 11]), ("objective", [6]), ("linear_policy_loss", [6, 4, 11]), ("statistic", [6]),
-            ("linear_token_logprobs", [6, 4, 11]), ("position_adaptive_clip", [6]),
+            ("linear_token_logprobs", [6, 4, 11]), ("position_adaptive_clip", [6]), ("divergence", [6, 11]),
+            ("linear_divergence", [6, 4, 11]),
         )
         for way in ("forward", "backward")
     }  # fmt: skip
     assert found >= expected | {f"tokenrl::aggregation_weights forward [6] fp64 {backend}"}
-    ops = {op.partition("_backward")[0] for op in kernel_ops.SCHEMAS | linear_ops.SCHEMAS}
+    ops = {op.partition("_backward")[0] for module in MODULES for op in module.SCHEMAS}
     assert {name.split()[0].removeprefix("tokenrl::") for name in found} == ops
 
 

@@ -141,6 +141,15 @@ def parts():
         )
 
 
+def gates():
+    """The gate alone, of most parameters and of none."""
+    from tokenrl.triton_kernels.gate_values import gate_values
+
+    for gate, numbers in (("hapo", [0.2, 0.2, 10.0, 0.5, 1.0, 1.0]), ("ratio", [])):
+        for dtype in (torch.float32, torch.float64):
+            yield f"{gate} {dtype}", gate_values, (gate, *[torch.zeros(4096, dtype=dtype)] * 5, numbers)
+
+
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
 
 
@@ -173,6 +182,36 @@ def logprobs():
             yield from row_cases(f"{label} split", one, 1, False)
 
 
+def divergence_cases(label: str, logits, kind, everything: bool):
+    """Forward, and the gradients of both heads."""
+    stats, flags = torch.zeros(logits.shape[:2]), None
+    transform = (0.7, None, float("inf"), 1.0, None)
+    if everything:
+        keep = torch.ones(logits.shape[-1], dtype=torch.bool).expand(logits.shape)
+        transform, flags = (1.0, stats, 30.0, 0.5, keep), torch.ones(logits.shape[:2], dtype=torch.bool)
+    given = (stats, stats, stats, stats, flags, *transform, *transform, kind.name, kind.params())
+    yield label, "divergence", (logits, logits, *given)
+    for of in ("logits", "other_logits"):
+        yield f"{label} {of}", "divergence_backward", (stats, logits, logits, stats, of, *given)
+
+
+def divergences():
+    """Every kind in both dtypes, plain in one of them and with everything in the other; the vocabularies of logprobs
+    take turns."""
+    from tokenrl.objectives.divergences import DIVERGENCES, Jsd
+
+    for k, kind in enumerate(DIVERGENCES.values()):
+        for d, dtype in enumerate((torch.bfloat16, torch.float32)):
+            everything, vocab = (k + d) % 2 == 1, (151936, 50257)[(k // 2 + d) % 2]
+            label = (
+                f"{str(dtype).removeprefix('torch.')} V={vocab} {kind.name} {'everything' if everything else 'plain'}"
+            )
+            yield from divergence_cases(label, torch.empty(1, 2, vocab, dtype=dtype), kind(), everything)
+    for dtype in (torch.bfloat16, torch.float32):
+        label = f"{str(dtype).removeprefix('torch.')} V=151936 jsd split"
+        yield from divergence_cases(label, torch.empty(1, 1, 151936, dtype=dtype), Jsd(), False)
+
+
 def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
@@ -186,9 +225,10 @@ def main(arch: int, which: str) -> None:
 
     found = []
     compile_only(arch, found)
-    cases = canary() if which == "canary" else (case for make in (objectives, parts, logprobs) for case in make())
+    everything = (objectives, parts, gates, logprobs, divergences)
+    cases = canary() if which == "canary" else (case for make in everything for case in make())
     for label, op, args in cases:
-        triton_kernels.OPS[op](*args)
+        (op if callable(op) else triton_kernels.OPS[op])(*args)
         for name, kernel, seconds in found:
             row = {
                 "arch": arch,

@@ -7,13 +7,17 @@ Of n rows or tokens that take part out of N, V columns and numbers of s bytes:
     objective           reads a log-prob and an old one, a mask; writes a coefficient; an exponential each. Backward:
                         a multiplication
     linear ops          read hidden states and weight, write what they return; their logits are never written
+    divergence          reads two heads' logits; an exponential each. Backward: the same, and writes one's gradient
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from ..ops.divergence_ops import DivergenceInputs
 from ..ops.kernel_ops import IGNORED, Upstream
+from ..ops.linear.divergence import LinearDivergenceInputs
 from ..ops.linear.evaluation import LinearPolicyLossInputs
 from ..ops.linear.head import HeadInputs
 from ..ops.ranges import Range
@@ -109,6 +113,32 @@ def _wanted_bytes(range: Range) -> int:
     return _given(*(x for x, want in pairs if want))
 
 
+def _rows_of_pair(range: Range, inputs: tuple[Any, ...]) -> Amount:
+    """How many rows of two heads' logits take part. inputs: those after the logits."""
+    rows = inputs[0] if range.backend == "reference" else DivergenceInputs(*inputs).rows
+    return range.shape[0] if rows is None else rows.sum()
+
+
+def _divergence(range: Range) -> tuple[Formula, Amount]:
+    columns, other = range.shape[1], range.inputs[1]
+    size = columns * (_size(range) + other.element_size())
+    return lambda rows: Work(rows * size, 0, 2 * rows * columns), _rows_of_pair(range, range.inputs[2:])
+
+
+def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
+    (rows, columns), other = range.shape, range.inputs[2]
+    read, written = columns * (_size(range) + other.element_size()), rows * columns * _size(range)
+    return lambda active: Work(active * read, written, 2 * active * columns), _rows_of_pair(range, range.inputs[5:])
+
+
+def _linear_divergence(range: Range) -> tuple[Formula, Amount]:
+    inputs = LinearDivergenceInputs(*range.inputs)
+    read = _given(inputs.weight, inputs.bias, inputs.other_weight, inputs.other_bias)
+    each = sum(x.shape[1] * x.element_size() for x in (inputs.hidden, inputs.other_hidden))
+    columns, out = inputs.weight.shape[0] + inputs.other_weight.shape[0], _wanted_bytes(range)
+    return lambda tokens: Work(read + tokens * each, out, 2 * tokens * columns), active_rows(inputs.ids, 1)
+
+
 def _times_upstream(range: Range, tokens: int) -> Work:
     size = _given(*range.inputs)
     return Work(size, size, 0)
@@ -137,4 +167,8 @@ FORMULAS: dict[tuple[str, str], Callable[[Range], tuple[Formula, Amount]]] = {
     ("linear_token_logprobs", "backward"): _head(_wanted_bytes, 1),
     ("linear_policy_loss", "forward"): _head(_wanted_bytes, 2),
     ("linear_policy_loss", "backward"): _tokens(_times_upstream),
+    ("divergence", "forward"): _divergence,
+    ("divergence", "backward"): _divergence_backward,
+    ("linear_divergence", "forward"): _linear_divergence,
+    ("linear_divergence", "backward"): _tokens(_times_upstream),
 }  # fmt: skip

@@ -122,14 +122,14 @@ def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits:
     if ignore_index != IGNORED:  # then IGNORED is an id out of range like any other
         ids = torch.where(ids == ignore_index, IGNORED, torch.where(ids == IGNORED, -1, ids))
     if row_mask is not None:
-        _check_row_mask(row_mask, logits)
+        check_row_mask(row_mask, logits)
         ids = torch.where(row_mask.view(*row_mask.shape, *(1,) * (ids.dim() - row_mask.dim())), ids, IGNORED)
     if ids.numel() and values_known(ids):
         _check_range(ids, given, logits.shape[-1], ignore_index)
     return as_saved(ids.contiguous())
 
 
-def _check_row_mask(row_mask: Tensor, logits: Tensor) -> None:
+def check_row_mask(row_mask: Tensor, logits: Tensor) -> None:
     check_tensor("row_mask", row_mask)
     if row_mask.shape != logits.shape[:-1] or row_mask.dtype != torch.bool:
         given = f"{row_mask.dtype} {list(row_mask.shape)}"

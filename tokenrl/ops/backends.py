@@ -13,7 +13,7 @@ from ..batch.checks import check_name
 from ..errors import wrong
 from ..objectives.gates import GATES
 from ..objectives.gates.base import Gate
-from . import kernel_ops, linear_ops
+from . import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops
 
 _BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates/table.h; more may be registered
 
@@ -137,8 +137,8 @@ PACKAGED = tuple(BACKENDS)
 
 def register(namespace: str) -> None:
     """Gives the kernels of a namespace their fakes and derivatives, and the ops that are made of them."""
-    kernel_ops.register(namespace)
-    linear_ops.register(namespace)
+    for ops in (kernel_ops, divergence_ops, linear_ops, linear_divergence_ops):
+        ops.register(namespace)
 
 
 if NATIVE_REASON is None:
@@ -152,8 +152,8 @@ def register_triton(gate: type[Gate], function: Callable[..., Any]) -> None:
 
         function(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
 
-    of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. It is held
-    to the gate's value by tokenrl.parity or the tests' rule; nothing derives one from the other.
+    of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. `tokenrl
+    parity --gate` holds it to the gate's value and derivatives; nothing derives one from the other.
     """
     if TRITON_REASON:
         raise RuntimeError(f"gate {gate.name!r} gets no Triton kernel: {TRITON_REASON}")

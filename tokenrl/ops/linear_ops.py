@@ -22,14 +22,14 @@ from .linear.gemm import empty_like, scaled, sum_dtype
 from .linear.head import HeadInputs
 
 _LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
-_GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
     "linear_token_logprobs": schema(HeadInputs, "str[] outputs, Tensor? main_grad", returns=STATISTICS),
     "linear_token_logprobs_backward": schema(
-        HeadInputs, Upstream, SavedStatistics, "bool[] wanted, Tensor(a!)? main_grad", returns=f"({_GRADS})"
+        HeadInputs, Upstream, SavedStatistics, "bool[] wanted, Tensor(a!)? main_grad", returns=f"({GRADS})"
     ),
-    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {_GRADS})"),
+    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {GRADS})"),
 }
 
 
@@ -42,33 +42,33 @@ def _linear_token_logprobs_backward(ops, *args):
     inputs, rest = HeadInputs.read(args)
     upstream, rest = Upstream.read(rest)
     saved, (wanted, main_grad) = SavedStatistics.read(rest)
-    dtypes = _dtypes(inputs)
-    grads = _gradients(inputs, wanted, dtypes, main_grad)
+    dtypes = dtypes_of(inputs)
+    grads = gradients_of(inputs, wanted, dtypes, main_grad)
     token_logprobs.gradients(
         inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved), inputs.memory_budget, grads
     )
-    return _results(grads, inputs.hidden, dtypes)
+    return results_of(grads, inputs.hidden, dtypes)
 
 
 def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
     dtypes = _waiting_dtypes(inputs)
-    grads = _gradients(inputs, inputs.wanted, dtypes)
-    return *policy_loss.run(ops, inputs, grads), *_results(grads, inputs.hidden, dtypes)
+    grads = gradients_of(inputs, inputs.wanted, dtypes)
+    return *policy_loss.run(ops, inputs, grads), *results_of(grads, inputs.hidden, dtypes)
 
 
-def _dtypes(inputs: HeadInputs) -> list[torch.dtype]:
+def dtypes_of(inputs: HeadInputs) -> list[torch.dtype]:
     """Of the gradients of hidden, weight and bias."""
     return [(x if x is not None else inputs.weight).dtype for x in (inputs.hidden, inputs.weight, inputs.bias)]
 
 
 def _waiting_dtypes(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
     """The same of those that wait for the upstream gradient, and one for main_grad, that may be too small for fp16."""
-    hidden, weight, bias = (torch.float32 if dtype == torch.float16 else dtype for dtype in _dtypes(inputs))
+    hidden, weight, bias = (torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs))
     return [hidden, weight if inputs.main_grad is None else inputs.main_grad.dtype, bias]
 
 
-def _gradients(
+def gradients_of(
     inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtype], main_grad: Tensor | None = None
 ) -> token_logprobs.Gradients:
     """Memory for the gradients that are wanted; main_grad is added to."""
@@ -81,14 +81,14 @@ def _gradients(
     return token_logprobs.Gradients(of_hidden, of_weight, sums, adds=main_grad is not None)
 
 
-def _results(grads: token_logprobs.Gradients, like: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+def results_of(grads: token_logprobs.Gradients, like: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """What the ops return: nothing for a sum that was added to."""
     of_weight = None if grads.adds else grads.weight
     of_bias = None if grads.bias is None else grads.bias.to(dtypes[2])
     return [like.new_empty(0) if g is None else g for g in (grads.hidden, of_weight, of_bias)]
 
 
-def _fake_results(inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtype]) -> list[Tensor]:
+def fake_results(inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtype]) -> list[Tensor]:
     hidden, weight = inputs.hidden, inputs.weight
     found = (
         torch.empty_like(hidden, dtype=dtypes[0]),
@@ -106,7 +106,7 @@ def _fake_statistics(*args):
 def _fake_backward(*args):
     inputs, (*_, wanted, main_grad) = HeadInputs.read(args)
     wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
-    return tuple(_fake_results(inputs, wanted, _dtypes(inputs)))
+    return tuple(fake_results(inputs, wanted, dtypes_of(inputs)))
 
 
 def _fake_policy_loss(*args):
@@ -114,7 +114,7 @@ def _fake_policy_loss(*args):
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
     metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
-    return loss, metrics, logp, entropy, *_fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
 
 
 def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -200,7 +200,7 @@ def _times_upstream(ctx, grad_loss, *saved):
     return of_hidden, _beside_main_grad(ctx.told) if added else of_weight, of_bias
 
 
-def _eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
+def eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
     """The implementation on the kernels of a backend; autocast would cast the tiles behind its back."""
 
     @functools.wraps(function)
@@ -229,7 +229,7 @@ def register(namespace: str) -> None:
     for op, (function, fake) in _IMPLEMENTATIONS.items():
         library.define(op + SCHEMAS[op])
         for key in ("CPU", "CUDA"):
-            library.impl(op, _eager_numbers(function, namespace), key)
+            library.impl(op, eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)
     register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace), 3)
     register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward(namespace), 3)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..objectives import statistics
+from ..objectives.divergences import Divergence
 from ..objectives.gates.base import Bound, Gate, map_params, straight_through
 from ..objectives.metrics import EXTREMES, NOTHING, of_tokens
+from .kernel_ops import Transform
 from .linear.gemm import linear
+from .linear.head import HeadInputs
 from .ranges import ranged
 
 
@@ -219,15 +222,48 @@ def token_logprobs(
 
 
 @ranged
+def divergence(
+    logits: Tensor, other_logits: Tensor, rows: Tensor | None, transform: Transform, other: Transform,
+    kind: Divergence,
+) -> Tensor:  # fmt: skip
+    """Of the rows, 0 where rows is false."""
+    value = kind.terms(*(_log_probs(x, rows, how) for x, how in ((logits, transform), (other_logits, other)))).sum(-1)
+    return value if rows is None else torch.where(rows, value, 0)
+
+
+def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Tensor:
+    """Of the rows that count, with -inf where a logit is, which gets no gradient."""
+    if rows is not None:
+        logits = torch.where(rows[..., None], logits, 0)
+    *how, keep_mask = transform
+    z = _transformed(torch.where(logits == -torch.inf, logits.detach(), logits), *how)
+    if keep_mask is not None:
+        z = torch.where(keep_mask if rows is None else keep_mask | ~rows[..., None], z, -torch.inf)
+    z = z + torch.where(z == torch.inf, torch.nan, 0)
+    gone = z == -torch.inf
+    log_p = torch.where(gone, z.detach(), z) - z.logsumexp(-1, keepdim=True)
+    return torch.where(gone, log_p.detach(), log_p)
+
+
+def head_logits(head: HeadInputs) -> Tensor:
+    """All logits of a head, of rows whose ids are ignored those of zeros, [N, V]."""
+    return _head_logits(head.hidden, head.weight, head.bias, head.ids, head.compute_dtype)
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, compute_dtype: str) -> Tensor:
+    dtype = getattr(torch, compute_dtype)
+    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
+    return linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@ranged
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, temperatures: Tensor | None,
     softcap: float, logit_scale: float, keep_mask: Tensor | None, compute_dtype: str, memory_budget: int,
     outputs: list[str], main_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op's results, by way of all logits."""
-    dtype = getattr(torch, compute_dtype)
-    hidden = torch.where((ids != -100).any(-1, keepdim=True), hidden, 0).to(dtype)
-    logits = linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = _head_logits(hidden, weight, bias, ids, compute_dtype)
     return token_logprobs(
         logits, ids, temperature, temperatures, softcap, logit_scale, keep_mask, outputs, inplace_backward=False
     )

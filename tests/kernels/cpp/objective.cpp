@@ -63,7 +63,7 @@ struct Result {
   std::vector<double> coef;
 };
 
-Result evaluate(const Batch& batch, const std::string& gate, int num_params, Pair pair,
+Result evaluate(const Batch& batch, const std::string& gate, int num_params, StatisticFlow pair,
                 const cpu::Threads& threads = kInline) {
   Result result{0, {}, std::vector<double>(batch.tokens, NAN)};
   ObjectiveArgs<double> args{};
@@ -129,7 +129,7 @@ Gated<double> gated(const Batch& batch, const Span& span, size_t k, double s) {
 // The definition: s_t's own effect on l_t (local), or that of x_t on all of its span (through), one product per pair of
 // tokens.
 template <class Gate>
-Expected expected(const Batch& batch, Pair pair) {
+Expected expected(const Batch& batch, StatisticFlow pair) {
   Expected out{0, std::vector<double>(batch.tokens)};
   for (const Span& span : spans_of(batch)) {
     for (size_t k = 0; k < span.tokens.size(); ++k) {
@@ -157,7 +157,8 @@ bool crosses(const Result& a, const Result& b) {
 }
 
 template <class Gate>
-void check_differences(const Batch& given, Pair pair, const std::vector<double>& coef, const std::string& what) {
+void check_differences(const Batch& given, StatisticFlow pair, const std::vector<double>& coef,
+                       const std::string& what) {
   const std::string name = Gate::name;
   // Stopped gradients have no difference.
   const auto stopped = [&](const char* part) { return name.find(part) != std::string::npos; };
@@ -186,7 +187,7 @@ void check_differences(const Batch& given, Pair pair, const std::vector<double>&
 }
 
 template <class Gate>
-void check_pair(Pair pair) {
+void check_pair(StatisticFlow pair) {
   const std::string gate = Gate::name, statistic = kStatistics[static_cast<int>(pair.statistic)];
   const std::string what = gate + " " + statistic + (pair.through ? " through" : " local");
   const Batch batch(gate);
@@ -204,7 +205,7 @@ void check_pair(Pair pair) {
 
 template <class... Gate>
 void check_all(std::tuple<Gate...>*) {
-  for (const Pair pair : kPairs) (check_pair<Gate>(pair), ...);
+  for (const StatisticFlow pair : kPairs) (check_pair<Gate>(pair), ...);
 }
 
 }  // namespace

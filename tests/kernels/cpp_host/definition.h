@@ -31,20 +31,20 @@ inline double statistic_at(Statistic statistic, const std::vector<double>& x, si
   return s;
 }
 
-struct Pair {
+struct StatisticFlow {
   Statistic statistic;
   bool through;
 };
-inline const Pair kPairs[] = {{Statistic::token, true},
-                              {Statistic::prefix_sum, false},
-                              {Statistic::prefix_sum, true},
-                              {Statistic::prefix_mean, false},
-                              {Statistic::prefix_mean, true},
-                              {Statistic::prefix_min, false},
-                              {Statistic::prefix_min_capped, false},
-                              {Statistic::span_sum, false},
-                              {Statistic::span_sum, true},
-                              {Statistic::span_mean, false},
-                              {Statistic::span_mean, true}};
+inline const StatisticFlow kPairs[] = {{Statistic::token, true},
+                                       {Statistic::prefix_sum, false},
+                                       {Statistic::prefix_sum, true},
+                                       {Statistic::prefix_mean, false},
+                                       {Statistic::prefix_mean, true},
+                                       {Statistic::prefix_min, false},
+                                       {Statistic::prefix_min_capped, false},
+                                       {Statistic::span_sum, false},
+                                       {Statistic::span_sum, true},
+                                       {Statistic::span_mean, false},
+                                       {Statistic::span_mean, true}};
 
 }  // namespace tokenrl

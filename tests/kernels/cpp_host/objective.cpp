@@ -6,7 +6,7 @@
 namespace tokenrl {
 
 struct Options {
-  Pair pair;
+  StatisticFlow pair;
   bool masked, segments, per_token;
   double clamp, cap;
 };
@@ -126,7 +126,7 @@ void check_all(std::tuple<Gate...>*) {
   using Check = void (*)(const Batch<T>&, const Options&);
   const Check gates[] = {&check<T, Gate>...};
   int turn = sizeof(T) == 4 ? 0 : 5;
-  for (const Pair& pair : kPairs)
+  for (const StatisticFlow& pair : kPairs)
     for (bool segments : {false, true})
       gates[(turn++ * 3) % sizeof...(Gate)](
           batch, {pair, true, segments, turn % 2 == 0, 0.15, turn % 3 == 0 ? 0.2 : INFINITY});

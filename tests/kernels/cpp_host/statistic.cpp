@@ -25,7 +25,7 @@ std::vector<double> truth_of(const Batch<T>& batch, Statistic statistic, bool se
 
 template <class T>
 void check_statistics(const Batch<T>& batch) {
-  for (const Pair& pair : kPairs) {
+  for (const StatisticFlow& pair : kPairs) {
     for (bool adjoint : {false, true}) {
       if (adjoint && !pair.through) continue;
       for (bool segments : {false, true}) {

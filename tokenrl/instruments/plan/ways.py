@@ -147,9 +147,12 @@ def _waiting(shape: Shape, device: str) -> tuple[int, int, Step]:
     """Bytes of the gradients that wait for the upstream one (of fp16 in fp32); with their products by it; that step."""
     size = SUM if shape.dtype == torch.float16 else shape.size
     numbers = shape.weight + shape.states
-    copies = (2 if size < SUM else 1) * (device == "cpu")  # of some rows at a time, cast and multiplied
-    product = min(CPU_ROWS, shape.columns) * shape.hidden * SUM * copies
     step = kernel("times the upstream gradient", numbers * size, numbers * shape.size)
+    product = 0
+    if device == "cpu":  # some rows at a time: cast where they are of 16 bits, multiplied, and copied
+        copies = 2 if size < SUM else 1
+        product = min(CPU_ROWS, shape.columns) * shape.hidden * SUM * copies
+        step = step._replace(work=_plus(step.work, numbers * SUM * copies))
     return numbers * size, numbers * (size + shape.size) + product, step
 
 

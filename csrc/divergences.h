@@ -1,0 +1,176 @@
+// The table of divergences of p from r over a vocabulary, one functor each: what an entry adds to the sum, and p, r
+// times its partials. Formulas and sources: tokenrl/objectives/divergences.py. Each derivative stands on the line after
+// its value. Torch-free; host and device; float and double; straight-line code.
+#pragma once
+
+#include <tuple>
+
+#include "gates/base.h"
+
+namespace tokenrl {
+
+// log_p, log_r may be -inf, where p, r are then 0.
+template <class T>
+struct Pair {
+  T log_p, log_r, p, r;
+};
+// by_p = p df/dp, by_r = r df/dr.
+template <class T>
+struct Diverged {
+  T value, by_p, by_r;
+};
+
+// weight (log_weight - other), 0 where the weight is, whatever the logs are.
+template <class T>
+TRL_HD T weighed(T weight, T log_weight, T other) {
+  return weight > 0 ? weight * (log_weight - other) : T(0);
+}
+// A mixture of p and r, and its logarithm; of nothing 0.
+template <class T>
+struct Mixture {
+  T m, log_m;
+};
+template <class T>
+TRL_HD Mixture<T> mixed(const Pair<T>& of, T share_of_r) {
+  const T m = (1 - share_of_r) * of.p + share_of_r * of.r, some = m > 0 ? m : T(1);
+  return {some, logarithm(some)};
+}
+
+struct ForwardKl : NoParams {
+  static constexpr const char* name = "forward_kl";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    out.value = weighed(of.r, of.log_r, of.log_p);
+    out.by_p = -of.r;
+    out.by_r = out.value + of.r;
+    return out;
+  }
+};
+
+struct ReverseKl : NoParams {
+  static constexpr const char* name = "reverse_kl";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    out.value = weighed(of.p, of.log_p, of.log_r);
+    out.by_p = out.value + of.p;
+    out.by_r = -of.p;
+    return out;
+  }
+};
+
+struct CrossEntropy : NoParams {
+  static constexpr const char* name = "cross_entropy";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    out.value = weighed(of.r, T(0), of.log_p);
+    out.by_p = -of.r;
+    out.by_r = out.value;
+    return out;
+  }
+};
+
+struct Jsd : AnyPosition {
+  static constexpr const char* name = "jsd";
+  TRL_PARAMS(beta);
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
+    Diverged<T> out;
+    const Mixture<T> mix = mixed(of, params.beta);
+    const T from_p = (1 - params.beta) * weighed(of.p, of.log_p, mix.log_m);
+    const T from_r = params.beta * weighed(of.r, of.log_r, mix.log_m);
+    out.value = from_p + from_r;
+    out.by_p = from_p;
+    out.by_r = from_r;
+    return out;
+  }
+};
+
+struct SkewForwardKl : AnyPosition {
+  static constexpr const char* name = "skew_forward_kl";
+  TRL_PARAMS(share);
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
+    Diverged<T> out;
+    const Mixture<T> mix = mixed(of, params.share);
+    out.value = weighed(of.r, of.log_r, mix.log_m);
+    out.by_p = -of.r * ((1 - params.share) * of.p / mix.m);
+    out.by_r = out.value + of.r * (1 - params.share * of.r / mix.m);
+    return out;
+  }
+};
+
+struct SkewReverseKl : AnyPosition {
+  static constexpr const char* name = "skew_reverse_kl";
+  TRL_PARAMS(share);
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
+    Diverged<T> out;
+    const Mixture<T> mix = mixed(of, 1 - params.share);
+    out.value = weighed(of.p, of.log_p, mix.log_m);
+    out.by_p = out.value + of.p * (1 - params.share * of.p / mix.m);
+    out.by_r = -of.p * ((1 - params.share) * of.r / mix.m);
+    return out;
+  }
+};
+
+struct TotalVariation : NoParams {
+  static constexpr const char* name = "total_variation";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    const T sign = static_cast<T>((of.p > of.r) - (of.p < of.r)) / 2;
+    out.value = sign * (of.p - of.r);
+    out.by_p = sign * of.p;
+    out.by_r = -sign * of.r;
+    return out;
+  }
+};
+
+struct Bhattacharyya : NoParams {
+  static constexpr const char* name = "bhattacharyya";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    out.value = exponential((of.log_p + of.log_r) / 2);
+    out.by_p = out.value / 2;
+    out.by_r = out.value / 2;
+    return out;
+  }
+};
+
+struct SquaredHellinger : NoParams {
+  static constexpr const char* name = "squared_hellinger";
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
+    Diverged<T> out;
+    const T root_p = exponential(of.log_p / 2), root_r = exponential(of.log_r / 2), apart = root_p - root_r;
+    out.value = apart * apart / 2;
+    out.by_p = root_p * apart / 2;
+    out.by_r = -root_r * apart / 2;
+    return out;
+  }
+};
+
+struct AlphaBeta : AnyPosition {
+  static constexpr const char* name = "alpha_beta";
+  TRL_PARAMS(alpha, beta);
+  template <class T>
+  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
+    Diverged<T> out;
+    const T a = params.alpha, b = params.beta, both = exponential(a * of.log_r + b * of.log_p);
+    const T of_p = exponential((a + b) * of.log_p), of_r = exponential((a + b) * of.log_r);
+    out.value = (a / (a + b) * of_r + b / (a + b) * of_p - both) / (a * b);
+    out.by_p = (of_p - both) / a;
+    out.by_r = (of_r - both) / b;
+    return out;
+  }
+};
+
+using Divergences = std::tuple<ForwardKl, ReverseKl, CrossEntropy, Jsd, SkewForwardKl, SkewReverseKl, TotalVariation,
+                               Bhattacharyya, SquaredHellinger, AlphaBeta>;
+inline constexpr int kMaxDivergenceParams = most_params(static_cast<Divergences*>(nullptr));
+
+}  // namespace tokenrl

@@ -1,0 +1,187 @@
+"""token_divergence: how far a model's distribution over the vocabulary is from another one's, per token."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_tensor
+from ..errors import described, wrong
+from ..objectives.divergences import Divergence, divergence
+from ..observed import observed
+from ..ops import backends, dispatch
+from ..ops import divergence_dispatch as pairs
+from ..ops.backends import Backend
+from ..ops.divergence_ops import PairStatistics
+from ..ops.kernel_ops import IGNORED, Transform
+from ..ops.linear.head import HeadInputs
+from .from_hidden import head_arguments
+from .from_logits import DTYPES, TokenStats, as_transform, check_row_mask, of_rows_read
+
+Kinds = str | Divergence | Sequence[str | Divergence]
+
+
+@observed
+def token_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    kind: Kinds = "forward_kl",
+    *,
+    temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    other_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    other_logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    other_keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | TokenStats:
+    """Divergences of p = softmax(z) from r = softmax(z'), z and z' the transformed logits, as in token_logprobs.
+
+        D = sum_v f(log p_v, log r_v)        d D / d z_v = p_v df/dp_v - p_v sum_k p_k df/dp_k, likewise for z'
+
+    logits, other_logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V], of one shape and dtype. Both get gradients where
+    they require them: a frozen teacher's do not. Logits of -inf are out of that distribution: 0 log 0 = 0, a
+    divergence is infinite where the formula is, and they get no gradient.
+    kind: a name of tokenrl.DIVERGENCES ("forward_kl" D(r || p), "reverse_kl" D(p || r), "jsd", "total_variation", ...),
+    what tokenrl.divergence(name, ...) returns, or several of both.
+    temperature, softcap, logit_scale, keep_mask: as for token_logprobs; other_*: those of the other head, of which
+    other_temperature None is the temperature. row_mask: bool [N] or [B, T]: rows where it is False give 0 and are
+    never read.
+
+    Returns the divergence, [N] or [B, T], fp32 (fp64 of fp64 logits); of several kinds an object with an attribute for
+    each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the
+    argument, what was given and what is accepted.
+
+    The forward keeps four numbers per row and reads both rows twice, the second time from the cache; the backward reads
+    both once and writes one. Source: see tokenrl.DIVERGENCES.
+    """
+    kinds = _kinds(kind)
+    for name, x in (("logits", logits), ("other_logits", other_logits)):
+        check_tensor(name, x)
+    _check_pair(logits, other_logits)
+    chosen = backends.choose(backend, logits.device)
+    own = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
+    other_temperature = temperature if other_temperature is None else other_temperature
+    other = as_transform(other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits)
+    if row_mask is not None:
+        check_row_mask(row_mask, logits)
+    rows = None if row_mask is None else row_mask.contiguous()
+    ids = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
+    ids = ids if rows is None else ids.masked_fill(~rows, IGNORED)
+    pair = (logits, other_logits)
+    own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
+    logits, other_logits = (x if x.stride(-1) == 1 else x.contiguous() for x in pair)
+    statistics = _statistics(chosen, (logits, other_logits), (own, other), ids, rows)
+    values = {row.name: pairs.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
+    return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
+
+
+def _kinds(kind: Kinds) -> list[Divergence]:
+    if isinstance(kind, str | Divergence):
+        return [divergence(kind)]
+    kinds = [divergence(one) for one in kind]
+    names = [one.name for one in kinds]
+    if not kinds or len({*names}) < len(names):
+        raise wrong("kind", names, "at least one, each once")
+    return kinds
+
+
+def _check_pair(logits: Tensor, other: Tensor) -> None:
+    if logits.dtype not in DTYPES or logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+        raise wrong("logits", described(logits), "bf16, fp16, fp32 or fp64 [N, V] or [B, T, V], V > 0")
+    if other.shape != logits.shape or other.dtype != logits.dtype or other.device != logits.device:
+        accepted = f"those of logits, {logits.dtype} {list(logits.shape)} on {logits.device}"
+        raise wrong("other_logits", f"{other.dtype} {list(other.shape)} on {other.device}", accepted)
+
+
+def _expanded(transform: Transform, logits: Tensor) -> Transform:
+    if transform.keep_mask is None:
+        return transform
+    return replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
+
+
+def _statistics(
+    chosen: Backend, pair: tuple[Tensor, Tensor], transforms: tuple[Transform, Transform], ids: Tensor,
+    rows: Tensor | None,
+) -> PairStatistics:  # fmt: skip
+    """lse and lse_rest of both heads, without gradients: those of a divergence hold theirs. The reference makes its
+    own."""
+    if chosen.is_reference:
+        nothing = ids.new_empty(0)
+        return PairStatistics(nothing, nothing, nothing, nothing, rows)
+    with torch.no_grad():
+        (_, _, lse, rest, *_), (_, _, other_lse, other_rest, *_) = (
+            dispatch.token_logprobs(chosen, x, ids, *how, [], False) for x, how in zip(pair, transforms, strict=True)
+        )
+    return PairStatistics(lse, rest, other_lse, other_rest, rows)
+
+
+@observed
+def linear_token_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    kind: str | Divergence = "forward_kl",
+    *,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    other_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    other_logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    other_keep_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """token_divergence of the logits hidden @ weight^T + bias and other_hidden @ other_weight^T + other_bias, of which
+    only chunks of whole rows are held.
+
+    hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
+    go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
+    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs, fp16 excepted. The rest as for
+    token_divergence; rows that row_mask leaves out enter no GEMM.
+
+    The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
+    weight of each token, needs 6 and 2. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both
+    heads' logits and one's gradient must fit.
+    """
+    row, heads = divergence(kind), head_pair(
+        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+         other_softcap, other_logit_scale, other_keep_mask),
+        row_mask, compute_dtype, memory_budget,
+    )  # fmt: skip
+    chosen = backends.choose(backend, hidden.device)
+    _, value = pairs.linear_divergence(chosen, *heads, row, None)
+    return value.view(hidden.shape[:-1])
+
+
+def head_pair(
+    own: tuple[Any, ...], other: tuple[Any, ...], row_mask: Tensor | None, compute_dtype: torch.dtype | None,
+    memory_budget: int | None,
+) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
+    """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
+    how = (compute_dtype, memory_budget, None)
+    heads = [head_arguments(*(*given, *how)) for given in (own, other)]
+    for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
+        if x is not None and x.requires_grad:
+            raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")
+    shapes = [list(head.like.shape) for head in heads]
+    if shapes[0] != shapes[1]:
+        raise wrong("other_hidden", f"a head of logits {shapes[1]}", f"those of the trained one, {shapes[0]}")
+    for dtype in {head.compute_dtype for head in heads}:
+        if dtype == "float16" or dtype != heads[0].compute_dtype:
+            raise wrong("compute_dtype", f"{dtype} of a head", "bfloat16, float32 or float64, the same for both")
+    ids = heads[0].like.new_zeros(shapes[0][:-1], dtype=torch.int64)
+    return heads[0].inputs(ids, row_mask, IGNORED), heads[1].inputs(ids, row_mask, IGNORED)

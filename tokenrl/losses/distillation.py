@@ -1,0 +1,143 @@
+"""distillation_loss and linear_distillation_loss: a row of the table of distillation objectives, run on a batch."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_tensor
+from ..batch.layout import Layout, layout_of
+from ..errors import wrong
+from ..logprobs.divergence import head_pair, token_divergence
+from ..objectives.distillation import Distillation, distillation
+from ..observed import observed
+from ..ops import backends, divergence_dispatch
+from ..ops.linear.gemm import sum_dtype
+from .aggregation import span_weights
+from .regularizers import flat_weight
+
+Temperature = float | Tensor
+
+
+@observed
+def distillation_loss(
+    objective: str | Distillation,
+    logits: Tensor,
+    other_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    temperature: Temperature = 1.0,
+    backend: str | None = None,
+    **heads: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a student on a teacher's distributions.
+
+        loss = sum_t w_t T_t^power D(p_t, r_t),   p = softmax(logits / T),   r = softmax(other_logits / T)
+
+    objective: a name in tokenrl.DISTILLATIONS, or what tokenrl.distillation(name, ...) returns.
+    logits, other_logits: [B, T, V], or packed [N, V] with cu_seqlens [S + 1]: student and teacher. The teacher gets a
+    gradient where it requires one.
+    mask: bool of the tokens that pay; masked rows may hold anything. token_weight: of the tokens, or [B, 1].
+    aggregation, normalizer: as for policy_loss; None takes the objective's own.
+    temperature: of both, a number or one per token. heads: other_temperature, softcap, logit_scale, keep_mask and the
+    other_* of token_divergence.
+
+    Returns (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
+    Errors: ValueError naming the argument, what was given and what is accepted.
+    """
+    row = distillation(objective)
+    check_tensor("logits", logits)
+    rows = logits[..., 0]
+    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logits")
+    dtype = sum_dtype(logits.dtype)
+    weights = _weights(row, layout, dtype, temperature, token_weight, aggregation, normalizer, backend)
+    values = token_divergence(
+        logits, other_logits, row.divergence, temperature=temperature, row_mask=layout.valid().view(rows.shape),
+        backend=backend, **heads,
+    )  # fmt: skip
+    assert isinstance(values, Tensor)
+    weights = weights.view(values.shape)
+    return torch.where(weights != 0, weights * values, 0).sum(), values.detach()
+
+
+@observed
+def linear_distillation_loss(
+    objective: str | Distillation,
+    hidden: Tensor,
+    weight: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    temperature: Temperature = 1.0,
+    other_temperature: Temperature | None = None,
+    softcap: float | None = None,
+    other_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    other_logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    other_keep_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """distillation_loss from hidden states and both heads, with its gradients, in one pass over chunks of tokens.
+
+        loss = sum_t w_t T_t^power D(p_t, r_t),   logits = hidden @ weight^T + bias, other_logits likewise
+
+    hidden: [B, T, D], or packed [N, D] with cu_seqlens; weight [V, D]; other_hidden: [B, T, D'] or [N, D'];
+    other_weight [V, D']: of a frozen teacher, a tensor of it that requires grad raises. The rest as for
+    distillation_loss and linear_token_divergence. Tokens that are masked or weigh nothing enter no GEMM. The loss
+    carries the gradients of hidden, weight and bias: the forward makes them, 6 N D V and 2 N D' V flops, the backward
+    multiplies.
+    """
+    row = distillation(objective)
+    check_tensor("hidden", hidden)
+    rows = hidden[..., 0]
+    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of hidden")
+    dtype = sum_dtype(compute_dtype or hidden.dtype)
+    weights = _weights(row, layout, dtype, temperature, token_weight, aggregation, normalizer, backend)
+    pays = layout.valid() & (weights != 0)
+    head, other = head_pair(
+        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+         other_softcap, other_logit_scale, other_keep_mask),
+        pays.view(rows.shape), compute_dtype, memory_budget,
+    )  # fmt: skip
+    chosen = backends.choose(backend, hidden.device)
+    loss, values = divergence_dispatch.linear_divergence(chosen, head, other, row.divergence, weights)
+    return loss, values.view(rows.shape)
+
+
+def _weights(
+    row: Distillation, layout: Layout, dtype: torch.dtype, temperature: Temperature, token_weight: Tensor | None,
+    aggregation: str | None, normalizer: float | Tensor | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """w_t T_t^power, [N], 0 in masked cells."""
+    chosen = backends.choose(backend, layout.cu_seqlens.device)
+    mode = aggregation or row.aggregation
+    if mode in ("group-mean", "balanced"):
+        raise wrong("aggregation", repr(mode), "a mode without groups; their weights go to token_weight")
+    found = span_weights(mode, layout, advantages=None, group_ids=None, normalizer=normalizer, backend=chosen)
+    share = torch.where(found.span_weight == 0, 0, found.span_weight / found.normalizer)
+    weights = layout.per_token(share, share.to(dtype))
+    if token_weight is not None:
+        factor = flat_weight("token_weight", token_weight, layout, dtype)
+        weights = torch.where(layout.valid() & (weights != 0), weights * factor, 0)
+    if row.power == 0:
+        return weights
+    if not isinstance(temperature, Tensor):
+        return weights * float(temperature) ** row.power
+    factor = dataclasses.replace(layout, mask=None).per_token(temperature.expand(layout.shape).reshape(-1), weights)
+    return torch.where(weights != 0, weights * factor**row.power, 0)

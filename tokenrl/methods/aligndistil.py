@@ -1,0 +1,60 @@
+"""AlignDistil: RLHF as distillation from a teacher made of two models' logits, z* = a z_D + b z_R. Without gradient.
+
+    teacher, coef = teacher_of("aligndistil", dpo_logits, other_logits, mask=mask)
+    loss, _ = distillation_loss("reverse_kd", logits, teacher, mask=mask, token_weight=coef,
+                                aggregation="seq-mean-token-mean")
+
+z_D are the logits of a model trained with DPO, z_R those of its reference or, in the contrastive variants, of a model
+trained with DPO on swapped pairs. With w_t = beta2 sum_v |p_D - p_R| + 0.001, per token:
+
+    "theorem1"           z* = w z_D + (1 - w) z_R, w = beta / beta2          coef = beta2
+    "theorem1_contrast"  z* = w (z_D - z_R) + z_D, w = beta / beta2          coef = beta2
+    "theorem1_adaptive"  z* = w_t z_D + (1 - w_t) z_R                        coef = beta / w_t
+    "aligndistil"        z* = w_t (z_D - z_R) + z_D                          coef = beta / w_t
+
+The fifth, "gkd" of their on-policy trainer, is distillation_loss("reverse_kd", logits, dpo_logits). A kd_temperature is
+other_temperature off-policy, and temperature too on-policy.
+
+Source: arXiv 2503.02832 (authors' code).
+"""
+
+import torch
+from torch import Tensor
+
+from ..batch.checks import check_name, check_number
+from ..logprobs.divergence import token_divergence
+
+VARIANTS = ("theorem1", "theorem1_contrast", "theorem1_adaptive", "aligndistil")
+CONTRASTIVE, ADAPTIVE = ("theorem1_contrast", "aligndistil"), ("theorem1_adaptive", "aligndistil")
+LEAST = 1e-3
+
+
+def teacher_of(
+    variant: str, dpo_logits: Tensor, other_logits: Tensor, *, beta: float = 0.1, beta2: float = 10.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(z*, of the logits' shape and dtype; coef, fp32 or fp64 [B, T]).
+
+    dpo_logits, other_logits: [B, T, V] or [N, V] of one dtype. beta: of the DPO models; beta2: 10 off-policy and 15
+    on-policy in the authors' scripts, a plain number near 1 in the variants that are not adaptive. mask: bool of the
+    tokens that are looked at.
+    """
+    check_name("variant", variant, VARIANTS)
+    check_number("beta", beta, above=0)
+    check_number("beta2", beta2, above=0)
+    dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
+    if variant in ADAPTIVE:
+        apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask)
+        assert isinstance(apart, Tensor)
+        weight = 2 * beta2 * apart + LEAST
+        coef = beta / weight
+    else:
+        weight = dpo_logits.new_full(dpo_logits.shape[:-1], beta / beta2, dtype=_wide(dpo_logits))
+        coef = torch.full_like(weight, beta2)
+    share = weight[..., None]
+    apart = share * (dpo_logits.to(share.dtype) - other_logits)
+    return ((dpo_logits if variant in CONTRASTIVE else other_logits) + apart).to(dpo_logits.dtype), coef
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
