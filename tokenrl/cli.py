@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("bench", "demo", "doctor", "objectives", "parity", "profile")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "inspect", "objectives", "parity", "plan", "profile")  # in the order of --help
 ALWAYS = ("typer", "rich")
 NEEDED = {  # beside those, by command
     "demo": ("transformers", "safetensors", "matplotlib"),
+    "inspect": ("safetensors",),
     "profile": ("safetensors",),
 }
 
