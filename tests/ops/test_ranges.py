@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
-from tokenrl.ops import kernel_ops, linear_ops, ranges
+from tokenrl.ops import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, ranges
 
 KERNELS = kernel_backends()
 G = torch.Generator().manual_seed(0)
@@ -31,6 +31,8 @@ def steps(backend, device="cpu"):
         tokenrl.policy_loss("ctpo", tokenrl.token_logprobs(logits, ids, **on).logp, old, advantages, **on)[0],
         tokenrl.linear_policy_loss("grpo", hidden, weight, ids, old, advantages, **on)[0],
         tokenrl.linear_token_logprobs(hidden, weight, ids, **on).logp.sum(),
+        tokenrl.token_divergence(logits, logits.detach().flip(0), "jsd", **on).sum(),
+        tokenrl.linear_token_divergence(hidden, weight, hidden.detach().flip(0), weight.detach(), **on).sum(),
         tokenrl.prefix_ratio(logp, old, flow="through", **on).sum(),
         tokenrl.position_adaptive_clip(logp - old, eps_low=0.1, eps_high=0.2, power=0.5, **on).sum(),
     ]
@@ -50,12 +52,14 @@ def test_every_op_has_its_ranges(backend):
         f"tokenrl::{op} {way} {shape} fp32 {backend}"
         for op, shape in (
             ("token_logprobs", [6, 11]), ("objective", [6]), ("linear_policy_loss", [6, 4, 11]), ("statistic", [6]),
-            ("linear_token_logprobs", [6, 4, 11]), ("position_adaptive_clip", [6]),
+            ("linear_token_logprobs", [6, 4, 11]), ("position_adaptive_clip", [6]), ("divergence", [6, 11]),
+            ("linear_divergence", [6, 4, 11]),
         )
         for way in ("forward", "backward")
     }  # fmt: skip
     assert found >= expected | {f"tokenrl::aggregation_weights forward [6] fp64 {backend}"}
-    ops = {op.partition("_backward")[0] for op in kernel_ops.SCHEMAS | linear_ops.SCHEMAS}
+    schemas = (part.SCHEMAS for part in (kernel_ops, linear_ops, divergence_ops, linear_divergence_ops))
+    ops = {op.partition("_backward")[0] for part in schemas for op in part}
     assert {name.split()[0].removeprefix("tokenrl::") for name in found} == ops
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ranges
 from .arguments import OpArguments, schema
 from .derivatives import register_derivative
 from .kernel_ops import Transform
@@ -76,7 +77,7 @@ def _divergence_backward(namespace: str) -> Callable[..., Any]:
             return None, None
         logits, other, by_p, by_r, *saved = ctx.saved_tensors
         given = DivergenceInputs(**ctx.given, **dict(zip(ctx.tensors, saved, strict=True)))
-        op = getattr(torch.ops, namespace).divergence_backward
+        op = ranges.kernels(namespace).divergence_backward
         sides = (("logits", by_p), ("other_logits", by_r))
         return tuple(
             op(grad.contiguous(), logits, other, by, of, *given) if wanted else None
