@@ -235,5 +235,6 @@ def test_every_family_has_its_test():
         "vespo_official", "swift_grpo",
     )  # fmt: skip
     trainers = ("nemo_rl_loss", "prime_rl_loss", "slime_loss", "miles_loss", "torchtitan_loss")  # tests/integrations
-    elsewhere = (*DETACHED, *vocabulary, *estimators, *selections, *forms, *trainers)
+    distillation = ("divergences", "trl_gkd", "adakd_divergences", "adakd", "aligndistil")
+    elsewhere = (*DETACHED, *vocabulary, *estimators, *selections, *forms, *trainers, *distillation)
     assert {*VERL, *TRL, *elsewhere, "verl_agg_loss", "verl_kl_penalty"} == set(INDEX)
