@@ -1,5 +1,6 @@
 """token_divergence: how far a model's distribution over the vocabulary is from another one's, per token."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -110,7 +111,8 @@ def _naming_other(checked: Callable[..., Checked], *given: Any) -> Checked:
     try:
         return checked(*given)
     except ValueError as error:
-        raise ValueError(f"other_{error}") from None
+        name, _, _ = str(error).partition(":")
+        raise ValueError(re.sub(rf"\b{name}\b", f"other_{name}", str(error))) from None
 
 
 def _expanded(transform: Transform, logits: Tensor) -> Transform:
@@ -187,7 +189,7 @@ def head_pair(
 ) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
     """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
     how = (compute_dtype, memory_budget, None)
-    heads = [head_arguments(*own, *how), _naming_other(head_arguments, *other, *how)]
+    heads = [head_arguments(*(*own, *how)), _naming_other(head_arguments, *other, *how)]
     for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")
