@@ -200,7 +200,7 @@ setup(
     packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
     package_dir={"tokenrl": "tokenrl", **BESIDE},
     py_modules=["tokenrl_pytest"],
-    package_data={"tokenrl": ["py.typed"], "tokenrl.bench": ["results/*.json"]},
+    package_data={"tokenrl": ["py.typed", "instruments/profiling/*.jinja"], "tokenrl.bench": ["results/*.json"]},
     ext_modules=[
         Extension("tokenrl._ops", sources=[])
     ],  # so that the wheel is a platform wheel; BuildNative knows the sources

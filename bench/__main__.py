@@ -13,7 +13,7 @@ from tokenrl.errors import unknown
 from tokenrl.instruments.progress import tracked
 from tokenrl.ops import backends
 
-from . import cliffs, overhead, report, trl_step
+from . import cliffs, overhead, plan_table, report, trl_step
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
@@ -24,6 +24,7 @@ OWN_TABLES = {
     "overhead": overhead.measure,
     "cliffs": cliffs.measure,
     "trl": trl_step.measure,
+    "plan": plan_table.measure,
 }  # no cases beside competitors
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")

@@ -73,7 +73,8 @@ def divergence_case(spec: Spec, device: str) -> Case:
 
     return Case(
         spec, (logits.requires_grad_(), other), cotangents, run, EAGER_DIVERGENCES[spec.variant],
-        divergence_of_logits(cells, size), gradient_of_divergence(cells, size), _checked_rows(spec, device),
+        divergence_of_logits(cells, 2 * size), gradient_of_divergence(cells, 2 * size, cells * size),
+        _checked_rows(spec, device),
     )  # fmt: skip
 
 

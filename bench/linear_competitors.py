@@ -12,12 +12,15 @@ from .eager import eager_ctpo
 LIGER_IS_GRPO = "its loss is GRPO, not CTPO, on the same inputs and mask: compared in time and memory, not in results"
 
 
-def trl_chunked(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> tuple:
+def trl_chunked(
+    hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...], *, bias: Tensor | None = None,
+    temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+) -> tuple:  # fmt: skip
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     return ChunkedLogProbFunction.apply(
-        hidden, weight, None, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+        hidden, weight, bias, ids, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, logit_scale, outputs
     )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tokenrl.instruments.machine_limits import seconds, sync
+from tokenrl.instruments.profiling.accounts import other_memory, torch_memory
 
 from .case import Case
 from .check import results
@@ -30,9 +31,14 @@ def thunk(case: Case, call: Callable, backward: bool) -> Callable[[], object]:
 
 
 def paired_samples(
-    calls: dict[str, Callable[[], object]], device: str, repeats: int, rivals: frozenset[str] = frozenset()
+    calls: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    rivals: frozenset[str] = frozenset(),
+    turns: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taking turns so that the machine's noise falls on all of them.
+    """Seconds of each call, the calls taking turns so that the machine's noise falls on all of them. turns: what goes
+    through them, a progress bar for one.
 
     A call that has used SAMPLING_SECONDS sits out the remaining turns, but not before it has FEWEST_SAMPLES; one of the
     rivals that takes more than SLOW_SECONDS runs once. Each has run before: it is compiled and warm.
@@ -45,7 +51,7 @@ def paired_samples(
             return True
         return len(taken) >= FEWEST_SAMPLES and sum(taken) >= SAMPLING_SECONDS
 
-    for _ in range(max(repeats, FEWEST_SAMPLES)):
+    for _ in turns(range(max(repeats, FEWEST_SAMPLES))):
         for name, call in calls.items():
             if not enough(name):
                 times[name].append(seconds(call, device))
@@ -61,13 +67,12 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with other_memory() as others, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+    for _, change in sorted([*torch_memory(profiled, on_gpu=False), *others]):
+        held += change
         peak = max(peak, held)
     return peak
 

@@ -1,11 +1,11 @@
-"""python -m bench.readme README.md: renders the tables of bench/results/ between their markers of a README."""
+"""python -m bench.readme README.md: renders the tables of bench/results/ between their markers of a page."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import markdown_table, overhead_table, readme_table, trl_table
+from .report import markdown_table, overhead_table, plan_table, readme_table, trl_table
 
 RESULTS = Path(__file__).parent / "results"
 # The markers' name -> the file of the results, and the table that is made of them.
@@ -13,7 +13,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "bench": ("cpu.json", readme_table),
     "trl": ("trl.json", lambda report: markdown_table(*trl_table(report))),
     "overhead": ("overhead.json", lambda report: markdown_table(*overhead_table(report))),
+    "plan": ("plan.json", lambda report: markdown_table(*plan_table(report))),
 }
+PAGES = {"README.md": ("bench", "trl", "overhead"), "docs/instruments/plan.md": ("plan",)}
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -42,11 +44,11 @@ def rendered(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.readme README.md")
+    if len(sys.argv) != 2 or sys.argv[1] not in PAGES:
+        sys.exit(f"usage: python -m bench.readme {' or '.join(PAGES)}")
     path = Path(sys.argv[1])
     text = path.read_text()
-    for name in TABLES:
+    for name in PAGES[sys.argv[1]]:
         text = rendered(text, name, table(name))
     path.write_text(text)
 

@@ -146,6 +146,19 @@ def trl_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return ["loss step", "ms", "peak MB", "faster", "smaller"], rows
 
 
+def plan_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """What the plan said, and what it was."""
+    rows = []
+    for row in report.get("plan", []):
+        seconds, size = (row[f"planned_{key}"] / row[key] for key in ("seconds", "bytes"))
+        rows.append([
+            f"{row['shape']} {row['dtype']}, {row['budget'] >> 20} MiB", row["way"],
+            number(1e3 * row["planned_seconds"]), number(1e3 * row["seconds"]), f"{seconds:.2f}",
+            megabytes(row["planned_bytes"]), megabytes(row["bytes"]), f"{size:.2f}",
+        ])  # fmt: skip
+    return ["head, budget", "way", "plan ms", "ms", "ratio", "plan MB", "MB", "ratio"], rows
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table that has rows."""
     lines = report["lines"]
@@ -155,6 +168,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
         ("Beside a plain neighbour, one thread", *cliffs_table(report)),
         ("The loss step of TRL's GRPOTrainer", *trl_table(report)),
+        ("tokenrl plan of this CPU, one thread, beside what it takes", *plan_table(report)),
         ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
         ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),
         ("Times as fast as, forward / forward+backward", *ratio_table(lines)),

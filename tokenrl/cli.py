@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("bench", "demo", "doctor", "objectives", "parity")  # in the order of --help
+COMMANDS = ("bench", "demo", "doctor", "inspect", "objectives", "parity", "plan", "profile")  # in the order of --help
 ALWAYS = ("typer", "rich")
-NEEDED = {"demo": ("transformers", "safetensors", "matplotlib")}  # beside those, by command
+NEEDED = {  # beside those, by command
+    "demo": ("transformers", "safetensors", "matplotlib"),
+    "inspect": ("safetensors",),
+    "profile": ("safetensors",),
+}
 
 
 def require(command: str, packages: tuple[str, ...]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+from torch.compiler import is_compiling
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 Observer = Callable[[str, Mapping[str, Any], Any], None]  # the function's name, its arguments by name, its result
@@ -20,7 +22,8 @@ def observed(function: Callable[Params, Result]) -> Callable[Params, Result]:
     @functools.wraps(function)
     def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         result = function(*args, **kwargs)
-        if _observers:
+        # A trace has no numbers to observe, and may not depend on who does.
+        if not is_compiling() and _observers:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             for observe in _observers:

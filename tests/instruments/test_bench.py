@@ -252,9 +252,9 @@ def test_errors_name_what_is_accepted(bench, arguments, named):
     assert all(name in text for name in named), text
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
-def test_readme_shows_the_results(name):
-    assert readme.between((ROOT / "README.md").read_text(), name) == readme.table(name)
+@pytest.mark.parametrize("page, name", [(page, name) for page, names in readme.PAGES.items() for name in names])
+def test_pages_show_the_results(page, name):
+    assert readme.between((ROOT / page).read_text(), name) == readme.table(name)
 
 
 @pytest.mark.parametrize("name", readme.TABLES)

@@ -8,23 +8,14 @@ import torch
 from torch.autograd import DeviceType
 
 import tokenrl
-from tokenrl.instruments import machine, profiler
-from tokenrl.instruments.machine_limits import Limits, Work
+from tokenrl.instruments import profiler
+from tokenrl.instruments.machine_limits import Work
 from tokenrl.instruments.profiling import accounts, lines, tables
-from tokenrl.ops import ranges
+from tokenrl.instruments.work import FORMULAS
+from tokenrl.ops import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, ranges
 
 N, D, V = 12, 8, 31
-LIMITS = Limits(read=8e9, copy=2e9, exponentials=1e9, source="made up")
-
-
-@pytest.fixture(autouse=True)
-def known_limits(monkeypatch):
-    for module in (lines, machine):
-        monkeypatch.setattr(module, "limits", lambda device, size=0: LIMITS)
-    monkeypatch.setattr(lines, "products", lambda *shape: dict.fromkeys(("logits", "hidden", "weight"), 5e9))
-    machine.described_machine.cache_clear()
-    yield
-    machine.described_machine.cache_clear()
+pytestmark = pytest.mark.usefixtures("known_limits")
 
 
 @pytest.fixture
@@ -77,6 +68,40 @@ def test_rows_that_are_not_read_are_not_counted(head):
     assert (backward.read, backward.written) == (4 * 6 * V, 4 * 12 * V)
     assert backward.limit == "copy" and backward.least == 4 * 18 * V / 2e9
     assert backward.share == backward.least / backward.host
+
+
+def test_calls_of_one_name_are_told_apart_by_what_is_around_them(head):
+    """token_logprobs of the same shape on its own and inside, of more and of fewer rows, and again."""
+    hidden, weight, ids = (x.detach() for x in head)
+    few = ids.clone()
+    few[0] = -100
+    logits = torch.randn(2, 6, V)
+    with tokenrl.profile() as p:
+        tokenrl.token_logprobs(logits, few)
+        tokenrl.linear_token_logprobs(hidden, weight, ids)
+        tokenrl.token_logprobs(logits, few)
+    found = by_what(p)
+    assert found["token_logprobs forward"].read == 2 * 4 * 6 * V
+    assert found["linear_token_logprobs forward", "token_logprobs forward"].read == 4 * N * V
+
+
+def test_two_heads(head):
+    hidden, weight, _ = head
+    logits, other, rows = torch.randn(2, 6, V, requires_grad=True), torch.randn(2, 6, V), torch.ones(2, 6) > 0
+    rows[0] = False
+    with tokenrl.profile() as p:
+        tokenrl.token_divergence(logits, other, row_mask=rows).sum().backward()
+        others = (hidden.detach(), weight.detach())
+        tokenrl.linear_token_divergence(hidden, weight, *others, row_mask=rows).sum().backward()
+    assert logits.grad.any() and logits.grad[0].abs().max() == 0
+    found = by_what(p)
+    forward, backward = (found[f"divergence {way}"] for way in ("forward", "backward"))
+    assert (forward.read, forward.written, forward.exponentials) == (2 * 4 * 6 * V, 0, 2 * 6 * V)
+    assert (backward.read, backward.written) == (2 * 4 * 6 * V, 4 * N * V)
+    linear = found["linear_divergence forward"]
+    assert linear.read == 2 * 4 * (V * D + 6 * D) and linear.flops == 2 * 2 * 6 * D * V
+    again = found["linear_divergence backward", "linear_divergence forward"]
+    assert again.flops == 4 * 2 * 6 * D * V and again.calls == 1
 
 
 def test_parts_add_up(head):
@@ -158,6 +183,12 @@ def test_it_ends_where_the_step_raises():
     assert not ranges.watchers and not ranges.wanted()
     with pytest.raises(RuntimeError, match="^profile: read inside its with, accepted: after it has ended"):
         p.table()
+
+
+def test_every_op_has_a_model_of_its_work():
+    modules = (kernel_ops, divergence_ops, linear_ops, linear_divergence_ops)
+    ops = {tuple(op.partition("_backward")[:2]) for module in modules for op in module.SCHEMAS}
+    assert {(op, "backward" if way else "forward") for op, way in ops} <= FORMULAS.keys()
 
 
 def test_table_json_and_trace(head, tmp_path):
@@ -255,7 +286,7 @@ def test_what_a_gpu_did():
     assert inner.device == pytest.approx(25e-6) and inner.kernels["logprobs_kernel"] == [1, pytest.approx(20e-6)]
     assert after.device == pytest.approx(4e-6) and after.launches == 1
     assert [span.name for span in found.kernel_spans] == ["gemm", "logprobs_kernel", "mul"]
-    made = lines.lines_of(found, {inner.name: Work(1000, 0, 372)}, "cuda")
+    made = lines.lines_of(found, {inner.path: Work(1000, 0, 372)}, "cuda")
     token = next(line for line in made if line.what == "token_logprobs forward")
     assert token.limit == "exp" and token.share == pytest.approx(372 / 1e9 / 25e-6)
     assert token.rate(token.bytes) == pytest.approx(1000 / 25e-6)

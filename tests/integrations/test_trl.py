@@ -185,3 +185,14 @@ def test_clips_by_position_are_those_of_the_batch():
     expected = clipped.view(2, 4, 2).sum((0, 2)) / mask.view(2, 4, 2).sum((0, 2))
     assert clipped.any()
     torch.testing.assert_close(clip_by_position(trainer, batch, tokenrl.objective("ppo")), expected.double())
+
+
+@pytest.mark.parametrize("head,leaf", [("one-pass", "hidden"), ("hidden", "logp")])
+def test_a_training_step_is_recorded(head, leaf, tmp_path):
+    """And its loss comes back."""
+    with tokenrl.record(tmp_path / "batch") as recording:
+        found = trained(Ours, steps=1, beta=0.1, tokenrl=TokenRLConfig(head=head, parity="never"))
+    batch = tokenrl.load_batch(tmp_path / "batch")
+    assert batch.leaf == leaf and recording.left_out == 0 and batch.objective.name == "ppo"
+    logged = found.state.log_history[0]["loss"]
+    assert batch.loss()[0].item() == pytest.approx(logged, rel=1e-4, abs=1e-6)

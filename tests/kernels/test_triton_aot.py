@@ -21,8 +21,8 @@ BUILD = ROOT / "build" / "triton"
 ARCHS = (80, 90, 100)
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
-    "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel", "divergence_merge_kernel",
-    "divergence_backward_kernel",
+    "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
+    "divergence_merge_kernel", "divergence_backward_kernel",
 }  # fmt: skip
 
 

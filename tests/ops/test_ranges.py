@@ -13,6 +13,7 @@ import tokenrl
 from tokenrl.ops import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, ranges
 
 KERNELS = kernel_backends()
+MODULES = (kernel_ops, divergence_ops, linear_ops, linear_divergence_ops)
 G = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, 11, (2, 3), generator=G)
 OLD, ADVANTAGES = torch.randn(2, 3, generator=G) - 2, torch.tensor([1.0, -1.0])
@@ -31,10 +32,10 @@ def steps(backend, device="cpu"):
         tokenrl.policy_loss("ctpo", tokenrl.token_logprobs(logits, ids, **on).logp, old, advantages, **on)[0],
         tokenrl.linear_policy_loss("grpo", hidden, weight, ids, old, advantages, **on)[0],
         tokenrl.linear_token_logprobs(hidden, weight, ids, **on).logp.sum(),
-        tokenrl.token_divergence(logits, logits.detach().flip(0), "jsd", **on).sum(),
-        tokenrl.linear_token_divergence(hidden, weight, hidden.detach().flip(0), weight.detach(), **on).sum(),
         tokenrl.prefix_ratio(logp, old, flow="through", **on).sum(),
         tokenrl.position_adaptive_clip(logp - old, eps_low=0.1, eps_high=0.2, power=0.5, **on).sum(),
+        tokenrl.token_divergence(logits, logits.detach() + 1, **on).sum(),
+        tokenrl.linear_token_divergence(hidden, weight, hidden.detach(), 2 * weight.detach(), **on).sum(),
     ]
     return torch.autograd.grad(losses, (logits, hidden, weight, logp))
 
@@ -58,8 +59,7 @@ def test_every_op_has_its_ranges(backend):
         for way in ("forward", "backward")
     }  # fmt: skip
     assert found >= expected | {f"tokenrl::aggregation_weights forward [6] fp64 {backend}"}
-    schemas = (part.SCHEMAS for part in (kernel_ops, linear_ops, divergence_ops, linear_divergence_ops))
-    ops = {op.partition("_backward")[0] for part in schemas for op in part}
+    ops = {op.partition("_backward")[0] for module in MODULES for op in module.SCHEMAS}
     assert {name.split()[0].removeprefix("tokenrl::") for name in found} == ops
 
 

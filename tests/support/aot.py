@@ -141,6 +141,15 @@ def parts():
         )
 
 
+def gates():
+    """The gate alone, of most parameters and of none."""
+    from tokenrl.triton_kernels.gate_values import gate_values
+
+    for gate, numbers in (("hapo", [0.2, 0.2, 10.0, 0.5, 1.0, 1.0]), ("ratio", [])):
+        for dtype in (torch.float32, torch.float64):
+            yield f"{gate} {dtype}", gate_values, (gate, *[torch.zeros(4096, dtype=dtype)] * 5, numbers)
+
+
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")
 
 
@@ -216,10 +225,10 @@ def main(arch: int, which: str) -> None:
 
     found = []
     compile_only(arch, found)
-    everything = (objectives, parts, logprobs, divergences)
+    everything = (objectives, parts, gates, logprobs, divergences)
     cases = canary() if which == "canary" else (case for make in everything for case in make())
     for label, op, args in cases:
-        triton_kernels.OPS[op](*args)
+        (op if callable(op) else triton_kernels.OPS[op])(*args)
         for name, kernel, seconds in found:
             row = {
                 "arch": arch,

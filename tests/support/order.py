@@ -41,6 +41,7 @@ CHECK = {
     "compat/test_compat.py": ("named|chunk_size|without_gradient", "the drop-ins without their originals"),
     "instruments/test_parity.py": ("", "the tolerance rule rejects wrong gradients"),
     "instruments/test_doctor.py": ("remedy|nothing", "what is missing has its remedy"),
+    "instruments/test_profiler.py": ("counts|gpu|apart", "what a profile counts, what it reads of a GPU"),
     "instruments/test_cli.py": ("objective|unknown", "the command line"),
     "demo/test_demo.py": ("solutions|hand_cases|apart", "its task; the run takes half a minute"),
     "docs/test_docs.py": ("", "the README"),

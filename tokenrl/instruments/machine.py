@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .machine_limits import limits
+from .progress import tracked
 from .remedies import build_info, installed
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -33,7 +34,7 @@ def bf16_instructions() -> str:
 @cache
 def described_machine(device: str) -> dict[str, Any]:
     """What it is and, in bytes and exponentials per second, what it does at best."""
-    found = limits(device)
+    (found,) = (limits(device) for _ in tracked(["this machine's limits"]))
     own: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
     if device == "cpu":
         own = {"instruction_set": build_info().get("instruction_set", "none: not built"), "bf16": bf16_instructions()}

@@ -119,11 +119,17 @@ def limits(device: str, size: int = 1 << 29) -> Limits:
 PRODUCT_FLOPS = 1 << 37  # of a sample: tenths of a second on two cores
 
 
-@functools.cache
 def products(device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int) -> dict[str, float]:
     """Flops per second of the three matrix products of a head, "logits", "hidden" and "weight", by torch.mm; of fewer
     columns where all of them would take long."""
     columns = max(min(columns, PRODUCT_FLOPS // (2 * tokens * hidden)), 1)
+    return _products(device, dtype, tokens, hidden, columns, torch.get_num_threads())
+
+
+@functools.cache
+def _products(
+    device: str, dtype: torch.dtype, tokens: int, hidden: int, columns: int, threads: int
+) -> dict[str, float]:
     sizes = ((tokens, hidden), (columns, hidden), (tokens, columns))
     states, weight, logits = (torch.zeros(*size, dtype=dtype, device=device) for size in sizes)
     calls = {

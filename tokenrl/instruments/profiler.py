@@ -2,9 +2,10 @@
 
 import importlib
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
+from ..batch.checks import check_name
+from ..observed import observing
 from ..ops import ranges
 from ..ops.ranges import Range
 from .machine import described_machine
 from .machine_limits import Work, sync
 from .output import finite
-from .profiling import tables
-from .profiling.accounts import COUNTING, STEP, Step, step_of
+from .profiling import report, tables
+from .profiling.accounts import COUNTING, STEP, Step, other_memory, step_of
 from .profiling.lines import Line, lines_of
+from .profiling.observed_loss import ObservedLoss
+from .ratios import ByPosition
 from .work import Amount, Formula, work_of
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at its first use: it would report every start and stop
@@ -31,6 +36,7 @@ class Profile:
 
     def __init__(self, device: str):
         self.device = device
+        self.loss = ObservedLoss()
         self._pending: list[tuple[str, Formula, Amount]] = []
         self._profiled: torch_profile | None = None
 
@@ -40,12 +46,17 @@ class Profile:
             if (work := work_of(range)) is not None:
                 self._pending.append((range.name, *work))
 
-    def ended(self, profiled: torch_profile) -> None:
-        self._profiled = profiled
+    def observe(self, function: str, arguments: Mapping[str, Any], result: Any) -> None:
+        with record_function(COUNTING), torch.no_grad():
+            self.loss.observe(function, arguments, result)
+
+    def ended(self, profiled: torch_profile, memory: list[tuple[int, int]]) -> None:
+        """memory: of other_memory."""
+        self._profiled, self._memory = profiled, memory
 
     @cached_property
     def step(self) -> Step:
-        return step_of(self._ran, self.device == "cuda")
+        return step_of(self._ran, self.device == "cuda", self._memory)
 
     @property
     def _ran(self) -> torch_profile:
@@ -54,18 +65,28 @@ class Profile:
         return self._profiled
 
     @cached_property
-    def works(self) -> dict[str, Work]:
-        """Of all calls of a range, by its name."""
-        found: dict[str, Work] = defaultdict(lambda: Work(0, 0, 0))
+    def works(self) -> dict[tuple[str, ...], Work]:
+        """Of all calls of a range, by its path. Those of one name began in the order in which they were watched."""
+        found: dict[tuple[str, ...], Work] = defaultdict(lambda: Work(0, 0, 0))
+        watched: dict[str, deque[tuple[Formula, Amount]]] = defaultdict(deque)
         for name, formula, amount in self._pending:
-            one, more = found[name], formula(int(amount))
-            found[name] = Work(one.read + more.read, one.written + more.written, one.exponentials + more.exponentials)
+            watched[name].append((formula, amount))
+        for path in self.step.order:
+            if watched[path[-1]]:
+                formula, amount = watched[path[-1]].popleft()
+                one, more = found[path], formula(int(amount))
+                found[path] = Work(*(a + b for a, b in zip(astuple(one), astuple(more), strict=True)))
         return found
 
     @cached_property
     def lines(self) -> list[Line]:
         """The limits beside them are measured at the first call, which takes seconds on a CPU."""
         return lines_of(self.step, self.works, self.device)
+
+    @cached_property
+    def ratios(self) -> ByPosition | None:
+        """Ratios and clips of the step's first loss, by position; None, with a reason in loss.reason, without one."""
+        return self.loss.ratios()
 
     @cached_property
     def machine(self) -> dict[str, Any]:
@@ -100,34 +121,43 @@ class Profile:
         """Writes a Chrome trace, for Perfetto or chrome://tracing, with the range of each op."""
         self._ran.export_chrome_trace(str(path))
 
+    def html(self, path: str | Path, title: str = "tokenrl profile", before: Sequence[report.Section] = ()) -> None:
+        """Writes one page that needs nothing else: the table, the roofline, a timeline, memory, ratios and clips by
+        position, the machine. Needs matplotlib. before: sections that come first."""
+        Path(path).write_text(report.page(self, title, before), encoding="utf-8")
+
 
 @contextmanager
-def profile() -> Iterator[Profile]:
+def profile(device: str | None = None) -> Iterator[Profile]:
     """Profiles the training step inside.
 
         with tokenrl.profile() as p:
             training_step()
         print(p.table())
         p.trace("step.json")
+        p.html("report.html")
 
     Each op of tokenrl, forward and backward, has a line: calls, launches (kernels on a GPU, operations on a CPU), time
     of the host and of the device, bytes, flops and exponentials by a model, the rates that these come to beside what
     this machine does at best (measured when a table is asked for), peak memory and how often the host waits. Ops inside
     of ops, and the matrix products between them, are listed below theirs; all else is one line. Run the step once
     before: a first call compiles and warms up. Profiling itself costs the host microseconds per operation of torch.
+    device: where the step works, "cpu" or "cuda"; None: on the GPU where there is one.
 
     The reference's backward is autograd's own, and lies in the last line; so does what torch.compile has fused. Nothing
     else that uses torch.profiler may be at work.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_name("device", device, ("cpu", "cuda"))
     found = Profile(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with torch_profile(activities=activities, record_shapes=True, profile_memory=True, with_flops=True) as profiled:
+    ours = torch_profile(activities=activities, record_shapes=True, profile_memory=True, with_flops=True)
+    with other_memory() as memory, ours as profiled:
         ranges.watchers.append(found.watch)
         try:
-            with record_function(STEP):
+            with observing(found.observe), record_function(STEP):
                 yield found
             sync(device)  # what is still at work belongs to the step
         finally:
             ranges.watchers.remove(found.watch)
-    found.ended(profiled)
+    found.ended(profiled, memory)

@@ -26,14 +26,14 @@ HEADS = ("token_logprobs", "linear_token_logprobs")
 LOSSES = ("policy_loss", "linear_policy_loss")
 
 
-def bytes_of(limit: int | float | str) -> int:
+def bytes_of(limit: int | float | str, name: str = "limit") -> int:
     """A number of bytes, or words as "512 MB"."""
     if not isinstance(limit, str):
-        check_number("limit", limit, above=0, accepted="a positive number of bytes, or as '512 MB'")
+        check_number(name, limit, above=0, accepted="a positive number of bytes, or as '512 MB'")
         return int(limit)
     found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)\s*", limit)
     if not found or found[2].upper() not in UNITS:
-        raise wrong("limit", repr(limit), "a number of bytes, or as '512 MB', '2 GiB'")
+        raise wrong(name, repr(limit), "a number of bytes, or as '512 MB', '2 GiB'")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

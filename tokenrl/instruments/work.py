@@ -4,13 +4,13 @@ it are counted by their own shapes.
 Of n rows or tokens that take part out of N, V columns and numbers of s bytes:
 
     token_logprobs      reads n V s; n V exponentials. Backward: reads n V s, writes N V s, n V exponentials again
-    divergence          reads 2 n V s; 2 n V exponentials. Backward: reads 2 n V s, writes N V s, 2 n V exponentials
     objective           reads a log-prob and an old one, a mask; writes a coefficient; an exponential each. Backward:
                         a multiplication
     linear ops          read hidden states and weight, write what they return; their logits are never written
+    divergence          reads two heads' logits; an exponential each. Backward: the same, and writes one's gradient
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -38,13 +38,13 @@ def gradient_of_logits(cells: int, size: int, written: int | None = None) -> Wor
 
 
 def divergence_of_logits(cells: int, size: int) -> Work:
-    """Of so many pairs of logits that are read."""
-    return Work(2 * cells * size, 0, 2 * cells)
+    """Of so many pairs of logits that are read, each of `size` bytes."""
+    return Work(cells * size, 0, 2 * cells)
 
 
-def gradient_of_divergence(cells: int, size: int, written: int | None = None) -> Work:
-    """Of one head's logits."""
-    return Work(2 * cells * size, (cells if written is None else written) * size, 2 * cells)
+def gradient_of_divergence(cells: int, size: int, written: int) -> Work:
+    """written: bytes of one head's gradient."""
+    return Work(cells * size, written, 2 * cells)
 
 
 def objective_of_tokens(tokens: int, size: int, masked: bool) -> Work:
@@ -93,35 +93,6 @@ def _logprobs_backward(range: Range) -> tuple[Formula, Amount]:
     )
 
 
-def _divergence(range: Range) -> tuple[Formula, Amount]:
-    columns = range.shape[1]
-    return lambda rows: divergence_of_logits(rows * columns, _size(range)), _rows_in(range, range.inputs[2:])
-
-
-def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
-    (rows, columns), size = range.shape, _size(range)
-    _, _, _, _, _, *given = range.inputs
-    return lambda n: gradient_of_divergence(n * columns, size, rows * columns), _rows_in(range, given)
-
-
-def _rows_in(range: Range, given: Sequence[Any]) -> Amount:
-    rows = DivergenceInputs(*given).rows
-    return range.shape[0] if rows is None else rows.sum()
-
-
-def _linear_divergence(range: Range) -> tuple[Formula, Amount]:
-    """Of each logit of both heads an exponential for its statistics, one for the divergence, one for its gradient."""
-    inputs = LinearDivergenceInputs(*range.inputs)
-    made = inputs.weights is not None and any(inputs.wanted)
-    read = _given(inputs.weight, inputs.bias, inputs.other_weight, inputs.other_bias)
-    per_token = sum(x.shape[1] * x.element_size() for x in (inputs.hidden, inputs.other_hidden))
-    passes, written = 2 * (2 + made), _wanted_bytes(range) if made else 0
-    return (
-        lambda tokens: Work(read + tokens * per_token, written, passes * tokens * range.shape[2]),
-        active_rows(inputs.ids, 1),
-    )
-
-
 def _tokens(formula: Callable[[Range, int], Work]) -> Callable[[Range], tuple[Formula, Amount]]:
     """Of an op on all tokens of its shape."""
     return lambda range: (lambda tokens: formula(range, tokens), range.shape[0])
@@ -152,6 +123,34 @@ def _wanted_bytes(range: Range) -> int:
     return _given(*(x for x, want in pairs if want))
 
 
+def _rows_of_pair(range: Range, inputs: tuple[Any, ...]) -> Amount:
+    """How many rows of two heads' logits take part. inputs: those after the logits."""
+    rows = inputs[0] if range.backend == "reference" else DivergenceInputs(*inputs).rows
+    return range.shape[0] if rows is None else rows.sum()
+
+
+def _divergence(range: Range) -> tuple[Formula, Amount]:
+    columns, size = range.shape[1], _size(range) + range.inputs[1].element_size()
+    return lambda rows: divergence_of_logits(rows * columns, size), _rows_of_pair(range, range.inputs[2:])
+
+
+def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
+    (rows, columns), size = range.shape, _size(range) + range.inputs[2].element_size()
+    written = rows * columns * _size(range)
+    return (
+        lambda active: gradient_of_divergence(active * columns, size, written),
+        _rows_of_pair(range, range.inputs[5:]),
+    )
+
+
+def _linear_divergence(range: Range) -> tuple[Formula, Amount]:
+    inputs = LinearDivergenceInputs(*range.inputs)
+    read = _given(inputs.weight, inputs.bias, inputs.other_weight, inputs.other_bias)
+    each = sum(x.shape[1] * x.element_size() for x in (inputs.hidden, inputs.other_hidden))
+    columns, out = inputs.weight.shape[0] + inputs.other_weight.shape[0], _wanted_bytes(range)
+    return lambda tokens: Work(read + tokens * each, out, 2 * tokens * columns), active_rows(inputs.ids, 1)
+
+
 def _times_upstream(range: Range, tokens: int) -> Work:
     size = _given(*range.inputs)
     return Work(size, size, 0)
@@ -169,8 +168,6 @@ def _log_ratios(range: Range, tokens: int) -> Work:
 FORMULAS: dict[tuple[str, str], Callable[[Range], tuple[Formula, Amount]]] = {
     ("token_logprobs", "forward"): _logprobs,
     ("token_logprobs", "backward"): _logprobs_backward,
-    ("divergence", "forward"): _divergence,
-    ("divergence", "backward"): _divergence_backward,
     ("objective", "forward"): _tokens(_objective),
     ("objective", "backward"): _tokens(lambda range, n: elementwise(n, _size(range), _size(range))),
     ("statistic", "forward"): _tokens(_log_ratios),
@@ -182,6 +179,8 @@ FORMULAS: dict[tuple[str, str], Callable[[Range], tuple[Formula, Amount]]] = {
     ("linear_token_logprobs", "backward"): _head(_wanted_bytes, 1),
     ("linear_policy_loss", "forward"): _head(_wanted_bytes, 2),
     ("linear_policy_loss", "backward"): _tokens(_times_upstream),
+    ("divergence", "forward"): _divergence,
+    ("divergence", "backward"): _divergence_backward,
     ("linear_divergence", "forward"): _linear_divergence,
     ("linear_divergence", "backward"): _tokens(_times_upstream),
 }  # fmt: skip

@@ -152,8 +152,8 @@ def register_triton(gate: type[Gate], function: Callable[..., Any]) -> None:
 
         function(s, x, logp, advantage, t, *parameters) -> value, d_s, d_logp, low, high, dual
 
-    of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. It is held
-    to the gate's value by tokenrl.parity or the tests' rule; nothing derives one from the other.
+    of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. `tokenrl
+    parity --gate` holds it to the gate's value and derivatives; nothing derives one from the other.
     """
     if TRITON_REASON:
         raise RuntimeError(f"gate {gate.name!r} gets no Triton kernel: {TRITON_REASON}")

@@ -72,7 +72,7 @@ def _backward(namespace: str) -> Callable[..., Any]:
             return None, None, None
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         given |= {"weights": grad_value.contiguous()}
-        op, inputs = getattr(torch.ops, namespace).linear_divergence, LinearDivergenceInputs(**given)
+        op, inputs = ranges.kernels(namespace).linear_divergence, LinearDivergenceInputs(**given)
         with ranges.around_backward(namespace, OP, inputs.hidden, inputs.weight):
             *_, of_hidden, of_weight, of_bias = op(*inputs)
         return tuple(g if want else None for g, want in zip((of_hidden, of_weight, of_bias), ctx.wanted, strict=True))

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .comparison import Comparison, Token
+from .gate_check import GateReport
 from .report import Report
 from .wording import mistake_words
 
@@ -37,6 +38,27 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"rounding decides the gradient of {report.undecided} tokens{more}", highlight=False)
 
 
+def print_gate(report: GateReport, console: Console) -> None:
+    """The checks of a gate, and the tokens where one fails."""
+    console.print(f"gate {report.gate}: {report.points:,} tokens, {report.at_kinks} at a kink", highlight=False)
+    table = _table(("",), ("error", "allowed"), ("",))
+    for error in report.errors:
+        table.add_row(escape(error.of), f"{error.error:.1e}", f"{error.allowed:.1e}", _verdict(error.held))
+    console.print(table, highlight=False)
+    failed = [error for error in report.errors if not error.held and error.at is not None]
+    if failed:
+        at = _table(("most at",), ("s", "x", "logp", "A", "t"))
+        for error in failed:
+            at.add_row(escape(error.of[:WIDEST]), *(f"{value:.4g}" for value in (error.at or {}).values()))
+        console.print(at, highlight=False)
+    if report.no_triton is not None:
+        console.print(f"its Triton function was not run: {report.no_triton}", highlight=False, markup=False)
+
+
+def _verdict(held: bool) -> str:
+    return "holds" if held else "[bold red]differs[/bold red]"
+
+
 def _table(texts: Sequence[str], numbers: Sequence[str], more: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in texts:
@@ -51,8 +73,7 @@ def _table(texts: Sequence[str], numbers: Sequence[str], more: Sequence[str] = (
 def _add(table: Table, comparison: Comparison) -> None:
     where = (escape(comparison.way[:WIDEST]), comparison.device, comparison.dtype)
     for error in comparison.errors:
-        verdict = "holds" if error.held else "[bold red]differs[/bold red]"
-        table.add_row(*where, error.of, f"{error.error:.1e}", f"{error.allowed:.1e}", verdict)
+        table.add_row(*where, error.of, f"{error.error:.1e}", f"{error.allowed:.1e}", _verdict(error.held))
         where = ("", "", "")
     for name in comparison.not_compared:
         table.add_row(*where, name, "-", "-", "tokens at a clip edge")

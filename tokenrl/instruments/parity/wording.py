@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .comparison import Error, Token
+from .gate_check import GateReport
 from .report import Report
 
 
@@ -43,17 +44,17 @@ def mistake_words(report: Report) -> list[str]:
     return ["its numbers are those of", *(f"  {name}" for name in report.mistakes)]
 
 
-def as_json(report: Report) -> str:
-    found = dataclasses.asdict(report) | {"held": report.held}
-    for shown, comparison in zip(found["comparisons"], report.comparisons, strict=True):
-        shown["held"] = comparison.held if comparison.reason is None else None
-    return json.dumps(_finite(found), indent=2)
+def as_json(report: Report | GateReport) -> str:
+    return json.dumps(_plain(report), indent=2)
 
 
-def _finite(x: Any) -> Any:
-    """JSON has no infinity."""
+def _plain(x: Any) -> Any:
+    """Dataclasses with what they say of themselves; JSON has no infinity."""
+    if dataclasses.is_dataclass(x):
+        known = {field.name: _plain(getattr(x, field.name)) for field in dataclasses.fields(x)}
+        return known | ({"held": x.held} if hasattr(x, "held") else {})
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
+        return [_plain(value) for value in x]
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

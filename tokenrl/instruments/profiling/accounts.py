@@ -1,15 +1,17 @@
 """From the events of torch.profiler to what each op cost: an account per range (tokenrl/ops/ranges.py), those of ops
 inside of ops in theirs."""
 
+import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.autograd import DeviceType
 
-from ...ops.ranges import PREFIX
+from ...ops.ranges import PREFIX, memory_watchers
 
 STEP, COUNTING = "tokenrl.profile: the step", "tokenrl.profile: counting rows"  # ranges of our own
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -86,12 +88,15 @@ class Memory:
 
 @dataclass
 class Step:
-    """Everything inside. wall: its seconds; busy: those in which the device worked. others: operations that are not
-    ours, with the seconds that they took themselves."""
+    """Everything inside. order: the paths of all calls, as they began. wall: its seconds; busy: those in which the
+    device worked. spans: of our ranges; other_spans: of the operations outside of them, kernel_spans: of the device.
+    others: the operations that are not ours, with the seconds that they took themselves."""
 
     total: Account
     accounts: dict[tuple[str, ...], Account]
+    order: list[tuple[str, ...]]
     spans: list[Span]
+    other_spans: list[Span]
     kernel_spans: list[Span]
     memory: Memory
     wall: float
@@ -112,8 +117,8 @@ class Step:
         return sorted(found, key=lambda account: account.begin)
 
 
-def step_of(profiled: Any, on_gpu: bool) -> Step:
-    """Of a torch.profiler.profile that has ended, and in which there was one range STEP."""
+def step_of(profiled: Any, on_gpu: bool, more_memory: Sequence[tuple[int, int]] = ()) -> Step:
+    """Of a torch.profiler.profile that has ended and had one range STEP. more_memory: of other_memory."""
     events = list(profiled.events())
     whole = next(event for event in events if event.name == STEP and event.device_type == DeviceType.CPU)
     reader = _Reader(whole.time_range.start, on_gpu)
@@ -122,13 +127,15 @@ def step_of(profiled: Any, on_gpu: bool) -> Step:
             reader.read(event, (), False)
     kernels = sorted(_kernels(events, whole.time_range.start), key=lambda span: span.begin)
     wall = max([whole.time_range.end - whole.time_range.start, *(1e6 * span.end for span in kernels)]) / 1e6
-    memory = _memory(profiled, whole.time_range, on_gpu)
+    memory = _memory(profiled, whole.time_range, on_gpu, () if on_gpu else more_memory)
     for account, begin, end in reader.windows:
         account.peak = max(account.peak, memory.most(begin, end))
     reader.total.peak = memory.most(0.0, wall)
     reader.total.host = wall
+    order = [account.path for account, *_ in sorted(reader.windows, key=lambda window: window[1])]
     return Step(
-        reader.total, reader.accounts, reader.spans, kernels, memory, wall, _covered(kernels), reader.others
+        reader.total, reader.accounts, order, reader.spans, reader.other_spans, kernels, memory, wall,
+        _covered(kernels), reader.others,
     )  # fmt: skip
 
 
@@ -141,6 +148,7 @@ class _Reader:
         self.accounts: dict[tuple[str, ...], Account] = {}
         self.windows: list[tuple[Account, float, float]] = []
         self.spans: list[Span] = []
+        self.other_spans: list[Span] = []
         self.others: Counter[str] = Counter()
 
     def read(self, event: Any, around: tuple[Account, ...], in_op: bool) -> None:
@@ -176,6 +184,8 @@ class _Reader:
             inner.products_host += _host(event)
             inner.products_device += event.device_time_total / 1e6
         if not around:
+            if event.cpu_parent is None or event.cpu_parent.name == STEP:
+                self.other_spans.append(self._span(event.name, event, 0))
             self.others[event.name] += (
                 event.self_device_time_total if self.on_gpu else event.self_cpu_time_total
             ) / 1e6
@@ -183,14 +193,18 @@ class _Reader:
 
     def _open(self, name: str, event: Any, around: tuple[Account, ...]) -> Account:
         path = (*(around[-1].path if around else ()), name)
-        begin, end = ((time - self.origin) / 1e6 for time in (event.time_range.start, event.time_range.end))
-        account = self.accounts.setdefault(path, Account(path, begin))
-        account.begin = min(account.begin, begin)
+        span = self._span(name, event, len(around))
+        account = self.accounts.setdefault(path, Account(path, span.begin))
+        account.begin = min(account.begin, span.begin)
         account.calls += 1
         account.host += _host(event)
-        self.windows.append((account, begin, end))
-        self.spans.append(Span(name, begin, end, len(around)))
+        self.windows.append((account, span.begin, span.end))
+        self.spans.append(span)
         return account
+
+    def _span(self, name: str, event: Any, depth: int) -> Span:
+        begin, end = ((time - self.origin) / 1e6 for time in (event.time_range.start, event.time_range.end))
+        return Span(name, begin, end, depth)
 
 
 def _host(event: Any) -> float:
@@ -230,18 +244,35 @@ def _covered(spans: list[Span]) -> float:
     return covered
 
 
-def _memory(profiled: Any, step: Any, on_gpu: bool) -> Memory:
-    results = profiled.profiler.kineto_results
-    kind, origin = DeviceType.CUDA if on_gpu else DeviceType.CPU, results.trace_start_ns() + 1000 * step.start
-    changes = sorted(
-        ((event.start_ns() - origin) / 1e9, event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]" and event.device_type() == kind
-    )
+@contextmanager
+def other_memory() -> Iterator[list[tuple[int, int]]]:
+    """Bytes that come or, negative, go inside on the CPU and are not torch's, with nanoseconds since the epoch."""
+    found: list[tuple[int, int]] = []
+
+    def told(nbytes: int) -> None:
+        found.append((time.time_ns(), nbytes))
+
+    memory_watchers.append(told)
+    try:
+        yield found
+    finally:
+        memory_watchers.remove(told)
+
+
+def torch_memory(profiled: Any, on_gpu: bool) -> list[tuple[int, int]]:
+    """The same of torch's, or of the GPU's, while it profiled."""
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = profiled.profiler.kineto_results.events()
+    return [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == kind]
+
+
+def _memory(profiled: Any, step: Any, on_gpu: bool, more: Sequence[tuple[int, int]]) -> Memory:
+    origin = profiled.profiler.kineto_results.trace_start_ns() + 1000 * step.start
     times, held, now = [], [], 0
-    for time, change in changes:
-        if 0 <= time <= (step.end - step.start) / 1e6:
+    for nanoseconds, change in sorted([*torch_memory(profiled, on_gpu), *more]):
+        at = (nanoseconds - origin) / 1e9
+        if 0 <= at <= (step.end - step.start) / 1e6:
             now += change
-            times.append(time)
+            times.append(at)
             held.append(now)
     return Memory(times, held)

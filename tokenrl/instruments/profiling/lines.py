@@ -63,13 +63,13 @@ class Line:
         return asdict(self) | more | {"share_of_limit": self.share, "kernels": kernels}
 
 
-def lines_of(step: Step, works: Mapping[str, Work], device: str) -> list[Line]:
-    """works: of all calls of a range, by its name."""
+def lines_of(step: Step, works: Mapping[tuple[str, ...], Work], device: str) -> list[Line]:
+    """works: of all calls of a range, by its path."""
     found = [part for account in step.ours for part in _parts(step, account, works)]
     return [*(_limited(line, device) for line in tracked(found, lambda line: line.what)), _else(step)]
 
 
-def _parts(step: Step, account: Account, works: Mapping[str, Work]) -> Iterator[Line]:
+def _parts(step: Step, account: Account, works: Mapping[tuple[str, ...], Work]) -> Iterator[Line]:
     inside = step.inside(account)
     flops = account.flops + sum(a.flops for a in inside)
     yield _line(account, 0, works, flops)
@@ -96,8 +96,8 @@ def _described(name: str) -> dict[str, Any]:
     return named | {"shape": shape, "dtype": found["dtype"] or ""}
 
 
-def _line(account: Account, level: int, works: Mapping[str, Work], flops: int) -> Line:
-    described, work = _described(account.name), works.get(account.name, Work(0, 0, 0))
+def _line(account: Account, level: int, works: Mapping[tuple[str, ...], Work], flops: int) -> Line:
+    described, work = _described(account.name), works.get(account.path, Work(0, 0, 0))
     return Line(
         level=level, calls=account.calls, launches=account.launches, host=account.host, device=account.device,
         read=work.read, written=work.written, exponentials=work.exponentials, flops=flops, peak=account.peak,

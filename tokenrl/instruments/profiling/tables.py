@@ -30,10 +30,11 @@ def text(parts: Iterable[RenderableType], width: int = WIDTH) -> str:
 
 
 def number(x: float | None) -> str:
-    """Of three digits, or as many as two decimals show."""
+    """Of three digits, or as many as three decimals show."""
     if x is None:
         return "-"
-    return "0" if x == 0 else f"{x:,.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
+    decimals = sum(abs(x) < bound for bound in (100, 10, 1))
+    return "0" if x == 0 else f"{x:,.{decimals}f}"
 
 
 def scaled(x: float | None, by: float) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import values_known
-from ..ranges import wanted
+from ..ranges import tell_of_memory
 
 # Rows of a product that stay in a CPU's cache until they are added up.
 CPU_ROWS = 4096
@@ -18,12 +18,12 @@ ALIGNMENT = 64  # bytes, of a cache line
 
 def empty(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[count] on the device of `like`. On a CPU from malloc and aligned here: glibc before 2.38 does not find a freed
-    block of torch's aligned_alloc again, and beside tensors of the same size the process grew by one per call. Where
-    somebody profiles from torch, which tells the profiler of it."""
-    if wanted() or not values_known(like):
+    block of torch's aligned_alloc again, and beside tensors of the same size the process grew by one per call."""
+    if not values_known(like):
         return like.new_empty(count, dtype=dtype)
     nbytes = count * dtype.itemsize
     memory = numpy.empty(nbytes + ALIGNMENT, numpy.uint8)
+    tell_of_memory(memory)
     begin = -memory.ctypes.data % ALIGNMENT
     found = torch.from_numpy(memory[begin : begin + nbytes]).view(dtype)
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

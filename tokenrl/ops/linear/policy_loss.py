@@ -48,16 +48,21 @@ def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
     return grad_weight.numel() * sum_dtype(dtype).itemsize
 
 
-def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: int) -> list[slice] | None:
-    """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
-    budget = inputs.memory_budget
+def rows_of_chunk(head: Head, count: int, budget: int, sum_bytes: int) -> int:
+    """The most tokens of a chunk of so many; 0 where too few fit."""
     # One chunk needs no sum: its logits may take that memory.
     if count <= fitting_whole_rows(head, budget + sum_bytes):
-        return list(split(count, count))
+        return count
     fit = fitting_whole_rows(head, budget)
-    if fit < min(count, FEWEST_TOKENS):
-        return None
-    if not inputs.looks_ahead:
+    return 0 if fit < min(count, FEWEST_TOKENS) else fit
+
+
+def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: int) -> list[slice] | None:
+    """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
+    fit = rows_of_chunk(head, count, inputs.memory_budget, sum_bytes)
+    if fit == 0:
+        return None if count else []
+    if fit >= count or not inputs.looks_ahead:
         return list(split(count, even(count, fit)))
     active = torch.cat([inputs.cu_seqlens.new_zeros(1), inputs.active.cumsum(0)])
     begin, last, chunks = 0, 0, []

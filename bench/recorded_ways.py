@@ -1,0 +1,194 @@
+"""Ways to compute the loss of a recorded batch: our backends, eager PyTorch, torch.compile, TRL and Liger."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenrl
+from tokenrl.instruments.parity.comparison import leaves_of
+from tokenrl.instruments.rollout_batch import OF_LOSS, TRANSFORM, RolloutBatch
+from tokenrl.objectives.policy import Objective
+
+from .competitors import why_not
+from .linear_competitors import trl_chunked
+
+LIGER_LOSSES = ("grpo", "bnpo", "dapo")
+LIGER_TENSORS = {
+    "hidden", "weight", "bias", "ids", "logp", "old_logp", "advantages", "mask", "rewards", "group_ids", "ref_logp",
+}  # fmt: skip
+Loss = Callable[..., Tensor]  # of the leaves: logits, hidden states with weight and bias, or log-probs
+
+
+@dataclass(frozen=True)
+class Way:
+    """make(batch, row) gives the loss as a function of the batch's leaves; None where there is a reason."""
+
+    name: str
+    make: Callable[[RolloutBatch, Objective], Loss] | None
+    reason: str | None = None
+    ours: bool = False
+
+
+def with_tensors(batch: RolloutBatch, leaves: Sequence[Tensor]) -> RolloutBatch:
+    return RolloutBatch(
+        {**batch.tensors, **dict(zip(leaves_of(batch), leaves, strict=True))}, batch.objective, batch.settings, {}
+    )
+
+
+def two_ops(backend: str, batch: RolloutBatch, row: Objective) -> Loss:
+    """The log-probs of the tokens that count, and the loss of them."""
+
+    def loss(*leaves: Tensor) -> Tensor:
+        given = with_tensors(batch, leaves)
+        how = batch.arguments(TRANSFORM) | {"row_mask": batch.tensors.get("mask"), "backend": backend}
+        logp = leaves[0]
+        if batch.leaf == "logits":
+            logp = tokenrl.token_logprobs(*leaves, batch.tensors["ids"], **how).logp
+        elif batch.leaf == "hidden":
+            hidden, weight, *bias = leaves
+            logp = tokenrl.linear_token_logprobs(hidden, weight, batch.tensors["ids"], bias=_only(bias), **how).logp
+        return given.loss(row, logp=logp, backend=backend)[0]
+
+    return loss
+
+
+def _only(found: Sequence[Tensor]) -> Tensor | None:
+    return found[0] if found else None
+
+
+def one_op(backend: str, batch: RolloutBatch, row: Objective) -> Loss:
+    """From hidden states at once."""
+    names = tuple(name for name in OF_LOSS if name not in ("old_logp", "advantages"))
+    given = batch.arguments(TRANSFORM + names)
+    ids, old, advantages = (batch.tensors.get(name) for name in ("ids", "old_logp", "advantages"))
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found, _ = tokenrl.linear_policy_loss(
+            row, hidden, weight, ids, old, advantages, bias=bias, backend=backend, **given
+        )
+        return found
+
+    return loss
+
+
+def of_logp(logp: Callable[..., Tensor], batch: RolloutBatch, row: Objective) -> Loss:
+    """A head of others, and the loss of its log-probs on the reference, which is plain torch."""
+    given: dict[str, Any] = {"old_logp": None, "advantages": None} | batch.arguments(OF_LOSS)
+    return lambda *leaves: tokenrl.policy_loss(row, logp(batch, *leaves), **given, backend="reference")[0]
+
+
+def eager_logp(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """As trainers write it: logits, an fp32 copy, log_softmax, gather."""
+    if batch.leaf == "logp":
+        return x
+    z = (x if weight is None else torch.nn.functional.linear(x, weight, bias)).float()
+    how = batch.arguments(TRANSFORM)
+    if how.get("logit_scale", 1.0) != 1:
+        z = z * how["logit_scale"]
+    if how.get("softcap"):
+        z = how["softcap"] * torch.tanh(z / how["softcap"])
+    temperature = how.get("temperature", 1.0)
+    if isinstance(temperature, Tensor):
+        z = z / temperature[..., None]
+    elif temperature != 1:
+        z = z / temperature
+    if "keep_mask" in how:
+        z = z.masked_fill(~how["keep_mask"], -math.inf)
+    ids = batch.tensors["ids"].clamp(min=0)
+    return torch.log_softmax(z, -1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+def trl_logp(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """By TRL's functions: of logits or, in chunks, of hidden states."""
+    ids, how = batch.tensors["ids"].clamp(min=0), batch.arguments(TRANSFORM)
+    if weight is not None:
+        logp, *_ = trl_chunked(x.reshape(-1, x.shape[-1]), weight, ids.flatten(), (), bias=bias, **how)
+        return logp.view(ids.shape)
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    rows = (x, ids) if ids.dim() == 2 else (x[None], ids[None])
+    return selective_log_softmax_and_entropy(*rows, **how)[0].view(ids.shape)
+
+
+def trl(batch: RolloutBatch) -> Way:
+    how, reason = batch.arguments(TRANSFORM), None
+    if batch.leaf == "logp":
+        reason = "its head starts from logits or hidden states; this batch has log-probs alone"
+    elif "keep_mask" in how or isinstance(how.get("temperature"), Tensor):
+        reason = "its head takes no keep_mask and one temperature"
+    elif batch.leaf == "logits" and how.keys() & {"softcap", "logit_scale"}:
+        reason = "its function of logits takes no softcap and no logit_scale"
+    elif batch.leaf == "logits":
+        reason = why_not("trl", "1.16.0", "trl.trainer.utils", "selective_log_softmax_and_entropy")
+    else:
+        reason = why_not("trl", "1.16.0", "trl.kernels", "ChunkedLogProbFunction")
+    return Way("TRL", None if reason else partial(of_logp, trl_logp), reason)
+
+
+def liger_loss(batch: RolloutBatch, row: Objective) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    given, gate = batch.tensors, row.gate
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, use_ref_model=False, loss_type=row.name, epsilon_low=gate.eps_low,
+        epsilon_high=gate.eps_high, temperature=batch.settings.get("temperature", 1.0),
+    )  # fmt: skip
+    mask = batch.layout.valid().view(given["ids"].shape) & (given["ids"] >= 0)
+    ids, old, advantages = given["ids"].clamp(min=0), given.get("old_logp"), given["advantages"]
+    return lambda hidden, weight, bias=None: loss(
+        hidden, weight, ids, mask.float(), advantages, bias=bias, old_per_token_logps=old
+    )[0]
+
+
+def liger(batch: RolloutBatch, row: Objective) -> Way:
+    known = {
+        "hidden",
+        "weight",
+        "bias",
+        "ids",
+        "logp",
+        "old_logp",
+        "advantages",
+        "mask",
+        "rewards",
+        "group_ids",
+        "ref_logp",
+    }
+    more = (batch.tensors.keys() - known) | (batch.settings.keys() - {"temperature", "advantages_per"})
+    if batch.leaf != "hidden" or batch.layout.width is None:
+        reason = "its loss starts from padded hidden states"
+    elif row.name not in LIGER_LOSSES or any(isinstance(bound, Tensor) for bound in row.gate.params()):
+        reason = f"its losses are {', '.join(LIGER_LOSSES)} with numbers as bounds, not this {row.name}"
+    elif more or batch.tensors["advantages"].dim() != 1:
+        reason = f"its loss takes one advantage a sequence, and no {', '.join(sorted(more)) or 'other'}"
+    else:
+        reason = why_not("liger-kernel", "0.8.5", "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    return Way("Liger", None if reason else liger_loss, reason)
+
+
+def compiled(batch: RolloutBatch, row: Objective) -> Loss:
+    torch._logging.set_logs(dynamo=logging.ERROR)  # breaks of its graph are no news here
+    return torch.compile(of_logp(eager_logp, batch, row), dynamic=False)
+
+
+def own_ways(batch: RolloutBatch, row: Objective, backends: Sequence[str]) -> list[Way]:
+    found = []
+    for name in backends:
+        if batch.leaf == "hidden" and "entropy" not in batch.tensors:
+            found.append(Way(f"{name}, linear_policy_loss", partial(one_op, name), ours=True))
+        head = {"hidden": ", linear_token_logprobs", "logits": ", token_logprobs"}.get(batch.leaf, "")
+        found.append(Way(f"{name}{head}", partial(two_ops, name), ours=True))
+    return found
+
+
+def ways(batch: RolloutBatch, row: Objective, backends: Sequence[str], compile: bool) -> list[Way]:
+    """Ours first, and what we would rather be measured with."""
+    found = [*own_ways(batch, row, backends), Way("eager", partial(of_logp, eager_logp))]
+    found.append(Way("compile", compiled if compile else None, None if compile else "--no-compile"))
+    return [*found, trl(batch), liger(batch, row)]

@@ -1,0 +1,1 @@
+"""What is in a recorded batch: `tokenrl inspect`."""
