@@ -77,7 +77,7 @@ def parsed_specs(device: str, small: bool, ops: list[str], shapes: list[str], dt
     specs = chosen_specs(device, small, ops, sizes, names)
     if not specs:
         there = dict.fromkeys(f"{spec.op} {spec.dtype}" for spec in default_specs(device, small))
-        every = f"token_logprobs, {' and '.join(LINEAR_OPS)} in any dtype, policy_loss in float32"
+        every = f"token_logprobs, token_divergence, {' and '.join(LINEAR_OPS)} in any dtype, policy_loss in float32"
         accepted = f"{', '.join(there)}; with --shape {every}, the linear ops of three numbers"
         raise bad("--op, --dtype, --shape", " ".join(ops + names + shapes), accepted)
     for text, size in zip(shapes, sizes, strict=True):

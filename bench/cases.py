@@ -4,13 +4,20 @@ import torch
 from torch import Tensor
 
 import tokenrl
-from tokenrl.instruments.work import elementwise, gradient_of_logits, objective_of_tokens, statistics_of_logits
+from tokenrl.instruments.work import (
+    divergence_of_logits,
+    elementwise,
+    gradient_of_divergence,
+    gradient_of_logits,
+    objective_of_tokens,
+    statistics_of_logits,
+)
 
 from . import linear_cases
 from .case import Case, Spec
-from .eager import eager_ctpo, eager_logprobs
+from .eager import EAGER_DIVERGENCES, eager_ctpo, eager_logprobs
 
-LOGIT_OPS = ("token_logprobs", "policy_loss")
+LOGIT_OPS = ("token_logprobs", "token_divergence", "policy_loss")
 LINEAR_OPS = ("linear_token_logprobs", "linear_policy_loss")
 OPS = LOGIT_OPS + LINEAR_OPS
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,21 +33,48 @@ def _ctpo(backend: str, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask
     return (tokenrl.policy_loss("ctpo", logp, old_logp, advantages, mask=mask, backend=backend)[0],)
 
 
+def _random_logits(spec: Spec, g: torch.Generator) -> Tensor:
+    """A few rows at a time: fp32 numbers of all of them would not fit."""
+    logits = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=g.device)
+    for part in logits.split(max(1, 2**26 // spec.shape[1])):
+        part.copy_(torch.randn(part.shape, device=g.device, generator=g).mul_(3))
+    return logits
+
+
+def _checked_rows(spec: Spec, device: str) -> Tensor | None:
+    rows, vocab = spec.shape
+    half = min(CHECKED_ROWS, max(2, 2**27 // (8 * vocab))) // 2
+    return None if rows <= 2 * half else torch.cat([torch.arange(half), torch.arange(rows - half, rows)]).to(device)
+
+
 def logprob_case(spec: Spec, device: str) -> Case:
     """Log-prob and entropy of each row; the backward recomputes the exponentials."""
     rows, vocab = spec.shape
     g = torch.Generator(device=device).manual_seed(0)
-    logits = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
-    for part in logits.split(max(1, 2**26 // vocab)):
-        part.copy_(torch.randn(part.shape, device=device, generator=g).mul_(3))
+    logits = _random_logits(spec, g)
     ids = torch.randint(0, vocab, (rows,), device=device, generator=g)
     cotangents = tuple(torch.randn(rows, device=device, generator=g) for _ in range(2))
-    half = min(CHECKED_ROWS, max(2, 2**27 // (8 * vocab))) // 2
-    ends = None if rows <= 2 * half else torch.cat([torch.arange(half), torch.arange(rows - half, rows)]).to(device)
     cells, size = logits.numel(), logits.element_size()
     return Case(
         spec, (logits.requires_grad_(), ids), cotangents, _logprobs, eager_logprobs,
-        statistics_of_logits(cells, size), gradient_of_logits(cells, size), ends,
+        statistics_of_logits(cells, size), gradient_of_logits(cells, size), _checked_rows(spec, device),
+    )  # fmt: skip
+
+
+def divergence_case(spec: Spec, device: str) -> Case:
+    """Of each row from a frozen teacher's: both heads are read, one gets a gradient."""
+    g = torch.Generator(device=device).manual_seed(0)
+    logits, other = _random_logits(spec, g), _random_logits(spec, g)
+    cotangents = (torch.randn(spec.shape[0], device=device, generator=g),)
+    cells, size = logits.numel(), logits.element_size()
+
+    def run(backend: str, logits: Tensor, other_logits: Tensor) -> tuple[Tensor]:
+        return (tokenrl.token_divergence(logits, other_logits, spec.variant, backend=backend),)
+
+    return Case(
+        spec, (logits.requires_grad_(), other), cotangents, run, EAGER_DIVERGENCES[spec.variant],
+        divergence_of_logits(cells, 2 * size), gradient_of_divergence(cells, 2 * size, cells * size),
+        _checked_rows(spec, device),
     )  # fmt: skip
 
 
@@ -60,16 +94,18 @@ def policy_case(spec: Spec, device: str) -> Case:
     )  # fmt: skip
 
 
-def default_sizes(device: str, small: bool) -> tuple[list, list, list]:
-    """(shape, dtype) of the cases of token_logprobs, of policy_loss and of both linear ops."""
+def default_sizes(device: str, small: bool) -> tuple[list, list, list, list]:
+    """(shape, dtype) of the cases of token_logprobs, token_divergence, policy_loss and of both linear ops."""
     if small:
         logits = [((8, 1003), "bfloat16"), ((5, 1003), "float32"), ((100, 257), "bfloat16")]
+        pairs = logits[:2]
         policies, heads = [(4, 300)], [((24, 16, 1003), "bfloat16"), ((24, 16, 1003), "float32")]
     elif device == "cuda":
         logits = [
             ((8192, 151936), "bfloat16"), ((4096, 151936), "float32"), ((2048, 262144), "bfloat16"),
             ((65536 + 8, 4096), "bfloat16"), ((8192, 32000), "bfloat16"),
         ]  # fmt: skip
+        pairs = [((4096, 151936), "bfloat16"), ((2048, 151936), "float32"), ((8192, 32000), "bfloat16")]
         policies = [(64, 4096), (4096, 1024)]
         heads = [((8192, 4096, 151936), "bfloat16"), ((8192, 2048, 32000), "bfloat16")]
     else:
@@ -77,20 +113,21 @@ def default_sizes(device: str, small: bool) -> tuple[list, list, list]:
             ((2048, 151936), "bfloat16"), ((1024, 151936), "float32"), ((2048, 32000), "bfloat16"),
             ((2048, 32000), "float32"), ((1, 151936), "bfloat16"),
         ]  # fmt: skip
+        pairs = [((1024, 151936), "bfloat16"), ((1024, 32000), "bfloat16"), ((1, 151936), "bfloat16")]
         policies = [(64, 4096), (256, 1024)]
         heads = [((2048, 1024, 151936), "bfloat16"), ((1024, 1024, 32000), "float32")]
-    return logits, [(shape, "float32") for shape in policies], heads
+    return logits, pairs, [(shape, "float32") for shape in policies], heads
 
 
 def every_variant(specs: list[Spec]) -> list[Spec]:
-    named = {"linear_policy_loss": linear_cases.VARIANTS}
+    named = {"linear_policy_loss": linear_cases.VARIANTS, "token_divergence": tuple(EAGER_DIVERGENCES)}
     return [spec._replace(variant=variant) for spec in specs for variant in named.get(spec.op, ("",))]
 
 
 def default_specs(device: str, small: bool) -> list[Spec]:
     """Those that run when none are named. small: for a check, not for a measurement."""
-    logits, policies, heads = default_sizes(device, small)
-    sizes = {"token_logprobs": logits, "policy_loss": policies} | dict.fromkeys(LINEAR_OPS, heads)
+    *of_logits, heads = default_sizes(device, small)
+    sizes = dict(zip(LOGIT_OPS, of_logits, strict=True)) | dict.fromkeys(LINEAR_OPS, heads)
     return every_variant([Spec(op, *size) for op in OPS for size in sizes[op]])
 
 
@@ -114,4 +151,5 @@ def chosen_specs(device: str, small: bool, ops: list[str], shapes: list[tuple[in
 def make(spec: Spec, device: str) -> Case:
     if spec.op in LINEAR_OPS:
         return linear_cases.make(spec, DTYPES[spec.dtype], device)
-    return (logprob_case if spec.op == "token_logprobs" else policy_case)(spec, device)
+    cases = {"token_logprobs": logprob_case, "token_divergence": divergence_case, "policy_loss": policy_case}
+    return cases[spec.op](spec, device)

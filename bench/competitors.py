@@ -96,6 +96,8 @@ def competitors(case: Case, device: str, compile: bool) -> list[Competitor]:
     found = [Competitor("eager", case.eager), compiled(case, compile)]
     if case.op == "token_logprobs":
         return [*found, trl(), liger(device)]
+    if case.op == "token_divergence":
+        return found
     return [*found, Competitor("reference", functools.partial(case.run, "reference"))]
 
 

@@ -90,7 +90,7 @@ def speed_rows(lines: list[dict]) -> list[list[str]]:
     """A row per case and backend, competitors included."""
     return [
         [
-            line["op"], str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
+            op_name(line), str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
             number(line["both_ms"]), megabytes(line["both_bytes"]), number(line["forward_gbps"]),
             number(line["both_gbps"]), percent(line, "forward"), percent(line, "both"),
             megabytes(line["forward_peak_bytes"]), megabytes(line["both_peak_bytes"]),

@@ -121,13 +121,11 @@ __global__ void __launch_bounds__(kThreads)
   value[index] = sums.value, by_p[index] = sums.by_p, by_r[index] = sums.by_r;
 }
 
+// What of the pack is the share's.
 template <class Logit>
-__device__ __forceinline__ void store_pack(Logit* out, int64_t v, const Share& share, const Pack<Logit>& pack) {
+__device__ __forceinline__ void store_of(Logit* out, int64_t v, const Share& share, const Pack<Logit>& pack) {
   constexpr int kPack = Pack<Logit>::size;
-  if (share.has(v) && share.has(v + kPack - 1)) {
-    *reinterpret_cast<Pack<Logit>*>(out + v) = pack;
-    return;
-  }
+  if (share.has(v) && share.has(v + kPack - 1)) return store_pack(out + v, pack);
 #pragma unroll
   for (int k = 0; k < kPack; ++k)
     if (share.has(v + k)) out[v + k] = pack.of[k];
@@ -172,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Logit>)
           },
           kEvery);
     }
-    store_pack(out, v, share, dx);
+    store_of(out, v, share, dx);
   }
 }
 

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 ? 1 : kBlocksAtOn
         [&](Pack<Logit> pack, int64_t first) {
 #pragma unroll
           for (int k = 0; k < kPack; ++k) pack.of[k] = at(pack.of[k], first + k);
-          *reinterpret_cast<Pack<Logit>*>(out + first) = pack;
+          store_pack(out + first, pack);
         },
         single);
   } else {

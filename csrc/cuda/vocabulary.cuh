@@ -107,6 +107,21 @@ __device__ __forceinline__ Pack<Logit> load_pack(const Logit* at) {
   return pack;
 }
 
+// 16 bytes at once, of which the compiler might else store some one by one.
+template <class Logit>
+__device__ __forceinline__ void store_pack(Logit* at, const Pack<Logit>& pack) {
+#ifdef __CUDA_ARCH__
+  uint32_t word[4];
+  std::memcpy(word, &pack, sizeof pack);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(at)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+#else
+  *reinterpret_cast<Pack<Logit>*>(at) = pack;
+#endif
+}
+
 // visit(pack, its first index) for what this thread sees of logits [begin, end) in whole packs from begin on, several
 // on their way at once; single(v) for the logits behind them. Who sees what depends on no address: the sums of a row
 // have the same bits in whatever place it lies.

@@ -31,7 +31,7 @@ def bench(monkeypatch):
 def test_check_only_passes(bench):
     result = bench("--check-only")
     assert result.exit_code == 0, result.output
-    assert "10 checks: every value and gradient is within the tolerance rule" in result.output
+    assert "14 checks: every value and gradient is within the tolerance rule" in result.output
 
 
 @pytest.mark.parametrize("shape", ["24x16x1003", "160x16x211"])

@@ -99,23 +99,39 @@ def steady_loops(kernel: str) -> list[list[str]]:
     return [[text for at, text in code if first <= at <= last] for first, last in inner]
 
 
+def sass(source: str) -> dict[str, str]:
+    """What the kernels of a source compile to, by their mangled names."""
+    cuobjdump = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
+    made = compiled(ROOT / "csrc" / "cuda" / f"{source}.cu")
+    text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", made], capture_output=True, text=True).stdout
+    return {kernel.split("\n", 1)[0]: kernel for kernel in text.split("Function : ")[1:]}
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not here: what the CUDA kernels compile to is not checked")
 @pytest.mark.parametrize("source, per_logit", [("token_logprobs", 1), ("token_logprobs_backward", 1)])
 def test_log_probs_read_16_bytes_and_take_one_exponential_per_logit(source, per_logit):
     """In the steady loop over bf16 and fp32 logits; the maximum that moves costs one more per load, where it does."""
-    cuobjdump = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
-    made = compiled(ROOT / "csrc" / "cuda" / f"{source}.cu")
-    text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", made], capture_output=True, text=True).stdout
     found = {}
-    for kernel in text.split("Function : ")[1:]:
-        name = kernel.split("\n", 1)[0]
+    for name, kernel in sass(source).items():
         for logit, size in (("BFloat16", 8), ("IffN", 4)):
             if logit in name and ("SoftmaxOnly" in name or "OneId" in name) and "merge" not in name:
                 found[logit] = (steady_loops(kernel), size)
-    assert set(found) == {"BFloat16", "IffN"}, text[:2000]
+    assert set(found) == {"BFloat16", "IffN"}
     for loops, size in found.values():
         assert loops, f"no loop with 16-byte loads in {source}"
         for loop in loops:
             loads = sum("LDG.E.128" in text for text in loop)
             exponentials = sum("MUFU.EX2" in text for text in loop)
             assert exponentials <= loads * (per_logit * size + 1), (loads, exponentials)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not here: what the CUDA kernels compile to is not checked")
+@pytest.mark.parametrize("source, heads", [("token_logprobs_backward", 1), ("divergence", 2)])
+def test_16_bit_logits_are_read_and_their_gradients_written_16_bytes_at_a_time(source, heads):
+    """Each head's; beside whole packs only single gradients are written."""
+    found = {name: text for name, text in sass(source).items() if "BFloat16" in name or "Half" in name}
+    assert found
+    for name, text in found.items():
+        assert text.count("LDG.E.128") >= heads, name
+        written = set(re.findall(r"STG\.\S+", text))
+        assert "backward" not in name or written == {"STG.E.128", "STG.E.U16"}, (name, written)

@@ -187,7 +187,7 @@ ERRORS = {
     ),
     "dtype": ({"other_logits": X.half()}, r"other_logits: got torch.float16 \[2, 5\]"),
     "mask": ({"row_mask": torch.ones(3, dtype=torch.bool)}, "row_mask: got torch.bool"),
-    "softcap": ({"other_softcap": -1.0}, "softcap: got -1.0"),
+    "softcap": ({"other_softcap": -1.0}, "other_softcap: got -1.0"),
 }
 
 

@@ -9,10 +9,10 @@ from cases import backends_to_test, batch, device_of, interpreted, kernel_backen
 
 import tokenrl
 from tokenrl.logprobs.from_logits import OUTPUTS
-from tokenrl.ops import backends, kernel_ops, linear_ops
+from tokenrl.ops import backends, divergence_ops, kernel_ops, linear_divergence_ops, linear_ops
 
 KERNELS = kernel_backends()
-SCHEMAS = kernel_ops.SCHEMAS | linear_ops.SCHEMAS
+SCHEMAS = kernel_ops.SCHEMAS | linear_ops.SCHEMAS | divergence_ops.SCHEMAS | linear_divergence_ops.SCHEMAS
 
 
 def size(backend) -> tuple[int, int]:

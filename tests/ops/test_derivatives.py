@@ -25,7 +25,26 @@ def from_hidden(hidden):
     return tokenrl.linear_policy_loss("gspo", hidden, weight, IDS, torch.full((2, 3), -1.7), torch.ones(2))[0]
 
 
-CASES = {policy: (2, 3), logprobs: (2, 3, 5), from_hidden: (2, 3, 4)}
+def divergence(logits):
+    other = torch.linspace(-1, 1, 30).view(2, 3, 5)
+    to, fro = (tokenrl.token_divergence(*pair, "jsd") for pair in ((logits, other), (other.flip(0), logits)))
+    return (to - 0.3 * fro).sum()
+
+
+def divergence_from_hidden(hidden):
+    weight, other = torch.linspace(-1, 1, 20).view(5, 4), torch.linspace(-2, 3, 24).view(2, 3, 4)
+    return tokenrl.linear_token_divergence(hidden, weight, other, weight.flip(0), "reverse_kl").square().sum()
+
+
+def distilled(hidden):
+    weight, other = torch.linspace(-1, 1, 20).view(5, 4), torch.linspace(-2, 3, 24).view(2, 3, 4)
+    return tokenrl.linear_distillation_loss("gkd", hidden, weight, other, weight.flip(0))[0]
+
+
+CASES = {
+    policy: (2, 3), logprobs: (2, 3, 5), from_hidden: (2, 3, 4), divergence: (2, 3, 5),
+    divergence_from_hidden: (2, 3, 4), distilled: (2, 3, 4),
+}  # fmt: skip
 
 
 def gradient(function, x):

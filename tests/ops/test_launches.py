@@ -73,6 +73,20 @@ def test_policy_loss_and_its_backward(options, own, backend, launches):
 
 
 @pytest.mark.parametrize("backend", COUNTED)
+@pytest.mark.parametrize("both, own", [(False, 4), (True, 5)])
+def test_a_divergence_and_its_backward(both, own, backend, launches):
+    """The statistics of both heads, the divergence, and a gradient for each head that wants one; ids and rows."""
+    pair = [torch.randn(3, 5, 7).requires_grad_(trained) for trained in (True, both)]
+    rows, upstream = torch.rand(3, 5) > 0.2, torch.randn(3, 5)
+
+    def call():
+        value = tokenrl.token_divergence(*pair, "jsd", row_mask=rows, backend=backend)
+        torch.autograd.grad(value, pair[: 1 + both], upstream)
+
+    assert launches(call, backend) == (own, ["new_zeros", "bitwise_not", "masked_fill"])
+
+
+@pytest.mark.parametrize("backend", COUNTED)
 def test_a_zeroing_would_be_counted(backend, launches):
     assert launches(lambda: torch.zeros(3), backend) == (0, ["zeros"])
     assert launches(lambda: torch.empty(3), backend) == (0, [])

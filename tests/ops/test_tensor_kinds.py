@@ -22,6 +22,7 @@ def constants():
         "group_ids": torch.zeros(2, dtype=torch.int64),
         "keep_mask": torch.arange(VOCAB) < 10,
         "temperature": torch.full(ROWS, 0.7),
+        "other_hidden": torch.randn(*ROWS, 4, generator=g),
     }
 
 
@@ -50,13 +51,27 @@ def linear_policy(x, c, backend):
     )[0]
 
 
+def divergence(x, c, backend):
+    some = {name: c[name] for name in ("keep_mask", "temperature")}
+    other = torch.linspace(-1, 1, x.numel()).view(x.shape)
+    return tokenrl.token_divergence(x, other, "jsd", row_mask=c["mask"], backend=backend, **some).sum()
+
+
+def distilled(x, c, backend):
+    weight = torch.linspace(-1, 1, 4 * VOCAB).view(VOCAB, 4)
+    some = {name: c[name] for name in ("keep_mask", "temperature", "mask")}
+    heads = (x, weight, c["other_hidden"], weight.flip(0))
+    return tokenrl.linear_distillation_loss("gkd", *heads, backend=backend, **some)[0]
+
+
 def prefix(x, c, backend):
     return tokenrl.prefix_ratio(x, c["old_logp"], mask=c["mask"], flow="through", backend=backend).square().sum()
 
 
 CALLS = {
     "logprobs": (logprobs, (*ROWS, VOCAB)), "from_hidden": (from_hidden, (*ROWS, 4)),
-    "linear_policy": (linear_policy, (*ROWS, 4)), "prefix": (prefix, ROWS),
+    "linear_policy": (linear_policy, (*ROWS, 4)), "prefix": (prefix, ROWS), "divergence": (divergence, (*ROWS, VOCAB)),
+    "distilled": (distilled, (*ROWS, 4)),
     **{name: (policy(name), ROWS) for name in ("grpo", "gmpo", "real", "cppo", "clip_cov", "fiberpo", "kl_k3")},
 }  # fmt: skip
 
@@ -84,6 +99,15 @@ def test_a_weight_made_in_inference_mode_is_refused_by_name():
         tokenrl.linear_token_logprobs(torch.ones(*ROWS, 4), weight, constants()["ids"])
 
 
+def test_a_teachers_logits_made_in_inference_mode_are_refused_by_name_where_they_would_be_saved():
+    with torch.inference_mode():
+        other = torch.ones(*ROWS, VOCAB)
+    logits = torch.zeros(*ROWS, VOCAB)
+    assert not tokenrl.token_divergence(logits, other).any()
+    with pytest.raises(ValueError, match=r"other_logits: got a tensor made in inference mode, .*torch.no_grad"):
+        tokenrl.token_divergence(logits.requires_grad_(), other)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
@@ -95,7 +119,7 @@ def mesh():
 @pytest.mark.parametrize("name", ["hidden", "weight", "ids", "old_logp", "mask", "advantages", "keep_mask"])
 def test_a_sharded_tensor_is_refused_by_name(name, placement, mesh):
     given = constants() | {"hidden": torch.ones(*ROWS, 4), "weight": torch.ones(VOCAB, 4)}
-    del given["temperature"]
+    del given["temperature"], given["other_hidden"]
     given[name] = distribute_tensor(given[name], mesh, [placement])
     with pytest.raises(ValueError, match=rf"{name}: got a DTensor, .*{name}.full_tensor\(\)"):
         tokenrl.linear_policy_loss("grpo", **given)
@@ -110,7 +134,18 @@ def test_sharded_logits_are_refused_by_name(name, mesh):
         tokenrl.token_logprobs(**given)
 
 
-@pytest.mark.parametrize("name", ["logprobs", "from_hidden", "linear_policy", "grpo"])
+@pytest.mark.parametrize("name", ["logits", "other_logits", "temperature", "other_keep_mask", "row_mask"])
+def test_sharded_heads_of_a_divergence_are_refused_by_name(name, mesh):
+    given = {
+        "logits": torch.ones(*ROWS, VOCAB), "other_logits": torch.ones(*ROWS, VOCAB), "temperature": torch.ones(ROWS),
+        "other_keep_mask": torch.ones(VOCAB, dtype=torch.bool), "row_mask": torch.ones(ROWS, dtype=torch.bool),
+    }  # fmt: skip
+    given[name] = distribute_tensor(given[name], mesh, [Replicate()])
+    with pytest.raises(ValueError, match=rf"{name}: got a DTensor, .*{name}.full_tensor\(\)"):
+        tokenrl.token_divergence(**given)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "from_hidden", "linear_policy", "grpo", "divergence", "distilled"])
 def test_fake_tensors_are_followed(name):
     call, shape = CALLS[name]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

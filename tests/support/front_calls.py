@@ -49,6 +49,11 @@ OTB = {"logp": LOGP, "sum_pi_squared": X, "is_weights": X}
 BOUNDS = {"eps_low": 0.1, "eps_high": 0.2, "scope": "batch", "lowest": 0.0, "highest": 1.0}
 NODES = {"values": R, "parents": torch.tensor([-1, 0, 0])}
 TOPK = {"logp_topk": LOGITS.log_softmax(-1), "old_logp_topk": LOGITS.log_softmax(-1), "mask": MASK}
+OTHER_LOGITS, OTHER_HIDDEN, OTHER_WEIGHT = _draw(3, 5, 11), _draw(3, 5, 2), _draw(11, 2)
+OTHER = {f"other_{name}": value for name, value in VOCABULARY.items()} | VOCABULARY
+PAIR = {"logits": LOGITS, "other_logits": OTHER_LOGITS} | OTHER
+HEADS = {"other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT, "other_bias": _draw(11)} | OTHER | HEAD
+DISTILLED = TOKENS | {"token_weight": X, "aggregation": "token-mean", "normalizer": 2.0}
 HIDDEN_REWARD = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "correct": CORRECT, "group_ids": GROUPS, "mask": MASK}
 
 CALLS = [
@@ -56,6 +61,10 @@ CALLS = [
     (tokenrl.linear_policy_loss, {"objective": "ppo", "ids": IDS} | HEAD | LOSS),
     (tokenrl.token_logprobs, {"logits": LOGITS, "ids": IDS, "row_mask": MASK} | VOCABULARY),
     (tokenrl.linear_token_logprobs, {"ids": IDS, "row_mask": MASK} | HEAD),
+    (tokenrl.token_divergence, {"kind": "jsd", "row_mask": MASK} | PAIR),
+    (tokenrl.linear_token_divergence, {"kind": "jsd", "row_mask": MASK} | HEADS),
+    (tokenrl.distillation_loss, {"objective": "kd"} | PAIR | DISTILLED),
+    (tokenrl.linear_distillation_loss, {"objective": "kd"} | HEADS | DISTILLED),
     (tokenrl.aggregation_weights, BALANCED), (tokenrl.group_aggregate, {"values": X} | BALANCED),
     (tokenrl.token_metrics, {"objective": "ctpo", "logp": LOGP, "old_logp": OLD, "advantages": R} | TOKENS),
     (tokenrl.prefix_ratio, {"logp": LOGP, "old_logp": OLD} | TOKENS),

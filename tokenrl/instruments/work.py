@@ -37,6 +37,16 @@ def gradient_of_logits(cells: int, size: int, written: int | None = None) -> Wor
     return Work(cells * size, (cells if written is None else written) * size, cells)
 
 
+def divergence_of_logits(cells: int, size: int) -> Work:
+    """Of so many pairs of logits that are read, each of `size` bytes."""
+    return Work(cells * size, 0, 2 * cells)
+
+
+def gradient_of_divergence(cells: int, size: int, written: int) -> Work:
+    """written: bytes of one head's gradient."""
+    return Work(cells * size, written, 2 * cells)
+
+
 def objective_of_tokens(tokens: int, size: int, masked: bool) -> Work:
     return Work((2 * size + masked) * tokens, size * tokens, tokens)
 
@@ -120,15 +130,17 @@ def _rows_of_pair(range: Range, inputs: tuple[Any, ...]) -> Amount:
 
 
 def _divergence(range: Range) -> tuple[Formula, Amount]:
-    columns, other = range.shape[1], range.inputs[1]
-    size = columns * (_size(range) + other.element_size())
-    return lambda rows: Work(rows * size, 0, 2 * rows * columns), _rows_of_pair(range, range.inputs[2:])
+    columns, size = range.shape[1], _size(range) + range.inputs[1].element_size()
+    return lambda rows: divergence_of_logits(rows * columns, size), _rows_of_pair(range, range.inputs[2:])
 
 
 def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
-    (rows, columns), other = range.shape, range.inputs[2]
-    read, written = columns * (_size(range) + other.element_size()), rows * columns * _size(range)
-    return lambda active: Work(active * read, written, 2 * active * columns), _rows_of_pair(range, range.inputs[5:])
+    (rows, columns), size = range.shape, _size(range) + range.inputs[2].element_size()
+    written = rows * columns * _size(range)
+    return (
+        lambda active: gradient_of_divergence(active * columns, size, written),
+        _rows_of_pair(range, range.inputs[5:]),
+    )
 
 
 def _linear_divergence(range: Range) -> tuple[Formula, Amount]:

@@ -1,13 +1,14 @@
 """token_divergence: how far a model's distribution over the vocabulary is from another one's, per token."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_tensor
+from ..batch.checks import as_saved, check_tensor, made_in_inference_mode
 from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
@@ -20,6 +21,7 @@ from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
 from .from_logits import DTYPES, TokenStats, as_transform, check_row_mask, of_rows_read
 
+Checked = TypeVar("Checked")
 Kinds = str | Divergence | Sequence[str | Divergence]
 
 
@@ -67,10 +69,12 @@ def token_divergence(
     chosen = backends.choose(backend, logits.device)
     own = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
     other_temperature = temperature if other_temperature is None else other_temperature
-    other = as_transform(other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits)
+    other = _naming_other(
+        as_transform, other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits
+    )
     if row_mask is not None:
         check_row_mask(row_mask, logits)
-    rows = None if row_mask is None else row_mask.contiguous()
+    rows = None if row_mask is None else as_saved(row_mask.contiguous())
     ids = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     ids = ids if rows is None else ids.masked_fill(~rows, IGNORED)
     pair = (logits, other_logits)
@@ -97,6 +101,18 @@ def _check_pair(logits: Tensor, other: Tensor) -> None:
     if other.shape != logits.shape or other.dtype != logits.dtype or other.device != logits.device:
         accepted = f"those of logits, {logits.dtype} {list(logits.shape)} on {logits.device}"
         raise wrong("other_logits", f"{other.dtype} {list(other.shape)} on {other.device}", accepted)
+    if torch.is_grad_enabled() and logits.requires_grad and made_in_inference_mode(other):  # too large for a copy
+        accepted = "one that autograd may save (made under torch.no_grad, or other_logits.clone())"
+        raise wrong("other_logits", "a tensor made in inference mode", accepted)
+
+
+def _naming_other(checked: Callable[..., Checked], *given: Any) -> Checked:
+    """What a check makes of the other head's arguments, named as they are in errors."""
+    try:
+        return checked(*given)
+    except ValueError as error:
+        name, _, _ = str(error).partition(":")
+        raise ValueError(re.sub(rf"\b{name}\b", f"other_{name}", str(error))) from None
 
 
 def _expanded(transform: Transform, logits: Tensor) -> Transform:
@@ -173,7 +189,7 @@ def head_pair(
 ) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
     """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
     how = (compute_dtype, memory_budget, None)
-    heads = [head_arguments(*(*given, *how)) for given in (own, other)]
+    heads = [head_arguments(*(*own, *how)), _naming_other(head_arguments, *other, *how)]
     for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")

@@ -10,9 +10,11 @@ from ..batch.checks import check_tensor
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.divergence import head_pair, token_divergence
+from ..logprobs.from_logits import as_transform
 from ..objectives.distillation import Distillation, distillation
 from ..observed import observed
 from ..ops import backends, divergence_dispatch
+from ..ops.kernel_ops import Transform
 from ..ops.linear.gemm import sum_dtype
 from .aggregation import span_weights
 from .regularizers import flat_weight
@@ -55,7 +57,8 @@ def distillation_loss(
     rows = logits[..., 0]
     layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logits")
     dtype = sum_dtype(logits.dtype)
-    weights = _weights(row, layout, dtype, temperature, token_weight, aggregation, normalizer, backend)
+    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
+    weights = _weights(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
     values = token_divergence(
         logits, other_logits, row.divergence, temperature=temperature, row_mask=layout.valid().view(rows.shape),
         backend=backend, **heads,
@@ -107,7 +110,8 @@ def linear_distillation_loss(
     rows = hidden[..., 0]
     layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of hidden")
     dtype = sum_dtype(compute_dtype or hidden.dtype)
-    weights = _weights(row, layout, dtype, temperature, token_weight, aggregation, normalizer, backend)
+    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
+    weights = _weights(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
     pays = layout.valid() & (weights != 0)
     head, other = head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
@@ -121,7 +125,7 @@ def linear_distillation_loss(
 
 
 def _weights(
-    row: Distillation, layout: Layout, dtype: torch.dtype, temperature: Temperature, token_weight: Tensor | None,
+    row: Distillation, layout: Layout, dtype: torch.dtype, transform: Transform, token_weight: Tensor | None,
     aggregation: str | None, normalizer: float | Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
     """w_t T_t^power, [N], 0 in masked cells."""
@@ -137,7 +141,7 @@ def _weights(
         weights = torch.where(layout.valid() & (weights != 0), weights * factor, 0)
     if row.power == 0:
         return weights
-    if not isinstance(temperature, Tensor):
-        return weights * float(temperature) ** row.power
-    factor = dataclasses.replace(layout, mask=None).per_token(temperature.expand(layout.shape).reshape(-1), weights)
+    if transform.temperatures is None:
+        return weights * transform.temperature**row.power
+    factor = dataclasses.replace(layout, mask=None).per_token(transform.temperatures.reshape(-1), weights)
     return torch.where(weights != 0, weights * factor**row.power, 0)

@@ -17,13 +17,13 @@ STEP, COUNTING = "tokenrl.profile: the step", "tokenrl.profile: counting rows"  
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 READS = ("aten::_local_scalar_dense",)  # of a number by the host
-# Operations that do no work: they allocate, or look at memory in another way.
+# Operations that do no work: they allocate, look at memory in another way, or name a dtype.
 FREE = frozenset(
     f"aten::{name}"
     for name in (
         "empty", "empty_like", "empty_strided", "new_empty", "view", "reshape", "expand", "expand_as", "detach",
         "slice", "select", "as_strided", "squeeze", "unsqueeze", "alias", "lift_fresh", "t", "transpose", "split",
-        "narrow",
+        "narrow", "promote_types",
     )
 )  # fmt: skip
 COPIES = ("Memcpy", "Memset")
