@@ -115,6 +115,17 @@ def test_positions_and_quantiles_by_loops(found, name):
     assert one.numbers["ess"] == pytest.approx(r.sum() ** 2 / (r.size * (r * r).sum()))
 
 
+def test_the_ratio_that_is_clipped_has_quantiles_of_its_own(found):
+    one = found["long"]
+    prefix = one.log_ratio.view(4, -1).cumsum(1).clamp(max=10).exp().view(-1)  # ctpo's, of clamped ratios
+    rows = one.numbers["own_ratio_quantiles"]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in one.numbers["ratio_quantiles"]]
+    for row in rows:
+        inside = prefix[(one.position >= row["from"]) & (one.position <= row["to"])].numpy()
+        assert row["quantiles"] == pytest.approx(numpy.quantile(inside, numbers.QUANTILES).tolist(), rel=1e-4)
+    assert found["logits"].numbers["own_ratio_quantiles"] == []
+
+
 def test_bins_cover_every_position_once():
     for length in (0, 1, 2, 7, 8, 1000):
         for bins in (numbers.powers(length), numbers.even_bins(length, 64)):

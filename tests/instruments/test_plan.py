@@ -193,7 +193,17 @@ def test_this_machine_is_measured_and_has_its_results():
     outcome = called("--tokens", "64", "--hidden", "32", "--vocab", "1000", "--gpu", "cpu", "--json")
     found = json.loads(outcome.output)
     assert outcome.exit_code == 0 and found["memory_bytes"] is None and "measured" in found["source"]
+    assert {row["shards"] for row in found["ways"]} == {1}
     assert all(row["fits"] and row["both_seconds"] > 0 for row in found["ways"])
+
+
+def test_the_shell_completes_gpus_and_options():
+    def completed(words):
+        env = {"_TOKENRL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        return CliRunner().invoke(cli.application(), env=env, prog_name="tokenrl").output.split()
+
+    assert completed("tokenrl plan --gpu h") == ["h100-sxm", "h100-pcie", "h200"]
+    assert completed("tokenrl plan --shar") == ["--shards"] and completed("tokenrl bench --check") == ["--check-only"]
 
 
 CONFIGS = {
@@ -213,7 +223,9 @@ def test_a_models_config_gives_the_head(name, tmp_path):
     for path in (tmp_path, tmp_path / "config.json"):
         found = json.loads(called("--tokens", "64", "--gpu", "l4", "--model", str(path), "--json").output)
         assert (found["hidden"], found["vocab"], found["dtype"]) == (hidden, vocab, dtype)
-    assert model_config.read(tmp_path).tied == ("tie_word_embeddings" in config)
+    assert found["tied"] == model_config.read(tmp_path).tied == ("tie_word_embeddings" in config)
+    text = called("--tokens", "64", "--gpu", "l4", "--model", str(tmp_path)).output
+    assert found["tied"] == ("the head is the embedding: 0.00 GB more" in text)
     given = json.loads(
         called("--tokens", "64", "--gpu", "l4", "--model", str(tmp_path), "--vocab", "9", "--json").output
     )

@@ -59,6 +59,7 @@ def inspected(batch: RolloutBatch, backend: str | None = None) -> Inspected:
             "not_finite": _not_finite(batch, logp, valid), "ess": _ess(log_ratio[valid].exp()),
             "kl": _kl(batch, flat, before, valid),
             "ratio_quantiles": quantiles(log_ratio.exp(), position, powers(longest(position))),
+            "own_ratio_quantiles": _own_ratio(batch, logp, position, backend),
             "objectives": _objectives(batch, logp, backend),
         }  # fmt: skip
     return Inspected(batch, valid, position, log_ratio, logp, numbers)
@@ -197,6 +198,19 @@ def clipped_tokens(row: str | Objective, batch: RolloutBatch, logp: Tensor, back
     return token_metrics(row, logp, given.pop("old_logp"), given.pop("advantages"), **given, backend=backend)
 
 
+def by_batch(row: Objective, batch: RolloutBatch) -> bool:
+    """Whether token_metrics does not know a row: a form, whose tokens meet, or the rollout's weights in its ratio."""
+    return row.form is not None or (row.gate.reads_rollout and "rollout_logp" in batch.tensors)
+
+
+def _own_ratio(batch: RolloutBatch, logp: Tensor, position: Tensor, backend: str | None) -> list[dict[str, Any]]:
+    """Quantiles of the ratio that the recorded objective clips, where that is not the token's: as of a prefix."""
+    if batch.objective.statistic == "token" or by_batch(batch.objective, batch):
+        return []
+    ratio = clipped_tokens(batch.objective, batch, logp, backend).ratio.reshape(-1).double()
+    return quantiles(ratio, position, powers(longest(position)))
+
+
 def _objectives(batch: RolloutBatch, logp: Tensor, backend: str | None) -> list[dict[str, Any]]:
     """Of the batch's own objective and of each row of the table that is no estimate of a KL: the shares of valid tokens
     on which any bound and each is active, mean and effective sample size of its own ratio; or why it cannot run here.
@@ -210,9 +224,7 @@ def _objectives(batch: RolloutBatch, logp: Tensor, backend: str | None) -> list[
 
 def _clips(row: str | Objective, batch: RolloutBatch, logp: Tensor, backend: str | None) -> dict[str, Any]:
     try:
-        chosen = find_objective(row)
-        # What token_metrics does not know: a form, whose tokens meet, and a ratio with the rollout's weights in it.
-        if chosen.form is not None or (chosen.gate.reads_rollout and "rollout_logp" in batch.tensors):
+        if by_batch(find_objective(row), batch):
             metrics = batch.loss(row, logp=logp, backend=backend)[1]
             return {"clipped": None} | {name: getattr(metrics, name) for name in (*CLIPS, "ratio_mean", "ess")}
         found = clipped_tokens(row, batch, logp, backend)

@@ -75,18 +75,25 @@ def _lengths(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _ratios(found: Mapping[str, Any], console: Console) -> None:
-    made = table(("position", "tokens", *(f"{level:.0%}" for level in QUANTILES)))
-    for row in found["ratio_quantiles"]:
-        place = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
-        made.add_row(place, f"{row['tokens']:,}", *map(number, row["quantiles"]))
     console.print()
-    _wrapped(console, f"ratio of a token, new / old, by its position among valid ones; ess {number(found['ess'])}")
-    console.print(made, highlight=False)
+    _wrapped(console, f"ratio of a token, new / old, by its position among valid ones; ess {number(found['ess'], 4)}")
+    console.print(_by_position(found["ratio_quantiles"]), highlight=False)
+    if found["own_ratio_quantiles"]:
+        _wrapped(console, f"ratio that {found['objective']['name']} clips")
+        console.print(_by_position(found["own_ratio_quantiles"]), highlight=False)
     if found["kl"]:
         made = table(("mean of the estimates of KL", "k1", "k2", "k3"))
         for pair, values in found["kl"].items():
             made.add_row(escape(pair), *map(number, values.values()))
         console.print(made, highlight=False)
+
+
+def _by_position(rows: Sequence[Mapping[str, Any]]) -> Table:
+    made = table(("position", "tokens", *(f"{level:.0%}" for level in QUANTILES)))
+    for row in rows:
+        place = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
+        made.add_row(place, f"{row['tokens']:,}", *map(number, row["quantiles"]))
+    return made
 
 
 def _objectives(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -32,9 +32,8 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[short]
 
 
-def shape_of(tokens: int, hidden: int | None, vocab: int | None, dtype: str | None, model: Path | None) -> Shape:
+def shape_of(tokens: int, hidden: int | None, vocab: int | None, dtype: str | None, head: ModelHead | None) -> Shape:
     """Of a plan: numbers that are given, else the model's; ValueError where neither says."""
-    head = None if model is None else read(model)
     found = {"hidden": hidden or (head and head.hidden), "vocab": vocab or (head and head.vocab)}
     for name, number in found.items():
         if not number:

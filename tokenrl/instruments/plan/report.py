@@ -81,6 +81,9 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
     if use["way"] and use["shards"] > 1:
         name += f" on each of {use['shards']} vocabulary shards"
     _wrapped(console, f"use {name}: {use['why']}")
+    if found.get("tied"):
+        size = gigabytes(found["hidden"] * found["vocab"] * (4 if found["dtype"] == "fp32" else 2))
+        _wrapped(console, f"the head is the embedding: {size} GB more while the gradients of both are there")
     machines = {row["measured"]["machine"] for row in found["ways"] if row["measured"]}
     beside = f"measured: {'; '.join(sorted(machines))}" if machines else "measured: no committed result of this shape"
     _wrapped(console, beside)
