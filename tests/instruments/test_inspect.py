@@ -1,7 +1,6 @@
 """tokenrl inspect: numbers against loops over the tokens; the tables at 80 columns; every kind of batch, and damage."""
 
 import json
-import math
 import re
 
 import numpy
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 import tokenrl
 from tokenrl import cli
-from tokenrl.instruments.inspection import numbers, picture, report
+from tokenrl.instruments.inspection import numbers, picture
 
 G = torch.Generator().manual_seed(0)
 MASK = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0]]).bool()
@@ -284,21 +283,3 @@ def metadata_of(path):
 def test_errors_name_what_is_accepted(recorded, arguments, message):
     outcome = called(*([] if "nowhere" in arguments else [recorded["logits"]]), *arguments)
     assert outcome.exit_code == 1 and outcome.output.startswith("tokenrl inspect: ") and message in outcome.output
-
-
-def test_long_names_are_cut_in_the_middle():
-    name = "an_objective_of_mine_with_a_very_long_name"
-    assert report.short("ctpo") == "ctpo" and len(report.short(name)) == report.LONGEST
-    assert report.short(name).startswith("an_objective") and report.short(name).endswith("long_name")
-
-
-def test_numbers_in_few_characters():
-    assert [report.number(x) for x in (None, math.nan, 0, 0.01234, 12345, 1e9)] == [
-        "-",
-        "-",
-        "0",
-        "0.0123",
-        "12,345",
-        "1e+09",
-    ]
-    assert [report.size(x) for x in (16, 2500, 3 * 10**12)] == ["16 B", "2.5 KB", "3,000 GB"]
