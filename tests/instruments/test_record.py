@@ -190,8 +190,9 @@ def test_a_file_that_is_wrong_is_named(fault, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -8])
-def test_a_truncated_file_is_named(kept, tmp_path):
+def test_a_truncated_file_is_named(kept, tmp_path, monkeypatch):
     path = written(tmp_path)
+    monkeypatch.chdir(tmp_path)  # of a long path the message would leave out the middle
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"^path: got .*damaged \(.*accepted: a file that tokenrl.record wrote"):
-        tokenrl.load_batch(path)
+    with pytest.raises(ValueError, match=r"^path: got changed, damaged \(.*accepted: a file that tokenrl.record wrote"):
+        tokenrl.load_batch(path.name)

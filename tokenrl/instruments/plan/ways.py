@@ -149,10 +149,9 @@ def _waiting(shape: Shape, device: str) -> tuple[int, int, Step]:
     numbers = shape.weight + shape.states
     step = kernel("times the upstream gradient", numbers * size, numbers * shape.size)
     product = 0
-    if device == "cpu":  # some rows at a time: cast where they are of 16 bits, multiplied, and copied
-        copies = 2 if size < SUM else 1
-        product = min(CPU_ROWS, shape.columns) * shape.hidden * SUM * copies
-        step = step._replace(work=_plus(step.work, numbers * SUM * copies))
+    if device == "cpu" and size != shape.size:  # some rows at a time: multiplied, and copied
+        product = min(CPU_ROWS, shape.columns) * shape.hidden * SUM
+        step = step._replace(work=_plus(step.work, numbers * SUM))
     return numbers * size, numbers * (size + shape.size) + product, step
 
 
