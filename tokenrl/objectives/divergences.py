@@ -34,7 +34,7 @@ class Divergence:
 
     def terms(self, log_p: Tensor, log_r: Tensor) -> Tensor:
         """f of each entry of the vocabulary."""
-        raise NotImplementedError(type(self).__name__)
+        raise TypeError(f"{type(self).__name__} is no divergence: it defines no terms")
 
 
 def _weighed(weight: Tensor, log_weight: Tensor, other: Tensor) -> Tensor:
