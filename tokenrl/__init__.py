@@ -22,7 +22,7 @@ from .losses.distillation import distillation_loss, linear_distillation_loss  # 
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import adakd, aligndistil, bounds  # noqa: E402
+from .methods import adakd, aligndistil, bounds, on_policy_distillation  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
@@ -71,6 +71,7 @@ __all__ = [
     "linear_token_logprobs",
     "load_batch",
     "objective",
+    "on_policy_distillation",
     "parametrised",
     "parity",
     "policy_loss",
