@@ -100,8 +100,8 @@ def test_half_precision_is_compared_beside_fp32():
 def test_a_backend_that_is_wrong_is_found(monkeypatch):
     real = tokenrl.RolloutBatch.loss
 
-    def wrong(self, objective=None, *, logp=None, backend=None):
-        loss, metrics = real(self, objective, logp=logp, backend=backend)
+    def wrong(self, objective=None, *, backend=None, **scores):
+        loss, metrics = real(self, objective, backend=backend, **scores)
         leaf = self.tensors["logits"]
         return (loss + 1e-4 * leaf[1, 2].sum(), metrics) if backend == "cpu" else (loss, metrics)
 

@@ -100,13 +100,13 @@ def test_torch_compile_too(tmp_path):
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
-    batch, right = saved("demo-like", tmp_path), recorded_ways.eager_logp
-    monkeypatch.setattr(recorded_ways, "eager_logp", lambda batch, x: right(batch, x) * 1.01)
+    batch, right = saved("demo-like", tmp_path), recorded_ways.eager_scores
+    monkeypatch.setattr(recorded_ways, "eager_scores", lambda batch, x: (right(batch, x)[0] * 1.01, None))
     seen = found(batch)
     assert "eager" not in {line["name"] for line in seen["beside"]}
     assert seen["not_timed"]["eager"].startswith("not within the tolerance rule: ")
-    ours = tokenrl.token_logprobs
-    monkeypatch.setattr(tokenrl, "token_logprobs", lambda x, *rest, **more: ours(2 * x - x.detach(), *rest, **more))
+    ours = recorded_ways.two_ops
+    monkeypatch.setattr(recorded_ways, "two_ops", lambda *way: lambda x: ours(*way)(2 * x - x.detach()))
     outcome = called(batch, *QUICK, "--json")
     assert outcome.exit_code == 1
     seen = json.loads(outcome.stdout)

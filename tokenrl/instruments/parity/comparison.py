@@ -127,7 +127,7 @@ class Held:
     def start(self) -> Computation:
         """In fp64, without a graph, and without a KL whose coefficient is 0."""
         batch = self.given(torch.float64)
-        start = Computation(batch, self.row, batch.log_probs("reference").detach())
+        start = Computation(batch, self.row, *batch.scored("reference"))
         return start if batch.settings.get("kl_coef") else start.changed(ref_logp=None)
 
     @property

@@ -23,11 +23,13 @@ HEADS = ("logits", "hidden", "weight", "bias")
 
 @dataclass(frozen=True)
 class Computation:
-    """What a loss is computed from: a batch, a row and the log-probs, differentiable in what gradients are taken by."""
+    """What a loss is computed from: a batch, a row, the log-probs and, where the loss takes them from the head, the
+    entropies, differentiable in what gradients are taken by."""
 
     batch: RolloutBatch
     row: Objective
     logp: Tensor
+    entropy: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -71,7 +73,9 @@ class Computation:
 
         watched = Watched(map_params(self.row.gate, flat))
         with nullcontext() if self.row.form is None else drawing_alike():
-            loss, _ = self.batch.loss(replace(self.row, gate=watched), logp=self.logp, backend="reference")
+            loss, _ = self.batch.loss(
+                replace(self.row, gate=watched), logp=self.logp, entropy=self.entropy, backend="reference"
+            )
         return loss, watched
 
 
@@ -114,7 +118,7 @@ def with_leaves(batch: RolloutBatch, leaves: Sequence[str]) -> RolloutBatch:
 def outcome(batch: RolloutBatch, row: Objective, leaves: Sequence[str], change: Change = as_it_is) -> Outcome:
     """Value, gradients and terms on the reference, in the batch's precision."""
     batch = with_leaves(batch, leaves)
-    loss, watched = change(Computation(batch, row, batch.log_probs("reference"))).run()
+    loss, watched = change(Computation(batch, row, *batch.scored("reference"))).run()
     given = [batch.tensors[name] for name in leaves]
     found = torch.autograd.grad(loss, [*given, *watched.values], allow_unused=True, materialize_grads=True)
     weights = found[len(given) :]
@@ -127,7 +131,7 @@ def outcome(batch: RolloutBatch, row: Objective, leaves: Sequence[str], change: 
 def seen(batch: RolloutBatch, row: Objective) -> Seen:
     """What the gate sees, in the batch's precision."""
     with torch.no_grad():
-        return Computation(batch, row, batch.log_probs("reference")).run()[1].seen[-1]
+        return Computation(batch, row, *batch.scored("reference")).run()[1].seen[-1]
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Undecided:
 def undecided(batch: RolloutBatch, row: Objective, change: Change = as_it_is) -> Undecided:
     """By moving the statistic of each token as far as rounding does: what is smooth moves by the square of that in a
     second difference, what jumps by its jump."""
-    start = Computation(batch, row, batch.log_probs("reference").detach())
+    start = Computation(batch, row, *batch.scored("reference"))
     computation, valid = change(start), start.layout.valid().view(start.layout.shape)
     old = computation.batch.tensors.get("old_logp")
     if old is None or not valid.any():

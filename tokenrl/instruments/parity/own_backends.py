@@ -1,18 +1,16 @@
 """The backends of this machine, each on each device where it can run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
 from ...errors import wrong
-from ...objectives.gates.base import map_params
 from ...objectives.policy import Objective
 from ...ops.backends import BACKENDS, Backend
-from ..rollout_batch import RolloutBatch
+from ..rollout_batch import RolloutBatch, mapped_objective
 from .comparison import Comparison, Held, compared, precisions
 from .computation import Outcome, drawing_alike, with_leaves
 
@@ -73,10 +71,7 @@ def without(batch: RolloutBatch, tokens: Tensor) -> RolloutBatch:
 
 def on(row: Objective, device: torch.device) -> Objective:
     """The row with its tensors on a device."""
-    parts: Mapping[str, Any] = {
-        name: map_params(part, lambda _, bound: bound.to(device)) for name, part in row.parts.items()
-    }
-    return replace(row, **parts)
+    return mapped_objective(row, lambda _, bound: bound.to(device))
 
 
 def backend_outcome(

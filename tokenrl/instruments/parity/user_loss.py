@@ -57,7 +57,8 @@ class UserLoss:
             return without_head(batch, logits=linear(head["hidden"], head["weight"], head.get("bias")))
         if any(name in self.parameters for name in HEADS):
             return batch
-        return without_head(batch, logp=batch.cast(torch.float32).log_probs("reference"))
+        logp, entropy = batch.cast(torch.float32).scored("reference")
+        return without_head(batch, logp=logp, **({} if entropy is None else {"entropy": entropy}))
 
     def leaves(self, batch: RolloutBatch) -> tuple[str, ...]:
         """What of the batch gradients are taken by: what the loss takes of a head, or the log-probs."""
