@@ -15,10 +15,11 @@ from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
+from .logprobs.topk import linear_topk_ids, topk_ids, topk_token_divergence, union_topk_ids  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
 from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
-from .losses.distillation import distillation_loss, linear_distillation_loss  # noqa: E402
+from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
+    "linear_topk_ids",
     "load_batch",
     "objective",
     "on_policy_distillation",
@@ -86,7 +88,11 @@ __all__ = [
     "token_divergence",
     "token_logprobs",
     "token_metrics",
+    "topk_distillation_loss",
     "topk_divergence",
+    "topk_ids",
+    "topk_token_divergence",
+    "union_topk_ids",
 ]
 
 # Rooms move, import paths stay: `import tokenrl.rewards` and `from tokenrl.rewards import rto` find these too.
