@@ -23,7 +23,7 @@ from .losses.distillation import distillation_loss, linear_distillation_loss, to
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import adakd, aligndistil, bounds, on_policy_distillation  # noqa: E402
+from .methods import adakd, akl, aligndistil, bounds, intro, on_policy_distillation  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
@@ -54,6 +54,7 @@ __all__ = [
     "adakd",
     "advantages",
     "aggregation_weights",
+    "akl",
     "aligndistil",
     "bounds",
     "compat",
@@ -66,6 +67,7 @@ __all__ = [
     "entropy_mix",
     "group_aggregate",
     "hidden_reward",
+    "intro",
     "linear_distillation_loss",
     "linear_policy_loss",
     "linear_token_divergence",

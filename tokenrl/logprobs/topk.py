@@ -6,19 +6,17 @@ other_logp = token_logprobs(other_logits, ids, outputs=["logp"]).logp
 values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail")
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..batch.checks import FLOATS, check_bytes, check_integers, check_name, check_number, check_tensor, is_number
+from ..batch.checks import FLOATS, check_integers, check_name, check_number, check_tensor, is_number
 from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
-from .from_hidden import DEFAULT_BUDGET, head_arguments
-from .from_logits import DTYPES, IGNORED, check_row_mask
+from .from_hidden import head_arguments
+from .from_logits import DTYPES
+from .row_chunks import check_count, ids_of_rows, rows_of
 
 RESTS = ("tail", "renormalised", "truncated", "zero_outside")
-BYTES = 16  # of a logit, while the K of its row are found
 
 
 def topk_token_divergence(
@@ -133,11 +131,8 @@ def topk_ids(logits: Tensor, k: int, *, row_mask: Tensor | None = None, memory_b
     check_tensor("logits", logits)
     if logits.dtype not in DTYPES or logits.dim() not in (2, 3):
         raise wrong("logits", described(logits), "bf16, fp16, fp32 or fp64 [N, V] or [B, T, V]")
-    if memory_budget is None:
-        memory_budget = DEFAULT_BUDGET.get(logits.device.type, DEFAULT_BUDGET["cpu"])
-    check_bytes("memory_budget", memory_budget)
-    rows = logits.shape[:-1]
-    return _by_chunks(lambda at: logits[torch.unravel_index(at, rows)], logits, row_mask, k, memory_budget)
+    check_count("k", k, logits.shape[-1])
+    return ids_of_rows(lambda at: _largest(rows_of(logits, at), k), logits, k, row_mask, memory_budget)
 
 
 @torch.no_grad()
@@ -153,11 +148,12 @@ def linear_topk_ids(
     """topk_ids of the logits hidden @ weight^T + bias, of which only chunks of rows are held; softcap, scale and
     temperature would not change them. hidden [N, D] or [B, T, D], weight [V, D], bias [V]."""
     head = head_arguments(hidden, weight, bias, 1.0, None, 1.0, None, None, memory_budget, None)
+    check_count("k", k, len(weight))
 
-    def logits(at: Tensor) -> Tensor:
-        return torch.nn.functional.linear(head.hidden[at], weight, bias)
+    def chosen(at: Tensor) -> Tensor:
+        return _largest(torch.nn.functional.linear(head.hidden[at], weight, bias), k)
 
-    return _by_chunks(logits, head.like, row_mask, k, head.memory_budget)
+    return ids_of_rows(chosen, head.like, k, row_mask, head.memory_budget)
 
 
 def union_topk_ids(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,23 +165,7 @@ def union_topk_ids(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([ids, other_ids], -1), torch.cat([torch.ones_like(ids, dtype=torch.bool), ~twice], -1)
 
 
-def _by_chunks(
-    logits: Callable[[Tensor], Tensor], like: Tensor, row_mask: Tensor | None, k: int, budget: int
-) -> Tensor:
-    """logits: of some rows, by their flat index; like: of the shape of all."""
-    *rows, vocab = like.shape
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= vocab:
-        raise wrong("k", k, f"an integer from 1 to {vocab}, the vocabulary")
-    if row_mask is None:
-        row_mask = torch.ones(rows, dtype=torch.bool, device=like.device)
-    check_row_mask(row_mask, like)
-    out = torch.full((row_mask.numel(), k), IGNORED, dtype=torch.int64, device=like.device)
-    for at in row_mask.reshape(-1).nonzero()[:, 0].split(max(1, budget // (BYTES * vocab))):
-        out[at] = _of_rows(logits(at), k)
-    return out.view(*rows, k)
-
-
-def _of_rows(x: Tensor, k: int) -> Tensor:
+def _largest(x: Tensor, k: int) -> Tensor:
     x = torch.where(x.isnan(), -torch.inf, x)
     least = x.topk(k).values[:, -1:]
     above, equal = x > least, x == least
