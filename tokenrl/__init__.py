@@ -23,7 +23,7 @@ from .losses.distillation import distillation_loss, linear_distillation_loss, to
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import adakd, akl, aligndistil, bounds, intro, on_policy_distillation  # noqa: E402
+from .methods import adakd, akl, aligndistil, bounds, intro, on_policy_distillation, self_distillation, sft_weights  # noqa: E402  # noqa: E402
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
@@ -87,6 +87,8 @@ __all__ = [
     "register_triton",
     "rewards",
     "selection",
+    "self_distillation",
+    "sft_weights",
     "token_divergence",
     "token_logprobs",
     "token_metrics",
