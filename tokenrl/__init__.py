@@ -96,6 +96,7 @@ __all__ = [
     "topk_divergence",
     "topk_ids",
     "topk_token_divergence",
+    "uld",
     "union_topk_ids",
 ]
 
