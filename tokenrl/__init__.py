@@ -23,7 +23,17 @@ from .losses.distillation import distillation_loss, linear_distillation_loss, to
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import adakd, akl, aligndistil, bounds, intro, on_policy_distillation, self_distillation, sft_weights  # noqa: E402  # noqa: E402
+from .methods import (  # noqa: E402
+    adakd,
+    akl,
+    aligndistil,
+    bounds,
+    intro,
+    on_policy_distillation,
+    self_distillation,
+    sft_weights,
+    uld,
+)
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
