@@ -33,6 +33,7 @@ from .methods import (  # noqa: E402
     self_distillation,
     sft_weights,
     uld,
+    xtoken,
 )
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
@@ -108,6 +109,7 @@ __all__ = [
     "topk_token_divergence",
     "uld",
     "union_topk_ids",
+    "xtoken",
 ]
 
 # Rooms move, import paths stay: `import tokenrl.rewards` and `from tokenrl.rewards import rto` find these too.

@@ -67,7 +67,7 @@ def span_probabilities(
     check_name("merge", merge, MERGES)
     check_positive("temperature", temperature)
     check_number("floor", floor, above=0)
-    _check_spans(logits, spans, number)
+    check_spans("spans", logits, spans, number)
     inside = spans >= 0
     at = torch.where(inside, spans, number)
     rows = torch.arange(len(spans), device=spans.device)
@@ -122,21 +122,21 @@ def hybrid_uld(
     first, second = (share, 1 - share) if weights is None else weights
     logs = (x[:, at].clamp(min=floor).log() for x, at in ((p, matched), (other, other_matched)))
     alike = row.terms(*logs).sum(-1)
-    own, others = (x[:, _without(at, x.shape[1])] for x, at in ((p, matched), (other, other_matched)))
+    own, others = without(p, matched), without(other, other_matched)
     return first * alike + (second * sorted_l1(own, others) if own.shape[1] and others.shape[1] else 0)
 
 
-def _without(ids: Tensor, vocab: int) -> Tensor:
-    kept = torch.ones(vocab, dtype=torch.bool, device=ids.device)
-    kept[ids] = False
-    return kept.nonzero()[:, 0]
+def without(x: Tensor, ids: Tensor) -> Tensor:
+    """The columns of all other ids."""
+    return x[:, torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, ids, False)]
 
 
-def _check_spans(logits: Tensor, spans: Tensor, number: int) -> None:
-    check_tensor("logits", logits)
+def check_spans(name: str, logits: Tensor, spans: Tensor, number: int) -> None:
+    rows = name.replace("spans", "logits")
+    check_tensor(rows, logits)
     if logits.dim() != 2 or not logits.is_floating_point():
-        raise wrong("logits", described(logits), "bf16, fp16, fp32 or fp64 [N, V]")
-    check_integers("spans", spans)
+        raise wrong(rows, described(logits), "bf16, fp16, fp32 or fp64 [N, V]")
+    check_integers(name, spans)
     if spans.shape != logits.shape[:1] or (spans.numel() and not -1 <= spans.min() <= spans.max() < number):
         given = f"{list(spans.shape)}" + (f" from {spans.min()} to {spans.max()}" if spans.numel() else "")
-        raise wrong("spans", given, f"[{len(logits)}] from -1 to {number - 1}")
+        raise wrong(name, given, f"[{len(logits)}] from -1 to {number - 1}")
