@@ -7,6 +7,7 @@ from golden_data import INDEX, arrays, near
 from golden_losses import thinned
 
 import tokenrl
+from tokenrl.methods import akl
 
 KINDS = {"kl_second_first": "forward_kl", "kl_first_second": "reverse_kl", "jsd_half": "jsd", "tv": "total_variation"}
 ADAKD = {
@@ -78,3 +79,20 @@ def test_adakd(case, backend):
         near((found.cpu() - missing).flatten(), x[f"token_{name}"], name, rtol=1e-6)
         _, grad = run(x["logits"], x["teacher_logits"], kind, backend, row_mask=rows)
         near(grad / rows.sum().cpu(), x[f"grad_{name}"], f"gradient of {name}", rtol=1e-6)
+
+
+def test_adaptive_kl():
+    """AKL of AdaKD's code: forward and reverse KL by where the two models differ, the weights without gradient."""
+    x = arrays("adakd_divergences", "divergences")
+    logits, teacher, mask = x["logits"].requires_grad_(), x["teacher_logits"], x["labels"] != -100
+    share = akl.head_share(logits, teacher)
+    assert 0.01 < share.min() and share.max() < 0.99
+    forward, reverse = tokenrl.token_divergence(logits, teacher, ["forward_kl", "reverse_kl"])
+    near((share * forward + (1 - share) * reverse).flatten(), x["token_adaptive_kl"], "per token")
+    weights = {"forward_kd": share, "reverse_kd": 1 - share}
+    losses = [
+        tokenrl.distillation_loss(name, logits, teacher, mask=mask, token_weight=weight)[0]
+        for name, weight in weights.items()
+    ]
+    near(sum(losses), x["loss_adaptive_kl"], "loss")
+    near(torch.autograd.grad(sum(losses), logits)[0], x["grad_adaptive_kl"], "gradient")
