@@ -1,9 +1,11 @@
 """Divergences over K ids of a row instead of the whole vocabulary, and which K: a teacher's list, the student's, both.
 
-ids = topk_ids(logits, 64)                                             # or linear_topk_ids, or a server's list
-logp = token_logprobs(logits, ids, outputs=["logp"]).logp              # or linear_token_logprobs: no [N, V]
-other_logp = token_logprobs(other_logits, ids, outputs=["logp"]).logp
-values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail")
+    ids = topk_ids(other_logits, 64, row_mask=mask)                        # or linear_topk_ids, or a server's list
+    logp = token_logprobs(logits, ids, row_mask=mask, outputs=["logp"]).logp   # or linear_token_logprobs: no [N, V]
+    other_logp = token_logprobs(other_logits, ids, row_mask=mask, outputs=["logp"]).logp
+    values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail", row_mask=mask)
+
+topk_distillation_loss takes such lists.
 """
 
 import torch
