@@ -1,7 +1,6 @@
 """Ways to compute the loss of a recorded batch: our backends, eager PyTorch, torch.compile, TRL and Liger."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tokenrl
-from tokenrl.instruments.parity.comparison import leaves_of
+from tokenrl.instruments.parity.head_rows import Scores, eager_scores
+from tokenrl.instruments.parity.held import leaves_of
 from tokenrl.instruments.rollout_batch import OF_LOSS, TRANSFORM, RolloutBatch
 from tokenrl.objectives.policy import Objective
 
@@ -22,7 +22,6 @@ LIGER_TENSORS = {
     "hidden", "weight", "bias", "ids", "logp", "old_logp", "advantages", "mask", "rewards", "group_ids", "ref_logp",
 }  # fmt: skip
 Loss = Callable[..., Tensor]  # of the leaves: logits, hidden states with weight and bias, or log-probs
-Scores = tuple[Tensor, Tensor | None]  # log-probs, and entropies where the loss takes these from the head
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,6 @@ def of_scores(scores: Callable[..., Scores], batch: RolloutBatch, row: Objective
         return batch.loss(row, logp=logp, entropy=entropy, backend="reference")[0]
 
     return loss
-
-
-def eager_scores(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Scores:
-    """As trainers write it: logits, an fp32 copy, log_softmax, gather."""
-    if batch.leaf == "logp":
-        return x, None
-    z = (x if weight is None else torch.nn.functional.linear(x, weight, bias)).float()
-    how = batch.arguments(TRANSFORM)
-    if how.get("logit_scale", 1.0) != 1:
-        z = z * how["logit_scale"]
-    if how.get("softcap"):
-        z = how["softcap"] * torch.tanh(z / how["softcap"])
-    temperature = how.get("temperature", 1.0)
-    if isinstance(temperature, Tensor):
-        z = z / temperature[..., None]
-    elif temperature != 1:
-        z = z / temperature
-    if "keep_mask" in how:
-        z = z.masked_fill(~how["keep_mask"], -math.inf)
-    ids = batch.tensors["ids"].clamp(min=0)
-    entropy = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1) if batch.entropy_of_head else None
-    return torch.log_softmax(z, -1).gather(-1, ids[..., None]).squeeze(-1), entropy
 
 
 def trl_scores(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Scores:

@@ -119,11 +119,10 @@ def test_tokens_that_rounding_decides_are_not_held_against_anybody():
     batch = random_batch(0, "grpo", temperature=1.0)
     logp = batch.log_probs("reference")
     old = logp - torch.log1p(torch.full_like(logp, 0.2))  # every ratio is the upper bound
-    at = recorded.at_edges(
-        tokenrl.RolloutBatch({**batch.tensors, "old_logp": old}, batch.objective, {}, {}), batch.objective
-    )
+    batch = tokenrl.RolloutBatch({**batch.tensors, "old_logp": old}, batch.objective, {}, {})
+    held = recorded.held_batch(batch, batch.objective)
     upward = (batch.tensors["advantages"] > 0)[:, None] & batch.tensors["mask"]
-    assert torch.equal(at, upward)
+    assert torch.equal(held.batch.tensors["token_weight"] == 0, upward)
 
 
 def test_a_batch_too_large_to_be_held_says_so(tmp_path, monkeypatch):

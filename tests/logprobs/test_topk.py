@@ -144,6 +144,11 @@ def test_ties_go_to_the_lower_id(dtype):
     expected = logits.argsort(dim=-1, descending=True, stable=True)
     for k in (1, 7, 50):
         assert torch.equal(tokenrl.topk_ids(logits, k), expected[:, :k])
+        view = torch.cat([logits.view(8, 5, 50), torch.zeros(8, 1, 50, dtype=dtype)], 1)[:, :-1]
+        assert torch.equal(tokenrl.topk_ids(view, k, memory_budget=16 * 50 * 3).view(40, k), expected[:, :k])
+    logits[2:, 4] = torch.nan
+    expected = torch.where(logits.isnan(), -torch.inf, logits).argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(tokenrl.topk_ids(logits, 7), expected[:, :7])
 
 
 def test_both_lists_in_one():

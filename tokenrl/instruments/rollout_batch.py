@@ -96,6 +96,10 @@ class RolloutBatch:
     def to(self, device: torch.device | str) -> "RolloutBatch":
         return self.mapped(lambda _, x: x.to(device))
 
+    def under(self, objective: str | Objective | None) -> "RolloutBatch":
+        """With another objective; None: its own."""
+        return self if objective is None else replace(self, objective=find_objective(objective))
+
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> "RolloutBatch":
         """change(name, tensor) of each tensor, those of the objective too."""
         row = mapped_objective(self.objective, lambda name, x: change(f"{OF_OBJECTIVE}{name}", x))

@@ -28,7 +28,9 @@ def row_chunks(
 
 
 def rows_of(logits: Tensor, at: Tensor) -> Tensor:
-    """[n, V], without a copy of all where they are a view."""
+    """[n, V]: a view where they are neighbours, else a copy of these."""
+    if logits.is_contiguous() and at[-1] - at[0] == len(at) - 1:
+        return logits.view(-1, logits.shape[-1])[at[0] : at[-1] + 1]
     return logits[torch.unravel_index(at, logits.shape[:-1])]
 
 

@@ -1,9 +1,11 @@
 """Divergences over K ids of a row instead of the whole vocabulary, and which K: a teacher's list, the student's, both.
 
-ids = topk_ids(logits, 64)                                             # or linear_topk_ids, or a server's list
-logp = token_logprobs(logits, ids, outputs=["logp"]).logp              # or linear_token_logprobs: no [N, V]
-other_logp = token_logprobs(other_logits, ids, outputs=["logp"]).logp
-values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail")
+    ids = topk_ids(other_logits, 64, row_mask=mask)                        # or linear_topk_ids, or a server's list
+    logp = token_logprobs(logits, ids, row_mask=mask, outputs=["logp"]).logp   # or linear_token_logprobs: no [N, V]
+    other_logp = token_logprobs(other_logits, ids, row_mask=mask, outputs=["logp"]).logp
+    values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail", row_mask=mask)
+
+topk_distillation_loss takes such lists.
 """
 
 import torch
@@ -166,10 +168,18 @@ def union_topk_ids(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
-    x = torch.where(x.isnan(), -torch.inf, x)
-    least = x.topk(k).values[:, -1:]
-    above, equal = x > least, x == least
-    left = k - above.sum(-1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
-    ids = chosen.nonzero()[:, 1].view(-1, k)  # in ascending order, which a stable sort keeps among equals
+    """[n, k] of [n, V]. torch.topk's list, but where the first that it left out is as large as the last in it."""
+    values, ids = x.topk(min(k + 1, x.shape[-1]))
+    if values[:, 0].isnan().any():  # it counts as the largest
+        return _largest(torch.where(x.isnan(), -torch.inf, x), k)
+    least, ids = values[:, k - 1 : k], ids[:, :k].clone()
+    tied = (values[:, k:] == least).any(-1, keepdim=True)
+    if tied.any():
+        row, column = ((x == least) & tied).nonzero(as_tuple=True)
+        first = torch.searchsorted(row, torch.arange(len(x), device=x.device))
+        above = (values[:, :k] > least).sum(-1)
+        place = (above - first)[row] + torch.arange(len(row), device=x.device)
+        kept = place < k
+        ids[row[kept], place[kept]] = column[kept]
+    ids = ids.sort(-1).values  # which a stable sort keeps among equals
     return ids.gather(-1, x.gather(-1, ids).argsort(dim=-1, descending=True, stable=True))

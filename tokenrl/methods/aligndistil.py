@@ -12,8 +12,9 @@ trained with DPO on swapped pairs. With w_t = beta2 sum_v |p_D - p_R| + 0.001, p
     "theorem1_adaptive"  z* = w_t z_D + (1 - w_t) z_R                        coef = beta / w_t
     "aligndistil"        z* = w_t (z_D - z_R) + z_D                          coef = beta / w_t
 
-The fifth, "gkd" of their on-policy trainer, is distillation_loss("reverse_kd", logits, dpo_logits). A kd_temperature is
-other_temperature off-policy, and temperature too on-policy.
+From hidden states linear_teacher_of gives a head in the place of z*. The fifth, "gkd" of their on-policy trainer, is
+distillation_loss("reverse_kd", logits, dpo_logits). A kd_temperature is other_temperature off-policy, and temperature
+too on-policy.
 
 Source: arXiv 2503.02832 (authors' code).
 """
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import check_name, check_number
-from ..logprobs.divergence import token_divergence
+from ..logprobs.combined_head import combined_head
+from ..logprobs.divergence import linear_token_divergence, token_divergence
 
 VARIANTS = ("theorem1", "theorem1_contrast", "theorem1_adaptive", "aligndistil")
 CONTRASTIVE, ADAPTIVE = ("theorem1_contrast", "aligndistil"), ("theorem1_adaptive", "aligndistil")
@@ -40,21 +42,43 @@ def teacher_of(
     tokens that are looked at.
     """
     check_name("variant", variant, VARIANTS)
+    dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
+    adaptive = variant in ADAPTIVE
+    apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask) if adaptive else None
+    assert apart is None or isinstance(apart, Tensor)
+    weight, coef = _weight(variant, beta, beta2, apart, dpo_logits)
+    share = weight[..., None]
+    z = share * (dpo_logits.to(share.dtype) - other_logits)
+    return ((dpo_logits if variant in CONTRASTIVE else other_logits) + z).to(dpo_logits.dtype), coef
+
+
+@torch.no_grad()
+def linear_teacher_of(
+    variant: str, dpo_hidden: Tensor, dpo_weight: Tensor, other_hidden: Tensor, other_weight: Tensor, *,
+    beta: float = 0.1, beta2: float = 10.0, mask: Tensor | None = None, memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(hidden, weight, coef) of z* for linear_distillation_loss, by tokenrl.combined_head: no logits are held.
+
+    hidden: [B, T, D] or [N, D] of either model, weight [V, D]. The rest as for teacher_of.
+    """
+    check_name("variant", variant, VARIANTS)
+    apart = None
+    if variant in ADAPTIVE:
+        heads = (dpo_hidden.detach(), dpo_weight.detach(), other_hidden.detach(), other_weight.detach())
+        apart = linear_token_divergence(*heads, "total_variation", row_mask=mask, memory_budget=memory_budget)
+    weight, coef = _weight(variant, beta, beta2, apart, dpo_hidden)
+    a, b = (1 + weight, -weight) if variant in CONTRASTIVE else (weight, 1 - weight)
+    return *combined_head(dpo_hidden, dpo_weight, other_hidden, other_weight, a, b), coef
+
+
+def _weight(
+    variant: str, beta: float, beta2: float, apart: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(w, coef), [..] each. apart: the total variation of both models, None where w is a number."""
     check_number("beta", beta, above=0)
     check_number("beta2", beta2, above=0)
-    dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
-    if variant in ADAPTIVE:
-        apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask)
-        assert isinstance(apart, Tensor)
+    if apart is not None:
         weight = 2 * beta2 * apart + LEAST
-        coef = beta / weight
-    else:
-        weight = dpo_logits.new_full(dpo_logits.shape[:-1], beta / beta2, dtype=_wide(dpo_logits))
-        coef = torch.full_like(weight, beta2)
-    share = weight[..., None]
-    apart = share * (dpo_logits.to(share.dtype) - other_logits)
-    return ((dpo_logits if variant in CONTRASTIVE else other_logits) + apart).to(dpo_logits.dtype), coef
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+        return weight, beta / weight
+    weight = like.new_full(like.shape[:-1], beta / beta2, dtype=torch.promote_types(like.dtype, torch.float32))
+    return weight, torch.full_like(weight, beta2)

@@ -14,6 +14,7 @@ Source: ULD, arXiv 2402.12030, and GOLD, as in TRL 1.16's GOLD trainer (trainers
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +78,7 @@ def span_probabilities(
         raise wrong("spans", f"only {spans[inside].unique().tolist()}", f"every number from 0 to {number - 1}")
     logp = token_logprobs(logits, ids, temperature=temperature, row_mask=inside, outputs=["logp"]).logp
     scalar = inside & (rows != base[at])
-    factor = torch.where(scalar, logp.clamp(min=torch.as_tensor(floor).log().item()), 0)
+    factor = torch.where(scalar, logp.clamp(min=math.log(floor)), 0)
     product = factor.new_zeros(number + 1).index_add(0, at, factor)[:-1]
     return (logits[base[:-1]].to(logp.dtype) / temperature).softmax(-1) * product.exp()[:, None]
 
