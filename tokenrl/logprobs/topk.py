@@ -11,7 +11,7 @@ topk_distillation_loss takes such lists.
 import torch
 from torch import Tensor
 
-from ..batch.checks import FLOATS, check_integers, check_name, check_number, check_tensor, is_number
+from ..batch.checks import FLOATS, as_saved, check_integers, check_name, check_number, check_tensor, is_number
 from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
 from .from_hidden import head_arguments
@@ -65,6 +65,7 @@ def topk_token_divergence(
     if limits is not None and not (len(limits) == 2 and all(map(is_number, limits)) and limits[0] <= limits[1]):
         raise wrong("limits", limits, "two numbers, the lower first")
     _check_lists(logp_topk, other_logp_topk)
+    topk_mask, row_mask, entropy = (x if x is None else as_saved(x) for x in (topk_mask, row_mask, entropy))
     p, r = (_listed(x, topk_mask, row_mask) for x in (logp_topk, other_logp_topk))
     if logp_floor is not None:
         p, r = p.clamp(min=logp_floor), r.clamp(min=logp_floor)
@@ -121,6 +122,7 @@ def _listed(logp: Tensor, topk_mask: Tensor | None, row_mask: Tensor | None) -> 
         check_tensor(name, mask)
         if mask.dtype != torch.bool or mask.shape != shape:
             raise wrong(name, f"{mask.dtype} {list(mask.shape)}", f"bool {list(shape)}")
+    logp = as_saved(logp)
     if topk_mask is not None:
         logp = torch.where(topk_mask, logp, -torch.inf)
     return logp if row_mask is None else torch.where(row_mask[..., None], logp, -1)

@@ -18,7 +18,7 @@ Source: arXiv 2605.21699 (NeMo-RL at commit 7ea279a: trainers).
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_integers, check_name, check_positive, check_tensor
+from ..batch.checks import as_saved, check_integers, check_name, check_positive, check_tensor
 from ..errors import wrong
 from ..logprobs.topk import topk_ids
 from ..objectives.divergences import divergence
@@ -122,6 +122,7 @@ def h_kl(
     check_spans("other_spans", other_logits, other_spans, number)
     check_integers("matched", matched)
     check_integers("other_matched", other_matched)
+    spans, matched, other_matched = as_saved(spans), as_saved(matched), as_saved(other_matched)
     log_p, count = _span_means(_rows(logits, spans, temperature).log_softmax(-1), spans, number)
     log_r = _rows(other_logits.detach(), other_spans, temperature).log_softmax(-1)
     log_r, other_count = _span_means(log_r, other_spans, number)
