@@ -71,18 +71,20 @@ def linear_teacher_of(
     weight is a copy of both: where they stay the same, made once by torch.cat outside serves every batch.
     compute_dtype, memory_budget: as for linear_token_divergence. The rest as for teacher_of.
     """
-    tensors = [x.detach() for x in (dpo_hidden, dpo_weight, other_hidden, other_weight)]
+    dpo_hidden, other_hidden = dpo_hidden.detach(), other_hidden.detach()
+    dpo_weight, other_weight = dpo_weight.detach(), other_weight.detach()
 
     def apart() -> Tensor:
         return linear_token_divergence(
-            *tensors, "total_variation", row_mask=mask, compute_dtype=compute_dtype, memory_budget=memory_budget
-        )
+            dpo_hidden, dpo_weight, other_hidden, other_weight, "total_variation", row_mask=mask,
+            compute_dtype=compute_dtype, memory_budget=memory_budget,
+        )  # fmt: skip
 
     weight, coef = _weights(variant, beta, beta2, dpo_hidden, apart)
     share, dtype = weight[..., None], dpo_hidden.dtype
     of_dpo, of_other = (1 + share, -share) if variant in CONTRASTIVE else (share, 1 - share)
-    hidden = torch.cat(((of_dpo * tensors[0]).to(dtype), (of_other * tensors[2]).to(dtype)), -1)
-    return hidden, torch.cat((tensors[1], tensors[3]), -1), coef
+    hidden = torch.cat(((of_dpo * dpo_hidden).to(dtype), (of_other * other_hidden).to(dtype)), -1)
+    return hidden, torch.cat((dpo_weight, other_weight), -1), coef
 
 
 def _weights(
