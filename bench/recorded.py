@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tokenrl.instruments.parity.comparison import Held, compared, leaves_of
-from tokenrl.instruments.parity.computation import Outcome, seen, with_leaves
-from tokenrl.instruments.parity.own_backends import on, without
+from tokenrl.instruments.parity.comparison import compared
+from tokenrl.instruments.parity.computation import Outcome, with_leaves
+from tokenrl.instruments.parity.held import Held, leaves_of
+from tokenrl.instruments.parity.own_backends import on
 from tokenrl.instruments.progress import tracked
 from tokenrl.instruments.record import first
 from tokenrl.instruments.rollout_batch import RolloutBatch
@@ -49,29 +49,13 @@ def few(batch: RolloutBatch) -> RolloutBatch | None:
     return first(batch, max(count, 1)) if len(ends) > 1 else batch
 
 
-def at_edges(batch: RolloutBatch, row: Objective) -> Tensor:
-    """bool, of the tokens' shape: those that a bound clips or not by how the batch's precision rounds."""
-    exact, rounded = seen(batch.cast(torch.float64), row), seen(batch, row)
-    valid = batch.layout.valid()
-    if not valid.any():
-        return valid.view(batch.tokens.shape)
-    error = 4 * (exact.s - rounded.s)[valid].abs().max() + 8 * torch.finfo(torch.float32).eps
-    shifted = [
-        torch.stack(exact.gate.clipped(exact.s + d, exact.x + d, exact.logp + d, exact.advantages, exact.t))
-        for d in (-error, error)
-    ]
-    return (valid & (shifted[0] != shifted[1]).any(0)).view(batch.tokens.shape)
-
-
 def held_batch(batch: RolloutBatch, row: Objective) -> Held | None:
     """What each way is held to: a few sequences, without the tokens that rounding decides."""
-    some = few(batch)
+    some = few(batch.under(row))
     if some is None:
         return None
-    row, some = on(row, torch.device("cpu")), some.to("cpu")
-    found = Held(some, row, leaves_of(some))
-    undecided = found.undecided().tokens | at_edges(some, row)
-    return Held(without(some, undecided), row, found.leaves)
+    held = Held(some.to("cpu"), leaves_of(some), eager=True)
+    return held.without(held.undecided(None).tokens)
 
 
 def outcome(way: Way, batch: RolloutBatch, row: Objective) -> Outcome:

@@ -1,17 +1,16 @@
 """Ways to compute the loss of a recorded batch: our backends, eager PyTorch, torch.compile, TRL and Liger."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenrl
-from tokenrl.instruments.parity.comparison import leaves_of
+from tokenrl.instruments.parity.head_rows import Scores, eager_scores
+from tokenrl.instruments.parity.held import leaves_of
 from tokenrl.instruments.rollout_batch import OF_LOSS, TRANSFORM, RolloutBatch
 from tokenrl.objectives.policy import Objective
 
@@ -46,20 +45,10 @@ def two_ops(backend: str, batch: RolloutBatch, row: Objective) -> Loss:
 
     def loss(*leaves: Tensor) -> Tensor:
         given = with_tensors(batch, leaves)
-        how = batch.arguments(TRANSFORM) | {"row_mask": batch.tensors.get("mask"), "backend": backend}
-        logp = leaves[0]
-        if batch.leaf == "logits":
-            logp = tokenrl.token_logprobs(*leaves, batch.tensors["ids"], **how).logp
-        elif batch.leaf == "hidden":
-            hidden, weight, *bias = leaves
-            logp = tokenrl.linear_token_logprobs(hidden, weight, batch.tensors["ids"], bias=_only(bias), **how).logp
-        return given.loss(row, logp=logp, backend=backend)[0]
+        logp, entropy = given.scored(backend, row_mask=batch.tensors.get("mask"))
+        return given.loss(row, logp=logp, entropy=entropy, backend=backend)[0]
 
     return loss
-
-
-def _only(found: Sequence[Tensor]) -> Tensor | None:
-    return found[0] if found else None
 
 
 def one_op(backend: str, batch: RolloutBatch, row: Objective) -> Loss:
@@ -77,43 +66,28 @@ def one_op(backend: str, batch: RolloutBatch, row: Objective) -> Loss:
     return loss
 
 
-def of_logp(logp: Callable[..., Tensor], batch: RolloutBatch, row: Objective) -> Loss:
+def of_scores(scores: Callable[..., Scores], batch: RolloutBatch, row: Objective) -> Loss:
     """A head of others, and the loss of its log-probs on the reference, which is plain torch."""
-    given: dict[str, Any] = {"old_logp": None, "advantages": None} | batch.arguments(OF_LOSS)
-    return lambda *leaves: tokenrl.policy_loss(row, logp(batch, *leaves), **given, backend="reference")[0]
+
+    def loss(*leaves: Tensor) -> Tensor:
+        logp, entropy = scores(batch, *leaves)
+        return batch.loss(row, logp=logp, entropy=entropy, backend="reference")[0]
+
+    return loss
 
 
-def eager_logp(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """As trainers write it: logits, an fp32 copy, log_softmax, gather."""
-    if batch.leaf == "logp":
-        return x
-    z = (x if weight is None else torch.nn.functional.linear(x, weight, bias)).float()
-    how = batch.arguments(TRANSFORM)
-    if how.get("logit_scale", 1.0) != 1:
-        z = z * how["logit_scale"]
-    if how.get("softcap"):
-        z = how["softcap"] * torch.tanh(z / how["softcap"])
-    temperature = how.get("temperature", 1.0)
-    if isinstance(temperature, Tensor):
-        z = z / temperature[..., None]
-    elif temperature != 1:
-        z = z / temperature
-    if "keep_mask" in how:
-        z = z.masked_fill(~how["keep_mask"], -math.inf)
-    ids = batch.tensors["ids"].clamp(min=0)
-    return torch.log_softmax(z, -1).gather(-1, ids[..., None]).squeeze(-1)
-
-
-def trl_logp(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def trl_scores(batch: RolloutBatch, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Scores:
     """By TRL's functions: of logits or, in chunks, of hidden states."""
     ids, how = batch.tensors["ids"].clamp(min=0), batch.arguments(TRANSFORM)
+    wanted = ("entropy",) * batch.entropy_of_head
     if weight is not None:
-        logp, *_ = trl_chunked(x.reshape(-1, x.shape[-1]), weight, ids.flatten(), (), bias=bias, **how)
-        return logp.view(ids.shape)
+        logp, *more = trl_chunked(x.reshape(-1, x.shape[-1]), weight, ids.flatten(), wanted, bias=bias, **how)
+        return logp.view(ids.shape), more[0].view(ids.shape) if wanted else None
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     rows = (x, ids) if ids.dim() == 2 else (x[None], ids[None])
-    return selective_log_softmax_and_entropy(*rows, **how)[0].view(ids.shape)
+    logp, entropy = selective_log_softmax_and_entropy(*rows, **how, entropy_requires_grad=bool(wanted))
+    return logp.view(ids.shape), entropy.view(ids.shape) if wanted else None
 
 
 def trl(batch: RolloutBatch) -> Way:
@@ -128,7 +102,7 @@ def trl(batch: RolloutBatch) -> Way:
         reason = why_not("trl", "1.16.0", "trl.trainer.utils", "selective_log_softmax_and_entropy")
     else:
         reason = why_not("trl", "1.16.0", "trl.kernels", "ChunkedLogProbFunction")
-    return Way("TRL", None if reason else partial(of_logp, trl_logp), reason)
+    return Way("TRL", None if reason else partial(of_scores, trl_scores), reason)
 
 
 def liger_loss(batch: RolloutBatch, row: Objective) -> Loss:
@@ -147,20 +121,7 @@ def liger_loss(batch: RolloutBatch, row: Objective) -> Loss:
 
 
 def liger(batch: RolloutBatch, row: Objective) -> Way:
-    known = {
-        "hidden",
-        "weight",
-        "bias",
-        "ids",
-        "logp",
-        "old_logp",
-        "advantages",
-        "mask",
-        "rewards",
-        "group_ids",
-        "ref_logp",
-    }
-    more = (batch.tensors.keys() - known) | (batch.settings.keys() - {"temperature", "advantages_per"})
+    more = (batch.tensors.keys() - LIGER_TENSORS) | (batch.settings.keys() - {"temperature", "advantages_per"})
     if batch.leaf != "hidden" or batch.layout.width is None:
         reason = "its loss starts from padded hidden states"
     elif row.name not in LIGER_LOSSES or any(isinstance(bound, Tensor) for bound in row.gate.params()):
@@ -174,7 +135,7 @@ def liger(batch: RolloutBatch, row: Objective) -> Way:
 
 def compiled(batch: RolloutBatch, row: Objective) -> Loss:
     torch._logging.set_logs(dynamo=logging.ERROR)  # breaks of its graph are no news here
-    return torch.compile(of_logp(eager_logp, batch, row), dynamic=False)
+    return torch.compile(of_scores(eager_scores, batch, row), dynamic=False)
 
 
 def own_ways(batch: RolloutBatch, row: Objective, backends: Sequence[str]) -> list[Way]:
@@ -189,6 +150,6 @@ def own_ways(batch: RolloutBatch, row: Objective, backends: Sequence[str]) -> li
 
 def ways(batch: RolloutBatch, row: Objective, backends: Sequence[str], compile: bool) -> list[Way]:
     """Ours first, and what we would rather be measured with."""
-    found = [*own_ways(batch, row, backends), Way("eager", partial(of_logp, eager_logp))]
+    found = [*own_ways(batch, row, backends), Way("eager", partial(of_scores, eager_scores))]
     found.append(Way("compile", compiled if compile else None, None if compile else "--no-compile"))
     return [*found, trl(batch), liger(batch, row)]

@@ -15,14 +15,26 @@ from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
+from .logprobs.topk import linear_topk_ids, topk_ids, topk_token_divergence, union_topk_ids  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
 from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
-from .losses.distillation import distillation_loss, linear_distillation_loss  # noqa: E402
+from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
-from .methods import adakd, aligndistil, bounds  # noqa: E402
+from .methods import (  # noqa: E402
+    adakd,
+    akl,
+    aligndistil,
+    bounds,
+    intro,
+    on_policy_distillation,
+    self_distillation,
+    sft_weights,
+    uld,
+    xtoken,
+)
 from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
@@ -53,6 +65,7 @@ __all__ = [
     "adakd",
     "advantages",
     "aggregation_weights",
+    "akl",
     "aligndistil",
     "bounds",
     "compat",
@@ -65,12 +78,15 @@ __all__ = [
     "entropy_mix",
     "group_aggregate",
     "hidden_reward",
+    "intro",
     "linear_distillation_loss",
     "linear_policy_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
+    "linear_topk_ids",
     "load_batch",
     "objective",
+    "on_policy_distillation",
     "parametrised",
     "parity",
     "policy_loss",
@@ -82,10 +98,18 @@ __all__ = [
     "register_triton",
     "rewards",
     "selection",
+    "self_distillation",
+    "sft_weights",
     "token_divergence",
     "token_logprobs",
     "token_metrics",
+    "topk_distillation_loss",
     "topk_divergence",
+    "topk_ids",
+    "topk_token_divergence",
+    "uld",
+    "union_topk_ids",
+    "xtoken",
 ]
 
 # Rooms move, import paths stay: `import tokenrl.rewards` and `from tokenrl.rewards import rto` find these too.

@@ -192,7 +192,7 @@ def dppo_tv(s, x, logp, advantage, t, eps_low, eps_high, ceiling):
 @triton.jit
 def dppo_kl(s, x, logp, advantage, t, eps_low, eps_high, ceiling):
     p, mu = _probabilities(s, logp)
-    divergence = (1 - mu) * tl.log((1 - mu + 1e-8) / (1 - p + 1e-8)) - mu * s
+    divergence = (1 - mu) * tl.log((1 - mu + 1e-8) / (1 - p + 1e-8)) - product(mu, s)
     # A block, as the interpreter cannot combine a number's comparison with a block's.
     return _dppo(s, logp, advantage, p, mu, divergence + tl.zeros_like(s), eps_low, eps_high, ceiling)
 

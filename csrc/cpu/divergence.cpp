@@ -191,8 +191,7 @@ void all_rows(const DivergenceArgs<Logit, T>& args, const Threads& threads) {
 }
 
 template <class Logit, class T, class... Kind>
-bool by_kind(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads,
-             std::tuple<Kind...>*) {
+bool by_kind(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads, std::tuple<Kind...>*) {
   return ((std::strcmp(kind, Kind::name) == 0 && (all_rows<Kind>(args, threads), true)) || ...);
 }
 

@@ -108,7 +108,7 @@ struct DppoKl : AnyPosition {
     const T s = in.s;
     return dppo(in, params, [s](T p, T mu) {
       const T tiny = static_cast<T>(1e-8);
-      return (1 - mu) * logarithm((1 - mu + tiny) / (1 - p + tiny)) - mu * s;
+      return (1 - mu) * logarithm((1 - mu + tiny) / (1 - p + tiny)) - product(mu, s);
     });
   }
 };

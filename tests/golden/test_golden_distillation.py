@@ -8,24 +8,37 @@ import tokenrl
 from tokenrl.methods import adakd, aligndistil
 
 
-@pytest.mark.parametrize("case", INDEX["aligndistil"]["cases"])
-def test_aligndistil(case):
-    x, config = arrays("aligndistil", case), INDEX["aligndistil"]["cases"][case]["config"]
-    mask, logits = x["labels"] != -100, x["logits"].requires_grad_()
-    teacher, coef = x["teacher_logits"], None
-    if config["type"] != "gkd":
-        betas = {"beta": config["beta"], "beta2": config["beta2"]}
-        teacher, coef = aligndistil.teacher_of(config["type"], teacher, x["reference_logits"], mask=mask, **betas)
-    if "token_coef" in x:
-        near(coef[mask], x["token_coef"][mask], "coef")
-    per = "mean" if config["reward_len_norm"] else "sum"
-    on_policy = config["trainer"] == "on"
-    loss, _ = tokenrl.distillation_loss(
-        "reverse_kd", logits, teacher, mask=mask, token_weight=coef, aggregation=f"seq-mean-token-{per}",
-        temperature=config["kd_temperature"] if on_policy else 1.0, other_temperature=config["kd_temperature"],
-    )  # fmt: skip
+def alike(loss, x, config, logits):
     near(config["kd_coef"] * loss, x["loss"], "loss")
     near(config["kd_coef"] * torch.autograd.grad(loss, logits)[0], x["grad_logits"], "gradient")
+
+
+@pytest.mark.parametrize("case", INDEX["aligndistil"]["cases"])
+def test_aligndistil(case):
+    """From logits; and from hidden states, which the logits are where each head is the identity, one or two."""
+    x, config = arrays("aligndistil", case), INDEX["aligndistil"]["cases"][case]["config"]
+    mask, logits = x["labels"] != -100, x["logits"].requires_grad_()
+    per = "mean" if config["reward_len_norm"] else "sum"
+    how = {"mask": mask, "aggregation": f"seq-mean-token-{per}", "other_temperature": config["kd_temperature"]}
+    how["temperature"] = config["kd_temperature"] if config["trainer"] == "on" else 1.0
+    if config["type"] == "gkd":
+        alike(tokenrl.distillation_loss("reverse_kd", logits, x["teacher_logits"], **how)[0], x, config, logits)
+        return
+    betas = {"beta": config["beta"], "beta2": config["beta2"], "mask": mask}
+    teacher, coef = aligndistil.teacher_of(config["type"], x["teacher_logits"], x["reference_logits"], **betas)
+    if "token_coef" in x:
+        near(coef[mask], x["token_coef"][mask], "coef")
+    loss, _ = tokenrl.distillation_loss("reverse_kd", logits, teacher, token_weight=coef, **how)
+    alike(loss, x, config, logits)
+    one = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    for second in (one, one.clone()):
+        hidden, weight, found = aligndistil.linear_teacher_of(
+            config["type"], x["teacher_logits"], one, x["reference_logits"], second, **betas
+        )
+        assert weight.shape[1] == one.shape[1] * (1 if second is one else 2)
+        near(found, coef, "coef")
+        loss, _ = tokenrl.linear_distillation_loss("reverse_kd", logits, one, hidden, weight, token_weight=coef, **how)
+        alike(loss, x, config, logits)
 
 
 ROWS = {"rkd": adakd.ADAKD, "fkd": tokenrl.distillation("kd"), "jsd": tokenrl.distillation("gkd", beta=0.1, power=2.0)}

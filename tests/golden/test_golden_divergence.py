@@ -6,12 +6,14 @@ from cases import backends_to_test, device_of, thinned
 from golden_data import INDEX, arrays, near
 
 import tokenrl
+from tokenrl.methods import akl
 
 KINDS = {"kl_second_first": "forward_kl", "kl_first_second": "reverse_kl", "jsd_half": "jsd", "tv": "total_variation"}
-ADAKD = {
-    "forward_kl": "forward_kl", "reverse_kl": "reverse_kl", "js_distance": tokenrl.divergence("jsd", beta=0.1),
-    "tv_distance": "total_variation", "skewed_forward_kl": "skew_forward_kl", "skewed_reverse_kl": "skew_reverse_kl",
-    "ab_div": "alpha_beta",
+ADAKD = {  # and whether its value lacks the teacher's entropy
+    "forward_kl": ("forward_kl", False), "reverse_kl": ("reverse_kl", False),
+    "js_distance": (tokenrl.divergence("jsd", beta=0.1), False), "tv_distance": ("total_variation", False),
+    "skewed_forward_kl": ("skew_forward_kl", True), "skewed_reverse_kl": ("skew_reverse_kl", False),
+    "ab_div": ("alpha_beta", False),
 }  # fmt: skip
 # The interpreter subtracts -inf from itself before it selects.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -63,17 +65,29 @@ def test_trl_gkd(case, backend):
 
 @pytest.mark.parametrize("case,backend", cases("adakd_divergences"))
 def test_adakd(case, backend):
-    """Its skewed forward KL lacks the teacher's entropy; mixtures are clamped at 1e-8, which no entry reaches."""
+    """Mixtures are clamped at 1e-8, which no entry reaches."""
     x = arrays("adakd_divergences", case)
-    rows = (x["labels"] != -100).to(device_of(backend))
-    for name, kind in ADAKD.items():
+    rows, r = (x["labels"] != -100).to(device_of(backend)), x["teacher_logits"].log_softmax(-1)
+    for name, (kind, lacks_entropy) in ADAKD.items():
         found, _ = run(x["logits"], x["teacher_logits"], kind, backend)
-        missing = 0
-        if name in ("skewed_forward_kl", "forward_kl"):
-            r = x["teacher_logits"].log_softmax(-1)
-            missing = (r.exp() * r).sum(-1) if name == "skewed_forward_kl" else 0
-        if name == "forward_kl" and not torch.allclose(found.cpu().flatten(), x["token_forward_kl"]):
-            missing = (r.exp() * r).sum(-1)
+        missing = (r.exp() * r).sum(-1) if lacks_entropy else 0
         near((found.cpu() - missing).flatten(), x[f"token_{name}"], name, rtol=1e-6)
         _, grad = run(x["logits"], x["teacher_logits"], kind, backend, row_mask=rows)
         near(grad / rows.sum().cpu(), x[f"grad_{name}"], f"gradient of {name}", rtol=1e-6)
+
+
+def test_adaptive_kl():
+    """AKL of AdaKD's code: forward and reverse KL by where the two models differ, the weights without gradient."""
+    x = arrays("adakd_divergences", "divergences")
+    logits, teacher, mask = x["logits"].requires_grad_(), x["teacher_logits"], x["labels"] != -100
+    share = akl.head_share(logits, teacher)
+    assert 0.01 < share.min() and share.max() < 0.99
+    forward, reverse = tokenrl.token_divergence(logits, teacher, ["forward_kl", "reverse_kl"])
+    near((share * forward + (1 - share) * reverse).flatten(), x["token_adaptive_kl"], "per token")
+    weights = {"forward_kd": share, "reverse_kd": 1 - share}
+    losses = [
+        tokenrl.distillation_loss(name, logits, teacher, mask=mask, token_weight=weight)[0]
+        for name, weight in weights.items()
+    ]
+    near(sum(losses), x["loss_adaptive_kl"], "loss")
+    near(torch.autograd.grad(sum(losses), logits)[0], x["grad_adaptive_kl"], "gradient")

@@ -100,10 +100,9 @@ def test_half_precision_is_compared_beside_fp32():
 def test_a_backend_that_is_wrong_is_found(monkeypatch):
     real = tokenrl.RolloutBatch.loss
 
-    def wrong(self, objective=None, *, logp=None, backend=None):
-        loss, metrics = real(self, objective, logp=logp, backend=backend)
-        leaf = self.tensors["logits"]
-        return (loss + 1e-4 * leaf[1, 2].sum(), metrics) if backend == "cpu" else (loss, metrics)
+    def wrong(self, objective=None, *, backend=None, **scores):
+        loss, metrics = real(self, objective, backend=backend, **scores)
+        return (loss + 1e-4 * self.tensors["logits"][1, 2].sum() if backend == "cpu" else loss), metrics
 
     monkeypatch.setattr(tokenrl.RolloutBatch, "loss", wrong)
     found = report.of_backends(random_batch(), backend="cpu")

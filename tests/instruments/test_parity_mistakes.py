@@ -11,8 +11,8 @@ from wrong_losses import WRONG
 
 import tokenrl
 from tokenrl.instruments.parity import assert_parity, diagnosis, random_batch, report
-from tokenrl.instruments.parity.comparison import Held, leaves_of
 from tokenrl.instruments.parity.diagnosis import diagnosed
+from tokenrl.instruments.parity.held import Held, leaves_of
 from tokenrl.instruments.parity.mistakes import MISTAKES
 from tokenrl.instruments.parity.user_loss import user_loss
 
@@ -31,7 +31,7 @@ def named(function, objective, settings, seed):
     loss, row = user_loss(function), THROUGH if objective == "through" else tokenrl.objective(objective)
     head = "hidden" if "hidden" in loss.parameters else "logits"
     batch = loss.leaf_batch(random_batch(seed, row, head=head, **settings))
-    return [mistake.name for mistake in diagnosed(loss, batch, row, torch.float32)]
+    return [mistake.name for mistake in diagnosed(loss, batch, torch.float32)]
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -81,7 +81,7 @@ def held(case):
     if case == "another KL":
         settings["kl"] = "kl_k2"
     batch = tokenrl.RolloutBatch(tensors, batch.objective, settings, {})
-    return Held(batch, batch.objective, leaves_of(batch))
+    return Held(batch, leaves_of(batch))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
@@ -91,7 +91,7 @@ def test_each_mistake_can_be_told_from_the_right_loss(mistake):
         right = held(case)
         start = right.start()
         if mistake.applies(start):
-            found = Held(right.batch, right.row, right.leaves, mistake.change)
+            found = right.with_change(mistake.change)
             candidates = [(mistake, mistake.change(start))]
             if diagnosis._named(found.outcome(torch.float32), right, torch.float32, candidates):
                 break

@@ -100,13 +100,13 @@ def test_torch_compile_too(tmp_path):
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
-    batch, right = saved("demo-like", tmp_path), recorded_ways.eager_logp
-    monkeypatch.setattr(recorded_ways, "eager_logp", lambda batch, x: right(batch, x) * 1.01)
+    batch, right = saved("demo-like", tmp_path), recorded_ways.eager_scores
+    monkeypatch.setattr(recorded_ways, "eager_scores", lambda batch, x: (right(batch, x)[0] * 1.01, None))
     seen = found(batch)
     assert "eager" not in {line["name"] for line in seen["beside"]}
     assert seen["not_timed"]["eager"].startswith("not within the tolerance rule: ")
-    ours = tokenrl.token_logprobs
-    monkeypatch.setattr(tokenrl, "token_logprobs", lambda x, *rest, **more: ours(2 * x - x.detach(), *rest, **more))
+    ours = recorded_ways.two_ops
+    monkeypatch.setattr(recorded_ways, "two_ops", lambda *way: lambda x: ours(*way)(2 * x - x.detach()))
     outcome = called(batch, *QUICK, "--json")
     assert outcome.exit_code == 1
     seen = json.loads(outcome.stdout)
@@ -119,11 +119,10 @@ def test_tokens_that_rounding_decides_are_not_held_against_anybody():
     batch = random_batch(0, "grpo", temperature=1.0)
     logp = batch.log_probs("reference")
     old = logp - torch.log1p(torch.full_like(logp, 0.2))  # every ratio is the upper bound
-    at = recorded.at_edges(
-        tokenrl.RolloutBatch({**batch.tensors, "old_logp": old}, batch.objective, {}, {}), batch.objective
-    )
+    batch = tokenrl.RolloutBatch({**batch.tensors, "old_logp": old}, batch.objective, {}, {})
+    held = recorded.held_batch(batch, batch.objective)
     upward = (batch.tensors["advantages"] > 0)[:, None] & batch.tensors["mask"]
-    assert torch.equal(at, upward)
+    assert torch.equal(held.batch.tensors["token_weight"] == 0, upward)
 
 
 def test_a_batch_too_large_to_be_held_says_so(tmp_path, monkeypatch):

@@ -68,6 +68,40 @@ def test_a_call_comes_back_from_hidden_states(row, layout, tmp_path):
     assert recording.left_out == 0 and batch.leaf == "hidden"
 
 
+def test_the_entropy_is_the_heads(tmp_path):
+    """Its gradient comes back, where the loss made it and where it was given one of the same call; a constant stays."""
+    with tokenrl.record(tmp_path / "hidden"):
+        loss, gradient = from_hidden(entropy_coef=0.1)
+    batch = tokenrl.load_batch(tmp_path / "hidden")
+    for backend in ("cpu", "reference"):
+        found, of_weight = again(batch, "weight", backend=backend)
+        torch.testing.assert_close(found, loss.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(of_weight, gradient, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(gradient, from_hidden()[1], rtol=1e-2)
+    logits = (HIDDEN @ WEIGHT.t()).requires_grad_()
+    for constant in (False, True):
+        with tokenrl.record(tmp_path / "logits"):
+            logp, entropy = tokenrl.token_logprobs(logits, IDS, temperature=0.7, backend="reference")
+            entropy = entropy.detach() if constant else entropy
+            given = {"mask": MASK[1:], "entropy": entropy[1:], "entropy_coef": 0.1}
+            loss, _ = tokenrl.policy_loss("grpo", logp[1:], OLD[1:], ADVANTAGES[1:], **given)
+        batch = tokenrl.load_batch(tmp_path / "logits")
+        found, of_logits = again(batch, "logits")
+        torch.testing.assert_close(found, loss.detach())
+        torch.testing.assert_close(of_logits, torch.autograd.grad(loss, logits)[0][1:])
+        assert ("entropy" in batch.tensors) == constant
+
+
+def test_ignored_ids_take_their_tokens_out(tmp_path):
+    ids = IDS.masked_fill(torch.arange(T) == 2, -1)
+    weight = WEIGHT.clone().requires_grad_()
+    with tokenrl.record(tmp_path / "batch"):
+        loss, _ = tokenrl.linear_policy_loss("ctpo", HIDDEN, weight, ids, OLD, ADVANTAGES, ignore_index=-1)
+    found, gradient = again(tokenrl.load_batch(tmp_path / "batch"), "weight")
+    torch.testing.assert_close(found, loss.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, weight)[0])
+
+
 @pytest.mark.parametrize("rows", [slice(None), (slice(1, 3), slice(2, None))], ids=["all", "a view"])
 def test_logits_come_along_with_their_log_probs(rows, tmp_path):
     with tokenrl.record(tmp_path / "batch"):
@@ -93,11 +127,12 @@ def test_log_probs_of_elsewhere_come_alone(tmp_path):
 
 
 def test_the_limit_keeps_whole_sequences(tmp_path):
+    row = tokenrl.objective("ppo", eps_high=packed(REF.exp()))
     with tokenrl.record(tmp_path / "all") as every:
-        from_hidden("packed")
-    size = sum(x.nbytes for x in every.batch.tensors.values())
+        from_hidden("packed", row)
+    size = sum(x.nbytes for x in every.batch.tensors.values()) + REF.nbytes
     with tokenrl.record(tmp_path / "some", limit=int(size * 0.6)) as recording:
-        from_hidden("packed")
+        from_hidden("packed", row)
     batch = tokenrl.load_batch(tmp_path / "some")
     kept = batch.layout.num_sequences
     assert recording.left_out == B - kept == 1
@@ -106,6 +141,13 @@ def test_the_limit_keeps_whole_sequences(tmp_path):
     )
     for name in ("ids", "hidden", "old_logp", "advantages", "weight"):
         assert torch.equal(batch.tensors[name], every.batch.tensors[name][: len(batch.tensors[name])])
+    assert torch.equal(batch.objective.gate.eps_high, packed(REF.exp())[: CU[3]])
+    assert batch.loss()[0].isfinite()
+    with tokenrl.record(tmp_path / "none", limit=size) as whole:
+        from_hidden("packed", row)
+    with tokenrl.record(tmp_path / "none", limit=size - 1) as less:
+        from_hidden("packed", row)
+    assert whole.left_out == 0 and less.left_out == 1
     with (
         pytest.raises(
             ValueError, match=r"^limit: got 700 bytes, accepted: at least [0-9,]+: the head and one sequence"
@@ -175,6 +217,13 @@ FAULTS = {
     "width": ({"weight": WEIGHT[:, 1:].contiguous()}, r"weight: got shape \[23, 5\], accepted: \[V, 6\]"),
     "name": ({"old_logps": OLD.clone()}, "tensor: got 'old_logps', .* Did you mean 'old_logp'"),
     "mask": ({"mask": MASK[1:].contiguous()}, r"mask: got shape \[3, 9\], accepted: the shape of ids"),
+    "parameter": (
+        {
+            "metadata": {"objective": json.dumps({"name": "ppo"})},
+            "objective.eps_low": OLD[1:].exp(),
+        },
+        r"objective.eps_low: got shape \[3, 9\], accepted: one value per token, \[4, 9\]",
+    ),
     "advantages": (
         {"advantages": ADVANTAGES[1:].contiguous()},
         r"advantages: got shape \[3\], accepted: one per sequence",

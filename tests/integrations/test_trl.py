@@ -1,7 +1,6 @@
 """TRL's real GRPOTrainer with and without tokenrl, from one seed: losses, gradient norms, every metric, the weights."""
 
 import pytest
-import torch
 
 trl = pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
 
@@ -10,7 +9,6 @@ from bench.trl_world import Rollouts, compared, trained  # noqa: E402
 from tokenrl.integrations import hosts  # noqa: E402
 from tokenrl.integrations.trl import GRPOTrainer, TokenRLConfig, TokenRLMixin  # noqa: E402
 from tokenrl.integrations.trl import trainer as trainer_module  # noqa: E402
-from tokenrl.integrations.trl.loss import MicroBatch, clip_by_position  # noqa: E402
 
 # Of a whole product each pair of settings at least once; the rest shows nothing new.
 SETTINGS = {
@@ -170,21 +168,6 @@ def test_what_prevents_one_pass_is_named(name):
 
 def test_auto_is_the_deepest():
     assert trained(Ours, steps=1)._depth == "one-pass"
-
-
-def test_clips_by_position_are_those_of_the_batch():
-    """By hand, from the ratios of an untrained policy to other log-probs."""
-    g = torch.Generator().manual_seed(0)
-    logp, old = (torch.randn(2, 8, generator=g) / 3 for _ in range(2))
-    mask, advantages = torch.arange(8) < torch.tensor([[8], [5]]), torch.tensor([1.0, -1.0])
-    trainer = type("Trainer", (), {"use_vllm": False})
-    inputs = {"old_per_token_logps": old, "advantages": advantages}
-    batch = MicroBatch(inputs, logp, logp, None, mask)
-    ratio = (logp - old).exp()
-    clipped = torch.where(advantages[:, None] > 0, ratio > 1.2, ratio < 0.8) & mask
-    expected = clipped.view(2, 4, 2).sum((0, 2)) / mask.view(2, 4, 2).sum((0, 2))
-    assert clipped.any()
-    torch.testing.assert_close(clip_by_position(trainer, batch, tokenrl.objective("ppo")), expected.double())
 
 
 @pytest.mark.parametrize("head,leaf", [("one-pass", "hidden"), ("hidden", "logp")])

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 AOT = ROOT / "tests" / "support" / "aot.py"
 BUILD = ROOT / "build" / "triton"
 ARCHS = (80, 90, 100)
-WHOLE = 90  # of which everything is compiled, a minute's work and more; of the others a third each
+WHOLE = 90  # of which everything is compiled, a minute and more; of the others a fifth each, as no kind comes in fives
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
     "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
@@ -38,7 +38,7 @@ def compiled(arch: int, *which: str) -> list[dict]:
 
 def kernels(arch: int) -> list[dict]:
     """Of what aot.py compiles, kept in build/triton by the content of what it depends on."""
-    which = "all" if arch == WHOLE else "third"
+    which = "all" if arch == WHOLE else "fifth"
     made = made_once(
         BUILD / f"sm_{arch}-{sources()}.json", lambda path: path.write_text(json.dumps(compiled(arch, which)))
     )
@@ -66,7 +66,7 @@ def test_no_kernel_spills(arch):
     rows = kernels(arch)
     print(table(rows))
     found = {row["kernel"] for row in rows}
-    assert found == KERNELS if arch == WHOLE else found <= KERNELS and len(found) > 8
+    assert found == KERNELS if arch == WHOLE else {"objective_kernel", "forward_kernel", "backward_kernel"} < found
     spilling = [row for row in rows if row["spills"] or row["local"]]
     assert not spilling, "\n" + table(spilling)
 

@@ -11,15 +11,37 @@ from rollout_cases import FAMILY, VALID, batch, golden_range, loop_spans
 from tokenrl import corrections as cor
 
 
+def ratio(trained, sampled):
+    return min(max(trained - sampled, -20.0), 20.0)
+
+
+def taken(logp):
+    return min(max(math.exp(logp), 1e-6), 1 - 1e-6)
+
+
+def binary_kl(trained, sampled):
+    return sum(mu * math.log(mu / p) for mu, p in ((taken(sampled), taken(trained)),
+                                                   (1 - taken(sampled), 1 - taken(trained))))  # fmt: skip
+
+
+TERMS = {
+    "k1": lambda *of: -ratio(*of),
+    "k2": lambda *of: ratio(*of) ** 2 / 2,
+    "k3": lambda *of: math.exp(ratio(*of)) - 1 - ratio(*of),
+    "tv": lambda trained, sampled: abs(taken(trained) - taken(sampled)),
+    "binary_kl": binary_kl,
+}
+
+
 def loop_rejection(logp, rollout, statistic, low, high):
-    terms = {"k1": lambda x: -x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(x) - 1 - x}
     take = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max}
-    *level, k = statistic.split("_")
+    name = next(name for name in TERMS if statistic.endswith(name))
+    level = statistic.removesuffix(name).strip("_").split("_")
     out = torch.zeros(VALID.shape, dtype=torch.bool)
     for row, there in loop_spans("token" if level == ["token"] else "sequence"):
-        x = [min(max(float(logp[row, t] - rollout[row, t]), -20.0), 20.0) for t in there]
-        found = take[level[1] if len(level) > 1 else "sum"]([terms[k](v) for v in x])
-        kept = (low or 0) <= math.exp(found) <= high if k == "k1" else found <= high
+        terms = [TERMS[name](float(logp[row, t]), float(rollout[row, t])) for t in there]
+        found = take[level[1] if len(level) > 1 else "sum"](terms)
+        kept = (low or 0) <= math.exp(found) <= high if name == "k1" else found <= high
         for t in there:
             out[row, t] = kept
     return out

@@ -108,6 +108,21 @@ def test_dppo_with_a_given_divergence(backend):
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo_reads_the_old_policy_however_far_it_is(name, backend):
+    """The old probability is e^old_logp, not that of a bounded ratio: of four tokens one is kept."""
+    logp = torch.tensor([[-25.1, -0.5], [-0.1, -0.3]], dtype=torch.float64, device=device_of(backend))
+    old_logp = torch.tensor([[-0.1, -0.6], [-45.0, -math.inf]], dtype=torch.float64, device=logp.device)
+    advantages = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=logp.device)
+    row = tokenrl.objective(name, aggregation="token-mean")
+    loss, metrics = tokenrl.policy_loss(row, logp.requires_grad_(), old_logp, advantages, backend=backend)
+    gradient = torch.autograd.grad(loss, logp)[0].tolist()
+    assert gradient == [[0, pytest.approx(math.exp(0.1) / 4)], [0, 0]]
+    assert loss.item() == pytest.approx(-0.5 * math.exp(0.1) / 4)
+    assert (metrics.clip_low, metrics.clip_high, metrics.clip_dual) == (0.25, 0.5, 0)
+
+
+@EVERY_BACKEND
 def test_cppo_with_a_given_divergence_is_dppo_without_a_budget(backend):
     """delta_b so large that no prefix binds, w_min = 1: Z_t <= delta alone decides."""
     case, _ = made(8)

@@ -57,7 +57,6 @@ def dppo(divergence, eps):
     def formula(d, p, a):
         weights = []
         for x, logp, adv in zip(d, p, a, strict=True):
-            x = clip(x, -20, 20)
             new, old = math.exp(logp), min(math.exp(logp - x), 1.0)
             outwards = new > old if adv > 0 else new < old
             weights.append(0.0 if outwards and divergence(new, old, x) > eps else min(math.exp(x), 20.0))

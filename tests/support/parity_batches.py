@@ -6,9 +6,9 @@ import tokenrl
 from tokenrl.instruments.rollout_batch import save
 
 
-def long(objective="ctpo", rows=3, width=4096):
+def long(objective="ctpo", rows=3, width=4096, seed=1):
     """Log-probs alone, of long sequences with holes, each token as far from the old policy as in training."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(rows, width, generator=g) * 3
     mask = (torch.arange(width) < torch.tensor([[width], [width - 7], [width // 3]])) & (
         torch.rand(rows, width, generator=g) > 0.2

@@ -12,10 +12,9 @@ from torch import Tensor
 
 import tokenrl
 
+from ..instruments.parity.held import Held, leaves_of
 from ..ops.backends import BACKENDS
-from .train import Recording, Rollouts, decisions
-
-NEAR_EDGE = 1e-5
+from .train import Recording, Rollouts
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,21 @@ def gradient(
     return torch.autograd.grad(make_loss(name, recording, logits, **more), logits)[0]
 
 
-def away_from_edges(name: str, recording: Recording) -> Tensor:
-    """Weights fp32 [B, T]: 0 for tokens so near a clip edge that rounding decides on which side they are, else 1."""
-    objective = tokenrl.objective(name)
-    batch, logits = recording.batch, recording.logits.double()
-    (logp,) = tokenrl.token_logprobs(
-        logits, batch.ids, temperature=recording.temperature, outputs=("logp",), backend="reference"
-    )
-    sides = [decisions(objective, logp, batch, shift)[1] for shift in (-NEAR_EDGE, NEAR_EDGE)]
-    return (sides[0] == sides[1]).float()
+def rollout_batch(recording: Recording, name: str) -> tokenrl.RolloutBatch:
+    """The recording as instruments take it, under an objective."""
+    batch, temperature = recording.batch, recording.temperature
+    (logp,) = tokenrl.token_logprobs(recording.logits, batch.ids, temperature=temperature, outputs=("logp",))
+    tensors = {
+        "logits": recording.logits, "ids": batch.ids, "logp": logp, "old_logp": batch.old_logp, "mask": batch.mask,
+        "advantages": batch.advantages, "rewards": batch.rewards, "group_ids": batch.group_ids,
+    }  # fmt: skip
+    return tokenrl.RolloutBatch(tensors, tokenrl.objective(name), {"temperature": temperature}, {})
+
+
+def decided(name: str, recording: Recording) -> Tensor:
+    """Weights fp32 [B, T]: 0 for tokens whose gradient rounding decides, at a clip edge, else 1."""
+    batch = rollout_batch(recording, name)
+    return (~Held(batch, leaves_of(batch)).undecided(torch.float32).tokens).float()
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
@@ -105,7 +110,7 @@ def moved(recording: Recording, device: torch.device) -> Recording:
 def parity(recording: Recording, names: tuple[str, ...]) -> list[Parity]:
     """Each backend on each device where it can run: its gradients in fp32 against the fp64 reference."""
     recording = moved(recording, torch.device("cpu"))
-    weights = {name: away_from_edges(name, recording) for name in names}
+    weights = {name: decided(name, recording) for name in names}
     truths = {name: _gradients(name, recording, weights, torch.float64, "reference") for name in names}
     rows = []
     for backend in BACKENDS.values():

@@ -1,6 +1,6 @@
 """What the demo found: the tables, the recorded rollouts, and whether the reward rose."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import LlamaForCausalLM
 
-import tokenrl
-
 from ..instruments.rollout_batch import owned, save
-from .loss_head import Parity
+from .loss_head import Parity, rollout_batch
 from .train import History, Recording, Settings
 
 OBJECTIVES = ("grpo", "ctpo")
@@ -121,14 +119,7 @@ def write(result: Result, path: Path, console: Console) -> Path:
 def save_rollouts(result: Result, path: Path) -> Path:
     """As tokenrl.record would, with the rewards and logp, of the policy after the step; ids are -100 where the mask is
     false."""
-    recording, batch, temperature = result.recording, result.recording.batch, result.recording.temperature
-    (logp,) = tokenrl.token_logprobs(recording.logits, batch.ids, temperature=temperature, outputs=("logp",))
-    tensors = {
-        "logits": recording.logits, "ids": batch.ids, "logp": logp, "old_logp": batch.old_logp, "mask": batch.mask,
-        "advantages": batch.advantages, "rewards": batch.rewards, "group_ids": batch.group_ids,
-    }  # fmt: skip
-    source = {"task": TASK, "seed": str(result.settings.seed), "step": str(recording.step)}
-    objective, settings = tokenrl.objective(OBJECTIVES[-1]), {"temperature": temperature}
-    tensors = {name: owned(x) for name, x in tensors.items()}
-    save(tokenrl.RolloutBatch(tensors, objective, settings, source), path)
+    source = {"task": TASK, "seed": str(result.settings.seed), "step": str(result.recording.step)}
+    batch = replace(rollout_batch(result.recording, OBJECTIVES[-1]), source=source)
+    save(batch.mapped(lambda _, x: owned(x)), path)
     return path

@@ -174,12 +174,12 @@ def _update(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, loss: Ten
     optimizer.step()
 
 
-def decisions(objective: tokenrl.Objective, logp: Tensor, batch: Rollouts, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(s, clipped), [B, T]: the objective's log ratio, nan where masked, and whether a bound is active at s + shift."""
+def decisions(objective: tokenrl.Objective, logp: Tensor, batch: Rollouts) -> tuple[Tensor, Tensor]:
+    """(s, clipped), [B, T]: the objective's log ratio, nan where masked, and whether a bound is active."""
     s = x = logp - batch.old_logp
     if objective.statistic != "token":
         kind = objective.statistic.removeprefix("prefix_")
         s = tokenrl.prefix_ratio(logp, batch.old_logp.to(logp.dtype), mask=batch.mask, kind=kind)
     t = batch.mask.cumsum(1).to(s.dtype)
-    low, high, dual = objective.gate.clipped(s + shift, x + shift, logp, batch.advantages[:, None], t)
+    low, high, dual = objective.gate.clipped(s, x, logp, batch.advantages[:, None], t)
     return torch.where(batch.mask, s, torch.nan), (low | high | dual) & batch.mask

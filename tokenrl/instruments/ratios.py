@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.policy import Objective
-from .parity.computation import seen
+from .parity.held import Held
 from .rollout_batch import RolloutBatch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -29,11 +29,10 @@ class ByPosition:
 
 def by_position(batch: RolloutBatch, row: Objective | None = None, bins: int = MOST_BINS) -> ByPosition:
     """Of a batch with log-probs or a head, by its own objective or another; computed on the reference, in fp32."""
-    row = batch.objective if row is None else row
-    valid = batch.layout.valid()
-    found, position = seen(batch, row), positions(batch)[valid]
-    bounds = found.gate.clipped(found.s, found.x, found.logp, found.advantages, found.t)
-    ratio, *clipped = (x.expand_as(valid)[valid] for x in (found.s.exp(), *bounds))
+    batch = batch.under(row)
+    row, valid = batch.objective, batch.layout.valid()
+    found, position = Held(batch, ()).seen(torch.float32), positions(batch)[valid]
+    ratio, *clipped = (x[valid] for x in (found.s.exp(), *found.clipped()))
     longest = int(position.max()) if position.numel() else 0
     width = max(1, -(-longest // bins))
     which = (position - 1) // width

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .rollout_batch import DTYPES, FIXED, PER_SEQUENCE, PER_TOKEN, SETTINGS, Rol
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADS = ("token_logprobs", "linear_token_logprobs")
+SCORES = ("logp", "entropy")
 LOSSES = ("policy_loss", "linear_policy_loss")
 
 
@@ -47,40 +48,65 @@ class Recording:
     source: Mapping[str, str]
     batch: RolloutBatch | None = None
     left_out: int = 0
-    # The memory of log-probs, weakly, where they begin there, and the arguments of the call that made them.
-    _heads: list[tuple[StorageWeakRef, int, Mapping[str, Any]]] = field(default_factory=list)
+    _heads: list["Head"] = field(default_factory=list)
 
     def observe(self, function: str, arguments: Mapping[str, Any], result: Any) -> None:
         if self.batch is not None:
             return
         if function in HEADS:
-            self._heads = [head for head in self._heads if not head[0].expired()]
+            self._heads = [head for head in self._heads if not head.made["logp"][0].expired()]
             if "logp" in arguments["outputs"] and arguments["ids"].dim() == _rows(arguments):
-                made = StorageWeakRef(result.logp.untyped_storage())
-                self._heads.append((made, result.logp.storage_offset(), dict(arguments)))
+                self._heads.append(Head.of(arguments, result))
         elif function in LOSSES:
             self._write(function, arguments)
 
     def _write(self, function: str, arguments: Mapping[str, Any]) -> None:
         given = dict(arguments)
         if function == "policy_loss":
-            given = self._head_of(given["logp"]) | given
+            given = self._with_head(given)
         batch = batch_of(given, {"function": function, **_here(), **self.source})
         batch, self.left_out = cut(batch, self.limit)
-        self.batch = replace(batch, tensors={name: owned(x) for name, x in batch.tensors.items()})
+        self.batch = batch.mapped(lambda _, x: owned(x))
         self._heads = []
         rollout_batch.save(self.batch, self.path)
 
-    def _head_of(self, logp: Tensor) -> dict[str, Any]:
-        """The arguments of the call that made these log-probs, rows as they were taken from its; {} if none did."""
-        memory = logp.untyped_storage()._cdata
-        for made, offset, head in self._heads:
-            shape = head["ids"].shape
-            if made.cdata == memory and not made.expired():
-                rows = torch.arange(shape.numel(), device=logp.device)
-                rows = rows.as_strided(logp.shape, logp.stride(), logp.storage_offset() - offset)
-                return {name: _at(rows, shape, x) for name, x in head.items()}
-        return {}
+    def _with_head(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Beside the arguments of the call that made these log-probs, rows as they were taken from its, if one did. An
+        entropy that it made too, with a gradient, is the head's and no tensor of the batch."""
+        for head in self._heads:
+            rows = head.rows("logp", given["logp"])
+            if rows is None:
+                continue
+            entropy = given["entropy"]
+            if entropy is not None and entropy.requires_grad and given["entropy_coef"] != 0:
+                of_entropy = head.rows("entropy", entropy)
+                if of_entropy is not None and torch.equal(of_entropy, rows):
+                    given = {**given, "entropy": None}
+            shape = head.arguments["ids"].shape
+            return {name: _at(rows, shape, x) for name, x in head.arguments.items()} | {**given}
+        return {**given}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A call of a head. made: the memory of what it gave, weakly, and where that begins there."""
+
+    arguments: Mapping[str, Any]
+    made: Mapping[str, tuple[StorageWeakRef, int]]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], result: Any) -> "Head":
+        given = {name: getattr(result, name) for name in SCORES if name in arguments["outputs"]}
+        made = {name: (StorageWeakRef(x.untyped_storage()), x.storage_offset()) for name, x in given.items()}
+        return cls(dict(arguments), made)
+
+    def rows(self, name: str, x: Tensor) -> Tensor | None:
+        """Which of its rows, int64 of the shape of x; None where it did not make x."""
+        memory, begin = self.made.get(name, (None, 0))
+        if memory is None or memory.expired() or memory.cdata != x.untyped_storage()._cdata:
+            return None
+        rows = torch.arange(self.arguments["ids"].numel(), device=x.device)
+        return rows.as_strided(x.shape, x.stride(), x.storage_offset() - begin)
 
 
 def _rows(head: Mapping[str, Any]) -> int:
@@ -114,6 +140,10 @@ def batch_of(arguments: Mapping[str, Any], source: Mapping[str, str]) -> Rollout
         tensors.pop("old_logp", None)
     if (ignored := arguments.get("ignore_index", IGNORED)) != IGNORED:
         tensors["ids"] = tensors["ids"].masked_fill(tensors["ids"] == ignored, IGNORED)
+    if "logp" not in arguments:  # from hidden states an ignored id takes its token out of the loss
+        named = tensors["ids"] != IGNORED
+        if not named.all():
+            tensors["mask"] = named & tensors.get("mask", named)
     return RolloutBatch(tensors, find_objective(arguments["objective"]), settings, source)
 
 
@@ -139,12 +169,13 @@ def _as_words(name: str, x: Any) -> Any:
 def cut(batch: RolloutBatch, limit: int) -> tuple[RolloutBatch, int]:
     """(its first sequences, as many as take at most `limit` bytes; how many were left out)."""
     sequences = batch.layout.num_sequences
-    whole = {name: x.nbytes for name, x in batch.tensors.items()}
-    fixed = sum(size for name, size in whole.items() if name in FIXED)
-    if sum(whole.values()) <= limit:
+    whole: dict[str, int] = {}
+    batch.mapped(lambda name, x: (whole.update({name: x.nbytes}), x)[1])
+    fixed, size = sum(whole[name] for name in FIXED if name in whole), sum(whole.values())
+    if size <= limit:
         return batch, 0
     ends = batch.layout.cu_seqlens.tolist()
-    share = (sum(whole.values()) - fixed) / max(batch.tokens.numel(), 1)
+    share = (size - fixed) / max(batch.tokens.numel(), 1)
     fitting = sum(1 for end in ends[1:] if fixed + end * share <= limit)
     if fitting == 0:
         needed = fixed + (ends[1] - ends[0]) * share
@@ -165,7 +196,7 @@ def first(batch: RolloutBatch, count: int) -> RolloutBatch:
         per_sequence = name in PER_SEQUENCE or (name == "advantages" and x.shape != batch.tokens.shape)
         return x[:count] if per_sequence else x[:rows]
 
-    return replace(batch, tensors={name: part(name, x) for name, x in batch.tensors.items()})
+    return batch.mapped(part)
 
 
 @contextmanager

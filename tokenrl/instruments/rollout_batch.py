@@ -10,11 +10,14 @@ batch came from, free words). Its tensors, tokens [B, T] padded or [N] packed, S
     advantages          [S] or of the tokens; rewards [S]; group_ids int64 [S]; segment_ids int64 of the tokens
     mask                bool of the tokens; cu_seqlens int64 [S + 1], packed alone
     temperature         of the tokens, where it is no number; keep_mask bool [V] or like logits
-    objective.<name>    parameters of the objective that are tensors
+    objective.<name>    parameters of the objective that are tensors, of the tokens
+
+An entropy that is no tensor here, of a loss with an entropy_coef, is the head's.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from ..errors import unknown, wrong
 from ..logprobs.from_hidden import linear_token_logprobs
 from ..logprobs.from_logits import token_logprobs
 from ..losses.policy import policy_loss
+from ..objectives.gates.base import map_params
 from ..objectives.metrics import Metrics
 from ..objectives.policy import OBJECTIVES, Objective, find_objective, objective
 
@@ -90,7 +94,16 @@ class RolloutBatch:
         return {name: both[name] for name in names if both.get(name) is not None}
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
-        return replace(self, tensors={name: x.to(device) for name, x in self.tensors.items()})
+        return self.mapped(lambda _, x: x.to(device))
+
+    def under(self, objective: str | Objective | None) -> "RolloutBatch":
+        """With another objective; None: its own."""
+        return self if objective is None else replace(self, objective=find_objective(objective))
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> "RolloutBatch":
+        """change(name, tensor) of each tensor, those of the objective too."""
+        row = mapped_objective(self.objective, lambda name, x: change(f"{OF_OBJECTIVE}{name}", x))
+        return replace(self, tensors={name: change(name, x) for name, x in self.tensors.items()}, objective=row)
 
     def cast(self, dtype: torch.dtype) -> "RolloutBatch":
         """All floats in another precision."""
@@ -98,23 +111,40 @@ class RolloutBatch:
             self, tensors={name: x.to(dtype) if x.is_floating_point() else x for name, x in self.tensors.items()}
         )
 
-    def log_probs(self, backend: str | None = None) -> Tensor:
-        """Of the tokens, by the head where there is one, differentiable in the batch's tensors."""
+    @property
+    def entropy_of_head(self) -> bool:
+        """Whether the loss has a bonus of entropies that are no tensor of the batch."""
+        return self.leaf != "logp" and self.settings.get("entropy_coef", 0.0) != 0 and "entropy" not in self.tensors
+
+    def scored(self, backend: str | None = None, row_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(log-probs, entropies) of the tokens, by the head where there is one, differentiable in the batch's tensors;
+        no entropies but those that the loss takes from the head. row_mask: the tokens that the head is asked for."""
         if self.leaf == "logp":
-            return self.tensors["logp"]
-        how: dict[str, Any] = self.arguments(TRANSFORM) | {"outputs": ("logp",), "backend": backend}
+            return self.tensors["logp"], None
+        outputs = ("logp", "entropy") if self.entropy_of_head else ("logp",)
+        how: dict[str, Any] = self.arguments(TRANSFORM) | {"outputs": outputs, "row_mask": row_mask, "backend": backend}
         if self.leaf == "logits":
-            return token_logprobs(self.tensors["logits"], self.tensors["ids"], **how).logp
-        head = (self.tensors[name] for name in ("hidden", "weight", "ids"))
-        return linear_token_logprobs(*head, bias=self.tensors.get("bias"), **how).logp
+            stats = token_logprobs(self.tensors["logits"], self.tensors["ids"], **how)
+        else:
+            head = (self.tensors[name] for name in ("hidden", "weight", "ids"))
+            stats = linear_token_logprobs(*head, bias=self.tensors.get("bias"), **how)
+        return stats.logp, stats.entropy if self.entropy_of_head else None
+
+    def log_probs(self, backend: str | None = None) -> Tensor:
+        return self.scored(backend)[0]
 
     def loss(
-        self, objective: str | Objective | None = None, *, logp: Tensor | None = None, backend: str | None = None
-    ) -> tuple[Tensor, Metrics]:
-        """policy_loss of the batch, of its own objective or another. logp: instead of the head's."""
+        self, objective: str | Objective | None = None, *, logp: Tensor | None = None, entropy: Tensor | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Metrics]:  # fmt: skip
+        """policy_loss of the batch, of its own objective or another. logp, entropy: in place of the head's, both."""
         row = self.objective if objective is None else find_objective(objective)
         given: dict[str, Any] = {"old_logp": None, "advantages": None} | self.arguments(OF_LOSS)
-        return policy_loss(row, self.log_probs(backend) if logp is None else logp, **given, backend=backend)
+        if logp is None:
+            logp, entropy = self.scored(backend)
+        if entropy is not None:
+            given["entropy"] = entropy
+        return policy_loss(row, logp, **given, backend=backend)
 
 
 def check(batch: RolloutBatch) -> None:
@@ -142,6 +172,12 @@ def check(batch: RolloutBatch) -> None:
         layout.flat_tokens_or_sequences(
             "advantages", advantages, advantages.dtype, batch.settings.get("advantages_per")
         )
+    mapped_objective(batch.objective, functools.partial(_checked_parameter, layout))
+
+
+def _checked_parameter(layout: Layout, name: str, x: Tensor) -> Tensor:
+    layout.check_tokens(f"{OF_OBJECTIVE}{name}", x)
+    return x
 
 
 def _check_head(tensors: Mapping[str, Tensor]) -> None:
@@ -159,6 +195,12 @@ def _check_head(tensors: Mapping[str, Tensor]) -> None:
         raise wrong("weight", f"shape {shapes['weight']}", f"[V, {shapes['hidden'][-1]}], as hidden is wide")
     if "bias" in tensors and shapes["bias"] != shapes.get("weight", [0])[:1]:
         raise wrong("bias", f"shape {shapes['bias']}", f"{shapes.get('weight', [0])[:1]}, one per row of weight")
+
+
+def mapped_objective(row: Objective, change: Callable[[str, Tensor], Tensor]) -> Objective:
+    """change(name, tensor) of each parameter that is a tensor."""
+    parts: Mapping[str, Any] = {name: map_params(part, change) for name, part in row.parts.items()}
+    return replace(row, **parts)
 
 
 def described_objective(row: Objective) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -207,3 +208,15 @@ def rebind(host: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for name in old:
             if module.__dict__.get(name) is old[name]:
                 setattr(module, name, new[name])
+
+
+@contextmanager
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object, for a while."""
+    had = name in vars(owner)
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own) if had else delattr(owner, name)

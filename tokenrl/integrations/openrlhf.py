@@ -16,13 +16,11 @@ from torch import Tensor
 from ..errors import wrong
 from ..losses.policy import policy_loss
 from ..losses.rollout_correction import rejection_mask
-from ..methods.topk_divergence import topk_divergence
 from ..objectives.policy import Objective, objective
 from .hosts import PPO, VARIABLE, check_parameters, chosen_objective, clip_fraction, rebind, require
 from .lazy import when_imported
 
 LOSS, HOOK = "openrlhf.models.loss", "tokenrl.integrations.openrlhf.use"
-LEAST = 1e-6  # of a probability and of 1 less it, in OpenRLHF's divergences
 
 
 class TokenRLLoss:
@@ -61,25 +59,16 @@ class TokenRLLoss:
     def correction(self: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[dict[str, Any], Tensor]:
         """(arguments of policy_loss, the fraction of tokens or rows that is filtered or clipped)"""
         (low, high), of_rows = self.is_correction_threshold, self.is_correction_level == "seq"
-        if self.is_correction_gating == "ratio":
-            inverse = {"low": 1 / high, "high": 1 / low if low > 0 else None}
-            statistic = "seq_mean_k1" if of_rows else "token_k1"
-            kept = rejection_mask(old, rollout, statistic=statistic, mask=mask, **inverse)
-        else:
-            kept = (self.divergence(old, rollout, mask, of_rows) <= high) & mask
+        of_ratio = self.is_correction_gating == "ratio"
+        bounds = {"low": 1 / high, "high": 1 / low if low > 0 else None} if of_ratio else {"high": high}
+        statistic = ("seq_mean_" if of_rows else "token_") + ("k1" if of_ratio else self.is_correction_gating)
+        kept = rejection_mask(old, rollout, statistic=statistic, mask=mask, **bounds)
         if self.is_correction_mode == "clip":
             given: dict[str, Any] = {"correction": {"bound": "truncate", "low": low, "high": high, "clamp": None}}
         else:
             given = {"correction": {"bound": "none", "clamp": None}, "token_weight": kept.to(old.dtype)}
         filtered = 1 - (kept.any(1).float().mean() if of_rows else mean(kept.float(), mask))
         return given | {"rollout_logp": rollout}, filtered
-
-    def divergence(self: Any, old: Tensor, rollout: Tensor, mask: Tensor, of_rows: bool) -> Tensor:
-        """[B, T]: of taking the sampled token or not, rollout's policy against the trainer's; or its mean per row."""
-        kind = "kl" if self.is_correction_gating == "binary_kl" else "tv"
-        q, p = (x.detach().clamp(math.log(LEAST), math.log1p(-LEAST))[..., None] for x in (old, rollout))
-        found = topk_divergence(q, p, kind=kind, mask=mask)
-        return (found.sum(1, True) / mask.sum(1, True)).expand_as(found) if of_rows else found
 
 
 def mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def token_divergence(
     what tokenrl.divergence(name, ...) returns, or several of both.
     temperature, softcap, logit_scale, keep_mask: as for token_logprobs; other_*: those of the other head, of which
     other_temperature None is the temperature. row_mask: bool [N] or [B, T]: rows where it is False give 0 and are
-    never read.
+    never read. other_logits=logits, or logits.detach(), with an other_temperature is the KL to its own tempered self.
 
     Returns the divergence, [N] or [B, T], fp32 (fp64 of fp64 logits); of several kinds an object with an attribute for
     each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the

@@ -94,6 +94,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     keep_mask: Tensor | None = None,
+    keep_mask_for: Sequence[str] | None = None,
     row_mask: Tensor | None = None,
     ignore_index: int = IGNORED,
     outputs: Sequence[str] = ("logp", "entropy"),
@@ -106,8 +107,9 @@ def linear_token_logprobs(
 
     hidden: [N, D] or [B, T, D]. weight: the head's, [V, D]; bias: [V]. bf16, fp16, fp32 or fp64, all of one dtype, or
     of any beside compute_dtype, the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32
-    head). ids, temperature, softcap, logit_scale, keep_mask (padding of the vocabulary), row_mask, ignore_index,
-    outputs, result: as for token_logprobs. Autocast is not followed, and a warning says so: compute_dtype tells.
+    head). ids, temperature, softcap, logit_scale, keep_mask (padding of the vocabulary), keep_mask_for (where it splits
+    the outputs the flops are those of two calls), row_mask, ignore_index, outputs, result: as for token_logprobs.
+    Autocast is not followed, and a warning says so: compute_dtype tells.
 
     Rows that are ignored or masked, and in the backward rows whose upstream gradient is zero, enter no GEMM and may
     hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what
@@ -129,9 +131,15 @@ def linear_token_logprobs(
     from_logits.check_ids(head.like, ids, outputs)
     chosen = backends.choose(backend, hidden.device)
     check_main_grad_backend(main_grad, chosen)
-    asked = [name for name in outputs if name not in kernel_ops.ALWAYS]
-    found = dispatch.linear_token_logprobs(chosen, head.inputs(ids, row_mask, ignore_index), asked, main_grad)
-    values, rows = dict(zip(kernel_ops.RESULTS, found, strict=True)), hidden.shape[:-1]
+    values: dict[str, Tensor] = {}
+    for transform, names in from_logits.by_mask(outputs, head.transform, keep_mask_for):
+        inputs = replace(head, transform=transform).inputs(ids, row_mask, ignore_index)
+        asked = [name for name in names if name not in kernel_ops.ALWAYS]
+        results = dict(
+            zip(kernel_ops.RESULTS, dispatch.linear_token_logprobs(chosen, inputs, asked, main_grad), strict=True)
+        )
+        values |= {name: results[name] for name in names}
+    rows = hidden.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
 
 

@@ -44,6 +44,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     keep_mask: Tensor | None = None,
+    keep_mask_for: Sequence[str] | None = None,
     row_mask: Tensor | None = None,
     ignore_index: int = IGNORED,
     outputs: Sequence[str] = ("logp", "entropy"),
@@ -68,6 +69,8 @@ def token_logprobs(
     temperature: a positive number, or one per row, fp32 or fp64 (0-d or [B, 1], too). softcap, logit_scale: positive.
     keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
     mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
+    keep_mask_for: the outputs that see keep_mask, None for all; the others are of the whole vocabulary (slime's entropy
+    beside top-p log-probs), and the logits are read once for either.
     outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
     autograd would notice.
     Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
@@ -84,15 +87,35 @@ def token_logprobs(
     if transform.keep_mask is not None:
         transform = replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
     ids = aligned_ids(ids, row_mask, ignore_index, logits)
-    results = dispatch.token_logprobs(
-        chosen,
-        _unit_stride(logits),
-        ids,
-        *of_rows_read(transform, ids, ids.dim() == logits.dim()),
-        [name for name in outputs if name not in kernel_ops.ALWAYS],
-        inplace_backward,
-    )
-    return TokenStats({name: results[kernel_ops.RESULTS.index(name)] for name in outputs})
+    parts = by_mask(outputs, transform, keep_mask_for)
+    if inplace_backward and len(parts) > 1:
+        raise wrong("inplace_backward", "True with outputs on both sides of keep_mask_for", "False")
+    found: dict[str, Tensor] = {}
+    for part, names in parts:
+        results = dispatch.token_logprobs(
+            chosen,
+            _unit_stride(logits),
+            ids,
+            *of_rows_read(part, ids, ids.dim() == logits.dim()),
+            [name for name in names if name not in kernel_ops.ALWAYS],
+            inplace_backward,
+        )
+        found |= {name: results[kernel_ops.RESULTS.index(name)] for name in names}
+    return TokenStats({name: found[name] for name in outputs})
+
+
+def by_mask(
+    outputs: Sequence[str], transform: Transform, keep_mask_for: Sequence[str] | None
+) -> list[tuple[Transform, list[str]]]:
+    """The outputs of each transform: with its keep_mask, and where some do not see that, without it."""
+    if keep_mask_for is None:
+        return [(transform, list(outputs))]
+    if transform.keep_mask is None or isinstance(keep_mask_for, str) or not {*keep_mask_for} <= {*outputs}:
+        accepted = f"some of outputs, {', '.join(outputs)}, beside a keep_mask"
+        raise wrong("keep_mask_for", described(keep_mask_for), accepted)
+    sides = {True: transform, False: replace(transform, keep_mask=None)}
+    parts = [(side, [name for name in outputs if (name in keep_mask_for) is sees]) for sees, side in sides.items()]
+    return [part for part in parts if part[1]]
 
 
 def as_transform(

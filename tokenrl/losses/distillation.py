@@ -1,4 +1,4 @@
-"""distillation_loss and linear_distillation_loss: a row of the table of distillation objectives, run on a batch."""
+"""distillation_loss, linear_ and topk_distillation_loss: a row of the table of distillation objectives on a batch."""
 
 import dataclasses
 from typing import Any
@@ -11,6 +11,7 @@ from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.divergence import head_pair, token_divergence
 from ..logprobs.from_logits import as_transform
+from ..logprobs.topk import topk_token_divergence
 from ..objectives.distillation import Distillation, distillation
 from ..observed import observed
 from ..ops import backends, divergence_dispatch
@@ -122,6 +123,49 @@ def linear_distillation_loss(
     chosen = backends.choose(backend, hidden.device)
     loss, values = divergence_dispatch.linear_divergence(chosen, head, other, row.divergence, weights)
     return loss, values.view(rows.shape)
+
+
+@observed
+def topk_distillation_loss(
+    objective: str | Distillation,
+    logp_topk: Tensor,
+    other_logp_topk: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    temperature: Temperature = 1.0,
+    **lists: Any,
+) -> tuple[Tensor, Tensor]:
+    """distillation_loss over K ids of each token instead of the vocabulary, as a teacher's server gives them.
+
+        loss = sum_t w_t T_t^power D(p_t, r_t),   D by topk_token_divergence
+
+    logp_topk, other_logp_topk: fp32 or fp64 [B, T, K], or packed [N, K] with cu_seqlens: log-probs of the same ids, of
+    the student by token_logprobs or linear_token_logprobs, of the teacher as they came. temperature: at which both were
+    made, for the row's T^power alone. lists: rest, topk_mask, entropy, limits, tail_floor, logp_floor, outside_logp of
+    topk_token_divergence, as
+
+        rest="tail"                                             TRL's IW-OPD with loss_add_tail, SDPO with its tail
+        rest="renormalised"                                     ms-swift, NeMo-RL, TRL without a tail
+        rest="truncated", logp_floor=-10, limits=(0, 10)        verl's forward_kl_topk
+
+    The rest, the result and the errors as for distillation_loss. verl with use_policy_gradient takes the values of the
+    result, their sign turned, as advantages of policy_loss.
+    """
+    row = distillation(objective)
+    check_tensor("logp_topk", logp_topk)
+    rows = logp_topk[..., 0]
+    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logp_topk")
+    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
+    weights = _weights(row, layout, rows.dtype, transform, token_weight, aggregation, normalizer, None)
+    values = topk_token_divergence(
+        logp_topk, other_logp_topk, row.divergence, row_mask=layout.valid().view(rows.shape), **lists
+    )
+    weights = weights.view(values.shape)
+    return torch.where(weights != 0, weights * values, 0).sum(), values.detach()
 
 
 def _weights(

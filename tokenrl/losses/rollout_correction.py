@@ -12,6 +12,7 @@ being the trainer's (old_logp where the loss has a ratio of its own to it). What
     seq-mask-tis of NeMo, OpenRLHF, swift: token weights of the rows whose geometric mean lies in [low, high]
         importance_weights(..., bound="none") * rejection_mask(..., statistic="seq_mean_k1", low=1 / high, high=1 / low)
         NeMo's; a token's weight may be e^20 then, where bound="truncate", high=2 bounds it
+    binary_kl and tv of OpenRLHF, FlashREINFORCE's seq gate               rejection_mask, "seq_mean_binary_kl" for one
     OPSM of DeepSeek-V3.2, TRL off_policy_mask_threshold                  off_policy_sequence_mask
     80/20 rule, TRL top_entropy_quantile                                  top_entropy_mask
 
@@ -27,6 +28,8 @@ trainer's own log-prob, so a ratio of 1.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +52,7 @@ __all__ = [
     "entropy_threshold", "importance_weights", "off_policy_sequence_mask", "rejection_mask", "top_entropy_mask",
 ]  # fmt: skip
 
+Divergence = Callable[..., Tensor]
 LEVELS = {  # the span that shares a weight, and what is taken of its log ratios
     "token": ("token", "sum"),
     "sequence": ("sequence", "sum"),
@@ -58,23 +62,39 @@ LEVELS = {  # the span that shares a weight, and what is taken of its log ratios
 UNKNOWN = ("raise", "neutral")
 BOUNDS = ("truncate", "mask", "none")
 NORMALIZATIONS = ("none", "batch")
-DIVERGENCES = {  # of x = q clamped to +-CLAMP; k1 is the log of rollout / train
-    "k1": lambda x: -x,
-    "k2": lambda x: 0.5 * x.square(),
-    "k3": excess,
+CLAMP = 20.0
+LEAST = 1e-6  # of a probability, and of 1 less it, in a divergence of taking the token or not
+
+
+def _of_ratio(divergence: Divergence) -> Divergence:
+    """Of x = q clamped to +-CLAMP."""
+    return lambda trained, sampled: divergence((trained - sampled).clamp(-CLAMP, CLAMP))
+
+
+def _of_taking(divergence: Divergence) -> Divergence:
+    """Of the probabilities of the token under the rollout's policy and the trainer's."""
+    return lambda trained, sampled: divergence(*(x.exp().clamp(LEAST, 1 - LEAST) for x in (sampled, trained)))
+
+
+DIVERGENCES: dict[str, Divergence] = {  # of log-probs of trainer and rollout; k1 is the log of rollout / train
+    "k1": _of_ratio(lambda x: -x),
+    "k2": _of_ratio(lambda x: 0.5 * x.square()),
+    "k3": _of_ratio(excess),
+    "tv": _of_taking(lambda mu, p: (mu - p).abs()),
+    "binary_kl": _of_taking(lambda mu, p: mu * (mu / p).log() + (1 - mu) * ((1 - mu) / (1 - p)).log()),
 }
 REJECTIONS = {  # statistic -> span, what is taken over it, divergence
-    **{f"token_{k}": ("token", "sum", k) for k in ("k1", "k2", "k3")},
-    **{f"seq_{taken}_{k}": ("sequence", taken, k) for taken in ("sum", "mean") for k in ("k1", "k2", "k3")},
+    **{f"token_{k}": ("token", "sum", k) for k in DIVERGENCES},
+    **{f"seq_sum_{k}": ("sequence", "sum", k) for k in ("k1", "k2", "k3")},
+    **{f"seq_mean_{k}": ("sequence", "mean", k) for k in DIVERGENCES},
     **{f"seq_max_{k}": ("sequence", "max", k) for k in ("k2", "k3")},
 }
-CLAMP = 20.0
 
 
-def _log_ratios(
+def _log_probs(
     logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, unknown: str
-) -> tuple[Layout, Tensor]:
-    """(layout, float64 [N] q = logp - rollout_logp with zeros in masked cells)."""
+) -> tuple[Layout, Tensor, Tensor]:
+    """(layout, logp, rollout_logp), float64 [N], both 0 in masked cells and where the rollout's is taken for logp's."""
     check_name("unknown", unknown, UNKNOWN)
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     given = (("logp", logp), ("rollout_logp", rollout_logp))
@@ -87,7 +107,13 @@ def _log_ratios(
         counts = counts & ~missing
     elif values_known(missing) and (count := (missing & counts).sum()):
         raise wrong("rollout_logp", f"NaN for {count} tokens", "numbers, or unknown='neutral' for a ratio of 1 there")
-    return layout, torch.where(counts, trained - sampled, 0.0)
+    return layout, torch.where(counts, trained, 0.0), torch.where(counts, sampled, 0.0)
+
+
+def _log_ratios(*given: Any) -> tuple[Layout, Tensor]:
+    """(layout, q = logp - rollout_logp) of _log_probs' arguments."""
+    layout, trained, sampled = _log_probs(*given)
+    return layout, trained - sampled
 
 
 def _check_range(low: float | None, high: float | None, least: float = 0.0) -> None:
@@ -194,13 +220,15 @@ def rejection_mask(
 ) -> Tensor:
     """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds.
 
-    With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x. statistic: "token_k1" ..
-    "token_k3", "seq_sum_k1" .. "seq_sum_k3", "seq_mean_k1" .. "seq_mean_k3", "seq_max_k2", "seq_max_k3".
+    With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x; with mu = exp(rollout_logp) and
+    p = exp(logp), both within [1e-6, 1 - 1e-6], tv = |mu - p|, binary_kl = mu log(mu / p) + (1 - mu) log((1 - mu) /
+    (1 - p)), the divergences of taking the token or not. statistic: "token_", "seq_mean_" and the name of any,
+    "seq_sum_" and k1, k2, k3, "seq_max_" and k2, k3.
     *_k1: low <= exp(statistic) <= high, either may be None. This ratio is rollout / train, the inverse of what
     importance_weights gives, as in verl: to keep train / rollout in [a, b], low=1 / b, high=1 / a.
-    *_k2, *_k3: statistic <= high. Both ends are kept. Several criteria: the & of several calls.
+    The others: statistic <= high. Both ends are kept. Several criteria: the & of several calls.
 
-    Source: verl (trainers).
+    Source: verl; tv, binary_kl: OpenRLHF (trainers).
     """
     check_name("statistic", statistic, REJECTIONS)
     kind, what, k = REJECTIONS[statistic]
@@ -209,9 +237,9 @@ def rejection_mask(
     if high is None and low is None:
         raise wrong("high", None, f"a number for {statistic!r}")
     _check_range(low, high)
-    layout, q = _log_ratios(logp, rollout_logp, mask, cu_seqlens, unknown)
+    layout, trained, sampled = _log_probs(logp, rollout_logp, mask, cu_seqlens, unknown)
     spans = spans_of(kind, layout)
-    found = spans.take(what, DIVERGENCES[k](q.clamp(-CLAMP, CLAMP)))
+    found = spans.take(what, DIVERGENCES[k](trained, sampled))
     if k == "k1":
         low, high = (_log(x, none) for x, none in ((low, -torch.inf), (high, torch.inf)))
         kept = (found >= low) & (found <= high)

@@ -1,4 +1,5 @@
-"""Divergence of two policies on the top-K tokens of the one that sampled, for the masks of DPPO and CPPO."""
+"""Divergence of two policies on the top-K tokens of the one that sampled, for the masks of DPPO and CPPO. Of a student
+and its teacher, with gradient: tokenrl.topk_token_divergence."""
 
 from typing import Any
 

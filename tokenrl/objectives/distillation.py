@@ -8,6 +8,7 @@ from ..errors import described, unknown, wrong
 from .aggregations import AGGREGATIONS
 from .divergences import (
     AlphaBeta,
+    CrossEntropy,
     Divergence,
     ForwardKl,
     Jsd,
@@ -47,6 +48,7 @@ _ROWS = (
     Distillation("skew_kd", SkewForwardKl(), "token-mean", "DistiLLM, arXiv 2402.03898 (AdaKD)", certainty="T"),
     Distillation("skew_reverse_kd", SkewReverseKl(), "token-mean", "DistiLLM, arXiv 2402.03898 (AdaKD)", certainty="T"),
     Distillation("ab_kd", AlphaBeta(), "token-mean", "ABKD, arXiv 2505.04560 (AdaKD)", certainty="T"),
+    Distillation("soft_ce", CrossEntropy(), "token-mean", "Hinton et al. 2015: soft labels", certainty="P"),
     Distillation("tvd_kd", TotalVariation(), "token-mean", "f-distill, arXiv 2307.15190 (AdaKD)", certainty="T"),
 )
 DISTILLATIONS: dict[str, Distillation] = {row.name: row for row in _ROWS}

@@ -22,10 +22,11 @@ from .gates.base import parametrised
 @parametrised
 class Divergence:
     """Base of all divergences. `name` finds the kernels' functor; its parameters are numbers, in the functor's order.
-    source: where it was read."""
+    source: where it was read. below: parameters are above 0 and below this."""
 
     name: ClassVar[str]
     source: ClassVar[str]
+    below: ClassVar[float] = 1.0
     names: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
 
@@ -164,6 +165,7 @@ class AlphaBeta(Divergence):
 
     name = "alpha_beta"
     source = "ABKD, arXiv 2505.04560, as in AdaKD's code"
+    below = float("inf")
     alpha: float = 0.2
     beta: float = 0.7
 
@@ -181,7 +183,6 @@ DIVERGENCES: dict[str, type[Divergence]] = {
         SquaredHellinger, AlphaBeta,
     )
 }  # fmt: skip
-_RANGES = {"beta": (0.0, 1.0), "share": (0.0, 1.0), "alpha": (0.0, float("inf"))}  # open
 
 
 def divergence(kind: str | Divergence, **parameters: float) -> Divergence:
@@ -196,8 +197,8 @@ def divergence(kind: str | Divergence, **parameters: float) -> Divergence:
     for name, value in parameters.items():
         if name not in row.names:
             raise unknown(f"parameter of {row.name!r}", name, row.names)
-        low, high = _RANGES[name] if row.name != "alpha_beta" else (0.0, float("inf"))
-        check_number(name, value, above=low, accepted=f"a number above {low:g} and below {high:g}")
-        if value >= high:
-            raise wrong(name, value, f"a number above {low:g} and below {high:g}")
+        accepted = f"a number above 0 and below {row.below:g}"
+        check_number(name, value, above=0, accepted=accepted)
+        if value >= row.below:
+            raise wrong(name, value, accepted)
     return dataclasses.replace(row, **parameters) if parameters else row

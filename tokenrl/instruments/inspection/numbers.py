@@ -4,7 +4,7 @@ Positions are those of valid tokens, counted from 1 in each sequence, as a posit
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -225,7 +225,8 @@ def _objectives(batch: RolloutBatch, logp: Tensor, backend: str | None) -> list[
 def _clips(row: str | Objective, batch: RolloutBatch, logp: Tensor, backend: str | None) -> dict[str, Any]:
     try:
         if by_batch(find_objective(row), batch):
-            metrics = batch.loss(row, logp=logp, backend=backend)[1]
+            alone = {name: x for name, x in batch.settings.items() if name != "entropy_coef"}
+            metrics = replace(batch, settings=alone).loss(row, logp=logp, backend=backend)[1]
             return {"clipped": None} | {name: getattr(metrics, name) for name in (*CLIPS, "ratio_mean", "ess")}
         found = clipped_tokens(row, batch, logp, backend)
     except ValueError as error:

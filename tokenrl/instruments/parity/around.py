@@ -46,6 +46,11 @@ class Seen:
     advantages: Tensor
     t: Tensor
 
+    def clipped(self, shift: float = 0.0) -> Tensor:
+        """bool [3, N]: which bound is active, were all log-probs shifted."""
+        found = self.gate.clipped(self.s + shift, self.x + shift, self.logp + shift, self.advantages, self.t)
+        return torch.stack([bound.expand_as(self.s) for bound in found])
+
     def bounds(self, token: int, shifts: Tensor) -> Tensor:
         """bool [3, shifts]: which bound would be active on a token, were its log-prob shifted by each of them."""
         logp = self.logp[token].expand_as(shifts)

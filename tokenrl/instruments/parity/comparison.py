@@ -1,16 +1,15 @@
 """What is found of a loss against what the reference gives, in fp64 and in the precision of what is found."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ...objectives.policy import Objective
 from ..rollout_batch import FIXED, RolloutBatch
-from .around import Seen
-from .computation import HEADS, Change, Computation, Outcome, Undecided, as_it_is, outcome, seen, undecided
-from .tolerance import errors, odd_ones, sum_errors
+from .computation import HEADS, Outcome
+from .held import Dtype, Held
+from .noise import Undecided
+from .tolerance import Tally, odd_ones, sum_errors
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Token:
 @dataclass(frozen=True)
 class Comparison:
     """One way to compute a loss. reason: why it cannot run. not_compared: tensors whose gradient holds tokens that
-    rounding decides."""
+    rounding decides. undecided: how many these are."""
 
     way: str
     device: str = ""
@@ -59,114 +58,93 @@ class Comparison:
     worst: Token | None = None
     reason: str | None = None
     not_compared: tuple[str, ...] = ()
+    undecided: int = 0
 
     @property
     def held(self) -> bool:
         return all(error.held for error in self.errors)
 
 
-def held_to(
-    found: Outcome, truth: Outcome, base: Outcome, but: Undecided | None = None
-) -> tuple[tuple[Error, ...], tuple[str, ...]]:
-    """(errors of the value and of each gradient; the gradients that are not compared). but: tokens whose gradient is
-    left out."""
-    assert truth.terms is not None and base.terms is not None
+@dataclass(frozen=True)
+class Errors:
+    """Of the value and of each gradient; the gradients that are not compared; the cell of the token that errs most."""
+
+    found: tuple[Error, ...]
+    not_compared: tuple[str, ...]
+    worst: int | None
+
+    @property
+    def held(self) -> bool:
+        return all(error.held for error in self.found)
+
+
+def held_to(found: Outcome, held: Held, dtype: Dtype, but: Undecided | None = None) -> Errors:
+    """What was found in a precision, against the reference. but: tokens whose gradient is left out."""
+    truth, base = held.truth, held.base(dtype)
     ((_, error, allowed),) = sum_errors(found.value, truth.terms, base.terms)
     if odd_ones(found.value, truth.value):
         error = float("inf")
-    rows, left_out = [Error("loss", "L1", error, allowed + (but.jump if but else 0.0))], []
-    for name, gradient in found.gradients.items():
-        three = (gradient, truth.gradients[name], base.gradients[name])
-        if but is not None and but.count:
-            if name in FIXED:
-                left_out.append(name)
-                continue
-            three = tuple(x[~but.tokens] for x in three)  # type: ignore[assignment]
-        rows.append(_worst_norm(name, *three))
-    return tuple(rows), tuple(left_out)
+    some = but is not None and but.count > 0
+    left_out = tuple(name for name in found.gradients if some and name in FIXED)
+    tallies = {name: Tally() for name in found.gradients if name not in left_out}
+    worst: tuple[float, int | None] = (0.0, None)
+    for (at, exact), (_, near) in zip(held.rows(truth, torch.float64), held.rows(base, dtype), strict=True):
+        for name in exact.keys() & tallies.keys():
+            three = [_flat(name, found.gradients[name], at), exact[name], near[name]]
+            if but is not None and name not in FIXED:
+                kept = ~but.tokens.flatten()[at]
+                three = [torch.where(kept.view(-1, *(1,) * (x.dim() - 1)), x, 0) for x in three]
+            tallies[name].add(*three)
+            if name not in FIXED:
+                worst = max(worst, _farthest(three[0], three[1], at.start or 0), key=lambda pair: pair[0])
+    rows = [Error("loss", "L1", error, allowed + (but.jump if but else 0.0))]
+    rows += [_worst_norm(name, tally) for name, tally in tallies.items()]
+    return Errors(tuple(rows), left_out, worst[1])
 
 
-def _worst_norm(name: str, found: Tensor, truth: Tensor, base: Tensor) -> Error:
-    if odd := odd_ones(found, truth):
-        return Error(name, f"{odd} not finite", float("inf"), 0.0)
-    finite = truth.isfinite()
-    by_norm = errors(*(x[finite] for x in (found, truth, base)))
-    return max((Error(name, *norm) for norm in by_norm), key=lambda error: error.share)
+def _flat(name: str, gradient: Tensor, at: slice) -> Tensor:
+    """The rows of some tokens."""
+    if name in FIXED:
+        return gradient
+    return (gradient.flatten(0, -2) if name in HEADS else gradient.flatten())[at]
 
 
-def worst_cell(found: Outcome, truth: Outcome, but: Undecided | None = None) -> int | None:
-    """The cell of the token whose gradient errs most; None where none does."""
-    for name, gradient in found.gradients.items():
-        if name in FIXED:
-            continue
-        apart = (gradient.double() - truth.gradients[name]).abs().nan_to_num(nan=torch.inf)
-        apart = apart.amax(-1) if name in HEADS and apart.numel() else apart
-        if but is not None:
-            apart = torch.where(but.tokens, 0, apart)
-        if apart.numel() and apart.max() > 0:
-            return int(apart.argmax())
-    return None
+def _worst_norm(name: str, tally: Tally) -> Error:
+    if tally.odd:
+        return Error(name, f"{tally.odd} not finite", float("inf"), 0.0)
+    return max((Error(name, *norm) for norm in tally.errors()), key=lambda error: error.share)
 
 
-class Held:
-    """A batch and its row on the reference, in fp64 and in the precisions that are tested, each computed once."""
-
-    def __init__(self, batch: RolloutBatch, row: Objective, leaves: tuple[str, ...], change: Change = as_it_is):
-        self.batch, self.row, self.leaves, self.change = batch, row, leaves, change
-        self._known: dict[str, Outcome] = {}
-
-    def given(self, dtype: torch.dtype | None) -> RolloutBatch:
-        """The batch in a precision; None: in its own."""
-        return self.batch if dtype is None else self.batch.cast(dtype)
-
-    def outcome(self, dtype: torch.dtype | None) -> Outcome:
-        if str(dtype) not in self._known:
-            self._known[str(dtype)] = outcome(self.given(dtype), self.row, self.leaves, self.change)
-        return self._known[str(dtype)]
-
-    def start(self) -> Computation:
-        """In fp64, without a graph, and without a KL whose coefficient is 0."""
-        batch = self.given(torch.float64)
-        start = Computation(batch, self.row, batch.log_probs("reference").detach())
-        return start if batch.settings.get("kl_coef") else start.changed(ref_logp=None)
-
-    @property
-    def truth(self) -> Outcome:
-        return self.outcome(torch.float64)
-
-    def undecided(self) -> Undecided:
-        return undecided(self.batch.cast(torch.float64), self.row, self.change)
-
-    @cached_property
-    def _seen(self) -> Seen:
-        return seen(self.batch.cast(torch.float64), self.row)
-
-    def described(self, cell: int) -> Token:
-        layout, known = self.batch.layout, self._seen
-        sequence, valid = int(layout.rows()[cell]), layout.valid()
-        start, end = layout.cu_seqlens[sequence : sequence + 2].tolist()
-        return Token(
-            sequence, int(valid[start : cell + 1].sum()), int(valid[start:end].sum()), known.s[cell].exp().item(),
-            known.advantages[cell].item(), known.distance(cell),
-        )  # fmt: skip
+def _farthest(found: Tensor, truth: Tensor, begin: int) -> tuple[float, int | None]:
+    """(by how much the token errs that errs most, its cell; None where none does)"""
+    apart = (found.double() - truth).abs().nan_to_num(nan=torch.inf)
+    apart = apart.amax(-1) if apart.dim() > 1 and apart.numel() else apart.flatten()
+    if not apart.numel() or not apart.max() > 0:
+        return 0.0, None
+    return apart.max().item(), begin + int(apart.argmax())
 
 
-def leaves_of(batch: RolloutBatch) -> tuple[str, ...]:
-    """What gradients are taken by: logits, hidden states with the head, or log-probs."""
-    return tuple(name for name in HEADS if name in batch.tensors) or ("logp",)
+def described(held: Held, cell: int) -> Token:
+    layout, known = held.batch.layout, held.truth.seen
+    sequence, valid = int(layout.rows()[cell]), layout.valid()
+    start, end = layout.cu_seqlens[sequence : sequence + 2].tolist()
+    return Token(
+        sequence, int(valid[start : cell + 1].sum()), int(valid[start:end].sum()), known.s[cell].exp().item(),
+        known.advantages[cell].item(), known.distance(cell),
+    )  # fmt: skip
 
 
-def precisions(batch: RolloutBatch) -> list[torch.dtype | None]:
+def precisions(batch: RolloutBatch) -> list[Dtype]:
     """fp32, and the batch's own where that is another."""
     return [torch.float32] if batch.tensors[batch.leaf].dtype == torch.float32 else [torch.float32, None]
 
 
 def compared(
-    way: str, device: str, found: Outcome, held: Held, dtype: torch.dtype | None, but: Undecided | None = None
+    way: str, device: str, found: Outcome, held: Held, dtype: Dtype, but: Undecided | None = None
 ) -> Comparison:
     """What was found in a precision, against the reference."""
-    rows, left_out = held_to(found, held.truth, held.outcome(dtype), but)
-    cell = worst_cell(found, held.truth, but)
-    worst = None if cell is None else held.described(cell)
+    errors = held_to(found, held, dtype, but)
+    worst = None if errors.worst is None else described(held, errors.worst)
     precision = str(found.gradients[held.leaves[0]].dtype).removeprefix("torch.")
-    return Comparison(way, device, precision, rows, worst, not_compared=left_out)
+    count = 0 if but is None else but.count
+    return Comparison(way, device, precision, errors.found, worst, None, errors.not_compared, count)

@@ -9,20 +9,22 @@ from ...objectives.policy import OBJECTIVES, Objective
 from ..progress import tracked
 from ..record import first
 from ..rollout_batch import RolloutBatch
-from .comparison import Held, held_to
+from .comparison import held_to
 from .computation import Change, Computation, Outcome
+from .held import Dtype, Held
 from .mistakes import MISTAKES, Mistake
+from .tolerance import sum_errors
 from .user_loss import UserLoss
 
-ROUGHLY = 1e-3  # of the sum of the terms: values that are farther apart are not compared further
+ROUGHLY, FAR = 1e-3, 100  # of the terms' sum, and times what is allowed: values farther apart are not compared further
 ENTRIES, FEWEST, MOST = 20_000_000, 64, 4096  # of logits, and tokens, that a loss is diagnosed on
 Candidate = tuple[Mistake, Computation]  # and what it makes of the right computation
 
 
-def diagnosed(loss: UserLoss, batch: RolloutBatch, row: Objective, dtype: torch.dtype | None) -> list[Mistake]:
+def diagnosed(loss: UserLoss, batch: RolloutBatch, dtype: Dtype) -> list[Mistake]:
     """The mistakes whose value and gradient are those of a loss and not of the right one; where there is none the rows
     of the table, then two mistakes at once. batch: as the loss takes it. dtype: the precision that it is wrong in."""
-    found, held = _of_part(loss, batch, row, dtype)
+    found, held = _of_part(loss, batch, dtype)
     start = held.start()
     singles = [(one, one.change(start)) for one in tracked(MISTAKES, lambda one: one.name) if one.applies(start)]
     for among in (lambda: singles, lambda: other_rows(start), lambda: pairs(singles, start)):
@@ -31,16 +33,15 @@ def diagnosed(loss: UserLoss, batch: RolloutBatch, row: Objective, dtype: torch.
     return []
 
 
-def _of_part(loss: UserLoss, batch: RolloutBatch, row: Objective, dtype: torch.dtype | None) -> tuple[Outcome, Held]:
+def _of_part(loss: UserLoss, batch: RolloutBatch, dtype: Dtype) -> tuple[Outcome, Held]:
     """On some of the sequences, where the loss is wrong there too."""
     for part in (small(batch), batch):
-        held = Held(part, row, loss.leaves(part))
+        held = Held(part, loss.leaves(part), eager=True)
         try:
-            found = loss.outcome(held.given(dtype), row)
+            found = loss.outcome(held.given(dtype))
         except RuntimeError:  # it asks for as many sequences as there are
             continue
-        errors, _ = held_to(found, held.truth, held.outcome(dtype), held.undecided())
-        if part is batch or not all(error.held for error in errors):
+        if part is batch or not held_to(found, held, dtype, held.undecided(dtype)).held:
             break
     return found, held
 
@@ -99,9 +100,11 @@ def _effect(computation: Computation) -> tuple[str, ...]:
     return tuple(f"{x.item():.2e}" for x in (loss, weighed.sum(), weighed.abs().sum()))
 
 
-def _named(found: Outcome, held: Held, dtype: torch.dtype | None, candidates: Sequence[Candidate]) -> list[Mistake]:
-    assert held.truth.terms is not None
-    near = ROUGHLY * max(held.truth.terms.abs().sum().item(), found.value.abs().item())
+def _named(found: Outcome, held: Held, dtype: Dtype, candidates: Sequence[Candidate]) -> list[Mistake]:
+    terms, base = held.truth.terms, held.base(dtype).terms
+    ((_, _, allowed),) = sum_errors(found.value, terms, base)
+    near = min(ROUGHLY * terms.abs().sum().item(), FAR * allowed)
+    near *= max(1.0, found.value.abs().item() / max(terms.abs().sum().item(), 1e-30))
     return [
         one
         for one, computation in tracked(candidates, lambda candidate: candidate[0].name)
@@ -110,6 +113,7 @@ def _named(found: Outcome, held: Held, dtype: torch.dtype | None, candidates: Se
 
 
 def _apart(computation: Computation, found: Outcome) -> float:
+    """Of the values, where the candidate's is as large as what was found."""
     try:
         with torch.no_grad():
             value, _ = computation.run()
@@ -118,11 +122,10 @@ def _apart(computation: Computation, found: Outcome) -> float:
     return (value - found.value.double()).abs().item()
 
 
-def _is(mistake: Mistake, found: Outcome, held: Held, dtype: torch.dtype | None) -> bool:
-    changed = Held(held.batch, held.row, held.leaves, mistake.change)
-    truth, base, but = changed.truth, changed.outcome(dtype), changed.undecided()
-    errors, _ = held_to(found, truth, base, but)
-    if not all(error.held for error in errors):
+def _is(mistake: Mistake, found: Outcome, held: Held, dtype: Dtype) -> bool:
+    changed = held.with_change(mistake.change)
+    but = changed.undecided(dtype)
+    if not held_to(found, changed, dtype, but).held:
         return False
-    right, _ = held_to(held.outcome(dtype), truth, base, but)
-    return not all(error.held for error in right)  # else nobody could tell them apart on this batch
+    # What the right loss gives must not pass for it too, else nobody could tell them apart on this batch.
+    return not held_to(held.outcome(dtype), changed, dtype, but).held

@@ -1,20 +1,18 @@
 """The backends of this machine, each on each device where it can run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...batch.checks import check_name
 from ...errors import wrong
-from ...objectives.gates.base import map_params
 from ...objectives.policy import Objective
 from ...ops.backends import BACKENDS, Backend
-from ..rollout_batch import RolloutBatch
-from .comparison import Comparison, Held, compared, precisions
+from ..rollout_batch import RolloutBatch, mapped_objective
+from .comparison import Comparison, compared, precisions
 from .computation import Outcome, drawing_alike, with_leaves
+from .held import Dtype, Held
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,18 @@ class Way:
 
     backend: str
     device: torch.device
-    dtype: torch.dtype | None = None
+    dtype: Dtype = torch.float32
     reason: str | None = None
 
     def __str__(self) -> str:
         return f"{self.backend} on {self.device}"
 
-    def compared(self, held: Held) -> Comparison:
+    def compared(self, held: Held, undecided: int) -> Comparison:
+        """held: without the tokens that rounding decides."""
         if self.reason is not None:
             return Comparison(self.backend, reason=self.reason)
-        found = backend_outcome(held.given(self.dtype), held.row, held.leaves, self.backend, self.device)
-        return compared(self.backend, self.device.type, found, held, self.dtype)
+        found = backend_outcome(held.given(self.dtype), held.leaves, self.backend, self.device)
+        return replace(compared(self.backend, self.device.type, found, held, self.dtype), undecided=undecided)
 
 
 def ways(held: Held, names: tuple[str, ...]) -> Iterator[Way]:
@@ -63,29 +62,16 @@ def places(backend: Backend, gate: str) -> dict[torch.device, str | None]:
     return {device: backend.why_not(device) or backend.why_not_gate(gate) for device in devices}
 
 
-def without(batch: RolloutBatch, tokens: Tensor) -> RolloutBatch:
-    """Some tokens take no part in the loss."""
-    if not tokens.any():
-        return batch
-    weight = batch.tensors.get("token_weight", torch.ones(tokens.shape))
-    return replace(batch, tensors={**batch.tensors, "token_weight": torch.where(tokens, 0, weight)})
-
-
 def on(row: Objective, device: torch.device) -> Objective:
     """The row with its tensors on a device."""
-    parts: Mapping[str, Any] = {
-        name: map_params(part, lambda _, bound: bound.to(device)) for name, part in row.parts.items()
-    }
-    return replace(row, **parts)
+    return mapped_objective(row, lambda _, bound: bound.to(device))
 
 
-def backend_outcome(
-    batch: RolloutBatch, row: Objective, leaves: tuple[str, ...], backend: str, device: torch.device
-) -> Outcome:
+def backend_outcome(batch: RolloutBatch, leaves: tuple[str, ...], backend: str, device: torch.device) -> Outcome:
     """On the CPU again, in the batch's precision."""
     batch = with_leaves(batch.to(device), leaves)
     with drawing_alike():
-        loss, _ = batch.loss(on(row, device), backend=backend)
+        loss, _ = batch.loss(backend=backend)
     given = [batch.tensors[name] for name in leaves]
     found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
     return Outcome(loss.detach().cpu(), {name: x.cpu() for name, x in zip(leaves, found, strict=True)})

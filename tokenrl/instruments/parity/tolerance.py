@@ -4,6 +4,36 @@ import torch
 from torch import Tensor
 
 ULPS = 8
+NORMS = {"max": torch.inf, "L2": 2}
+
+
+class Tally:
+    """errors(...) of tensors that come in parts. odd: entries that are not finite in the truth and others in what is
+    tested; those that are the same count no further."""
+
+    def __init__(self) -> None:
+        self.odd, self._count, self._largest, self._eps = 0, 0, 0.0, 0.0
+        self._norms = {norm: [0.0, 0.0] for norm in NORMS}  # of (what is tested, base) less the truth
+
+    def add(self, kernel: Tensor, truth: Tensor, base: Tensor) -> None:
+        self._eps = torch.finfo(kernel.dtype).eps
+        k, b, t = (x.detach().double().flatten() for x in (kernel, base, truth))
+        if not (finite := t.isfinite()).all():
+            self.odd += odd_ones(k, t)
+            k, b, t = (x[finite] for x in (k, b, t))
+        if not t.numel():
+            return
+        self._count, self._largest = self._count + t.numel(), max(self._largest, t.abs().max().item())
+        for which, apart in enumerate((k - t, b - t)):
+            for norm, p in NORMS.items():
+                both = [self._norms[norm][which], torch.linalg.vector_norm(apart, p).item()]
+                self._norms[norm][which] = torch.linalg.vector_norm(torch.tensor(both, dtype=t.dtype), p).item()
+
+    def errors(self) -> list[tuple[str, float, float]]:
+        """(norm, error, allowed)"""
+        ulps = ULPS * self._eps * self._largest
+        sizes = {"max": 1.0, "L2": self._count**0.5}
+        return [(norm, k, 2 * b + ulps * sizes[norm]) for norm, (k, b) in self._norms.items()]
 
 
 def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float, float]]:
@@ -12,15 +42,9 @@ def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float
     kernel: what is tested. truth: the fp64 reference. base: the same reference in the kernel's precision. The kernel
     may err at most twice as much as the base does, plus a few ulps of the largest entry.
     """
-    eps = torch.finfo(kernel.dtype).eps
-    k, b, t = (x.detach().double().flatten() for x in (kernel, base, truth))
-    largest = t.abs().max().item() if t.numel() else 0.0
-    rows = []
-    for norm, p in (("max", torch.inf), ("L2", 2)):
-        size = 1.0 if p == torch.inf else t.numel() ** 0.5
-        allowed = 2 * torch.linalg.vector_norm(b - t, p).item() + ULPS * eps * largest * size if t.numel() else 0.0
-        rows.append((norm, torch.linalg.vector_norm(k - t, p).item() if t.numel() else 0.0, allowed))
-    return rows
+    tally = Tally()
+    tally.add(kernel, truth, base)
+    return tally.errors()
 
 
 def sum_errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float, float]]:

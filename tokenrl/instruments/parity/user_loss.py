@@ -16,6 +16,7 @@ from ...objectives.policy import Objective
 from ...ops.linear.gemm import linear
 from ..rollout_batch import DTYPES, SETTINGS, RolloutBatch
 from .computation import HEADS, Outcome, with_leaves, without_head
+from .head_rows import scores
 
 LEAVES = (*HEADS, "logp")
 ABSENT = {"temperature": 1.0, "logit_scale": 1.0, "kl_coef": 0.0, "entropy_coef": 0.0}  # what a batch without them has
@@ -57,18 +58,19 @@ class UserLoss:
             return without_head(batch, logits=linear(head["hidden"], head["weight"], head.get("bias")))
         if any(name in self.parameters for name in HEADS):
             return batch
-        return without_head(batch, logp=batch.cast(torch.float32).log_probs("reference"))
+        logp, entropy = scores(batch, torch.float32)
+        return without_head(batch, logp=logp, **({} if entropy is None else {"entropy": entropy}))
 
     def leaves(self, batch: RolloutBatch) -> tuple[str, ...]:
         """What of the batch gradients are taken by: what the loss takes of a head, or the log-probs."""
         found = tuple(name for name in LEAVES if name in self.parameters and name in batch.tensors)
         return found if len(found) == 1 else tuple(name for name in found if name != "logp")
 
-    def outcome(self, batch: RolloutBatch, row: Objective) -> Outcome:
+    def outcome(self, batch: RolloutBatch) -> Outcome:
         """Value and gradients, in the batch's precision. The loss works on copies."""
         leaves = self.leaves(batch)
         batch = with_leaves(batch, leaves)
-        loss = self._scalar(self._called(self._taken(batch, row)))
+        loss = self._scalar(self._called(self._taken(batch, batch.objective)))
         given = [batch.tensors[name] for name in leaves]
         found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
         return Outcome(loss.detach().to(given[0].dtype), dict(zip(leaves, found, strict=True)))

@@ -1,8 +1,7 @@
 """One forward of a fused model with labels."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ...errors import wrong
 from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
 from ...logprobs.from_logits import DTYPES, IGNORED, OUTPUTS
 from ..heads import check_weight
+from ..hosts import instead
 from .logits import Logits, StandIn
 
 
@@ -116,15 +116,3 @@ class LabelledCall:
 def with_statistics(kind: Any) -> Any:
     """A model's output that has room for statistics."""
     return make_dataclass(f"Fused{kind.__name__}", [(name, Any, None) for name in OUTPUTS], bases=(kind,))
-
-
-@contextmanager
-def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an object, for a while."""
-    had = name in vars(owner)
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own) if had else delattr(owner, name)

@@ -168,15 +168,11 @@ def loss_of(trainer: Any, batch: MicroBatch, row: Objective) -> tuple[Tensor, An
     return loss, metrics
 
 
-def clip_by_position(trainer: Any, batch: MicroBatch, row: Objective) -> Tensor:
-    """[QUARTERS]: the share of tokens on which a clip is active, by the quarter of the completions' width in which they
-    stand; NaN where none does."""
+def clips_by_position(trainer: Any, batch: MicroBatch, row: Objective) -> Tensor:
+    """float64 [2, QUARTERS]: the tokens on which a clip is active, and all tokens, by the quarter of the completions'
+    width in which they stand."""
     given = policy_inputs(trainer, batch.inputs, row)
     found = token_metrics(row, batch.logp, given["old_logp"], given["advantages"], mask=batch.mask)
-    clipped = found.clip_low | found.clip_high | found.clip_dual
-    width = batch.mask.shape[1]
-    quarter = torch.arange(width, device=clipped.device) * QUARTERS // max(width, 1)
-    clips, tokens = (clipped.new_zeros(QUARTERS, dtype=torch.float64) for _ in range(2))
-    clips.index_add_(0, quarter, clipped.sum(0, dtype=torch.float64))
-    tokens.index_add_(0, quarter, batch.mask.sum(0, dtype=torch.float64))
-    return clips / tokens
+    both = torch.stack([found.clip_low | found.clip_high | found.clip_dual, batch.mask]).sum(1, dtype=torch.float64)
+    quarter = torch.arange(both.shape[1], device=both.device) * QUARTERS // max(both.shape[1], 1)
+    return both.new_zeros(2, QUARTERS).index_add_(1, quarter, both)

@@ -30,9 +30,10 @@ class OnePass:
     def apply(self, hidden: Tensor, weight: Tensor, ids: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
         """(log-probs, entropies) of the completions' tokens, packed as TRL packs them: hidden [N, D], ids [N]."""
         there = self.inputs["completion_mask"].bool()
+        at = torch.nonzero_static(there.flatten(), size=len(ids))[:, 0]  # with their number known, no host sync
 
         def packed(x: Any) -> Any:
-            return x.expand_as(there)[there] if isinstance(x, Tensor) and x.dim() == 2 else x
+            return x.expand_as(there).reshape(-1)[at] if isinstance(x, Tensor) and x.dim() == 2 else x
 
         given = policy_inputs(self.trainer, self.inputs, self.row)
         how = weighting(self.trainer, self.inputs, self.mask)

@@ -4,8 +4,9 @@ TRL computes the metrics it logs itself, without gradients, from the log-probs t
 ours is held to.
 """
 
-import math
+import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from ...errors import wrong
 from ...objectives.policy import Objective, find_objective
 from ..hosts import needed_by
 from .head import fused_head
-from .loss import MicroBatch, clip_by_position, host_objective, loss_of
+from .loss import QUARTERS, MicroBatch, clips_by_position, host_objective, loss_of
+from .metrics import Later, Readings, read_later, share
 from .one_pass import OnePass, inside, what_prevents
 
 HEADS = ("auto", "one-pass", "hidden", "loss")
@@ -84,6 +86,7 @@ class TokenRLMixin:
     """Before a GRPOTrainer among the bases: class Mine(TokenRLMixin, MyTrainer). Keyword tokenrl: a TokenRLConfig; or
     as args.tokenrl."""
 
+    accelerator: Any
     aux_loss_enabled: bool
     model: Any
     _metrics: Any
@@ -98,6 +101,7 @@ class TokenRLMixin:
         self._depth = depth_of(self, self._tokenrl.head, self._row)
         self._known: tuple[Any, ...] | None = None  # what TRL's own loss is given while it makes its metrics
         self._compared = False
+        self._readings = Readings()
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         if self._known is not None:
@@ -135,7 +139,7 @@ class TokenRLMixin:
     def _host_loss(self, model: Any, batch: MicroBatch) -> Tensor:
         """TRL's loss, without gradient, of the log-probs that are there; logs TRL's metrics."""
         self._known = (batch.logp.detach(), batch.entropy.detach(), batch.auxiliary)
-        with torch.no_grad():
+        with torch.no_grad(), read_later(self._readings):
             return self._hosts(model, batch.inputs)
 
     def _hosts(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -173,12 +177,15 @@ class TokenRLMixin:
         if not self._is_hosts:
             for name in [name for name in logged if name.startswith(OF_LOSS_TYPE)]:
                 del logged[name]
-        for name, value in metrics.reduce().as_dict().items():
-            logged[f"tokenrl/{name}"].append(value)
+        found = copy.copy(metrics.reduce())
+        found.raw = self._readings.add(found.raw)
+        for name in found.NAMES:
+            logged[f"tokenrl/{name}"].append(Later(partial(getattr, found, name)))
         if self._row.form is None:
-            for quarter, share in enumerate(clip_by_position(self, batch, self._row).tolist(), 1):
-                if not math.isnan(share):
-                    logged[f"tokenrl/clip_by_position/{quarter}"].append(share)
+            counts = self._readings.add(self.accelerator.reduce(clips_by_position(self, batch, self._row), "sum"))
+            for at in range(QUARTERS):
+                logged[f"tokenrl/clip_by_position/{at + 1}"].append(Later(partial(share, counts, at, at + QUARTERS)))
+        self._readings.pack()
 
 
 class GRPOTrainer(TokenRLMixin, trl.GRPOTrainer):

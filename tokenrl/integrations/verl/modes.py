@@ -1,6 +1,5 @@
 """verl's own loss modes in tokenrl's terms: the row, its parameters in verl's config, its counts and its metrics."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,7 @@ def relative_bounds(config: Any) -> dict[str, Any]:
 
 
 def divergences(config: Any) -> dict[str, Any]:
-    return bounds(config) | {"ceiling": float(setting(config, "clip_ratio_c", 20.0)), "clamp": math.inf}
+    return bounds(config) | {"ceiling": float(setting(config, "clip_ratio_c", 20.0))}
 
 
 def temperatures(config: Any) -> dict[str, Any]:

@@ -140,9 +140,10 @@ class Vespo(Gate):
 class DppoGate(Gate):
     """Base of DPPO's masks: l = -sg[min(r, ceiling)] A logp where the token is kept, else 0.
 
-    p = e^logp, mu = e^(logp - s), the old policy's. Dropped: A > 0 and the divergence upwards is above eps_high, A <= 0
-    and downwards above eps_low. The gradient is through logp alone. The paper anchors on the rollout's log-probs: hand
-    them in as old_logp. clip_high, clip_low: dropped by either bound; clip_dual: kept with a truncated ratio.
+    p = e^logp, mu = e^(logp - s), the old policy's (of a log ratio without clamp). Dropped: A > 0 and the divergence
+    upwards is above eps_high, A <= 0 and downwards above eps_low. The gradient is through logp alone. The paper anchors
+    on the rollout's log-probs: hand them in as old_logp. clip_high, clip_low: dropped by either bound; clip_dual: kept
+    with a truncated ratio.
 
     Source: arXiv 2602.04879 (authors' code); verl (trainers).
     """
@@ -200,4 +201,4 @@ class DppoKl(DppoGate):
     eps_high: Bound = 0.05
 
     def distance(self, p: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        return -mu * s + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))
+        return -product(mu, s) + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))

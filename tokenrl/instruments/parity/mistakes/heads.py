@@ -21,8 +21,13 @@ def has_head(computation: Computation) -> bool:
 
 
 def with_head(change: Callable[[RolloutBatch], RolloutBatch]) -> Change:
-    """Log-probs of another head."""
-    return lambda c: replace(c, logp=change(c.batch).log_probs("reference"))
+    """Log-probs, and entropies, of another head."""
+
+    def changed(computation: Computation) -> Computation:
+        logp, entropy = change(computation.batch).scored("reference")
+        return replace(computation, logp=logp, entropy=entropy)
+
+    return changed
 
 
 def setting(**settings: object) -> Callable[[RolloutBatch], RolloutBatch]:

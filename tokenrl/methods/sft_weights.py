@@ -1,0 +1,61 @@
+"""Which tokens of a given text a model learns from, by what it thinks of them already: DFT, CHORD.
+
+    weight = dft_weights(logp.detach(), mask=mask)                         # or chord_weights
+    loss, _ = tokenrl.policy_loss("reinforce", logp, None, torch.ones(B), mask=mask, token_weight=weight)
+
+    mu = chord_share(step, warm_up=200, decay=400, peak=0.5, valley=0.02)  # CHORD beside a policy loss
+    loss = (1 - mu) * policy + mu * loss
+
+Log-probs are fp32 or fp64, padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; weights have their
+shape and dtype, are without gradient and 0 in masked cells, which may hold anything.
+"""
+
+import math
+
+from torch import Tensor
+
+from ..batch.checks import check_number
+from ..batch.valid_tokens import valid_of
+
+
+def dft_weights(
+    logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, power: float = 1.0
+) -> Tensor:
+    """p^power, p = e^logp: the gradient of -p logp is that of cross entropy without its 1 / p.
+
+    power: 0 is cross entropy; the authors' semantically adaptive variant has 0.3 for numbers, 0.7 for words and 1 for
+    stop words.
+
+    Source: DFT, arXiv 2508.05629 (authors' code, TRL, ms-swift).
+    """
+    check_number("power", power, 0)
+    valid = valid_of(logp, mask, cu_seqlens, "logp")
+    return valid.put((power * valid.take("logp", logp)).exp(), logp.dtype)
+
+
+def chord_weights(logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """phi = p (1 - p): neither what the policy would say anyway nor what it never would.
+
+    Source: CHORD, arXiv 2508.11408 (ms-swift).
+    """
+    valid = valid_of(logp, mask, cu_seqlens, "logp")
+    p = valid.take("logp", logp).exp()
+    return valid.put(p * (1 - p), logp.dtype)
+
+
+def chord_share(step: float, *, warm_up: float, decay: float, peak: float, valley: float) -> float:
+    """mu, the share of the supervised loss: from 0 to peak over `warm_up` steps, then along a cosine to valley over
+    `decay`, and valley for good. Every number is the user's: the sources have none for all models.
+
+    Source: CHORD, arXiv 2508.11408 (ms-swift).
+    """
+    check_number("step", step, 0)
+    check_number("warm_up", warm_up, 0)
+    check_number("decay", decay, 0)
+    check_number("peak", peak, 0, 1)
+    check_number("valley", valley, 0, 1)
+    if step < warm_up:
+        return step / warm_up * peak
+    if step >= warm_up + decay:
+        return valley
+    return valley + (peak - valley) * (1 + math.cos(math.pi * (step - warm_up) / decay)) / 2
