@@ -16,7 +16,7 @@ from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
 from .from_hidden import head_arguments
 from .from_logits import DTYPES
-from .row_chunks import check_count, ids_of_rows, rows_of
+from .row_chunks import check_count, head_rows, ids_of_rows, rows_of
 
 RESTS = ("tail", "renormalised", "truncated", "zero_outside")
 
@@ -116,7 +116,10 @@ def _check_lists(logp: Tensor, other: Tensor) -> None:
 def _listed(logp: Tensor, topk_mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
     """-inf where there is no entry, 0 in rows that are left out."""
     for name, mask, shape in (("topk_mask", topk_mask, logp.shape), ("row_mask", row_mask, logp.shape[:-1])):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        if mask is None:
+            continue
+        check_tensor(name, mask)
+        if mask.dtype != torch.bool or mask.shape != shape:
             raise wrong(name, f"{mask.dtype} {list(mask.shape)}", f"bool {list(shape)}")
     if topk_mask is not None:
         logp = torch.where(topk_mask, logp, -torch.inf)
@@ -153,7 +156,7 @@ def linear_topk_ids(
     check_count("k", k, len(weight))
 
     def chosen(at: Tensor) -> Tensor:
-        return _largest(torch.nn.functional.linear(head.hidden[at], weight, bias), k)
+        return _largest(head_rows(head.hidden, weight, bias, at), k)
 
     return ids_of_rows(chosen, head.like, k, row_mask, head.memory_budget)
 

@@ -115,6 +115,9 @@ def hybrid_uld(
     over the matched as they are, not renormalised. weights: None is n / V' and the rest to 1, which TRL has by default.
     floor: of the matched probabilities, no gradient below. Where either has no other ids, these count nothing."""
     row = divergence(kind)
+    check_number("floor", floor, above=0)
+    for name, x in (("p", p), ("other", other)):
+        check_tensor(name, x)
     check_integers("matched", matched)
     check_integers("other_matched", other_matched)
     if matched.shape != other_matched.shape or matched.dim() != 1:
