@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-trainers check fuzz lint gpu clean
+.PHONY: demo test test-trainers test-trl check fuzz lint gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
@@ -19,6 +19,13 @@ test: $(VENV)/.built $(VENV)/.rivals build/hosts/.done
 # The hooks of tokenrl.integrations beside the trainers that they stand in for.
 test-trainers: $(VENV)/.built $(VENV)/.rivals build/hosts/.done
 	$(VENV)/bin/python -m pytest -q $(WORKERS) tests/integrations
+
+# The loss with another version of TRL (1.15's own head needs TRITON_INTERPRET=1 on a CPU, 1.10 a package it does not name).
+TRL ?= 1.10.0
+test-trl: $(VENV)/.built $(VENV)/.rivals
+	$(PYTHON) -m pip install -q --target build/trl/$(TRL) requests
+	$(PYTHON) -m pip install -q --no-deps --target build/trl/$(TRL) "trl==$(TRL)"
+	PYTHONPATH=build/trl/$(TRL) $(VENV)/bin/python -m pytest -q $(WORKERS) tests/integrations/test_trl.py -k numbers_are
 
 # The inner loop: of every room a few, in less than a minute (tests/support/order.py says which and why).
 check: $(VENV)/.built

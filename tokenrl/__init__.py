@@ -12,6 +12,7 @@ from .instruments import parity  # noqa: E402
 from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
 from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
+from .logprobs.combined_head import combined_head  # noqa: E402
 from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
 from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "akl",
     "aligndistil",
     "bounds",
+    "combined_head",
     "compat",
     "conflicts",
     "corrections",

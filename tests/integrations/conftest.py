@@ -1,8 +1,15 @@
 """What the tests of a host share."""
 
+import gc
 import sys
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects():
+    """accelerate collects garbage twice in each run of a trainer: among what lives, not what hosts made on import."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 trl = pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
 
 import tokenrl  # noqa: E402
-from bench.trl_world import Rollouts, compared, trained  # noqa: E402
+from bench.trl_world import Rollouts, compared, configured, trained  # noqa: E402
 from tokenrl.integrations import hosts  # noqa: E402
 from tokenrl.integrations.trl import GRPOTrainer, TokenRLConfig, TokenRLMixin  # noqa: E402
 from tokenrl.integrations.trl import trainer as trainer_module  # noqa: E402
@@ -33,7 +33,7 @@ SETTINGS = {
     "dapo, beta uncorrected, accumulated": {
         "loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": False, "gradient_accumulation_steps": 2,
     },
-    "dapo, four iterations": {"loss_type": "dapo", "num_iterations": 4, "steps_per_generation": 4, "steps": 12},
+    "dapo, four iterations": {"loss_type": "dapo", "num_iterations": 4, "steps_per_generation": 4, "steps": 8},
     "dapo, high entropy, tools": {"loss_type": "dapo", "top_entropy_quantile": 0.6, "extra": "tool mask", "beta": 0.1},
     "cispo, beta": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1},
     "cispo of sequences, rollout ratio": {
@@ -69,15 +69,22 @@ class Ours(TokenRLMixin, Rollouts, trl.GRPOTrainer):
 
 
 PREVENTS = {"top_entropy_quantile", "off_policy_mask_threshold"}
-# With TRL's own head every fourth: it is the same loss.
-CASES = [(name, "hidden") for name in SETTINGS] + [(name, "loss") for name in list(SETTINGS)[::4]]
-CASES += [(name, "one-pass") for name, given in SETTINGS.items() if not PREVENTS & {*given} and "mixtral" not in name]
 
 
-@pytest.mark.parametrize("name, depth", CASES)
-def test_the_numbers_are_those_of_trl(name, depth):
-    config = TokenRLConfig(head=depth, parity="always")
-    compared(trained(Theirs, **SETTINGS[name]), trained(Ours, tokenrl=config, **SETTINGS[name]))
+def depths_of(name):
+    """With TRL's own head every fourth, as it is the same loss; all where this TRL has no other."""
+    if not hasattr(trainer_module.utils, "add_fused_lm_head"):
+        return ["loss"]
+    own = ["loss"] if name in list(SETTINGS)[::4] else []
+    return own + (["hidden"] if PREVENTS & {*SETTINGS[name]} or "mixtral" in name else ["hidden", "one-pass"])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_numbers_are_those_of_trl(name):
+    options = {"steps": 4} | SETTINGS[name]
+    theirs = trained(Theirs, **options)
+    for depth in depths_of(name):
+        compared(theirs, trained(Ours, tokenrl=TokenRLConfig(head=depth, parity="always"), **options))
 
 
 def test_the_numbers_are_those_of_trl_with_lora():
@@ -166,8 +173,14 @@ def test_what_prevents_one_pass_is_named(name):
     assert trained(Ours, **SETTINGS[name])._depth == "hidden"
 
 
-def test_auto_is_the_deepest():
-    assert trained(Ours, steps=1)._depth == "one-pass"
+def test_auto_is_the_deepest(monkeypatch):
+    """And TRL's own head where DeepSpeed's ZeRO-3 would have taken the weight away before our backward."""
+    assert configured(Ours)._depth == "one-pass"
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    assert configured(Ours)._depth == "loss"
+    for head in ("one-pass", "hidden"):
+        with pytest.raises(ValueError, match=f"^head: got '{head}' with DeepSpeed's ZeRO-3, .*accepted: 'loss', or a"):
+            configured(Ours, tokenrl=TokenRLConfig(head=head))
 
 
 @pytest.mark.parametrize("head,leaf", [("one-pass", "hidden"), ("hidden", "logp")])

@@ -152,7 +152,8 @@ def topk_distillation_loss(
         rest="renormalised"                                     ms-swift, NeMo-RL, TRL without a tail
         rest="truncated", logp_floor=-10, limits=(0, 10)        verl's forward_kl_topk
 
-    The rest, the result and the errors as for distillation_loss.
+    The rest, the result and the errors as for distillation_loss. verl with use_policy_gradient takes the values of the
+    result, their sign turned, as advantages of policy_loss.
     """
     row = distillation(objective)
     check_tensor("logp_topk", logp_topk)

@@ -22,7 +22,9 @@ Source: arXiv 2503.02832 (authors' code).
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name, check_number
+from ..batch.checks import check_name, check_number, check_tensor
+from ..errors import wrong
+from ..logprobs.combined_head import combined_head
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 
 VARIANTS = ("theorem1", "theorem1_contrast", "theorem1_adaptive", "aligndistil")
@@ -40,7 +42,7 @@ def teacher_of(
     on-policy in the authors' scripts, a plain number near 1 in the variants that are not adaptive. mask: bool of the
     tokens that are looked at.
     """
-    check_name("variant", variant, VARIANTS)
+    _check(variant, mask, dpo_logits=dpo_logits, other_logits=other_logits)
     dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
     adaptive = variant in ADAPTIVE
     apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask) if adaptive else None
@@ -56,23 +58,30 @@ def linear_teacher_of(
     variant: str, dpo_hidden: Tensor, dpo_weight: Tensor, other_hidden: Tensor, other_weight: Tensor, *,
     beta: float = 0.1, beta2: float = 10.0, mask: Tensor | None = None, memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(hidden, weight, coef) of z* for linear_distillation_loss, no logits held: a h_D W_D^T + b h_R W_R^T is one head,
-    [a h_D | b h_R] of [W_D | W_R], or a h_D + b h_R where other_weight is dpo_weight itself, a head that both share.
+    """(hidden, weight, coef) of z* for linear_distillation_loss, by tokenrl.combined_head: no logits are held.
 
     hidden: [B, T, D] or [N, D] of either model, weight [V, D]. The rest as for teacher_of.
     """
-    check_name("variant", variant, VARIANTS)
+    given = {"dpo_hidden": dpo_hidden, "dpo_weight": dpo_weight, "other_hidden": other_hidden}
+    _check(variant, mask, **given, other_weight=other_weight)
     apart = None
     if variant in ADAPTIVE:
         heads = (dpo_hidden.detach(), dpo_weight.detach(), other_hidden.detach(), other_weight.detach())
         apart = linear_token_divergence(*heads, "total_variation", row_mask=mask, memory_budget=memory_budget)
     weight, coef = _weight(variant, beta, beta2, apart, dpo_hidden)
-    share = weight[..., None]
-    first, second = (1 + share, -share) if variant in CONTRASTIVE else (share, 1 - share)
-    own, other = (first * dpo_hidden).to(dpo_hidden.dtype), (second * other_hidden).to(other_hidden.dtype)
-    if other_weight is dpo_weight:
-        return own + other, dpo_weight.detach(), coef
-    return torch.cat([own, other], -1), torch.cat([dpo_weight, other_weight], -1), coef
+    a, b = (1 + weight, -weight) if variant in CONTRASTIVE else (weight, 1 - weight)
+    return *combined_head(dpo_hidden, dpo_weight, other_hidden, other_weight, a, b), coef
+
+
+def _check(variant: str, mask: Tensor | None, **given: Tensor) -> None:
+    check_name("variant", variant, VARIANTS)
+    for name, x in given.items():
+        check_tensor(name, x)
+    rows = next(iter(given.values())).shape[:-1]
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool or mask.shape != rows:
+            raise wrong("mask", f"{mask.dtype} {list(mask.shape)}", f"bool {list(rows)}")
 
 
 def _weight(

@@ -11,7 +11,8 @@ without gradient and 0 in masked cells, which may hold anything.
 What others call it:
 
     Thinking Machines, slime, ms-swift, Trinity    teacher_advantages, with the reward's advantages= where there is one
-    verl, k1 with use_policy_gradient              teacher_advantages(limit=10) of the current log-probs with "ppo"
+    verl, k1 with use_policy_gradient              teacher_advantages(limit=10) of the current log-probs, with
+                                                   objective("ppo", dual=3)
     SDPO and SDFT of sampled tokens (TRL)          teacher_advantages of the current log-probs with "reinforce", and
                                                    token_weight=corrections.importance_weights(logp, old_logp, high=2)
     IW-OPD (TRL)                                   iw_opd_advantages with "reinforce"

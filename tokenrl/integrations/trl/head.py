@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
-from ..heads import check_weight
+from ..heads import check_weight, reduce_gradient
 from ..hosts import check_parameters, require
 from .one_pass import running
 
@@ -42,6 +42,9 @@ class ChunkedLogProb:
             "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
             "compute_dtype": head_dtype(hidden),
         }  # fmt: skip
+        for shared in (weight, bias):
+            if shared is not None:
+                reduce_gradient(shared)
         if (one_pass := running()) is not None:
             return *one_pass.apply(hidden, weight, targets, **head), None, None, None
         check_weight(weight)  # one pass has its gradients before TRL lets go of a gathered weight

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer import utils
 
 from ...batch.checks import check_name
@@ -75,6 +76,10 @@ def depth_of(trainer: Any, head: str, row: Objective) -> str:
     if not hasattr(utils, "add_fused_lm_head"):
         if head in ("one-pass", "hidden"):
             raise wrong("head", f"{head!r} with trl {trl.__version__}", "'loss'; the others from trl 1.15.0 on")
+        return "loss"
+    if is_deepspeed_zero3_enabled():
+        if head in ("one-pass", "hidden"):
+            raise wrong("head", f"{head!r} with DeepSpeed's ZeRO-3, which partitions it", "'loss', or a smaller stage")
         return "loss"
     reason = what_prevents(trainer, row)
     if head == "one-pass" and reason:

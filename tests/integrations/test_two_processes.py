@@ -1,0 +1,32 @@
+"""Two processes on gloo, in one launch: TRL's trainer beside ours, whose counts of tokens and metrics are of both, in
+DDP and, held to that, with models that FSDP2 shards; fused models under FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
+
+from bench.trl_world import model_folder
+
+HELD = (
+    "ddp, dapo", "ddp, grpo of sequences, beta",
+    "fsdp2, qwen2, one-pass", "fsdp2, qwen2, one-pass, its head alone", "fsdp2, qwen2, hidden, its head alone",
+    "fsdp2, llama, tied, one-pass", "fsdp2, llama, tied, hidden",
+    "fused, qwen2", "fused, qwen2, its head alone", "fused, llama, tied",
+)  # fmt: skip
+
+
+def test_two_processes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    folders = json.dumps({model: model_folder(model) for model in ("qwen2", "llama, tied")})
+    script = ROOT / "tests" / "support" / "two_processes.py"
+    ran = subprocess.run([*command, str(script), folders], capture_output=True, text=True, env=environment, cwd=ROOT)
+    found = [line.removeprefix("HELD ") for line in ran.stdout.splitlines() if line.startswith("HELD ")]
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert found == [*HELD]
