@@ -1,6 +1,7 @@
 // The table of divergences of p from r over a vocabulary, one functor each: what an entry adds to the sum, and p, r
 // times its partials. Formulas and sources: tokenrl/objectives/divergences.py. Each derivative stands on the line after
-// its value. Torch-free; host and device; float and double; straight-line code.
+// its value. Torch-free; host and device; V is float, double or a vector of them, and T of its numbers; straight-line
+// code.
 #pragma once
 
 #include <tuple>
@@ -10,37 +11,37 @@
 namespace tokenrl {
 
 // log_p, log_r may be -inf, where p, r are then 0.
-template <class T>
+template <class V>
 struct Pair {
-  T log_p, log_r, p, r;
+  V log_p, log_r, p, r;
 };
 // by_p = p df/dp, by_r = r df/dr.
-template <class T>
+template <class V>
 struct Diverged {
-  T value, by_p, by_r;
+  V value, by_p, by_r;
 };
 
 // weight (log_weight - other), 0 where the weight is, whatever the logs are.
-template <class T>
-TRL_HD T weighed(T weight, T log_weight, T other) {
-  return weight > 0 ? weight * (log_weight - other) : T(0);
+template <class V>
+TRL_HD V weighed(V weight, V log_weight, V other) {
+  return weight > 0 ? weight * (log_weight - other) : V{};
 }
 // A mixture of p and r, and its logarithm; of nothing 0.
-template <class T>
+template <class V>
 struct Mixture {
-  T m, log_m;
+  V m, log_m;
 };
-template <class T>
-TRL_HD Mixture<T> mixed(const Pair<T>& of, T share_of_r) {
-  const T m = (1 - share_of_r) * of.p + share_of_r * of.r, some = m > 0 ? m : T(1);
+template <class V, class T>
+TRL_HD Mixture<V> mixed(const Pair<V>& of, T share_of_r) {
+  const V m = (1 - share_of_r) * of.p + share_of_r * of.r, some = m > 0 ? m : V{} + 1;
   return {some, logarithm(some)};
 }
 
 struct ForwardKl : NoParams {
   static constexpr const char* name = "forward_kl";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
     out.value = weighed(of.r, of.log_r, of.log_p);
     out.by_p = -of.r;
     out.by_r = out.value + of.r;
@@ -50,9 +51,9 @@ struct ForwardKl : NoParams {
 
 struct ReverseKl : NoParams {
   static constexpr const char* name = "reverse_kl";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
     out.value = weighed(of.p, of.log_p, of.log_r);
     out.by_p = out.value + of.p;
     out.by_r = -of.p;
@@ -62,10 +63,10 @@ struct ReverseKl : NoParams {
 
 struct CrossEntropy : NoParams {
   static constexpr const char* name = "cross_entropy";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
-    out.value = weighed(of.r, T(0), of.log_p);
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
+    out.value = weighed(of.r, V{}, of.log_p);
     out.by_p = -of.r;
     out.by_r = out.value;
     return out;
@@ -75,12 +76,12 @@ struct CrossEntropy : NoParams {
 struct Jsd : AnyPosition {
   static constexpr const char* name = "jsd";
   TRL_PARAMS(beta);
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
-    Diverged<T> out;
-    const Mixture<T> mix = mixed(of, params.beta);
-    const T from_p = (1 - params.beta) * weighed(of.p, of.log_p, mix.log_m);
-    const T from_r = params.beta * weighed(of.r, of.log_r, mix.log_m);
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>& params) {
+    Diverged<V> out;
+    const Mixture<V> mix = mixed(of, params.beta);
+    const V from_p = (1 - params.beta) * weighed(of.p, of.log_p, mix.log_m);
+    const V from_r = params.beta * weighed(of.r, of.log_r, mix.log_m);
     out.value = from_p + from_r;
     out.by_p = from_p;
     out.by_r = from_r;
@@ -91,10 +92,10 @@ struct Jsd : AnyPosition {
 struct SkewForwardKl : AnyPosition {
   static constexpr const char* name = "skew_forward_kl";
   TRL_PARAMS(share);
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
-    Diverged<T> out;
-    const Mixture<T> mix = mixed(of, params.share);
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>& params) {
+    Diverged<V> out;
+    const Mixture<V> mix = mixed(of, params.share);
     out.value = weighed(of.r, of.log_r, mix.log_m);
     out.by_p = -of.r * ((1 - params.share) * of.p / mix.m);
     out.by_r = out.value + of.r * (1 - params.share * of.r / mix.m);
@@ -105,10 +106,10 @@ struct SkewForwardKl : AnyPosition {
 struct SkewReverseKl : AnyPosition {
   static constexpr const char* name = "skew_reverse_kl";
   TRL_PARAMS(share);
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
-    Diverged<T> out;
-    const Mixture<T> mix = mixed(of, 1 - params.share);
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>& params) {
+    Diverged<V> out;
+    const Mixture<V> mix = mixed(of, 1 - params.share);
     out.value = weighed(of.p, of.log_p, mix.log_m);
     out.by_p = out.value + of.p * (1 - params.share * of.p / mix.m);
     out.by_r = -of.p * ((1 - params.share) * of.r / mix.m);
@@ -118,22 +119,22 @@ struct SkewReverseKl : AnyPosition {
 
 struct TotalVariation : NoParams {
   static constexpr const char* name = "total_variation";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
-    const T sign = static_cast<T>((of.p > of.r) - (of.p < of.r)) / 2;
-    out.value = sign * (of.p - of.r);
-    out.by_p = sign * of.p;
-    out.by_r = -sign * of.r;
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
+    const V zero{}, half_sign = of.p > of.r ? zero + T(0.5) : of.p < of.r ? zero - T(0.5) : zero;
+    out.value = half_sign * (of.p - of.r);
+    out.by_p = half_sign * of.p;
+    out.by_r = -half_sign * of.r;
     return out;
   }
 };
 
 struct Bhattacharyya : NoParams {
   static constexpr const char* name = "bhattacharyya";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
     out.value = exponential((of.log_p + of.log_r) / 2);
     out.by_p = out.value / 2;
     out.by_r = out.value / 2;
@@ -143,10 +144,10 @@ struct Bhattacharyya : NoParams {
 
 struct SquaredHellinger : NoParams {
   static constexpr const char* name = "squared_hellinger";
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>&) {
-    Diverged<T> out;
-    const T root_p = exponential(of.log_p / 2), root_r = exponential(of.log_r / 2), apart = root_p - root_r;
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
+    Diverged<V> out;
+    const V root_p = exponential(of.log_p / 2), root_r = exponential(of.log_r / 2), apart = root_p - root_r;
     out.value = apart * apart / 2;
     out.by_p = root_p * apart / 2;
     out.by_r = -root_r * apart / 2;
@@ -157,11 +158,12 @@ struct SquaredHellinger : NoParams {
 struct AlphaBeta : AnyPosition {
   static constexpr const char* name = "alpha_beta";
   TRL_PARAMS(alpha, beta);
-  template <class T>
-  TRL_HD static Diverged<T> eval(const Pair<T>& of, const Params<T>& params) {
-    Diverged<T> out;
-    const T a = params.alpha, b = params.beta, both = exponential(a * of.log_r + b * of.log_p);
-    const T of_p = exponential((a + b) * of.log_p), of_r = exponential((a + b) * of.log_r);
+  template <class V, class T>
+  TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>& params) {
+    Diverged<V> out;
+    const T a = params.alpha, b = params.beta;
+    const V both = exponential(a * of.log_r + b * of.log_p);
+    const V of_p = exponential((a + b) * of.log_p), of_r = exponential((a + b) * of.log_r);
     out.value = (a / (a + b) * of_r + b / (a + b) * of_p - both) / (a * b);
     out.by_p = (of_p - both) / a;
     out.by_r = (of_r - both) / b;

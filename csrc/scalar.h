@@ -40,36 +40,59 @@ TRL_HD T product(T a, T b) {
   return a == 0 ? T(0) : a * b;
 }
 
-TRL_HD double exponential(double x) { return ::exp(x); }
+// Functions of F take a float or, where a file is compiled for an instruction set, a vector of them.
+// Words as wide as F; those of vectors are signed.
+template <class F>
+struct WordsOf {
+  using type = decltype(F{} < F{});
+  using with_sign = type;
+};
+template <>
+struct WordsOf<float> {
+  using type = uint32_t;
+  using with_sign = int32_t;
+};
+template <class To, class From>
+TRL_HD To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
 
-#ifdef __CUDA_ARCH__
-TRL_HD float exponential(float x) { return ::expf(x); }
-#else
 // e^x in straight-line code, so that loops over tokens and vocabularies vectorise: x = n ln2 + r, |r| <= ln2 / 2, a
 // degree-6 polynomial for e^r (below 1.5 ulp together), and n added to its exponent's bits. What is below the normal
 // numbers is 0.
-TRL_HD float exponential(float x) {
+template <class F>
+TRL_HD F straight_exponential(F x) {
   // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, which the sum's lowest bits then are.
-  const float rounded = x * 1.44269504088896341f + 12582912.0f, n = rounded - 12582912.0f;
-  float r = x - n * 0.693359375f;
+  const F rounded = x * 1.44269504088896341f + 12582912.0f, n = rounded - 12582912.0f;
+  F r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  uint32_t bits, power;
-  std::memcpy(&bits, &p, sizeof bits);
-  std::memcpy(&power, &rounded, sizeof power);
-  bits += power << 23;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  y = x < -87.3f ? 0.0f : y;
-  return x > 88.7f ? infinity<float>() : y;
+  using Words = typename WordsOf<F>::type;
+  F y = same_bits<F>(same_bits<Words>(p) + (same_bits<Words>(rounded) << 23));
+  y = x < -87.3f ? F{} : y;
+  return x > 88.7f ? F{} + infinity<float>() : y;
 }
+TRL_HD double exponential(double x) { return ::exp(x); }
+#ifdef __CUDA_ARCH__
+TRL_HD float exponential(float x) { return ::expf(x); }
+#else
+TRL_HD float exponential(float x) { return straight_exponential(x); }
 #endif
+// Of a vector: of floats all at once, of doubles one after another.
+template <class V>
+TRL_HD V exponential(V x) {
+  if constexpr (sizeof(x[0]) == sizeof(float)) return straight_exponential(x);
+  for (size_t k = 0; k < sizeof x / sizeof x[0]; ++k) x[k] = exponential(x[k]);
+  return x;
+}
 
 // e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere.
 TRL_HD float excess(float x) {
@@ -130,19 +153,12 @@ TRL_HD float hyperbolic_tangent(float x) {
 }
 
 // log x for normal x > 0, as straight-line code: x = 2^n m with m in [sqrt(1/2), sqrt(2)), a polynomial for log m.
-TRL_HD double logarithm(double x) { return ::log(x); }
-#ifdef __CUDA_ARCH__
-TRL_HD float logarithm(float x) { return ::logf(x); }
-#else
-TRL_HD float logarithm(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const int32_t n = (bits - 0x3f3504f3) >> 23, mantissa = bits - n * (1 << 23);
-  float m;
-  std::memcpy(&m, &mantissa, sizeof m);
-  m -= 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
+template <class F>
+TRL_HD F straight_logarithm(F x) {
+  using Words = typename WordsOf<F>::with_sign;
+  const Words bits = same_bits<Words>(x), n = (bits - 0x3f3504f3) >> 23;
+  const F m = same_bits<F>(bits - n * (1 << 23)) - 1.0f;
+  F p = m * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;
   p = p * m - 1.2420140846e-1f;
   p = p * m + 1.4249322787e-1f;
@@ -150,10 +166,21 @@ TRL_HD float logarithm(float x) {
   p = p * m + 2.0000714765e-1f;
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
-  const float square = m * m, k = static_cast<float>(n);
+  const F square = m * m, k = same_bits<F>(n + 0x4b400000) - 12582912.0f;  // the float of n
   return k * 0.693359375f + (m + (p * m * square - 0.5f * square - k * 2.12194440e-4f));
 }
+TRL_HD double logarithm(double x) { return ::log(x); }
+#ifdef __CUDA_ARCH__
+TRL_HD float logarithm(float x) { return ::logf(x); }
+#else
+TRL_HD float logarithm(float x) { return straight_logarithm(x); }
 #endif
+template <class V>
+TRL_HD V logarithm(V x) {
+  if constexpr (sizeof(x[0]) == sizeof(float)) return straight_logarithm(x);
+  for (size_t k = 0; k < sizeof x / sizeof x[0]; ++k) x[k] = logarithm(x[k]);
+  return x;
+}
 
 // 1 where a == b, else 0, by arithmetic: a comparison of what a loop does not change becomes a branch, and the loop
 // does not vectorise.

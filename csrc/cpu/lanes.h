@@ -29,9 +29,20 @@ constexpr int64_t kStep = kLanes * kUnroll;
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
+// The same register of doubles, for loops that are written once for both.
+using Doubles = double __attribute__((vector_size(4 * kLanes)));
+template <class T>
+using Vector = std::conditional_t<std::is_same_v<T, double>, Doubles, Floats>;
+template <class T>
+constexpr int kWidth = sizeof(Floats) / sizeof(T);
+template <class T>
+constexpr int64_t kStepOf = kWidth<T> * kUnroll;
+
 #define TRL_INLINE inline __attribute__((always_inline))
+#define TRL_INLINE_LAMBDA __attribute__((always_inline))
 
 TRL_INLINE Floats all(float x) { return x - Floats{}; }
+TRL_INLINE Doubles all(double x) { return x - Doubles{}; }
 
 // b where a NaN is compared; and 16-bit words widened. The compilers of today find these instructions only by name.
 #if defined(__AVX512F__)
@@ -58,6 +69,11 @@ TRL_INLINE Floats load(const float* x) {
   std::memcpy(&lanes, x, sizeof lanes);
   return lanes;
 }
+TRL_INLINE Doubles load(const double* x) {
+  Doubles lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
+}
 TRL_INLINE Floats load(const BFloat16* x) { return (Floats)(load_bits(x) << 16); }
 TRL_INLINE Floats load(const Half* x) {  // as widen(Half)
   const Words bits = load_bits(x), magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
@@ -75,11 +91,11 @@ TRL_INLINE void prefetch_after(const Stored* step) {
 // The last n of a block's numbers, filled up with -inf to a whole step.
 template <class Stored>
 struct LastStep {
-  Stored numbers[kStep];
+  using T = decltype(widen(Stored{}));
+  Stored numbers[kStepOf<T>];
 
   TRL_INLINE LastStep(const Stored* x, int64_t n) {
-    using T = decltype(widen(Stored{}));
-    for (int64_t k = 0; k < kStep; ++k) numbers[k] = k < n ? x[k] : narrow<Stored>(-infinity<T>());
+    for (int64_t k = 0; k < kStepOf<T>; ++k) numbers[k] = k < n ? x[k] : narrow<Stored>(-infinity<T>());
   }
 };
 
@@ -87,6 +103,12 @@ struct LastStep {
 TRL_INLINE void store(const Floats (&x)[kUnroll], float (&lanes)[kStep]) {
 #pragma GCC unroll 4
   for (int u = 0; u < kUnroll; ++u) std::memcpy(lanes + u * kLanes, &x[u], sizeof x[u]);
+}
+TRL_INLINE double sum_of(const Doubles (&x)[kUnroll]) {
+  double lanes[kStepOf<double>], sum = 0;
+  std::memcpy(lanes, x, sizeof lanes);
+  for (const double lane : lanes) sum += lane;
+  return sum;
 }
 TRL_INLINE float sum_of(const Floats (&x)[kUnroll]) {
   float lanes[kStep], sum = 0;
@@ -112,6 +134,13 @@ struct Exponential<double> {
   explicit Exponential(double given) : factor(given) {}
   TRL_INLINE double operator()(double d) const { return exponential(factor * d); }
   TRL_INLINE double bounded(double d) const { return d < -1e300 ? -1e300 : d; }
+  TRL_INLINE void operator()(const Doubles (&d)[kUnroll], Doubles (&e)[kUnroll]) const {
+    double lanes[kStepOf<double>];
+    std::memcpy(lanes, d, sizeof lanes);
+    for (double& lane : lanes) lane = exponential(factor * lane);
+    std::memcpy(e, lanes, sizeof lanes);
+  }
+  TRL_INLINE Doubles bounded(Doubles d) const { return d < -1e300 ? all(-1e300) : d; }
 };
 
 // 2^t for t = d factor log2(e), whose constant is kept in two pieces: t = n + r, 2^r = 1 + r q(r) within 1e-7, and n

@@ -77,7 +77,7 @@ inline void scan_lanes(const float* x, const float* valid, int64_t n, float* s, 
     put(t + k, position);
     if constexpr (kStatistic == Statistic::token) put(s + k, own);
     else if constexpr (is_minimum(kStatistic)) put(s + k, own + counted<kStatistic>(minimum.before(own, is_valid)));
-    else if constexpr (kStatistic == Statistic::prefix_mean) put(s + k, sum.through(own) / higher(position, all(1)));
+    else if constexpr (kStatistic == Statistic::prefix_mean) put(s + k, sum.through(own) / higher(position, all(1.0f)));
     else put(s + k, sum.through(own));
   }
   carry = {count, sum, minimum};

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from cases import backends_to_test, device_of
+from cases import backends_to_test, device_of, thinned
 from golden_data import INDEX, arrays, near
-from golden_losses import thinned
 
 import tokenrl
 from tokenrl.methods import akl

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 AOT = ROOT / "tests" / "support" / "aot.py"
 BUILD = ROOT / "build" / "triton"
 ARCHS = (80, 90, 100)
+WHOLE = 90  # of which everything is compiled, a minute and more; of the others a fifth each, as no kind comes in fives
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
     "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
@@ -36,8 +37,11 @@ def compiled(arch: int, *which: str) -> list[dict]:
 
 
 def kernels(arch: int) -> list[dict]:
-    """Of everything that aot.py compiles, kept in build/triton by the content of what it depends on."""
-    made = made_once(BUILD / f"sm_{arch}-{sources()}.json", lambda path: path.write_text(json.dumps(compiled(arch))))
+    """Of what aot.py compiles, kept in build/triton by the content of what it depends on."""
+    which = "all" if arch == WHOLE else "fifth"
+    made = made_once(
+        BUILD / f"sm_{arch}-{sources()}.json", lambda path: path.write_text(json.dumps(compiled(arch, which)))
+    )
     return json.loads(made.read_text())
 
 
@@ -61,24 +65,23 @@ def table(rows: list[dict]) -> str:
 def test_no_kernel_spills(arch):
     rows = kernels(arch)
     print(table(rows))
-    assert {row["kernel"] for row in rows} == KERNELS
+    found = {row["kernel"] for row in rows}
+    assert found == KERNELS if arch == WHOLE else {"objective_kernel", "forward_kernel", "backward_kernel"} < found
     spilling = [row for row in rows if row["spills"] or row["local"]]
     assert not spilling, "\n" + table(spilling)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_logits_are_read_16_bytes_at_a_time(arch):
-    rows = [row for row in kernels(arch) if row["kernel"] == "backward_kernel"]
-    rows += [row for row in kernels(arch) if row["kernel"] == "forward_kernel" and "V=151936" in row["case"]]
+def test_logits_are_read_16_bytes_at_a_time():
+    rows = [row for row in kernels(WHOLE) if row["kernel"] == "backward_kernel"]
+    rows += [row for row in kernels(WHOLE) if row["kernel"] == "forward_kernel" and "V=151936" in row["case"]]
     # Two dtypes, four calls; the forward of a vocabulary that 16 bytes divide, two backwards of an odd one too.
     assert len(rows) == 2 * 4 * (1 + 2 * 2)
     assert all(row["wide_loads"] >= 2 for row in rows), "\n" + table(rows)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_plain_row_costs_one_exponential_per_logit(arch):
+def test_a_plain_row_costs_one_exponential_per_logit():
     """And one per block and thread, which rescales the sums when the maximum moves."""
-    rows = [row for row in kernels(arch) if row["kernel"] in ("forward_kernel", "backward_kernel")]
+    rows = [row for row in kernels(WHOLE) if row["kernel"] in ("forward_kernel", "backward_kernel")]
     rows = [row for row in rows if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
     # Of each dtype, plain and split: forwards of the even vocabulary, backwards of both.
     assert len(rows) == 2 * 2 * (1 + 2)
@@ -87,11 +90,10 @@ def test_a_plain_row_costs_one_exponential_per_logit(arch):
         assert 0 < row["loop_exponentials"] <= logits + (row["kernel"] == "forward_kernel"), row
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_both_heads_of_a_divergence_are_read_16_bytes_at_a_time(arch):
+def test_both_heads_of_a_divergence_are_read_16_bytes_at_a_time():
     """In the steady loop, whose exponentials are one per logit, and another per pair where a kind has more powers."""
-    rows = [row for row in kernels(arch) if row["kernel"] == "divergence_backward_kernel"]
-    rows += [row for row in kernels(arch) if row["kernel"] == "divergence_kernel" and "V=151936" in row["case"]]
+    rows = [row for row in kernels(WHOLE) if row["kernel"] == "divergence_backward_kernel"]
+    rows += [row for row in kernels(WHOLE) if row["kernel"] == "divergence_kernel" and "V=151936" in row["case"]]
     # Of two dtypes every kind and a split jsd: the backwards of both sides, and half of the forwards.
     assert len(rows) == 2 * (len(DIVERGENCES) + 1) * 2 + len(DIVERGENCES) + 2
     for row in rows:

@@ -26,6 +26,16 @@ def constants():
     }
 
 
+def lists():
+    g = torch.Generator().manual_seed(2)
+    return constants() | {
+        "topk": torch.arange(4).expand(*ROWS, 4),
+        "teacher": torch.randn(*ROWS, 4, generator=g) - 3,
+        "spans": torch.tensor([0, 0, 1]),
+        "matched": torch.arange(3),
+    }
+
+
 def policy(name):
     def loss(x, c, backend):
         more = {} if name == "kl_k3" else {"group_ids": c["group_ids"]}
@@ -64,6 +74,25 @@ def distilled(x, c, backend):
     return tokenrl.linear_distillation_loss("gkd", *heads, backend=backend, **some)[0]
 
 
+def topk(x, c, backend):
+    ids = c["topk"]
+    logp = tokenrl.token_logprobs(x, ids, row_mask=c["mask"], outputs=["logp"], backend=backend).logp
+    return tokenrl.topk_token_divergence(logp, c["teacher"], "jsd", topk_mask=ids > 0, row_mask=c["mask"]).sum()
+
+
+def combined(x, c, backend):
+    weight = torch.linspace(-1, 1, 4 * VOCAB).view(VOCAB, 4)
+    head = tokenrl.combined_head(x, weight, c["other_hidden"], weight.flip(0), c["temperature"], -c["temperature"])
+    return tokenrl.linear_token_logprobs(*head, c["ids"], backend=backend).logp.sum()
+
+
+def spans(x, c, backend):
+    """Of ULD and X-Token, of two texts of the same two spans."""
+    found = [tokenrl.uld.span_probabilities(z, c["ids"][0], c["spans"], 2) for z in (x[0], x[1].detach())]
+    values, _ = tokenrl.xtoken.h_kl(x[0], x[1].detach(), c["spans"], c["spans"], 2, c["matched"], c["matched"])
+    return (tokenrl.uld.hybrid_uld(*found, c["matched"], c["matched"]) + values).sum()
+
+
 def prefix(x, c, backend):
     return tokenrl.prefix_ratio(x, c["old_logp"], mask=c["mask"], flow="through", backend=backend).square().sum()
 
@@ -71,7 +100,8 @@ def prefix(x, c, backend):
 CALLS = {
     "logprobs": (logprobs, (*ROWS, VOCAB)), "from_hidden": (from_hidden, (*ROWS, 4)),
     "linear_policy": (linear_policy, (*ROWS, 4)), "prefix": (prefix, ROWS), "divergence": (divergence, (*ROWS, VOCAB)),
-    "distilled": (distilled, (*ROWS, 4)),
+    "distilled": (distilled, (*ROWS, 4)), "topk": (topk, (*ROWS, VOCAB)), "combined": (combined, (*ROWS, 4)),
+    "spans": (spans, (*ROWS, VOCAB)),
     **{name: (policy(name), ROWS) for name in ("grpo", "gmpo", "real", "cppo", "clip_cov", "fiberpo", "kl_k3")},
 }  # fmt: skip
 
@@ -81,10 +111,10 @@ CALLS = {
 def test_constants_made_in_inference_mode_are_constants(name, backend):
     call, shape = CALLS[name]
     with torch.inference_mode():
-        inference = constants()
+        inference = lists()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) - 2
     found = []
-    for given in (constants(), inference):
+    for given in (lists(), inference):
         leaf = x.clone().requires_grad_()
         loss = call(leaf, given, backend)
         loss.backward()

@@ -8,7 +8,24 @@ import torch
 from torch import Tensor
 
 import tokenrl
-from tokenrl import advantages, bounds, compat, conflicts, corrections, divergence_weights, hidden_reward, rewards
+from tokenrl import (
+    advantages,
+    akl,
+    aligndistil,
+    bounds,
+    compat,
+    conflicts,
+    corrections,
+    divergence_weights,
+    hidden_reward,
+    intro,
+    rewards,
+    self_distillation,
+    sft_weights,
+    uld,
+    xtoken,
+)
+from tokenrl import on_policy_distillation as opd
 from tokenrl import selection as d3s
 from tokenrl.objectives.metrics import Metrics
 
@@ -55,6 +72,19 @@ PAIR = {"logits": LOGITS, "other_logits": OTHER_LOGITS} | OTHER
 HEADS = {"other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT, "other_bias": _draw(11)} | OTHER | HEAD
 DISTILLED = TOKENS | {"token_weight": X, "aggregation": "token-mean", "normalizer": 2.0}
 HIDDEN_REWARD = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "correct": CORRECT, "group_ids": GROUPS, "mask": MASK}
+TEACHER = {"logp": LOGP, "teacher_logp": OLD} | TOKENS
+LISTS = {"logp_topk": LOGITS.log_softmax(-1), "other_logp_topk": OTHER_LOGITS.log_softmax(-1)}
+TWO_HEADS = {"hidden": HIDDEN, "weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
+DPO = {"dpo_hidden": HIDDEN, "dpo_weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
+ROWS = {"row_mask": MASK, "memory_budget": 1 << 20}
+SPANS = {"spans": torch.tensor([0, 0, -1]), "other_spans": torch.tensor([0, -1, 0]), "number": 1}
+TEXTS = {"logits": LOGITS[0, :3], "other_logits": OTHER_LOGITS[0, :3]} | SPANS
+PIECES = {
+    "ids": torch.tensor([[0, -1], [2, 1]] * 5 + [[3, 4]]),
+    "weights": torch.tensor([[0.9, 0.1]] * 11),
+    "vocab": 11,
+}
+MATCHED = {"matched": torch.tensor([1, 2]), "other_matched": torch.tensor([0, 3])}
 
 CALLS = [
     (tokenrl.policy_loss, {"objective": "ppo", "logp": LOGP, "entropy": X} | LOSS),
@@ -71,6 +101,29 @@ CALLS = [
     (tokenrl.position_adaptive_clip, {"log_ratio": X, "eps_low": 0.1, "eps_high": 0.1, "power": 0.5} | TOKENS),
     (tokenrl.entropy_mix, {"entropy": X, "lowest": 0.0, "highest": 1.0} | TOKENS),
     (tokenrl.topk_divergence, TOPK),
+    (tokenrl.topk_distillation_loss, {"objective": "kd", "temperature": 2.0} | LISTS | DISTILLED),
+    (tokenrl.topk_token_divergence, {"kind": "jsd", "topk_mask": LOGITS > -1, "row_mask": MASK} | LISTS),
+    (tokenrl.topk_ids, {"logits": LOGITS, "k": 3} | ROWS),
+    (tokenrl.linear_topk_ids, {"hidden": HIDDEN, "weight": WEIGHT, "bias": HEAD["bias"], "k": 3} | ROWS),
+    (tokenrl.union_topk_ids, {"ids": IDS, "other_ids": IDS}),
+    (tokenrl.combined_head, {"a": 1.0, "b": -0.5} | TWO_HEADS),
+    (opd.teacher_advantages, {"advantages": R} | TEACHER), (opd.iw_opd_advantages, TEACHER),
+    (opd.minillm_advantages, {"advantages": R} | TEACHER),
+    (opd.kept_probability, {"logp": LOGP, "old_logp": OLD} | TOKENS),
+    (self_distillation.rlsd_advantages, {"advantages": R} | TEACHER), (self_distillation.sdar_gate, TEACHER),
+    (sft_weights.dft_weights, {"logp": LOGP} | TOKENS), (sft_weights.chord_weights, {"logp": LOGP} | TOKENS),
+    (sft_weights.chord_share, {"step": 3, "warm_up": 2, "decay": 4, "peak": 0.5, "valley": 0.0}),
+    (akl.head_share, {"logits": LOGITS, "other_logits": OTHER_LOGITS} | ROWS),
+    (akl.linear_head_share, TWO_HEADS | ROWS),
+    (intro.candidates, {"logits": LOGITS, "ids": IDS, "n": 1} | ROWS),
+    (intro.linear_candidates, {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "n": 1} | ROWS),
+    (intro.log_weights, {"logp": LOGITS, "posterior_logp": OTHER_LOGITS}),
+    (aligndistil.teacher_of, {"variant": "aligndistil", "dpo_logits": LOGITS, "other_logits": OTHER_LOGITS} | TOKENS),
+    (aligndistil.linear_teacher_of, {"variant": "aligndistil", "memory_budget": 1 << 20} | DPO | TOKENS),
+    (uld.span_probabilities, {"logits": LOGITS[0, :3], "ids": IDS[0, :3], "spans": SPANS["spans"], "number": 1}),
+    (uld.sorted_l1, {"p": X, "other": X}), (uld.hybrid_uld, {"p": X, "other": X} | MATCHED),
+    (xtoken.matched_ids, PIECES), (xtoken.h_kl, TEXTS | MATCHED),
+    (xtoken.p_kl, TEXTS | {"projection": xtoken.sparse_projection(**PIECES)}),
     (advantages.grpo, SHARED), (advantages.rloo, SHARED), (advantages.gpg, SHARED), (advantages.pass_at_k, SHARED),
     (advantages.group_statistics, SHARED),
     (advantages.opo, {"lengths": LENGTHS} | SHARED),

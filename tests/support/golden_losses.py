@@ -1,18 +1,12 @@
 """The golden cases of losses as parameters of a test, and what is read from one."""
 
 import pytest
-from cases import backends_to_test, device_of, interpreted
+from cases import backends_to_test, device_of, thinned
 from golden_data import INDEX
 
 DETACHED = (  # test_golden_detached.py
     "verl_gpg", "verl_reinforce", "verl_dro", "verl_dppo_tv", "verl_dppo_kl", "dppo_official", "trl_luspo", "trl_vespo",
 )  # fmt: skip
-
-
-def thinned(cases, backend):
-    """Triton's interpreter is slow and takes every third case: what a case tries of the library is the same on each
-    backend, and what the kernels compute is tried by test_product.py."""
-    return cases[::3] if interpreted(backend) else cases
 
 
 def grid(*families):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_number, check_tensor
+from ..batch.checks import as_saved, check_number, check_tensor
 from ..errors import wrong
 
 
@@ -35,7 +35,7 @@ def combined_head(
         given = f"{list(other_hidden.shape)} and a head of {len(other_weight)}"
         raise wrong("other_hidden", given, f"{[*hidden.shape[:-1], 'D']} and a head of {len(weight)}")
     scales = [_scale(name, x, hidden) for name, x in (("a", a), ("b", b))]
-    parts = [(scale * x).to(x.dtype) for scale, x in zip(scales, (hidden, other_hidden), strict=True)]
+    parts = [(scale * as_saved(x)).to(x.dtype) for scale, x in zip(scales, (hidden, other_hidden), strict=True)]
     shared = other_weight is weight
     columns = [weight] if shared else [weight, other_weight]
     found = [parts[0] + parts[1]] if shared else parts
@@ -56,4 +56,4 @@ def _scale(name: str, x: float | Tensor, hidden: Tensor) -> Tensor:
         return torch.tensor(x, dtype=wide, device=hidden.device)
     if x.shape != hidden.shape[:-1]:
         raise wrong(name, f"shape {list(x.shape)}", f"a number, or one per token, {list(hidden.shape[:-1])}")
-    return x.to(wide)[..., None]
+    return as_saved(x).to(wide)[..., None]

@@ -59,8 +59,8 @@ def token_divergence(
     each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the
     argument, what was given and what is accepted.
 
-    The forward keeps four numbers per row and reads both rows twice, the second time from the cache; the backward reads
-    both once and writes one. Source: see tokenrl.DIVERGENCES.
+    The forward keeps four numbers per row and reads the logits of both twice; the backward reads both once and writes
+    one. Source: see tokenrl.DIVERGENCES.
     """
     kinds = _kinds(kind)
     for name, x in (("logits", logits), ("other_logits", other_logits)):

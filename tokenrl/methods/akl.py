@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batch.checks import check_number, check_tensor
 from ..errors import wrong
 from ..logprobs.divergence import head_pair
-from ..logprobs.row_chunks import row_chunks, rows_of
+from ..logprobs.row_chunks import head_rows, row_chunks, rows_of
 
 BYTES = 48  # of a logit of either model, while its row is sorted
 
@@ -63,6 +63,8 @@ def linear_head_share(
     """head_share of the logits hidden @ weight^T + bias and those of the other head, of which only chunks of rows are
     held."""
     check_number("mass", mass, 0, 1)
+    for name, x in (("other_hidden", other_hidden), ("other_weight", other_weight)):
+        check_tensor(name, x)
     own, other = head_pair(
         (hidden, weight, bias, 1.0, None, 1.0, None),
         (other_hidden.detach(), other_weight.detach(), other_bias, 1.0, None, 1.0, None), row_mask, None, memory_budget,
@@ -70,7 +72,7 @@ def linear_head_share(
     like = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))
     out = hidden.new_zeros(hidden.shape[:-1], dtype=torch.promote_types(hidden.dtype, torch.float32))
     for at in row_chunks(like, row_mask, own.memory_budget, BYTES):
-        p, r = (torch.nn.functional.linear(x.hidden[at], x.weight, x.bias).to(out.dtype) for x in (own, other))
+        p, r = (head_rows(x.hidden, x.weight, x.bias, at).to(out.dtype) for x in (own, other))
         out.view(-1)[at] = _share(p, r, mass)
     return out
 

@@ -22,7 +22,8 @@ Source: arXiv 2503.02832 (authors' code).
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name, check_number
+from ..batch.checks import check_name, check_number, check_tensor
+from ..errors import wrong
 from ..logprobs.combined_head import combined_head
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 
@@ -41,7 +42,7 @@ def teacher_of(
     on-policy in the authors' scripts, a plain number near 1 in the variants that are not adaptive. mask: bool of the
     tokens that are looked at.
     """
-    check_name("variant", variant, VARIANTS)
+    _check(variant, mask, dpo_logits=dpo_logits, other_logits=other_logits)
     dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
     adaptive = variant in ADAPTIVE
     apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask) if adaptive else None
@@ -61,7 +62,8 @@ def linear_teacher_of(
 
     hidden: [B, T, D] or [N, D] of either model, weight [V, D]. The rest as for teacher_of.
     """
-    check_name("variant", variant, VARIANTS)
+    given = {"dpo_hidden": dpo_hidden, "dpo_weight": dpo_weight, "other_hidden": other_hidden}
+    _check(variant, mask, **given, other_weight=other_weight)
     apart = None
     if variant in ADAPTIVE:
         heads = (dpo_hidden.detach(), dpo_weight.detach(), other_hidden.detach(), other_weight.detach())
@@ -69,6 +71,17 @@ def linear_teacher_of(
     weight, coef = _weight(variant, beta, beta2, apart, dpo_hidden)
     a, b = (1 + weight, -weight) if variant in CONTRASTIVE else (weight, 1 - weight)
     return *combined_head(dpo_hidden, dpo_weight, other_hidden, other_weight, a, b), coef
+
+
+def _check(variant: str, mask: Tensor | None, **given: Tensor) -> None:
+    check_name("variant", variant, VARIANTS)
+    for name, x in given.items():
+        check_tensor(name, x)
+    rows = next(iter(given.values())).shape[:-1]
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool or mask.shape != rows:
+            raise wrong("mask", f"{mask.dtype} {list(mask.shape)}", f"bool {list(rows)}")
 
 
 def _weight(

@@ -25,7 +25,7 @@ from ..batch.checks import check_constant, check_floats, check_number, check_ten
 from ..errors import described, wrong
 from ..logprobs.from_hidden import head_arguments
 from ..logprobs.from_logits import DTYPES
-from ..logprobs.row_chunks import check_count, ids_of_rows, rows_of
+from ..logprobs.row_chunks import check_count, head_rows, ids_of_rows, rows_of
 from ..objectives.distillation import distillation
 
 SAMPLED = distillation("soft_ce", aggregation="seq-mean-token-mean")
@@ -71,7 +71,7 @@ def linear_candidates(
     own = _own(ids, head.like, n)
 
     def drawn(at: Tensor) -> Tensor:
-        return _drawn(torch.nn.functional.linear(head.hidden[at], weight, bias) / temperature, own[at], n, generator)
+        return _drawn(head_rows(head.hidden, weight, bias, at) / temperature, own[at], n, generator)
 
     return ids_of_rows(drawn, head.like, n, row_mask, head.memory_budget)
 
@@ -92,6 +92,7 @@ def log_weights(logp: Tensor, posterior_logp: Tensor, *, ceiling: float = 200.0)
 
 def _own(ids: Tensor, like: Tensor, n: int) -> Tensor:
     check_count("n", n, like.shape[-1])
+    check_tensor("ids", ids)
     if ids.shape != like.shape[:-1] or ids.dtype not in (torch.int32, torch.int64):
         raise wrong("ids", f"{ids.dtype} {list(ids.shape)}", f"int32 or int64 {list(like.shape[:-1])}")
     return ids.reshape(-1, 1).long()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_integers, check_name, check_number, check_positive, check_tensor
+from ..batch.checks import as_saved, check_integers, check_name, check_number, check_positive, check_tensor
 from ..errors import described, wrong
 from ..logprobs.from_logits import token_logprobs
 from ..objectives.divergences import Divergence, divergence
@@ -69,6 +69,7 @@ def span_probabilities(
     check_positive("temperature", temperature)
     check_number("floor", floor, above=0)
     check_spans("spans", logits, spans, number)
+    spans = as_saved(spans)
     inside = spans >= 0
     at = torch.where(inside, spans, number)
     rows = torch.arange(len(spans), device=spans.device)
@@ -115,10 +116,14 @@ def hybrid_uld(
     over the matched as they are, not renormalised. weights: None is n / V' and the rest to 1, which TRL has by default.
     floor: of the matched probabilities, no gradient below. Where either has no other ids, these count nothing."""
     row = divergence(kind)
+    check_number("floor", floor, above=0)
+    for name, x in (("p", p), ("other", other)):
+        check_tensor(name, x)
     check_integers("matched", matched)
     check_integers("other_matched", other_matched)
     if matched.shape != other_matched.shape or matched.dim() != 1:
         raise wrong("other_matched", f"shape {list(other_matched.shape)}", f"as many as matched, {list(matched.shape)}")
+    matched, other_matched = as_saved(matched), as_saved(other_matched)
     share = len(matched) / other.shape[1]
     first, second = (share, 1 - share) if weights is None else weights
     logs = (x[:, at].clamp(min=floor).log() for x, at in ((p, matched), (other, other_matched)))
@@ -129,6 +134,7 @@ def hybrid_uld(
 
 def without(x: Tensor, ids: Tensor) -> Tensor:
     """The columns of all other ids."""
+    ids = as_saved(ids)
     return x[:, torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, ids, False)]
 
 

@@ -18,7 +18,7 @@ Source: arXiv 2605.21699 (NeMo-RL at commit 7ea279a: trainers).
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_integers, check_name, check_positive
+from ..batch.checks import as_saved, check_integers, check_name, check_positive, check_tensor
 from ..errors import wrong
 from ..logprobs.topk import topk_ids
 from ..objectives.divergences import divergence
@@ -80,16 +80,19 @@ def p_kl(
     projection: sparse [V, V']; columns of other_logits behind V' are padding."""
     check_name("kind", kind, KINDS)
     check_positive("temperature", temperature)
+    check_spans("spans", logits, spans, number)
+    check_spans("other_spans", other_logits, other_spans, number)
+    check_tensor("projection", projection)
     if projection.dim() != 2 or not projection.is_sparse or len(projection) != logits.shape[-1]:
         given = f"{projection.layout} {list(projection.shape)}"
         raise wrong("projection", given, f"a sparse tensor [{logits.shape[-1]}, V'] (sparse_projection makes it)")
-    check_spans("spans", logits, spans, number)
-    check_spans("other_spans", other_logits, other_spans, number)
     teacher = other_logits.detach()[:, : projection.shape[1]]
     columns = topk_ids(teacher.amax(0)[None], min(most, projection.shape[1]))[0].sort().values
     chosen = projection.index_select(1, columns)
     p = _rows(logits, spans, temperature).softmax(-1)
-    q, count = _span_means(torch.sparse.mm(chosen.t().to(p.dtype), p.t()).t(), spans, number)
+    with torch.autocast(p.device.type, enabled=False):
+        projected = torch.sparse.mm(chosen.t().to(p.dtype), p.t()).t()
+    q, count = _span_means(projected, spans, number)
     log_r = _rows(teacher[:, columns], other_spans, temperature).log_softmax(-1)
     log_t, other_count = _span_means(log_r, other_spans, number)
     log_q = (q / (q.sum(-1, keepdim=True) + EPS) + EPS).log()
@@ -117,6 +120,9 @@ def h_kl(
     check_positive("temperature", temperature)
     check_spans("spans", logits, spans, number)
     check_spans("other_spans", other_logits, other_spans, number)
+    check_integers("matched", matched)
+    check_integers("other_matched", other_matched)
+    spans, matched, other_matched = as_saved(spans), as_saved(matched), as_saved(other_matched)
     log_p, count = _span_means(_rows(logits, spans, temperature).log_softmax(-1), spans, number)
     log_r = _rows(other_logits.detach(), other_spans, temperature).log_softmax(-1)
     log_r, other_count = _span_means(log_r, other_spans, number)
@@ -146,5 +152,6 @@ def _check_projection(ids: Tensor, weights: Tensor, vocab: int) -> None:
     check_integers("ids", ids)
     if ids.dim() != 2 or not -1 <= ids.min() <= ids.max() < vocab:
         raise wrong("ids", f"{list(ids.shape)} from {ids.min()} to {ids.max()}", f"[V, k] from -1 to {vocab - 1}")
+    check_tensor("weights", weights)
     if weights.shape != ids.shape or not weights.is_floating_point():
         raise wrong("weights", f"{weights.dtype} {list(weights.shape)}", f"floats {list(ids.shape)}")
