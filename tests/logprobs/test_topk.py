@@ -100,6 +100,10 @@ def test_gradients_of_masked_and_infinite_entries():
             (truth,) = torch.autograd.grad(expected.sum(), short)
             assert truth.any()
             torch.testing.assert_close(grad[:, [0, 1, 3]][rows], truth)
+            floor = {"rest": rest, "logp_floor": -1.0}
+            found = tokenrl.topk_token_divergence(p, lists[1], kind, topk_mask=keep, row_mask=rows, **floor)
+            expected = tokenrl.topk_token_divergence(short, lists[1][:, [0, 1, 3]][rows], kind, **floor)
+            torch.testing.assert_close(found[rows], expected)
 
 
 def test_a_full_bucket_has_its_floor_and_no_gradient():
@@ -216,6 +220,11 @@ ERRORS = {
     "other kind": ({"rest": "zero_outside", "kind": "jsd"}, "kind: got 'jsd', accepted: forward_kl, reverse_kl"),
     "floor": ({"tail_floor": 0}, "tail_floor: got 0, accepted: a number above 0"),
     "limits": ({"limits": (1, 0)}, r"limits: got \(1, 0\), accepted: two numbers, the lower first"),
+    "one limit": ({"limits": 10.0}, "limits: got 10.0, accepted: two numbers, the lower first"),
+    "needless": (
+        {"rest": "zero_outside", "entropy": LOGP[..., 0]},
+        "entropy: got a tensor, accepted: None for forward_kl",
+    ),
     "logp_floor": ({"logp_floor": "-10"}, "logp_floor: got '-10', a str, accepted: a number"),
 }
 

@@ -62,14 +62,13 @@ def topk_token_divergence(
     check_number("outside_logp", outside_logp)
     if logp_floor is not None:
         check_number("logp_floor", logp_floor)
-    if limits is not None and not (len(limits) == 2 and all(map(is_number, limits)) and limits[0] <= limits[1]):
+    pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(is_number, limits))
+    if limits is not None and not (pair and limits[0] <= limits[1]):
         raise wrong("limits", limits, "two numbers, the lower first")
     _check_lists(logp_topk, other_logp_topk)
     topk_mask = _checked("topk_mask", topk_mask, logp_topk.shape)
     row_mask = _checked("row_mask", row_mask, logp_topk.shape[:-1])
-    p, r = (_listed(x, topk_mask, row_mask) for x in (logp_topk, other_logp_topk))
-    if logp_floor is not None:
-        p, r = p.clamp(min=logp_floor), r.clamp(min=logp_floor)
+    p, r = (_listed(x, logp_floor, topk_mask, row_mask) for x in (logp_topk, other_logp_topk))
     if rest == "zero_outside":
         values = _zero_outside(row, p, r - r.logsumexp(-1, keepdim=True), entropy, outside_logp, row_mask)
     else:
@@ -95,10 +94,12 @@ def _zero_outside(
     """r is about 0 outside: of D(r || p) nothing is left there, of D(p || r) sum p (log p - outside_logp)."""
     check_name("kind", row.name, ("forward_kl", "reverse_kl"))
     listed = row.terms(p, r).sum(-1)
-    if row.name == "forward_kl":
-        return listed
     if entropy is not None:
         check_tensor("entropy", entropy)
+    if row.name == "forward_kl":
+        if entropy is not None:
+            raise wrong("entropy", "a tensor", "None for forward_kl, of which nothing is left outside")
+        return listed
     if entropy is None or entropy.shape != listed.shape:
         given = None if entropy is None else f"shape {list(entropy.shape)}"
         raise wrong("entropy", given, f"that of p, {list(listed.shape)}; reverse_kl of rest 'zero_outside' needs it")
@@ -126,9 +127,9 @@ def _checked(name: str, mask: Tensor | None, shape: torch.Size) -> Tensor | None
     return as_saved(mask)
 
 
-def _listed(logp: Tensor, topk_mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
+def _listed(logp: Tensor, floor: float | None, topk_mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
     """-inf where there is no entry, -1 in rows that are left out."""
-    logp = as_saved(logp)
+    logp = as_saved(logp) if floor is None else logp.clamp(min=floor)
     if topk_mask is not None:
         logp = torch.where(topk_mask, logp, -torch.inf)
     return logp if row_mask is None else torch.where(row_mask[..., None], logp, -1)
