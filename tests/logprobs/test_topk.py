@@ -155,6 +155,16 @@ def test_ties_go_to_the_lower_id(dtype):
     assert torch.equal(tokenrl.topk_ids(logits, 7), expected[:, :7])
 
 
+@pytest.mark.parametrize("shape,mask", [((0, 5), None), ((2, 3), torch.zeros(2, 3, dtype=torch.bool))])
+def test_of_no_rows(shape, mask):
+    logits = torch.full((*shape, 8), torch.nan, requires_grad=True)
+    ids = tokenrl.topk_ids(logits, 3, row_mask=mask)
+    assert ids.shape == (*shape, 3) and (ids == -100).all()
+    logp = tokenrl.token_logprobs(logits, ids, row_mask=mask, outputs=["logp"]).logp
+    loss, _ = tokenrl.topk_distillation_loss("kd", logp, logp.detach(), mask=mask)
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+
+
 def test_both_lists_in_one():
     ids, mask = tokenrl.union_topk_ids(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[1, 5], [4, 6]]))
     assert ids.tolist() == [[3, 1, 1, 5], [0, 2, 4, 6]]
