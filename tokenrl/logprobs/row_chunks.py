@@ -24,7 +24,9 @@ def row_chunks(
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(like.device.type, DEFAULT_BUDGET["cpu"])
     check_bytes("memory_budget", memory_budget)
-    yield from row_mask.reshape(-1).nonzero()[:, 0].split(max(1, memory_budget // (bytes_per_logit * like.shape[-1])))
+    kept = row_mask.reshape(-1).nonzero()[:, 0]
+    if len(kept):
+        yield from kept.split(max(1, memory_budget // (bytes_per_logit * like.shape[-1])))
 
 
 def rows_of(logits: Tensor, at: Tensor) -> Tensor:
