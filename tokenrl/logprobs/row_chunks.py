@@ -36,12 +36,6 @@ def rows_of(logits: Tensor, at: Tensor) -> Tensor:
     return logits[torch.unravel_index(at, logits.shape[:-1])]
 
 
-def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, at: Tensor) -> Tensor:
-    """[n, V] of a head, in its own dtype whatever autocast says."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden[at], weight, bias)
-
-
 def ids_of_rows(
     chosen: Callable[[Tensor], Tensor], like: Tensor, k: int, row_mask: Tensor | None, memory_budget: int | None
 ) -> Tensor:

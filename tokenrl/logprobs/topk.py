@@ -14,9 +14,10 @@ from torch import Tensor
 from ..batch.checks import FLOATS, as_saved, check_integers, check_name, check_number, check_tensor, is_number
 from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
+from ..ops.linear.gemm import linear
 from .from_hidden import head_arguments
 from .from_logits import DTYPES
-from .row_chunks import check_count, head_rows, ids_of_rows, rows_of
+from .row_chunks import check_count, ids_of_rows, rows_of
 
 RESTS = ("tail", "renormalised", "truncated", "zero_outside")
 
@@ -165,7 +166,7 @@ def linear_topk_ids(
     check_count("k", k, len(weight))
 
     def chosen(at: Tensor) -> Tensor:
-        return _largest(head_rows(head.hidden, weight, bias, at), k)
+        return _largest(linear(head.hidden[at], weight, bias), k)
 
     return ids_of_rows(chosen, head.like, k, row_mask, head.memory_budget)
 
