@@ -1,11 +1,14 @@
-"""A student of the demo's size learns from a teacher, on its own samples: reverse KL of their distributions, straight
-from hidden states and both heads, whose logits are never held.
+"""A student of the demo's size learns from a teacher, on its own samples, straight from hidden states and both heads,
+whose logits are never held: by the reverse KL of their distributions, by the teacher's eight likeliest tokens, or by
+its log-probs of the sampled tokens alone.
 
 pip install tokenrl[demo]
-python examples/distill.py
+python examples/distill.py [whole | topk | sampled]
 """
 
 import random
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +26,33 @@ def hidden_states(policy: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     return policy.model(input_ids=tokens, use_cache=False).last_hidden_state[:, task.PROMPT_LENGTH - 1 : -1]
 
 
-def distill(student: LlamaForCausalLM, teacher: LlamaForCausalLM, steps: int) -> list[float]:
+def whole(own: Tensor, head: Tensor, wanted: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, the divergences of the tokens) of hidden states and heads of student and teacher."""
+    return tokenrl.linear_distillation_loss("reverse_kd", own, head, wanted, other, mask=mask)
+
+
+def topk(own: Tensor, head: Tensor, wanted: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    ids, how = tokenrl.linear_topk_ids(wanted, other, 8, row_mask=mask), {"row_mask": mask, "outputs": ["logp"]}
+    teachers = tokenrl.linear_token_logprobs(wanted, other, ids, **how).logp
+    logp = tokenrl.linear_token_logprobs(own, head, ids, **how).logp
+    return tokenrl.topk_distillation_loss("forward_kd", logp, teachers, mask=mask)
+
+
+def sampled(
+    own: Tensor, head: Tensor, wanted: Tensor, other: Tensor, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    teachers, logp = (
+        tokenrl.linear_token_logprobs(*x, ids, row_mask=mask, outputs=["logp"]).logp
+        for x in ((wanted, other), (own, head))
+    )
+    advantages = tokenrl.on_policy_distillation.teacher_advantages(logp.detach(), teachers, mask=mask)
+    return tokenrl.policy_loss("ratio", logp, None, advantages, mask=mask)[0], -advantages
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"whole": whole, "topk": topk, "sampled": sampled}
+
+
+def distill(student: LlamaForCausalLM, teacher: LlamaForCausalLM, steps: int, by: str = "whole") -> list[float]:
     """On-policy distillation; the mean divergence of each batch."""
     source, generator = random.Random(1), torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
@@ -35,10 +64,8 @@ def distill(student: LlamaForCausalLM, teacher: LlamaForCausalLM, steps: int) ->
         tokens = torch.cat([prompts, responses], 1)
         with torch.no_grad():
             wanted = hidden_states(teacher, tokens)
-        loss, divergences = tokenrl.linear_distillation_loss(
-            "reverse_kd", hidden_states(student, tokens), student.lm_head.weight, wanted,
-            teacher.lm_head.weight.detach(), mask=mask,
-        )  # fmt: skip
+        heads = (hidden_states(student, tokens), student.lm_head.weight, wanted, teacher.lm_head.weight.detach())
+        loss, divergences = LOSSES[by](*heads, responses, mask)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -47,17 +74,17 @@ def distill(student: LlamaForCausalLM, teacher: LlamaForCausalLM, steps: int) ->
     return history
 
 
-def main(steps: int = 150) -> tuple[list[float], float, float, float]:
+def main(by: str = "whole", steps: int = 150) -> tuple[list[float], float, float, float]:
     """(divergence of each batch, reward of the student before and after, of the teacher)."""
     teacher, student = (model.build(seed, torch.device("cpu")) for seed in (0, 1))
     train.warm_up(teacher, SETTINGS, lambda *progress: None)
     before = train.evaluate(student, SETTINGS)
-    history = distill(student, teacher, steps)
+    history = distill(student, teacher, steps, by)
     return history, before, train.evaluate(student, SETTINGS), train.evaluate(teacher, SETTINGS)
 
 
 if __name__ == "__main__":
-    history, before, after, teachers = main()
+    history, before, after, teachers = main(*sys.argv[1:])
     tenth = len(history) // 10
     print(f"divergence {sum(history[:tenth]) / tenth:.3f} -> {sum(history[-tenth:]) / tenth:.3f}")
     print(f"reward {before:.3f} -> {after:.3f}, the teacher's {teachers:.3f}")

@@ -106,6 +106,16 @@ def test_ratios_by_position_are_those_of_the_batch(profile):
         assert shares / sum(found.tokens) == pytest.approx(getattr(metrics, f"clip_{name}"), abs=1e-6)
 
 
+def test_ratios_of_a_loss_from_hidden_states_with_an_entropy():
+    batch = random_batch(0, "ctpo", head="hidden", entropy_coef=0.1)
+    given = {name: batch.tensors[name] for name in ("hidden", "weight", "ids", "old_logp", "advantages", "mask")}
+    with tokenrl.profile() as p:
+        tokenrl.linear_policy_loss("ctpo", **given, **batch.settings)
+    expected = by_position(batch)
+    assert p.ratios.tokens == expected.tokens
+    assert p.ratios.quantiles[0.95] == pytest.approx(expected.quantiles[0.95], rel=1e-5)
+
+
 def test_without_a_loss_it_says_so(tmp_path):
     with tokenrl.profile() as p:
         tokenrl.token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))

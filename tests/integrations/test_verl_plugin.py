@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import re
 import subprocess
 import sys
@@ -177,15 +176,13 @@ def test_the_version_of_a_checkout_is_its_own(monkeypatch):
     assert hosts.version_of("verl") == "0.10.0.dev" and hosts.version_of("no such package") is None
 
 
-def fresh_process(*external, **environment):
-    """What verl finds in a process of its own."""
+def fresh_processes(*ways):
+    """What verl finds in processes of its own; a way: (environment, external libraries)."""
     script = Path(verl_source.__file__).with_name("verl_process.py")
-    ran = subprocess.run(
-        [sys.executable, script, *external], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    ran = subprocess.run([sys.executable, script, json.dumps(ways)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    print("verl", found["version"], "with stand-ins for", ", ".join(found["stand-ins"]) or "nothing")
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    print("verl", found[0]["version"], "with stand-ins for", ", ".join(found[0]["stand-ins"]) or "nothing")
     return found
 
 
@@ -193,28 +190,22 @@ OWN = {f"tokenrl_{name}" for name in ROWS}
 
 
 @pytest.mark.long
-def test_plugin_by_entry_point_in_a_fresh_process():
-    if not verl_source.loads_plugins():
-        pytest.skip(f"verl {verl_source.version()} has no entry points (0.9.0 and later do)")
-    found = fresh_process(TOKENRL_VERL='{"replace": true, "fuse": true, "patch": true}')
-    assert found["loaded"] and not found["heavy"]
-    assert set(found["modes"]) >= OWN
-    assert all(found["modes"][name].startswith("tokenrl.") for name in MODES)
-    assert (found["head"], found["logprobs"]) == ("tokenrl.integrations.verl.head", "tokenrl.compat.verl")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("way", ["VERL_USE_EXTERNAL_MODULES", "external_lib"])
-def test_plugin_by_name_in_a_fresh_process(way):
+def test_the_plugin_in_fresh_processes():
     name, plugins = "tokenrl.integrations.verl", {"VERL_USE_EXTERNAL_PLUGINS": "none"}
-    if way == "external_lib":
-        found = fresh_process(name, **plugins)
-        assert not found["loaded"]
-    else:
-        found = fresh_process(VERL_USE_EXTERNAL_MODULES=name, **plugins)
-        assert found["loaded"] and not found["heavy"]
-    assert set(found["modes"]) >= OWN
-    assert not any(found["modes"][name].startswith("tokenrl.") for name in MODES if name in found["modes"])
+    by_entry_point = [({"TOKENRL_VERL": '{"replace": true, "fuse": true, "patch": true}'}, [])]
+    if not verl_source.loads_plugins():
+        print(f"verl {verl_source.version()} has no entry points (0.9.0 and later do)")
+        by_entry_point = []
+    by_variable, by_library, *entered = fresh_processes(
+        ({"VERL_USE_EXTERNAL_MODULES": name, **plugins}, []), (plugins, [name]), *by_entry_point
+    )
+    for found in (by_variable, by_library, *entered):
+        assert found["loaded"] == (found is not by_library) and not (found["loaded"] and found["heavy"])
+        assert set(found["modes"]) >= OWN
+        replaced = [found["modes"][mode].startswith("tokenrl.") for mode in MODES if mode in found["modes"]]
+        assert all(replaced) if found in entered else not any(replaced)
+    for found in entered:
+        assert (found["head"], found["logprobs"]) == ("tokenrl.integrations.verl.head", "tokenrl.compat.verl")
 
 
 def test_the_example_s_settings_are_verl_s():

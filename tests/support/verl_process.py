@@ -1,12 +1,15 @@
-"""Run as a script: the real `import verl` in a fresh process, then of its core_algos; prints what they found as JSON.
+"""Run as a script: the real `import verl` in processes where nothing of it was, then of its core_algos; a line of JSON
+for what each found.
 
 verl's own files run. What verl imports and is not installed here is a stand-in that is named in the output: none of it
-has a part in the plugin or the losses. Argument: a module that verl's import_external_libs loads afterwards.
+has a part in the plugin or the losses. Argument: JSON, per process [its environment, modules that verl's
+import_external_libs loads afterwards]. They are forks of one that has imported torch and transformers.
 """
 
 import importlib.abc
 import importlib.machinery
 import json
+import os
 import sys
 import types
 
@@ -65,8 +68,22 @@ def main(*external: str) -> None:
     found["head"] = FusedLinearForPPO.forward.__module__
     found["logprobs"] = torch_functional.logprobs_from_logits.__module__
     found["stand-ins"] = sorted(StandIns.used)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+
+
+def each(ways: list[tuple[dict[str, str], list[str]]]) -> None:
+    import torch  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    for environment, external in ways:
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"failed: {environment}, {external}")
+            continue
+        os.environ.update(environment)
+        main(*external)
+        sys.exit()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    each(json.loads(sys.argv[1]))

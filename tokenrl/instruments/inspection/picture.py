@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 from torch import Tensor
 
 from ...batch.spans import spans_of
@@ -45,6 +46,9 @@ def draw(found: Inspected, path: Path, backend: str | None = None) -> None:
         _clips(axes[0, 1], found, bins, backend)
         _lengths(axes[1, 0], found)
         _objectives(axes[1, 1], found.numbers["objectives"])
+        for axis in axes.flat if not bins else ():
+            axis.set(xticks=[], yticks=[])
+            _say(axis, "no valid token")
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
@@ -71,7 +75,7 @@ def _clips(axis: Any, found: Inspected, bins: list[tuple[int, int]], backend: st
     own = found.numbers["objectives"][0]
     if "reason" in own or own["clipped"] is None:
         why = own.get("reason", "its clips are known of the whole batch alone")
-        axis.text(0.5, 0.5, why, ha="center", va="center", wrap=True, transform=axis.transAxes)
+        _say(axis, why)
         return
     metrics = clipped_tokens(found.batch.objective, found.batch, found.logp, backend)
     for name in CLIPS:
@@ -80,6 +84,10 @@ def _clips(axis: Any, found: Inspected, bins: list[tuple[int, int]], backend: st
             axis.plot(_middle(rows), [100 * row["share"] for row in rows], color=COLORS[name], label=name[5:])
     axis.set_ylim(bottom=0)
     _legend(axis, axis.get_lines())
+
+
+def _say(axis: Any, words: str) -> None:
+    axis.text(0.5, 0.5, words, ha="center", va="center", wrap=True, transform=axis.transAxes)
 
 
 def shares(hit: Tensor, position: Tensor, bins: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -99,8 +107,11 @@ def shares(hit: Tensor, position: Tensor, bins: list[tuple[int, int]]) -> list[d
 def _lengths(axis: Any, found: Inspected) -> None:
     lengths = spans_of("sequence", found.batch.layout).counts().numpy()
     axis.set(title="Lengths", xlabel="valid tokens of a sequence", ylabel="sequences")
-    if lengths.size:
-        axis.hist(lengths, bins=min(40, max(1, math.ceil(lengths.size**0.5) * 2)), color="#1f6f8b")
+    if lengths.any():
+        bins = min(40, max(1, math.ceil(lengths.size**0.5) * 2))
+        width = math.ceil((lengths.max() - lengths.min() + 1) / bins)  # of whole tokens, else some bins hold none
+        edges = numpy.arange(lengths.min(), lengths.max() + width + 1, width) - 0.5
+        axis.hist(lengths, bins=edges, color="#1f6f8b")
 
 
 def _objectives(axis: Any, rows: list[dict[str, Any]]) -> None:

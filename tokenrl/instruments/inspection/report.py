@@ -26,8 +26,9 @@ def print_inspected(found: Mapping[str, Any], console: Console) -> None:
             _wrapped(console, f"{what}: " + ", ".join(f"{name} {value}" for name, value in found[what].items()))
     _tensors(found, console)
     _lengths(found, console)
-    _ratios(found, console)
-    _objectives(found["objectives"], console)
+    if found["tokens"]:  # of none there are no ratios and no clips
+        _ratios(found, console)
+        _objectives(found["objectives"], console)
 
 
 def _wrapped(console: Console, text: str) -> None:

@@ -118,9 +118,9 @@ class Held:
         return undecided(self.exact, self.truth, self.others(dtype), torch.finfo(self.working(dtype)).eps)
 
     def seen(self, dtype: Dtype) -> Seen:
-        """What the gate sees, in a precision."""
+        """What the gate sees, in a precision, whatever else the loss has."""
         with torch.no_grad():
-            return self.computed(dtype).run()[1].seen[-1]
+            return self.computed(dtype).set(entropy_coef=0.0).run()[1].seen[-1]
 
     def rows(self, at: Evaluated, dtype: Dtype) -> Iterator[Part]:
         """Gradients by the leaves, part by part."""

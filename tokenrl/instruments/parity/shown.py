@@ -24,18 +24,18 @@ def print_report(report: Report, console: Console) -> None:
     for comparison in report.comparisons:
         _add(table, comparison)
     worst = [(one.way, one.worst) for one in report.comparisons if one.worst is not None]
-    left_out = [("at a clip edge", token) for token in report.edges]
-    for part in (table, *_tokens("worst token of", worst), *_tokens("left out", left_out)):
+    edges = [("at a clip edge", token) for token in report.edges]
+    for part in (table, *_tokens("worst token of", worst), *_tokens("left out", edges)):
         console.print(part, highlight=False)
     for comparison in report.comparisons:
         if comparison.reason is not None:
             console.print(f"{comparison.way} cannot run: {comparison.reason}", highlight=False, markup=False)
     for line in mistake_words(report):
         console.print(line, highlight=False, markup=False, style="bold")
-    if report.undecided:
-        rest = report.undecided - len(report.edges)
-        more = f", those above and {rest} more" if rest else ""
-        console.print(f"rounding decides the gradient of {report.undecided} tokens{more}", highlight=False)
+    left_out = {one.dtype: one.undecided for one in report.comparisons if one.undecided}
+    if left_out:
+        counts = ", ".join(f"{count:,} in {dtype}" for dtype, count in left_out.items())
+        console.print(f"tokens whose gradient rounding decides: {counts}", highlight=False)
 
 
 def print_gate(report: GateReport, console: Console) -> None:

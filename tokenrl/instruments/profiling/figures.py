@@ -136,7 +136,9 @@ def roofline(lines: Sequence[Line], machine: dict[str, Any]) -> dict[str, str]:
         top = max(roofs.values())
         for name, rate in roofs.items():
             axes.plot([rate / machine["read"], high], [rate, rate], color=MUTED, linewidth=1.4)
-            axes.annotate(f"{name} {_si(rate)}/s", (high, rate), (-2, 3), textcoords="offset points", ha="right")
+            # Above the highest and below the others, which may be near it.
+            how = {"xytext": (-2, 3)} if rate == top else {"xytext": (-2, -3), "va": "top"}
+            axes.annotate(f"{name} {_si(rate)}/s", (high, rate), textcoords="offset points", ha="right", **how)
         edge = min(high, top / machine["read"])
         axes.plot([low, edge], [low * machine["read"], edge * machine["read"]], color=MUTED, linewidth=1.4)
         label = f"bytes {_si(machine['read'])}/s"
