@@ -195,7 +195,7 @@ def _kl(kl: float | Tensor | None, like: Tensor) -> Tensor:
         return like.new_zeros(())
     if not isinstance(kl, Tensor):
         check_number("kl", kl)
-        return like.new_tensor(max(kl, 0.0))
+        return like.new_full((), max(kl, 0.0))
     check_constant("kl", kl)
     if kl.dim() > 1 or kl.numel() == 0:
         raise wrong("kl", f"shape {list(kl.shape)}", "a number, a 0-d tensor, or the [K] log ratios of other sequences")
@@ -228,13 +228,14 @@ def _nll(
     return total / _count("nll_normalizer", normalizer, tokens.sum().clamp(min=1), total)
 
 
-def _count(name: str, given: float | Tensor | None, own: int | Tensor, like: Tensor) -> Tensor:
-    """What a sum is divided by, 0-d."""
+def _count(name: str, given: float | Tensor | None, own: int | Tensor, like: Tensor) -> float | Tensor:
+    """What a sum is divided by; a tensor is 0-d."""
     if given is None:
-        return torch.as_tensor(own, dtype=like.dtype, device=like.device)
-    if not isinstance(given, Tensor):
-        check_number(name, given, above=0)
-    return as_saved(as_scalar(name, given, like))
+        return own
+    if isinstance(given, Tensor):
+        return as_saved(as_scalar(name, given, like))
+    check_number(name, given, above=0)
+    return given
 
 
 def _check_used(row: Preference, name: str, given: object, used: bool) -> None:
