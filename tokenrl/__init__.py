@@ -23,6 +23,7 @@ from .losses.building_blocks import group_aggregate, position_adaptive_clip, pre
 from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
+from .losses.preference import PreferenceMetrics, preference_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
 from .methods import (  # noqa: E402
     adakd,
@@ -31,6 +32,7 @@ from .methods import (  # noqa: E402
     bounds,
     intro,
     on_policy_distillation,
+    preference_weights,
     self_distillation,
     sft_weights,
     uld,
@@ -47,6 +49,7 @@ from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa:
 from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
+from .objectives.preference import PREFERENCES, Preference, preference  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
@@ -59,6 +62,9 @@ __all__ = [
     "LinearMetrics",
     "Metrics",
     "Objective",
+    "PREFERENCES",
+    "Preference",
+    "PreferenceMetrics",
     "RolloutBatch",
     "TermMetrics",
     "TokenMetrics",
@@ -93,6 +99,9 @@ __all__ = [
     "parity",
     "policy_loss",
     "position_adaptive_clip",
+    "preference",
+    "preference_loss",
+    "preference_weights",
     "prefix_ratio",
     "profile",
     "record",

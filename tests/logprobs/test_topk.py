@@ -100,6 +100,10 @@ def test_gradients_of_masked_and_infinite_entries():
             (truth,) = torch.autograd.grad(expected.sum(), short)
             assert truth.any()
             torch.testing.assert_close(grad[:, [0, 1, 3]][rows], truth)
+            floor = {"rest": rest, "logp_floor": -1.0}
+            found = tokenrl.topk_token_divergence(p, lists[1], kind, topk_mask=keep, row_mask=rows, **floor)
+            expected = tokenrl.topk_token_divergence(short, lists[1][:, [0, 1, 3]][rows], kind, **floor)
+            torch.testing.assert_close(found[rows], expected)
 
 
 def test_a_full_bucket_has_its_floor_and_no_gradient():
@@ -149,6 +153,16 @@ def test_ties_go_to_the_lower_id(dtype):
     logits[2:, 4] = torch.nan
     expected = torch.where(logits.isnan(), -torch.inf, logits).argsort(dim=-1, descending=True, stable=True)
     assert torch.equal(tokenrl.topk_ids(logits, 7), expected[:, :7])
+
+
+@pytest.mark.parametrize("shape,mask", [((0, 5), None), ((2, 3), torch.zeros(2, 3, dtype=torch.bool))])
+def test_of_no_rows(shape, mask):
+    logits = torch.full((*shape, 8), torch.nan, requires_grad=True)
+    ids = tokenrl.topk_ids(logits, 3, row_mask=mask)
+    assert ids.shape == (*shape, 3) and (ids == -100).all()
+    logp = tokenrl.token_logprobs(logits, ids, row_mask=mask, outputs=["logp"]).logp
+    loss, _ = tokenrl.topk_distillation_loss("kd", logp, logp.detach(), mask=mask)
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
 
 
 def test_both_lists_in_one():
@@ -216,6 +230,11 @@ ERRORS = {
     "other kind": ({"rest": "zero_outside", "kind": "jsd"}, "kind: got 'jsd', accepted: forward_kl, reverse_kl"),
     "floor": ({"tail_floor": 0}, "tail_floor: got 0, accepted: a number above 0"),
     "limits": ({"limits": (1, 0)}, r"limits: got \(1, 0\), accepted: two numbers, the lower first"),
+    "one limit": ({"limits": 10.0}, "limits: got 10.0, accepted: two numbers, the lower first"),
+    "needless": (
+        {"rest": "zero_outside", "entropy": LOGP[..., 0]},
+        "entropy: got a tensor, accepted: None for forward_kl",
+    ),
     "logp_floor": ({"logp_floor": "-10"}, "logp_floor: got '-10', a str, accepted: a number"),
 }
 

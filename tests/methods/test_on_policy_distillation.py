@@ -166,6 +166,14 @@ ERRORS = {
     "gradient": ({"logp": LOGP.clone().requires_grad_()}, r"logp: got a tensor that requires grad, .*logp.detach\(\)"),
     "shape": ({"teacher_logp": LOGP[1:]}, r"teacher_logp: got shape \[1, 3\], accepted: one value per token"),
     "half": ({"logp": LOGP.half()}, "logp: got dtype torch.float16"),
+    "unscored": (
+        {"teacher_logp": LOGP.log()},
+        "teacher_logp: got NaN in 6 places, accepted: a log-prob of every token",
+    ),
+    "unscored by trl": (
+        {"teacher_logp": LOGP.log(), "compat": "trl", "of": opd.minillm_advantages},
+        "teacher_logp: got NaN in 6 places",
+    ),
     "gamma": ({"gamma": 1.5}, r"gamma: got 1.5, accepted: a number in \[0, 1\]"),
     "holes": ({"holes": "skipp"}, "holes: got 'skipp', accepted: skip, count. Did you mean 'skip'"),
     "per": ({"advantages_per": "token"}, "advantages_per: got 'token', accepted: None where there are no advantages"),

@@ -24,7 +24,9 @@ def row_chunks(
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(like.device.type, DEFAULT_BUDGET["cpu"])
     check_bytes("memory_budget", memory_budget)
-    yield from row_mask.reshape(-1).nonzero()[:, 0].split(max(1, memory_budget // (bytes_per_logit * like.shape[-1])))
+    kept = row_mask.reshape(-1).nonzero()[:, 0]
+    if len(kept):
+        yield from kept.split(max(1, memory_budget // (bytes_per_logit * like.shape[-1])))
 
 
 def rows_of(logits: Tensor, at: Tensor) -> Tensor:
@@ -32,12 +34,6 @@ def rows_of(logits: Tensor, at: Tensor) -> Tensor:
     if logits.is_contiguous() and at[-1] - at[0] == len(at) - 1:
         return logits.view(-1, logits.shape[-1])[at[0] : at[-1] + 1]
     return logits[torch.unravel_index(at, logits.shape[:-1])]
-
-
-def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, at: Tensor) -> Tensor:
-    """[n, V] of a head, in its own dtype whatever autocast says."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden[at], weight, bias)
 
 
 def ids_of_rows(

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..batch.checks import FLOATS, as_saved, check_integers, check_name, check_number, check_tensor, is_number
 from ..errors import described, wrong
 from ..objectives.divergences import Divergence, divergence
+from ..ops.linear.gemm import linear
 from .from_hidden import head_arguments
 from .from_logits import DTYPES
-from .row_chunks import check_count, head_rows, ids_of_rows, rows_of
+from .row_chunks import check_count, ids_of_rows, rows_of
 
 RESTS = ("tail", "renormalised", "truncated", "zero_outside")
 
@@ -62,13 +63,13 @@ def topk_token_divergence(
     check_number("outside_logp", outside_logp)
     if logp_floor is not None:
         check_number("logp_floor", logp_floor)
-    if limits is not None and not (len(limits) == 2 and all(map(is_number, limits)) and limits[0] <= limits[1]):
+    pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(is_number, limits))
+    if limits is not None and not (pair and limits[0] <= limits[1]):
         raise wrong("limits", limits, "two numbers, the lower first")
     _check_lists(logp_topk, other_logp_topk)
-    topk_mask, row_mask, entropy = (x if x is None else as_saved(x) for x in (topk_mask, row_mask, entropy))
-    p, r = (_listed(x, topk_mask, row_mask) for x in (logp_topk, other_logp_topk))
-    if logp_floor is not None:
-        p, r = p.clamp(min=logp_floor), r.clamp(min=logp_floor)
+    topk_mask = _checked("topk_mask", topk_mask, logp_topk.shape)
+    row_mask = _checked("row_mask", row_mask, logp_topk.shape[:-1])
+    p, r = (_listed(x, logp_floor, topk_mask, row_mask) for x in (logp_topk, other_logp_topk))
     if rest == "zero_outside":
         values = _zero_outside(row, p, r - r.logsumexp(-1, keepdim=True), entropy, outside_logp, row_mask)
     else:
@@ -94,12 +95,16 @@ def _zero_outside(
     """r is about 0 outside: of D(r || p) nothing is left there, of D(p || r) sum p (log p - outside_logp)."""
     check_name("kind", row.name, ("forward_kl", "reverse_kl"))
     listed = row.terms(p, r).sum(-1)
+    if entropy is not None:
+        check_tensor("entropy", entropy)
     if row.name == "forward_kl":
+        if entropy is not None:
+            raise wrong("entropy", "a tensor", "None for forward_kl, of which nothing is left outside")
         return listed
     if entropy is None or entropy.shape != listed.shape:
         given = None if entropy is None else f"shape {list(entropy.shape)}"
         raise wrong("entropy", given, f"that of p, {list(listed.shape)}; reverse_kl of rest 'zero_outside' needs it")
-    entropy = entropy if row_mask is None else torch.where(row_mask, entropy, 0)
+    entropy = as_saved(entropy) if row_mask is None else torch.where(row_mask, as_saved(entropy), 0)
     own = row.terms(p, torch.zeros_like(p)).sum(-1)  # sum p log p
     return listed - entropy - own - outside_logp * (1 - p.exp().sum(-1))
 
@@ -114,15 +119,18 @@ def _check_lists(logp: Tensor, other: Tensor) -> None:
         raise wrong("other_logp_topk", given, f"those of logp_topk, {list(logp.shape)} on {logp.device}")
 
 
-def _listed(logp: Tensor, topk_mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
-    """-inf where there is no entry, 0 in rows that are left out."""
-    for name, mask, shape in (("topk_mask", topk_mask, logp.shape), ("row_mask", row_mask, logp.shape[:-1])):
-        if mask is None:
-            continue
-        check_tensor(name, mask)
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise wrong(name, f"{mask.dtype} {list(mask.shape)}", f"bool {list(shape)}")
-    logp = as_saved(logp)
+def _checked(name: str, mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if mask is None:
+        return None
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise wrong(name, f"{mask.dtype} {list(mask.shape)}", f"bool {list(shape)}")
+    return as_saved(mask)
+
+
+def _listed(logp: Tensor, floor: float | None, topk_mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
+    """-inf where there is no entry, -1 in rows that are left out."""
+    logp = as_saved(logp) if floor is None else logp.clamp(min=floor)
     if topk_mask is not None:
         logp = torch.where(topk_mask, logp, -torch.inf)
     return logp if row_mask is None else torch.where(row_mask[..., None], logp, -1)
@@ -158,7 +166,7 @@ def linear_topk_ids(
     check_count("k", k, len(weight))
 
     def chosen(at: Tensor) -> Tensor:
-        return _largest(head_rows(head.hidden, weight, bias, at), k)
+        return _largest(linear(head.hidden[at], weight, bias), k)
 
     return ids_of_rows(chosen, head.like, k, row_mask, head.memory_budget)
 

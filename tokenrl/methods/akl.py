@@ -19,7 +19,8 @@ from torch import Tensor
 from ..batch.checks import check_number, check_tensor
 from ..errors import wrong
 from ..logprobs.divergence import head_pair
-from ..logprobs.row_chunks import head_rows, row_chunks, rows_of
+from ..logprobs.row_chunks import row_chunks, rows_of
+from ..ops.linear.gemm import linear
 
 BYTES = 48  # of a logit of either model, while its row is sorted
 
@@ -72,7 +73,7 @@ def linear_head_share(
     like = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))
     out = hidden.new_zeros(hidden.shape[:-1], dtype=torch.promote_types(hidden.dtype, torch.float32))
     for at in row_chunks(like, row_mask, own.memory_budget, BYTES):
-        p, r = (head_rows(x.hidden, x.weight, x.bias, at).to(out.dtype) for x in (own, other))
+        p, r = (linear(x.hidden[at], x.weight, x.bias).to(out.dtype) for x in (own, other))
         out.view(-1)[at] = _share(p, r, mass)
     return out
 

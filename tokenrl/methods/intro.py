@@ -25,8 +25,9 @@ from ..batch.checks import check_constant, check_floats, check_number, check_ten
 from ..errors import described, wrong
 from ..logprobs.from_hidden import head_arguments
 from ..logprobs.from_logits import DTYPES
-from ..logprobs.row_chunks import check_count, head_rows, ids_of_rows, rows_of
+from ..logprobs.row_chunks import check_count, ids_of_rows, rows_of
 from ..objectives.distillation import distillation
+from ..ops.linear.gemm import linear
 
 SAMPLED = distillation("soft_ce", aggregation="seq-mean-token-mean")
 EXACT = distillation("forward_kd", aggregation="seq-mean-token-mean")
@@ -71,7 +72,7 @@ def linear_candidates(
     own = _own(ids, head.like, n)
 
     def drawn(at: Tensor) -> Tensor:
-        return _drawn(head_rows(head.hidden, weight, bias, at) / temperature, own[at], n, generator)
+        return _drawn(linear(head.hidden[at], weight, bias) / temperature, own[at], n, generator)
 
     return ids_of_rows(drawn, head.like, n, row_mask, head.memory_budget)
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name, check_number, check_tensor
+from ..batch.checks import check_name, check_number, check_tensor, values_known
 from ..batch.valid_tokens import HOLES, ValidTokens, valid_of, valid_tokens
 from ..errors import wrong
 
@@ -128,6 +128,7 @@ def _minillm_of_trl(
     """In the dtype of logp, by autograd."""
     some = valid_of(logp.detach(), mask, cu_seqlens, "logp")
     every = valid_of(logp.detach(), None, cu_seqlens, "logp")
+    _scored(some, teacher_logp)
     difference = _where_valid(some, "teacher_logp", teacher_logp, 0) - _where_valid(some, "logp", logp, 0)
     found = difference
     if gamma > 0:
@@ -153,7 +154,7 @@ def kept_probability(
 ) -> Tensor:
     """1 where e^logp >= e^old_logp - fall, else 0: a token whose probability fell further pays nothing.
 
-    Source: prime-rl's ref_kl (trainers).
+    Source: prime-rl's ref_kl at commit 559b447 (trainers).
     """
     check_number("fall", fall, above=0)
     valid = valid_of(logp, mask, cu_seqlens, "logp")
@@ -166,7 +167,15 @@ def _differences(
 ) -> tuple[ValidTokens, Tensor]:
     """teacher_logp - logp of the valid tokens, fp64 [M]."""
     valid = valid_of(logp, mask, cu_seqlens, "logp")
-    return valid, valid.take("teacher_logp", teacher_logp) - valid.take("logp", logp)
+    return valid, _scored(valid, teacher_logp) - valid.take("logp", logp)
+
+
+def _scored(valid: ValidTokens, teacher_logp: Tensor) -> Tensor:
+    """fp64 [M]; on a GPU, where a look at it were a sync, a NaN shows in the result."""
+    found = valid.take("teacher_logp", teacher_logp)
+    if values_known(found) and (count := int(found.isnan().sum())):
+        raise wrong("teacher_logp", f"NaN in {count} places", "a log-prob of every token in mask")
+    return found
 
 
 def _discounted(valid: ValidTokens, x: Tensor, gamma: float, holes: str) -> Tensor:

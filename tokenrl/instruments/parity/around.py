@@ -46,8 +46,8 @@ class Seen:
     advantages: Tensor
     t: Tensor
 
-    def clipped(self, shift: float = 0.0) -> Tensor:
-        """bool [3, N]: which bound is active, were all log-probs shifted."""
+    def clipped(self, shift: Tensor | float = 0.0) -> Tensor:
+        """bool [3, N]: which bound is active, were log-probs shifted."""
         found = self.gate.clipped(self.s + shift, self.x + shift, self.logp + shift, self.advantages, self.t)
         return torch.stack([bound.expand_as(self.s) for bound in found])
 

@@ -76,12 +76,13 @@ def undecided(exact: Computation, truth: Evaluated, others: Sequence[Evaluated],
     if old is None or not valid.any():
         return Undecided(torch.zeros_like(tokens), 0.0)
     seen = truth.seen
-    apart = torch.stack([(other.seen.s.double() - seen.s)[valid] for other in others]).nan_to_num(0, 0, 0)
+    apart = torch.stack([other.seen.s.double() - seen.s for other in others]).nan_to_num(0, 0, 0).abs()
     size = max(exact.logp.flatten()[valid].abs().max().item(), seen.s[valid].abs().max().item(), 1.0)
-    step = 2 * apart.abs().max().item() + ULPS * eps * size
-    ends = [seen.clipped(shift) for shift in (-step, step)]
+    # A token's own, and no less than is usual: of few samples all may be near by chance.
+    steps = 2 * apart.amax(0).clamp(min=apart[:, valid].mean()) + ULPS * eps * size
+    ends = [seen.clipped(shift) for shift in (-steps, steps)]
     between = (ends[0] != ends[1]).any(0).view(tokens.shape)
-    jump, jumps = _jumps(exact, min(step, SMOOTH))
+    jump, jumps = _jumps(exact, min(steps[valid].max().item(), SMOOTH))
     largest = torch.where(tokens, truth.by_logp, 0).abs().max()
     return Undecided(tokens & (between | (jumps.abs() > ULPS * eps * largest)), jump.abs().item())
 
