@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrl
 from tokenrl import preference_weights
@@ -86,6 +87,20 @@ def test_scores(score):
     torch.testing.assert_close(near_one, AlphaScore(1.0).of(x)[0], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ROWS if name not in ("orpo", "alphapo", "dpo_forward_kl", "dpo_alpha")]
+)
+def test_margins_of_thousands(name):
+    """Are finite, value and slope, but where the formula has e^d itself."""
+    link = tokenrl.PREFERENCES[name].link
+    x = torch.tensor([-4e4, 4e4, -4e4, 4e4], dtype=torch.float64)
+    if isinstance(link, Kto):
+        found = link.of_labelled(x, x.roll(2) > 0, x.new_zeros(()))
+    else:
+        found = link.of(x, torch.tensor([4e4, -4e4, -4e4, 4e4], dtype=torch.float64))
+    assert all(part.isfinite().all() for part in found)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_packed_is_padded_and_masked_cells_may_hold_anything(name):
     case = batch(name)
@@ -123,6 +138,21 @@ def test_pairs(name):
     swapped = run(name, moved | {"pairs": pairs.flip(1)})[1]
     torch.testing.assert_close(swapped.margins, -again[1].margins)
     torch.testing.assert_close(swapped.accuracy, 1 - again[1].accuracy)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_number_is_read(name):
+    """Fake tensors have none, as a trace: whatever waits for a device raises."""
+    case = batch(name)
+    if "desirable" not in case:
+        case["pairs"] = torch.tensor([[0, 3], [4, 1], [2, 5]])
+    packed = {key: x.flatten() if torch.is_tensor(x) and x.shape == (2 * P, T) else x for key, x in case.items()}
+    packed["cu_seqlens"] = torch.arange(0, 2 * P * T + 1, T)
+    for given in (case, packed):
+        with FakeTensorMode() as mode:
+            fake = {key: mode.from_tensor(x) if torch.is_tensor(x) else x for key, x in given.items()}
+            loss, metrics, grads = run(name, fake)
+        assert loss.shape == metrics.accuracy.shape == () and grads["logp"].shape == given["logp"].shape
 
 
 @pytest.mark.parametrize("name", PAIRED)
