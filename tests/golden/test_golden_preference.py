@@ -271,35 +271,59 @@ def test_mapo(case):
         near(found, both(x, f"grad_{{}}_{name}"), name)
 
 
-@cases("mahdpo", "linear_heads")
+def test_mapos_weights():
+    x, _ = read("sparsepo", "zn_a")
+    activation = torch.where(x["loss_mask"][..., None], x["activation"], torch.nan)
+    found = preference_weights.mapo_weights(activation, mask=x["loss_mask"])
+    near(found, x["mask_wide"][..., 0], "weight")
+    flat = preference_weights.mapo_weights(torch.ones_like(activation), mask=x["loss_mask"])
+    assert not flat.any()  # no token of a sequence stands out
+
+
+@cases("mahdpo")
 def test_mah_dpo(case):
     """The logits of each pair are those of its head."""
     x, config = read("mahdpo", case)
     head = x["dimension"].repeat(2)
-    logits, everyone = x["logits"].requires_grad_(), torch.arange(len(head))
-    ids, mask = valid_labels(x)
+    everyone, (ids, mask) = torch.arange(len(head)), valid_labels(x)
+    if case == "linear_heads":
+        leaves = {name: x[name].requires_grad_() for name in ("hidden", "heads")}
+        x["ref_logits"] = torch.einsum("btd,kvd->kbtv", x["ref_hidden"], x["ref_heads"])
+        logits = torch.einsum("btd,kvd->kbtv", *leaves.values())
+    else:
+        leaves = {"logits": x["logits"].requires_grad_()}
+        logits = x["logits"]
     logp, ref_logp = (
         tokenrl.token_logprobs(z[head, everyone][:, :-1], ids, outputs=["logp"]).logp for z in (logits, x["ref_logits"])
     )
     weight = preference_weights.mah_dpo_weights(x["dimension"], config["heads"])
-    name, smoothing = ("dpo", {"label_smoothing": config["label_smoothing"]}) if "dpo" in case else ("ipo_sum", {})
+    dpo = config["loss"] == "dpo"
+    name, smoothing = ("dpo", {"label_smoothing": config["label_smoothing"]}) if dpo else ("ipo_sum", {})
     row = tokenrl.preference(name, beta=config["beta"], **smoothing)
     loss, _ = tokenrl.preference_loss(row, logp, ref_logp, mask=mask, pair_weight=weight)
-    alike(loss, x, logits)
+    near(loss, x["loss"], "loss")
+    for name, found in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        near(found, x[f"grad_{name}"], name)
 
 
-@cases("tabpo", "ablation_tokens", "ablation_sum_unweighted", "class_weights_effective", "class_weights_inv_freq")
+@cases("tabpo")
 def test_tab_po(case):
+    """And their ablation, in which examples weigh."""
     x, config = read("tabpo", case)
     logits = both(x, "{}_logits").requires_grad_()
     labels, weight = both(x, "{}_labels"), both(x, "{}_weights")[:, 1:]
     logp, mask = shifted(logits, labels)
     ref_logp, _ = shifted(both(x, "ref_{}_logits"), labels)
     weight = preference_weights.tab_po_weights(spoiled(weight, mask), mask=mask)
+    own = {}
+    if config.get("enable_class_balance", False):
+        own["pair_weight"] = x["example_weight"] / x["example_weight"].mean()
     row = tokenrl.preference("dpo_norm", beta=config["beta"])
-    loss, _ = tokenrl.preference_loss(row, logp, ref_logp, mask=mask, token_weight=weight)
+    loss, _ = tokenrl.preference_loss(row, logp, ref_logp, mask=mask, token_weight=weight, **own)
     near(loss, x["loss_dpo"], "preference")
-    barrier = preference_weights.tab_po_barrier(spoiled(logp, mask), weight, tau=config["tau"], mask=mask)
+    per = "weight" if config["script"] == "main" else "token"
+    how = {"tau": config["tau"], "per": per, "mask": mask} | own
+    barrier = preference_weights.tab_po_barrier(spoiled(logp, mask), weight, **how)
     near(config["lam"] * barrier, x["loss_barrier"], "barrier")
     total = loss + config["lam"] * barrier
     near(total, x["loss"], "loss")

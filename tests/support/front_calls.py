@@ -105,6 +105,7 @@ CALLS = [
     (preference_weights.ld_dpo_weights, {"logp": LOGP, "alpha": 0.5} | PAIRS),
     (preference_weights.tgdpo_weights, {"aligned_logp": LOGP, "ref_logp": OLD} | PAIRS),
     (preference_weights.cdpo_weights, {"score": X} | PAIRS),
+    (preference_weights.mapo_weights, {"activation": HIDDEN} | TOKENS),
     (preference_weights.tab_po_weights, {"weight": X} | TOKENS),
     (preference_weights.tab_po_barrier, {"logp": LOGP, "weight": X} | PAIRS),
     (preference_weights.mah_dpo_weights, {"dimension": GROUPS, "heads": 2}),
