@@ -24,6 +24,7 @@ from .losses.distillation import distillation_loss, linear_distillation_loss, to
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
 from .losses.linear_topk import linear_topk_distillation_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
+from .losses.preference import PreferenceMetrics, preference_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
 from .methods import (  # noqa: E402
     adakd,
@@ -32,6 +33,7 @@ from .methods import (  # noqa: E402
     bounds,
     intro,
     on_policy_distillation,
+    preference_weights,
     self_distillation,
     sft_weights,
     uld,
@@ -48,6 +50,7 @@ from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa:
 from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
+from .objectives.preference import PREFERENCES, Preference, preference  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
@@ -60,6 +63,9 @@ __all__ = [
     "LinearMetrics",
     "Metrics",
     "Objective",
+    "PREFERENCES",
+    "Preference",
+    "PreferenceMetrics",
     "RolloutBatch",
     "TermMetrics",
     "TokenMetrics",
@@ -95,6 +101,9 @@ __all__ = [
     "parity",
     "policy_loss",
     "position_adaptive_clip",
+    "preference",
+    "preference_loss",
+    "preference_weights",
     "prefix_ratio",
     "profile",
     "record",
