@@ -1,6 +1,7 @@
 """The command line: doctor, objectives, unknown commands, missing packages."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from tokenrl.integrations import hosts
 from tokenrl.ops import backends
 
 
-def called(*arguments: str):
-    return CliRunner().invoke(cli.application(), list(arguments), env={"COLUMNS": "200"})
+def called(*arguments: str, width: int = 200):
+    return CliRunner().invoke(cli.application(), list(arguments), env={"COLUMNS": str(width)})
 
 
 def test_doctor_names_every_backend_with_can_run_or_its_reason():
@@ -80,11 +81,15 @@ def test_it_runs_as_a_module():
 
 
 def test_objectives_lists_the_table():
-    outcome = called("objectives")
+    outcome = called("objectives", width=80)
     assert outcome.exit_code == 0
     for name, row in tokenrl.OBJECTIVES.items():
         line = next(line for line in outcome.output.splitlines() if line.split()[:1] == [name])
         assert row.statistic in line and row.gate.name in line and row.flow in line
+    assert max(map(len, outcome.output.splitlines())) <= 80 and "…" not in outcome.output
+    rows = json.loads(called("objectives", "--json").output)
+    assert [row["name"] for row in rows] == list(tokenrl.OBJECTIVES)
+    assert rows[0] == json.loads(called("objectives", rows[0]["name"], "--json").output)
 
 
 @pytest.mark.parametrize("name", tokenrl.OBJECTIVES)

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 from torch import Tensor
 
 from ..objectives.forms.base import Form
@@ -92,14 +91,28 @@ def certainty_of(row: Objective) -> list[str]:
     return [f"[{letter}] {CERTAINTY[letter]}" for letter in row.certainty]
 
 
+def described(row: Objective) -> dict[str, object]:
+    """As JSON has it."""
+    form = None if row.form is None else type(row.form).__name__
+    return {
+        "name": row.name, "statistic": row.statistic, "flow": row.flow, "gate": row.gate.name, "form": form,
+        "parameters": parameters(row), "aggregation": row.aggregation, "source": row.source,
+        "certainty": [CERTAINTY[letter] for letter in row.certainty], "backends": kernels(row),
+    }  # fmt: skip
+
+
 def print_objectives(console: Console) -> None:
-    """One line per row."""
-    table = Table("name", "statistic", "flow", "gate", "aggregation", "source", "", box=box.SIMPLE_HEAD)
-    for row in OBJECTIVES.values():
-        gate = row.gate.name if row.form is None else f"{row.gate.name} in {type(row.form).__name__}"
-        cells = (row.name, row.statistic, row.flow, gate, row.aggregation, row.source, certainty(row))
-        table.add_row(*map(escape, cells))
-    console.print(table, highlight=False)
+    """Each row by its name, statistic, flow and gate; below, its aggregation, form and source."""
+    rows = OBJECTIVES.values()
+    names, statistics, flows = (
+        max(map(len, every)) for every in zip(*((r.name, r.statistic, r.flow) for r in rows), strict=True)
+    )
+    for row in rows:
+        line = f"{row.name:<{names}}  {row.statistic:<{statistics}}  {row.flow:<{flows}}  {row.gate.name}"
+        form = "" if row.form is None else f"; in the form {type(row.form).__name__}"
+        console.print(line, highlight=False, markup=False)
+        rest = Text(f"{row.aggregation}{form}; {row.source} {certainty(row)}")
+        console.print(Padding(rest, (0, 0, 0, 4)), style="dim")
 
 
 def print_objective(name: str, console: Console) -> None:
