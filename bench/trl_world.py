@@ -105,8 +105,10 @@ def configured(trainer: Any, model: Any = "qwen2", steps: int = 6, **options: An
         "save_strategy": "no", "use_cpu": True, "seed": 3, "disable_tqdm": True, "lr_scheduler_type": "constant",
     }  # fmt: skip
     args = GRPOConfig(output_dir=tempfile.mkdtemp(prefix="tokenrl-world-"), max_steps=steps, **(defaults | options))
+    folder = model_folder(model) if model in MODELS else model
+    transformers.set_seed(args.seed)  # some versions of TRL draw an adapter's weights before they do this
     return trainer(
-        model=model_folder(model) if model in MODELS else model, reward_funcs=vowels, args=args,
+        model=folder, reward_funcs=vowels, args=args,
         train_dataset=prompts(), eval_dataset=prompts(8) if "eval_strategy" in options else None,
         processing_class=tokenizer(), **own,
     )  # fmt: skip

@@ -22,7 +22,9 @@ from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
+from .losses.linear_topk import linear_topk_distillation_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
+from .losses.preference import PreferenceMetrics, preference_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
 from .methods import (  # noqa: E402
     adakd,
@@ -31,6 +33,7 @@ from .methods import (  # noqa: E402
     bounds,
     intro,
     on_policy_distillation,
+    preference_weights,
     self_distillation,
     sft_weights,
     uld,
@@ -47,6 +50,7 @@ from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa:
 from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
+from .objectives.preference import PREFERENCES, Preference, preference  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
@@ -59,6 +63,9 @@ __all__ = [
     "LinearMetrics",
     "Metrics",
     "Objective",
+    "PREFERENCES",
+    "Preference",
+    "PreferenceMetrics",
     "RolloutBatch",
     "TermMetrics",
     "TokenMetrics",
@@ -85,6 +92,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
+    "linear_topk_distillation_loss",
     "linear_topk_ids",
     "load_batch",
     "objective",
@@ -93,6 +101,9 @@ __all__ = [
     "parity",
     "policy_loss",
     "position_adaptive_clip",
+    "preference",
+    "preference_loss",
+    "preference_weights",
     "prefix_ratio",
     "profile",
     "record",

@@ -19,6 +19,7 @@ from tokenrl import (
     divergence_weights,
     hidden_reward,
     intro,
+    preference_weights,
     rewards,
     self_distillation,
     sft_weights,
@@ -74,6 +75,7 @@ DISTILLED = TOKENS | {"token_weight": X, "aggregation": "token-mean", "normalize
 HIDDEN_REWARD = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "correct": CORRECT, "group_ids": GROUPS, "mask": MASK}
 TEACHER = {"logp": LOGP, "teacher_logp": OLD} | TOKENS
 LISTS = {"logp_topk": LOGITS.log_softmax(-1), "other_logp_topk": OTHER_LOGITS.log_softmax(-1)}
+SERVED = {"ids": IDS[..., None], "other_logp_topk": OLD[..., None], "topk_mask": MASK[..., None]}
 TWO_HEADS = {"hidden": HIDDEN, "weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
 DPO = {"dpo_hidden": HIDDEN, "dpo_weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
 ROWS = {"row_mask": MASK, "memory_budget": 1 << 20}
@@ -84,6 +86,9 @@ PIECES = {
     "weights": torch.tensor([[0.9, 0.1]] * 11),
     "vocab": 11,
 }
+PAIRS = TOKENS | {"pairs": torch.tensor([[0, 1]])}
+PREFERRED = {"objective": "tdpo1", "logp": LOGP, "ref_logp": OLD, "divergence": X} | PAIRS
+LABELLED = {"objective": "kto", "logp": LOGP, "ref_logp": OLD, "desirable": CORRECT, "kl": 0.1} | TOKENS
 MATCHED = {"matched": torch.tensor([1, 2]), "other_matched": torch.tensor([0, 3])}
 
 CALLS = [
@@ -95,6 +100,16 @@ CALLS = [
     (tokenrl.linear_token_divergence, {"kind": "jsd", "row_mask": MASK} | HEADS),
     (tokenrl.distillation_loss, {"objective": "kd"} | PAIR | DISTILLED),
     (tokenrl.linear_distillation_loss, {"objective": "kd"} | HEADS | DISTILLED),
+    (tokenrl.preference_loss, {"token_weight": X, "divergence_weight": X, "pair_weight": R[:1]} | PREFERRED),
+    (tokenrl.preference_loss, {"pair_weight": R, "normalizer": 2.0} | LABELLED),
+    (preference_weights.wpo_weights, {"logp": LOGP, "log_sum_sq_probs": OLD} | PAIRS),
+    (preference_weights.ld_dpo_weights, {"logp": LOGP, "alpha": 0.5} | PAIRS),
+    (preference_weights.tgdpo_weights, {"aligned_logp": LOGP, "ref_logp": OLD} | PAIRS),
+    (preference_weights.cdpo_weights, {"score": X} | PAIRS),
+    (preference_weights.mapo_weights, {"activation": HIDDEN} | TOKENS),
+    (preference_weights.tab_po_weights, {"weight": X} | TOKENS),
+    (preference_weights.tab_po_barrier, {"logp": LOGP, "weight": X} | PAIRS),
+    (preference_weights.mah_dpo_weights, {"dimension": GROUPS, "heads": 2}),
     (tokenrl.aggregation_weights, BALANCED), (tokenrl.group_aggregate, {"values": X} | BALANCED),
     (tokenrl.token_metrics, {"objective": "ctpo", "logp": LOGP, "old_logp": OLD, "advantages": R} | TOKENS),
     (tokenrl.prefix_ratio, {"logp": LOGP, "old_logp": OLD} | TOKENS),
@@ -103,6 +118,7 @@ CALLS = [
     (tokenrl.topk_divergence, TOPK),
     (tokenrl.topk_distillation_loss, {"objective": "kd", "temperature": 2.0} | LISTS | DISTILLED),
     (tokenrl.topk_token_divergence, {"kind": "jsd", "topk_mask": LOGITS > -1, "row_mask": MASK} | LISTS),
+    (tokenrl.linear_topk_distillation_loss, {"objective": "kd"} | SERVED | HEAD | DISTILLED),
     (tokenrl.topk_ids, {"logits": LOGITS, "k": 3} | ROWS),
     (tokenrl.linear_topk_ids, {"hidden": HIDDEN, "weight": WEIGHT, "bias": HEAD["bias"], "k": 3} | ROWS),
     (tokenrl.union_topk_ids, {"ids": IDS, "other_ids": IDS}),
@@ -182,6 +198,8 @@ def tensors(x):
     """What a call returns, as a list of tensors."""
     if isinstance(x, Metrics):
         return [x.raw]
+    if isinstance(x, tokenrl.PreferenceMetrics):
+        return [x.margins, x.accuracy]  # the rewards of labelled sequences are NaN on the other side
     if isinstance(x, tokenrl.TokenMetrics):
         return [x.ratio, x.sequence_sums()]
     if isinstance(x, torch.Tensor):

@@ -1,0 +1,32 @@
+"""Pairs of sequences, of which one is preferred."""
+
+import torch
+from torch import Tensor
+
+from ..errors import wrong
+from .checks import as_saved, check_integers, values_known
+from .layout import Layout
+
+
+def as_pairs(pairs: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """int64 [P] each: the chosen and the rejected sequence of each pair, from integers [P, 2]. None: halves, sequence i
+    of the first half is chosen and meets sequence i of the second."""
+    number, device = layout.num_sequences, layout.cu_seqlens.device
+    if pairs is None:
+        if number % 2:
+            raise wrong("pairs", None, f"integers [P, 2]; {number} sequences have no halves")
+        everyone = torch.arange(number, device=device)
+        return everyone[: number // 2], everyone[number // 2 :]
+    check_integers("pairs", pairs)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.device != device:
+        raise wrong("pairs", f"shape {list(pairs.shape)} on {pairs.device}", f"integers [P, 2] on {device}")
+    if values_known(pairs) and ((pairs < 0) | (pairs >= number)).any():
+        raise wrong("pairs", f"{pairs.min()} to {pairs.max()}", f"numbers of sequences, 0 to {number - 1}")
+    chosen, rejected = as_saved(pairs).long().unbind(1)
+    return chosen, rejected
+
+
+def sides(pairs: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    """int64 [S]: 1 of chosen sequences, -1 of rejected ones, 0 of those in no pair."""
+    found = torch.zeros(layout.num_sequences, dtype=torch.int64, device=layout.cu_seqlens.device)
+    return found.index_fill(0, pairs[1], -1).index_fill(0, pairs[0], 1)
