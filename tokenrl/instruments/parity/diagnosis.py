@@ -124,6 +124,9 @@ def _apart(computation: Computation, found: Outcome) -> float:
 
 def _is(mistake: Mistake, found: Outcome, held: Held, dtype: Dtype) -> bool:
     changed = held.with_change(mistake.change)
+    ((_, error, allowed),) = sum_errors(found.value, changed.truth.terms, changed.base(dtype).terms)
+    if error > FAR * allowed:  # what follows takes longer
+        return False
     but = changed.undecided(dtype)
     if not held_to(found, changed, dtype, but).held:
         return False

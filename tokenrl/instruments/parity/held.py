@@ -30,6 +30,8 @@ class Held:
         self.batch, self.leaves, self.change, self.eager = batch, leaves, change, eager
         self._scores: dict[tuple[Dtype, bool], Scores] = {}
         self._others: dict[Dtype, list[Evaluated]] = {}
+        self._undecided: dict[Dtype, Undecided] = {}
+        self._outcomes: dict[Dtype, Outcome] = {}
 
     @property
     def row(self) -> Objective:
@@ -115,7 +117,10 @@ class Held:
         return farthest(self.truth, self.others(dtype), int(longest.max()) * torch.finfo(working).eps if row else 0.0)
 
     def undecided(self, dtype: Dtype) -> Undecided:
-        return undecided(self.exact, self.truth, self.others(dtype), torch.finfo(self.working(dtype)).eps)
+        if dtype not in self._undecided:
+            eps = torch.finfo(self.working(dtype)).eps
+            self._undecided[dtype] = undecided(self.exact, self.truth, self.others(dtype), eps)
+        return self._undecided[dtype]
 
     def seen(self, dtype: Dtype) -> Seen:
         """What the gate sees, in a precision, whatever else the loss has."""
@@ -128,9 +133,12 @@ class Held:
 
     def outcome(self, dtype: Dtype) -> Outcome:
         """Of the reference itself, whole."""
-        own, found = self.others(dtype)[0], {name: [] for name in self.leaves}  # type: ignore[var-annotated]
-        for _, part in self.rows(own, dtype):
-            for name, x in part.items():
-                found[name].append(x)
-        tensors = self.given(dtype).tensors
-        return Outcome(own.value, {name: torch.cat(x).view_as(tensors[name]) for name, x in found.items()})
+        if dtype not in self._outcomes:
+            own, found = self.others(dtype)[0], {name: [] for name in self.leaves}  # type: ignore[var-annotated]
+            for _, part in self.rows(own, dtype):
+                for name, x in part.items():
+                    found[name].append(x)
+            tensors = self.given(dtype).tensors
+            gradients = {name: torch.cat(x).view_as(tensors[name]) for name, x in found.items()}
+            self._outcomes[dtype] = Outcome(own.value, gradients)
+        return self._outcomes[dtype]
