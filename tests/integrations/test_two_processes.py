@@ -16,6 +16,7 @@ from bench.trl_world import model_folder
 HELD = (
     "ddp, dapo", "ddp, grpo of sequences, beta",
     "fsdp2, qwen2, as accelerate shards it, one-pass",
+    "fsdp2, qwen2, its norm and head let go of in between, one-pass",
     "fsdp2, qwen2, its head alone, one-pass", "fsdp2, qwen2, its head alone, hidden",
     "fsdp2, llama, tied, its head with the rest, one-pass", "fsdp2, llama, tied, as accelerate shards it, hidden",
     "fused, qwen2, its head with the rest", "fused, qwen2, its head alone",

@@ -27,8 +27,10 @@ SETTINGS = {
     "grpo of sequences, beta": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1},
 }
 WITH_ROOT, ALONE, OF_ACCELERATE = "its head with the rest", "its head alone", "as accelerate shards it"
+LET_GO = "its norm and head let go of in between"
 SHARDED = (
-    ("qwen2", OF_ACCELERATE, "one-pass"), ("qwen2", ALONE, "one-pass"), ("qwen2", ALONE, "hidden"),
+    ("qwen2", OF_ACCELERATE, "one-pass"), ("qwen2", LET_GO, "one-pass"),
+    ("qwen2", ALONE, "one-pass"), ("qwen2", ALONE, "hidden"),
     ("llama, tied", WITH_ROOT, "one-pass"), ("llama, tied", OF_ACCELERATE, "hidden"),
 )  # fmt: skip
 
@@ -42,11 +44,11 @@ def held(name):
 def sharded(model, layout):
     """In place, layer by layer."""
     norm, embedding, head = model.model.norm, model.model.embed_tokens, model.lm_head
-    own = {WITH_ROOT: [], ALONE: [head], OF_ACCELERATE: [embedding, [norm, head]]}[layout]
+    own = {WITH_ROOT: [], ALONE: [head], LET_GO: [[norm, head]], OF_ACCELERATE: [embedding, [norm, head]]}[layout]
     if layout == OF_ACCELERATE and head.weight is embedding.weight:
         own = [[norm, embedding, head]]
     for modules in [*model.model.layers, *own, model]:
-        stays = {"reshard_after_forward": False} if isinstance(modules, list) else {}
+        stays = {"reshard_after_forward": False} if layout == OF_ACCELERATE and isinstance(modules, list) else {}
         fully_shard(modules, mesh=init_device_mesh("cpu", (2,)), **stays)
 
 
