@@ -170,6 +170,19 @@ def test_equal_sequences(name):
         torch.testing.assert_close(grads["logp"][:P], -grads["logp"][P:])
 
 
+@pytest.mark.parametrize("name", [name for name in ROWS if tokenrl.PREFERENCES[name].reference == "given"])
+def test_what_both_models_think_alike_counts_for_nothing(name):
+    case = batch(name)
+    shift = torch.randn(2 * P, T, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    expected = run(name, case)
+    moved = {key: case[key] + shift for key in ("logp", "ref_logp")}
+    if name == "aot":  # which sorts the margins of each model: of all alike
+        moved = {key: case[key] + 0.5 for key in moved}
+        moved["mask"] = case["mask"] = torch.ones_like(case["mask"])
+        expected = run(name, case)
+    same(run(name, case | moved), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["dpo", "simpo", "cpo", "tdpo2", "kto"])
 def test_micro_batches_add_up(name):
     case = batch(name)
