@@ -32,10 +32,9 @@ def whole(own: Tensor, head: Tensor, wanted: Tensor, other: Tensor, ids: Tensor,
 
 
 def topk(own: Tensor, head: Tensor, wanted: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    ids, how = tokenrl.linear_topk_ids(wanted, other, 8, row_mask=mask), {"row_mask": mask, "outputs": ["logp"]}
-    teachers = tokenrl.linear_token_logprobs(wanted, other, ids, **how).logp
-    logp = tokenrl.linear_token_logprobs(own, head, ids, **how).logp
-    return tokenrl.topk_distillation_loss("forward_kd", logp, teachers, mask=mask)
+    ids = tokenrl.linear_topk_ids(wanted, other, 8, row_mask=mask)
+    teachers = tokenrl.linear_token_logprobs(wanted, other, ids, row_mask=mask, outputs=["logp"]).logp
+    return tokenrl.linear_topk_distillation_loss("forward_kd", own, head, ids, teachers, mask=mask)
 
 
 def sampled(

@@ -1,5 +1,6 @@
 """`tokenrl parity` and assert_parity: backends and losses of others against the fp64 reference."""
 
+import io
 import json
 import sys
 import textwrap
@@ -9,12 +10,13 @@ import pytest
 import torch
 from cases import interpreted
 from parity_batches import BATCHES, saved
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import tokenrl
 from tokenrl import cli
-from tokenrl.instruments.parity import assert_parity, random_batch, report
+from tokenrl.instruments.parity import assert_parity, random_batch, report, shown
 from tokenrl.ops import backends
 
 LOSSES = """
@@ -175,7 +177,11 @@ def test_a_weight_is_not_compared_where_a_token_is_at_an_edge():
         logp = torch.log_softmax(hidden @ weight.t() / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
         return grpo(logp, old_logp, advantages, mask)
 
+    loss.__name__ = "a_loss_with_a_long_name"
     found = report.of_loss(report_loss(loss), batch)
+    shown.print_report(found, Console(width=80, file=(text := io.StringIO())))
+    assert max(map(len, text.getvalue().splitlines())) <= 80 and "…" not in text.getvalue()
+    assert "left out" in text.getvalue() and "rounding decides: 1 in float32" in text.getvalue()
     assert found.held and found.comparisons[0].not_compared == ("weight",)
     assert [error.of for error in found.comparisons[0].errors] == ["loss", "hidden"]
     assert report.of_loss(report_loss(loss), random_batch(head="hidden")).comparisons[0].not_compared == ()

@@ -79,7 +79,7 @@ def held(case):
     if case == "padded on the left":
         tensors["mask"] = tensors["mask"] & (torch.arange(24) > 3)
     if case == "another KL":
-        settings["kl"] = "kl_k2"
+        settings |= {"kl": "kl_k2", "entropy_coef": 0.05}
     batch = tokenrl.RolloutBatch(tensors, batch.objective, settings, {})
     return Held(batch, leaves_of(batch))
 

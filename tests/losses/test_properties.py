@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import PAIRS, WEIGHED, backends_to_test, batch, gates_under_test, interpreted, packed, run
+from cases import PAIRS, WEIGHED, backends_to_test, batch, gates_under_test, interpreted, on_backends, packed, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -110,8 +110,7 @@ def insertion(objective, backend, case, seed, extra, mode):
     assert got[1][~wide["mask"]].count_nonzero() == 0
 
 
-@EVERY_BACKEND
-@pytest.mark.parametrize("name", tokenrl.OBJECTIVES)
+@on_backends(tokenrl.OBJECTIVES, start=1)
 def test_masked_cells_inserted_into_a_row_of_the_table_change_nothing(name, backend):
     for seed in range(5 if backend in ("reference", "cpu") else 1):
         case = batch(seed, rows=4, width=8) if interpreted(backend) else batch(seed)

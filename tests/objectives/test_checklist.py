@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import backends_to_test, device_of, repeats
+from cases import backends_to_test, device_of, on_backends, repeats
 
 import tokenrl
 from tokenrl import advantages as adv
@@ -87,8 +87,7 @@ def test_05_positions_count_valid_tokens_from_one(power, backend):
             assert (slope != 0) == active, (t, x)
 
 
-@EVERY_BACKEND
-@pytest.mark.parametrize("name", [n for n in tokenrl.OBJECTIVES if tokenrl.OBJECTIVES[n].gate.uses_advantages])
+@on_backends([n for n in tokenrl.OBJECTIVES if tokenrl.OBJECTIVES[n].gate.uses_advantages])
 def test_06_padding_may_hold_anything(name, backend):
     how = {"group_ids": torch.zeros(2, dtype=torch.int64)}
     mask = [[1, 1, 0], [1, 0, 0]]
@@ -144,10 +143,7 @@ def test_10_what_a_standard_deviation_is():
     assert adv.grpo(rewards, groups, singleton="zero")[2].item() == 0
 
 
-@EVERY_BACKEND
-@pytest.mark.parametrize(
-    "name", [n for n, r in tokenrl.OBJECTIVES.items() if r.gate.uses_advantages and r.gate.vanishes]
-)
+@on_backends([n for n, r in tokenrl.OBJECTIVES.items() if r.gate.uses_advantages and r.gate.vanishes], start=2)
 def test_11_no_advantage_no_gradient(name, backend):
     how = {"group_ids": torch.zeros(2, dtype=torch.int64)}
     if name in ("kl_cov", "real"):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import backends_to_test, device_of, interpreted
+from cases import backends_to_test, device_of, interpreted, on_backends
 from paper_detached import DETACHED, clip, diagonal
 from paper_forms import MIXED, surrogate
 
@@ -266,8 +266,7 @@ def test_the_aggregation_that_the_paper_prescribes_is_the_default(name):
     same(by_tokenrl(name, None, SEQUENCE_ADVANTAGES, 0.11), by_hand(name, mode, per_token, 0.11, False))
 
 
-@pytest.mark.parametrize("backend", backends_to_test())
-@pytest.mark.parametrize("name", [name for name in PAPER if tokenrl.OBJECTIVES[name].gate.uses_advantages])
+@on_backends([name for name in PAPER if tokenrl.OBJECTIVES[name].gate.uses_advantages])
 def test_on_policy_every_objective_is_reinforce(name, backend):
     modes = ("token-mean", "balanced")
     if interpreted(backend):  # one by turns: to the row that is interpreted its weights are numbers

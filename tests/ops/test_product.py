@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import PAIRS, away_from_edges, batch, check, gates_under_test, interpreted, kernel_backends, packed, run
+from cases import (
+    PAIRS,
+    away_from_edges,
+    batch,
+    check,
+    gates_under_test,
+    interpreted,
+    kernel_backends,
+    on_backends,
+    packed,
+    run,
+)
 
 import tokenrl
 from tokenrl.instruments.parity import close
@@ -85,8 +96,7 @@ def beside_short_ones(seed):
     return case
 
 
-@pytest.mark.parametrize("backend", kernel_backends())
-@pytest.mark.parametrize("name", tokenrl.OBJECTIVES)
+@on_backends(tokenrl.OBJECTIVES, kernel_backends())
 def test_rows_of_the_table_on_long_sequences(name, backend):
     """Several blocks of tokens per sequence: the scan state is carried between them."""
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import pytest
 import sim
 import torch
 
@@ -43,10 +44,16 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and device_of(backend).type == "cpu"
 
 
-def thinned(cases, backend, every=3):
+def thinned(cases, backend, start=0):
     """Triton's interpreter is slow and takes every third case: what a case tries of the library is the same on each
     backend, and what the kernels compute is tried by test_product.py."""
-    return cases[::every] if interpreted(backend) else cases
+    return cases[start::3] if interpreted(backend) else cases
+
+
+def on_backends(names, backends=None, start=0):
+    """A test's `backend` and `name`; the interpreter's third begins at `start`, so that tests take turns."""
+    each = [(b, name) for b in backends or backends_to_test() for name in thinned(list(names), b, start)]
+    return pytest.mark.parametrize("backend,name", each)
 
 
 def gates_under_test() -> dict[str, tokenrl.Gate]:

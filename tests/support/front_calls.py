@@ -75,6 +75,7 @@ DISTILLED = TOKENS | {"token_weight": X, "aggregation": "token-mean", "normalize
 HIDDEN_REWARD = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS, "correct": CORRECT, "group_ids": GROUPS, "mask": MASK}
 TEACHER = {"logp": LOGP, "teacher_logp": OLD} | TOKENS
 LISTS = {"logp_topk": LOGITS.log_softmax(-1), "other_logp_topk": OTHER_LOGITS.log_softmax(-1)}
+SERVED = {"ids": IDS[..., None], "other_logp_topk": OLD[..., None], "topk_mask": MASK[..., None]}
 TWO_HEADS = {"hidden": HIDDEN, "weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
 DPO = {"dpo_hidden": HIDDEN, "dpo_weight": WEIGHT, "other_hidden": OTHER_HIDDEN, "other_weight": OTHER_WEIGHT}
 ROWS = {"row_mask": MASK, "memory_budget": 1 << 20}
@@ -105,6 +106,7 @@ CALLS = [
     (preference_weights.ld_dpo_weights, {"logp": LOGP, "alpha": 0.5} | PAIRS),
     (preference_weights.tgdpo_weights, {"aligned_logp": LOGP, "ref_logp": OLD} | PAIRS),
     (preference_weights.cdpo_weights, {"score": X} | PAIRS),
+    (preference_weights.mapo_weights, {"activation": HIDDEN} | TOKENS),
     (preference_weights.tab_po_weights, {"weight": X} | TOKENS),
     (preference_weights.tab_po_barrier, {"logp": LOGP, "weight": X} | PAIRS),
     (preference_weights.mah_dpo_weights, {"dimension": GROUPS, "heads": 2}),
@@ -116,6 +118,7 @@ CALLS = [
     (tokenrl.topk_divergence, TOPK),
     (tokenrl.topk_distillation_loss, {"objective": "kd", "temperature": 2.0} | LISTS | DISTILLED),
     (tokenrl.topk_token_divergence, {"kind": "jsd", "topk_mask": LOGITS > -1, "row_mask": MASK} | LISTS),
+    (tokenrl.linear_topk_distillation_loss, {"objective": "kd"} | SERVED | HEAD | DISTILLED),
     (tokenrl.topk_ids, {"logits": LOGITS, "k": 3} | ROWS),
     (tokenrl.linear_topk_ids, {"hidden": HIDDEN, "weight": WEIGHT, "bias": HEAD["bias"], "k": 3} | ROWS),
     (tokenrl.union_topk_ids, {"ids": IDS, "other_ids": IDS}),

@@ -5,7 +5,7 @@
     other_logp = token_logprobs(other_logits, ids, row_mask=mask, outputs=["logp"]).logp
     values = topk_token_divergence(logp, other_logp, "forward_kl", rest="tail", row_mask=mask)
 
-topk_distillation_loss takes such lists.
+topk_distillation_loss takes such lists, linear_topk_distillation_loss the ids and the teacher's.
 """
 
 import torch

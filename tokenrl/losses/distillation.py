@@ -59,7 +59,7 @@ def distillation_loss(
     layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logits")
     dtype = sum_dtype(logits.dtype)
     transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = _weights(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+    weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
     values = token_divergence(
         logits, other_logits, row.divergence, temperature=temperature, row_mask=layout.valid().view(rows.shape),
         backend=backend, **heads,
@@ -112,7 +112,7 @@ def linear_distillation_loss(
     layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of hidden")
     dtype = sum_dtype(compute_dtype or hidden.dtype)
     transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = _weights(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+    weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
     pays = layout.valid() & (weights != 0)
     head, other = head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
@@ -160,7 +160,7 @@ def topk_distillation_loss(
     rows = logp_topk[..., 0]
     layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logp_topk")
     transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = _weights(row, layout, rows.dtype, transform, token_weight, aggregation, normalizer, None)
+    weights = weights_of(row, layout, rows.dtype, transform, token_weight, aggregation, normalizer, None)
     values = topk_token_divergence(
         logp_topk, other_logp_topk, row.divergence, row_mask=layout.valid().view(rows.shape), **lists
     )
@@ -168,7 +168,7 @@ def topk_distillation_loss(
     return torch.where(weights != 0, weights * values, 0).sum(), values.detach()
 
 
-def _weights(
+def weights_of(
     row: Distillation, layout: Layout, dtype: torch.dtype, transform: Transform, token_weight: Tensor | None,
     aggregation: str | None, normalizer: float | Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What single papers weigh in preference_loss: tokens (LD-DPO, TGDPO, cDPO, TAB-PO) or pairs (WPO, MAH-DPO).
+"""What single papers weigh in preference_loss: tokens (LD-DPO, TGDPO, cDPO, MaPO, TAB-PO) or pairs (WPO, MAH-DPO).
 
     weight = tgdpo_weights(aligned_logp, ref_logp, mask=mask)
     loss, _ = tokenrl.preference_loss("dpo", logp, ref_logp, mask=mask, token_weight=weight)
@@ -16,13 +16,22 @@ import math
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_floats, check_integers, check_name, check_number, values_known
+from ..batch.checks import (
+    as_float64,
+    check_floats,
+    check_integers,
+    check_name,
+    check_number,
+    check_tensor,
+    values_known,
+)
 from ..batch.layout import Layout, layout_of
 from ..batch.pairs import as_pairs, sides
 from ..batch.spans import spans_of
 from ..errors import wrong
 
 CHOSEN_WEIGHTS = ("one", "score")
+PER = ("weight", "token")
 
 
 def _taken(name: str, x: Tensor, layout: Layout) -> Tensor:
@@ -70,7 +79,7 @@ def ld_dpo_weights(
     valid = layout.valid()
     before = layout.spread(counts.cumsum(0) - counts)
     tail = valid.long().cumsum(0) - before > layout.spread(shared)
-    return _put(torch.where(tail, alpha, 1.0), layout, logp)
+    return _put(torch.ones_like(tail, dtype=torch.float64).masked_fill(tail, alpha), layout, logp)
 
 
 def tgdpo_weights(
@@ -110,6 +119,28 @@ def cdpo_weights(
     return _put(torch.where(side < 0, 1 - flat, kept), layout, score)
 
 
+def mapo_weights(activation: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """In [0, 1], fp32 (fp64 of fp64): the mean of an activation over its channels, from the lowest of the sequence, 0,
+    to its highest, 1. SparsePO's token_weight and divergence_weight without training: the mean of these over the layers
+    of the reference model.
+
+    activation: any float dtype, [B, T, D], or [N, D] with cu_seqlens.
+
+    Source: MaPO of SparsePO, arXiv 2410.05102 (authors' code; that it normalises first changes nothing).
+    """
+    check_tensor("activation", activation)
+    x = activation.detach().mean(-1, dtype=torch.float64 if activation.dtype == torch.float64 else torch.float32)
+    layout = layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name="a mean per token of activation")
+    flat, valid, rows = x.reshape(-1), layout.valid(), layout.rows()
+    low, high = (
+        layout.spread(
+            flat.new_full((layout.num_sequences,), edge).scatter_reduce_(0, rows, torch.where(valid, flat, edge), how)
+        )
+        for edge, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    return _put(torch.where(high > low, (flat - low) / (high - low), 0), layout, x)
+
+
 def tab_po_weights(weight: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Weights of tokens, at least 0, with mean 1 in each sequence.
 
@@ -122,24 +153,30 @@ def tab_po_weights(weight: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
 
 
 def tab_po_barrier(
-    logp: Tensor, weight: Tensor, *, tau: float = 0.66, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    pairs: Tensor | None = None,
+    logp: Tensor, weight: Tensor, *, tau: float = 0.66, per: str = "weight", mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, pairs: Tensor | None = None, pair_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """0-d: the mean over chosen sequences of sum_t g_t w_t (-logp_t) / max(1, sum_t g_t w_t), g_t = 1 where the
     token's probability is below tau. It is added to the loss, times 1/2 in the paper; logp gets a gradient.
 
-    weight: of tab_po_weights.
+    weight: of tab_po_weights. per: "weight", or "token" for a divisor of max(1, sum_t g_t). pair_weight: [P], as for
+    preference_loss.
 
-    Source: TAB-PO, arXiv 2603.00025 (authors' code, whose divisor is the sum of weights; the paper's is their number).
+    Source: TAB-PO, arXiv 2603.00025 (authors' code; per="token" that of their ablation).
     """
+    check_name("per", per, PER)
     check_number("tau", tau, 0, 1, above=0)
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)
     kept, spans = _taken("weight", weight, layout), spans_of("sequence", layout)
     flat = torch.where(layout.valid(), logp.reshape(-1), 0).double()
-    gated = torch.where(flat < math.log(tau), kept, 0)
-    values = spans.sum(-gated * flat) / spans.sum(gated).clamp(min=1)
-    return values[as_pairs(pairs, layout)[0]].mean().to(logp.dtype)
+    gate = layout.valid() & (flat < math.log(tau))
+    gated = torch.where(gate, kept, 0)
+    counted = gated if per == "weight" else gate.double()
+    values = (spans.sum(-gated * flat) / spans.sum(counted).clamp(min=1))[as_pairs(pairs, layout)[0]]
+    if pair_weight is not None:
+        values = values * as_float64("pair_weight", pair_weight, values.shape, values)
+    return values.mean().to(logp.dtype)
 
 
 def mah_dpo_weights(dimension: Tensor, heads: int) -> Tensor:

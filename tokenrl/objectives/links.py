@@ -144,9 +144,9 @@ class Discopop(MarginLink):
 
     def of_margin(self, d: Tensor) -> tuple[Tensor, Tensor]:
         u = self.beta * d
-        m, falling = (u / self.tau).sigmoid(), (-u).exp()
-        value = m * falling - (1 - m) * logsigmoid(u)
-        slope = m * (1 - m) / self.tau * (falling + logsigmoid(u)) - m * falling - (1 - m) * (-u).sigmoid()
+        m, blended = (u / self.tau).sigmoid(), (logsigmoid(u / self.tau) - u).exp()  # m e^-u, where that is 0 inf too
+        value = blended - (1 - m) * logsigmoid(u)
+        slope = (1 - m) / self.tau * (blended + m * logsigmoid(u)) - blended - (1 - m) * (-u).sigmoid()
         return value, self.beta * slope
 
 

@@ -42,7 +42,7 @@ def register_derivative(namespace: str, op: str, save: Callable, backward: Calla
         grads = backward(ctx, *upstream)
         return *grads, *ctx.nothing[len(grads) :]
 
-    backward = _once(backward, f"{namespace}.{op}")
+    backward = once(backward, f"{namespace}.{op}")
     torch.library.register_autograd(f"{namespace}::{op}", padded, setup_context=setup_context)
     functions = (make(found, save, backward) for make in (_eager, _transformed))
     _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
@@ -61,13 +61,13 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def _once(backward: Callable, name: str) -> Callable:
+def once(backward: Callable, name: str) -> Callable:
     """backward, whose results raise where they are differentiated. Torch's once_differentiable looks at the upstream
     gradients alone: a gradient penalty or a Hessian would lack the kernel's part in silence. What leads from a result
     to the op's inputs are the inputs that it saved."""
     message = f"{name}: differentiated twice, accepted: once (backend='reference' differentiates as often as you like)."
 
-    def once(ctx, *upstream):
+    def refusing(ctx, *upstream):
         if not torch.is_grad_enabled():
             return backward(ctx, *upstream)
         inputs = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
@@ -77,7 +77,7 @@ def _once(backward: Callable, name: str) -> Callable:
             return grads
         return _Refuse.apply(message, grads, *inputs, *upstream)
 
-    return once
+    return refusing
 
 
 def _nothing(x: object) -> list[None] | None:

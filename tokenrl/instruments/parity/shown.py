@@ -76,7 +76,7 @@ def _add(table: Table, comparison: Comparison) -> None:
         table.add_row(*where, error.of, f"{error.error:.1e}", f"{error.allowed:.1e}", _verdict(error.held))
         where = ("", "", "")
     for name in comparison.not_compared:
-        table.add_row(*where, name, "-", "-", "tokens at a clip edge")
+        table.add_row(*where, name, "-", "-", "left out")
 
 
 def _tokens(title: str, named: Sequence[tuple[str, Token]]) -> Iterator[Table]:

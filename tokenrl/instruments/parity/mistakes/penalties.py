@@ -1,4 +1,4 @@
-"""Mistakes of the KL penalty."""
+"""Mistakes of the KL penalty and of the entropy bonus."""
 
 import functools
 from collections.abc import Iterator
@@ -102,6 +102,14 @@ def against_old(computation: Computation) -> Computation:
     return computation.changed(ref_logp=computation.batch.tensors["old_logp"])
 
 
+def has_entropy(computation: Computation) -> bool:
+    return computation.batch.settings.get("entropy_coef", 0.0) != 0
+
+
+def with_entropy(factor: float) -> Change:
+    return lambda c: c.set(entropy_coef=factor * c.batch.settings["entropy_coef"])
+
+
 def penalties() -> Iterator[Mistake]:
     def has_advantages(computation: Computation) -> bool:
         return has_kl(computation) and computation.row.gate.uses_advantages and computation.row.form is None
@@ -111,6 +119,8 @@ def penalties() -> Iterator[Mistake]:
     yield Mistake(name, "taken off the advantage as a constant", inside(InReward), has_advantages)
     how = "max(-A r + kl, -A clip(r))"
     yield Mistake(name, how, inside(InMaximum), lambda c: has_kl(c) and type(c.row.gate) is PpoClip)
+    yield Mistake("entropy bonus left out", "", with_entropy(0.0), has_entropy)
+    yield Mistake("sign of the entropy bonus", "it is a penalty", with_entropy(-1.0), has_entropy)
     yield Mistake("KL left out", "", lambda c: c.set(kl_coef=0.0), has_kl)
     for estimator in ESTIMATORS:
         yield Mistake(f"KL by {estimator}", "", functools.partial(estimated_by, estimator), has_kl)

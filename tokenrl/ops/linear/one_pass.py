@@ -1,0 +1,61 @@
+"""A loss of K ids' log-probs from hidden states, with its gradients, in one pass over chunks of tokens.
+
+What a chunk's log-probs do to the loss is known as soon as they are: 6 N D V flops, where linear_token_logprobs and its
+backward need 8, and no logits are held beyond a chunk. The terms of the loss are torch, with autograd's derivative.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derivatives import once
+from ..kernel_ops import IGNORED
+from .chunk import Chunk
+from .gemm import ProductSum, empty, scaled, sum_dtype
+from .head import HeadInputs, Rows, compacted, rows_at, split, whole_rows_of
+from .token_logprobs import Gradients
+
+# Of some rows, their log-probs [n, K] and entropies [n]: the tokens' values [n], the loss's gradients by both, or None.
+Terms = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
+    """The values [N], 0 of rows whose ids are all ignored, which enter no GEMM; fills grads."""
+    head, ids = inputs.head(ops), inputs.ids
+    index, count = compacted((ids != IGNORED).any(-1))
+    values = inputs.hidden.new_zeros(len(ids), dtype=sum_dtype(head.dtype))
+    rows = whole_rows_of(head, count, inputs.memory_budget).rows
+    memory, weight_sum = empty(rows * head.vocab, inputs.hidden, head.dtype), None
+    if grads.weight is not None:
+        weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
+    for at in split(count, rows):
+        own = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
+        values[own.rows], by_logp, by_entropy = terms(own.rows, own.logp, own.entropy)
+        if grads != Gradients(None, None, None):
+            ops.token_logprobs_backward_(
+                by_logp, by_entropy, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy,
+                own.lse.new_empty(0), *own.transform(),
+            )  # fmt: skip
+            own.accumulate(1.0, weight_sum, grads)
+    if weight_sum is not None:
+        weight_sum.finish()
+    return values
+
+
+def _times_upstream(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, hidden, weight, bias = ctx.saved_tensors
+    made = zip(grads, (hidden, weight, bias), strict=True)
+    return None, *(None if g is None else scaled(g, grad, x.dtype) for g, x in made), None, None, None
+
+
+class WithGradients(torch.autograd.Function):
+    """A loss whose gradients by hidden, weight and bias are there, None where not wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *grads: Any) -> Tensor:
+        ctx.save_for_backward(*grads, hidden, weight, bias)
+        return loss.clone()
+
+    backward = staticmethod(once(_times_upstream, "linear_topk_distillation_loss"))
