@@ -5,20 +5,28 @@ import inspect
 import operator
 import re
 
+import pytest
 import torch
 from paths import ROOT
 
 import tokenrl
-from tokenrl.instruments.objective_tables import objectives_table
+from tokenrl.instruments.objective_tables import TABLES
 from tokenrl.objectives.aggregations import AGGREGATIONS
 from tokenrl.objectives.gates import GATES
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_of_objectives_is_the_table():
-    written = re.search(r"<!-- objectives -->\n(.*?)\n<!-- /objectives -->", README, re.S)[1]
-    assert written == objectives_table(), "python -m tokenrl.instruments.objective_tables README.md writes it anew"
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_objectives_are_the_tables(name):
+    written = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.S)[1]
+    assert written == TABLES[name](), "python -m tokenrl.instruments.objective_tables README.md writes it anew"
+
+
+def test_every_function_of_preference_weights_is_named():
+    functions = inspect.getmembers(tokenrl.preference_weights, inspect.isfunction)
+    own = [name for name, f in functions if f.__module__ == tokenrl.preference_weights.__name__ and name[0] != "_"]
+    assert len(own) == 8 and all(f"`{name}`" in README for name in own), own
 
 
 def test_the_examples_run(capsys):

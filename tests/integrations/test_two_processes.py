@@ -15,9 +15,12 @@ from bench.trl_world import model_folder
 
 HELD = (
     "ddp, dapo", "ddp, grpo of sequences, beta",
-    "fsdp2, qwen2, one-pass", "fsdp2, qwen2, one-pass, its head alone", "fsdp2, qwen2, hidden, its head alone",
-    "fsdp2, llama, tied, one-pass", "fsdp2, llama, tied, hidden",
-    "fused, qwen2", "fused, qwen2, its head alone", "fused, llama, tied",
+    "fsdp2, qwen2, as accelerate shards it, one-pass",
+    "fsdp2, qwen2, its norm and head let go of in between, one-pass",
+    "fsdp2, qwen2, its head alone, one-pass", "fsdp2, qwen2, its head alone, hidden",
+    "fsdp2, llama, tied, its head with the rest, one-pass", "fsdp2, llama, tied, as accelerate shards it, hidden",
+    "fused, qwen2, its head with the rest", "fused, qwen2, its head alone",
+    "fused, llama, tied, its head with the rest",
 )  # fmt: skip
 
 

@@ -26,9 +26,12 @@ SETTINGS = {
     "dapo": {"loss_type": "dapo", "generation_kwargs": {"min_new_tokens": 12}, "max_grad_norm": 0.0},
     "grpo of sequences, beta": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1},
 }
-SHARDED = (  # model, whether its head is a shard by itself, depth
-    ("qwen2", False, "one-pass"), ("qwen2", True, "one-pass"), ("qwen2", True, "hidden"),
-    ("llama, tied", False, "one-pass"), ("llama, tied", False, "hidden"),
+WITH_ROOT, ALONE, OF_ACCELERATE = "its head with the rest", "its head alone", "as accelerate shards it"
+LET_GO = "its norm and head let go of in between"
+SHARDED = (
+    ("qwen2", OF_ACCELERATE, "one-pass"), ("qwen2", LET_GO, "one-pass"),
+    ("qwen2", ALONE, "one-pass"), ("qwen2", ALONE, "hidden"),
+    ("llama, tied", WITH_ROOT, "one-pass"), ("llama, tied", OF_ACCELERATE, "hidden"),
 )  # fmt: skip
 
 
@@ -38,10 +41,15 @@ def held(name):
         print(f"HELD {name}", flush=True)
 
 
-def sharded(model, head_alone):
+def sharded(model, layout):
     """In place, layer by layer."""
-    for layer in [*model.model.layers, *([model.lm_head] if head_alone else []), model]:
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    norm, embedding, head = model.model.norm, model.model.embed_tokens, model.lm_head
+    own = {WITH_ROOT: [], ALONE: [head], LET_GO: [[norm, head]], OF_ACCELERATE: [embedding, [norm, head]]}[layout]
+    if layout == OF_ACCELERATE and head.weight is embedding.weight:
+        own = [[norm, embedding, head]]
+    for modules in [*model.model.layers, *own, model]:
+        stays = {"reshard_after_forward": False} if layout == OF_ACCELERATE and isinstance(modules, list) else {}
+        fully_shard(modules, mesh=init_device_mesh("cpu", (2,)), **stays)
 
 
 def gathered(made):
@@ -62,13 +70,13 @@ def trainers(folders):
             compared(theirs[name, model], trained(GRPOTrainer, tokenrl=TokenRLConfig(parity="always"), **options))
             held(f"ddp, {name}")
     Accelerator.prepare_model = lambda self, model, **_: model
-    for model, head_alone, head in SHARDED:
+    for model, layout, head in SHARDED:
         options = SHARED | SETTINGS["dapo"] | {"model": folders[model]}
         made = configured(GRPOTrainer, tokenrl=TokenRLConfig(head=head, parity="always"), **options)
-        sharded(made.model, head_alone)
+        sharded(made.model, layout)
         made.train()
         compared(theirs["dapo", model], gathered(made))
-        held(f"fsdp2, {model}, {head}" + ", its head alone" * head_alone)
+        held(f"fsdp2, {model}, {layout}, {head}")
     Accelerator.prepare_model = WRAPPED
 
 
@@ -76,11 +84,11 @@ def fused_models():
     """fuse_lm_head under FSDP2, without a word of its hooks."""
     warnings.simplefilter("error", UserWarning)
     rank = torch.distributed.get_rank()
-    for kind, head_alone in (("qwen2", False), ("qwen2", True), ("llama, tied", False)):
+    for kind, layout in (("qwen2", WITH_ROOT), ("qwen2", ALONE), ("llama, tied", WITH_ROOT)):
         model = made_model(kind)
         whole = copy.deepcopy(model)
         fuse_lm_head(model)
-        sharded(model, head_alone)
+        sharded(model, layout)
         ids = torch.randint(3, 29, (4, 9), generator=torch.Generator().manual_seed(1))
         halves = ids.chunk(2)
         out = model(halves[rank], labels=halves[rank])
@@ -89,7 +97,7 @@ def fused_models():
         torch.stack([whole(half, labels=half).loss for half in halves]).mean().backward()
         for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-6, msg=f"{kind}: {name}")
-        held(f"fused, {kind}" + ", its head alone" * head_alone)
+        held(f"fused, {kind}, {layout}")
 
 
 if __name__ == "__main__":

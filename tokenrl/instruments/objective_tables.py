@@ -1,8 +1,7 @@
-"""What the table of objectives says about itself: `tokenrl objectives`, and README's table, which
+"""What the tables of objectives say about themselves: `tokenrl objectives`, and README's tables, which
 `python -m tokenrl.instruments.objective_tables README.md` writes there."""
 
 import inspect
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from ..objectives.forms.base import Form
 from ..objectives.gates.base import INF, Gate
+from ..objectives.links import Link, Score
 from ..objectives.policy import CERTAINTY, OBJECTIVES, Objective, objective
+from ..objectives.preference import PREFERENCES, Preference
 from ..objectives.statistics import STATISTICS
 from ..ops.backends import BACKENDS, PACKAGED
 
@@ -83,6 +84,35 @@ def objectives_table() -> str:
             (f"`{row.name}`", row.statistic, row.flow, row.gate.name, form, given, row.aggregation, row.source,
              certainty(row), ", ".join(kernels(row)))
         )  # fmt: skip
+    return markdown(lines)
+
+
+def preferences_table() -> str:
+    """Markdown, one line per row of PREFERENCES."""
+    columns = ("name", "link", "statistic", "reference", "parameters", "source", "certainty")
+    return markdown([columns, ("---",) * len(columns), *map(_preference_cells, PREFERENCES.values())])
+
+
+def _preference_cells(row: Preference) -> Sequence[str]:
+    values = {name: getattr(part, name) for part in row.parts.values() for name in part.names}
+    values |= {name: getattr(row, name) for name in ("divergence", "nll") if getattr(row, name)}
+    link = _in_a_cell(row.link)
+    if type(row.score) is not Score:
+        link = f"{link}, of scores {_in_a_cell(row.score)}"
+    if row.coupling not in ("pairs", "labels"):
+        link = f"{link}, {row.coupling}"
+    if row.divergence_flow != "both":
+        link = f"{link}, divergence of the {row.divergence_flow} alone"
+    given = ", ".join(f"{name}={value}" for name, value in values.items())
+    return f"`{row.name}`", link, row.statistic, row.reference, given, row.source, f"[{row.certainty}]"
+
+
+def _in_a_cell(part: Link | Score) -> str:
+    """The docstring of a link or score."""
+    return " ".join(inspect.cleandoc(type(part).__doc__ or "").rstrip(".").split()).replace("|", r"\|")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -135,9 +165,12 @@ def print_objective(name: str, console: Console) -> None:
     section("runs on", ", ".join(kernels(row)))
 
 
+TABLES = {"objectives": objectives_table, "preferences": preferences_table}  # of README, between comments of that name
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    between = f"<!-- objectives -->\n{objectives_table()}\n<!-- /objectives -->"
-    path.write_text(
-        re.sub(r"<!-- objectives -->\n.*?<!-- /objectives -->", lambda _: between, path.read_text(), flags=re.S)
-    )
+    text = path.read_text()
+    for name, table in TABLES.items():
+        first, last = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        text = text.split(first)[0] + first + table() + last + text.split(last)[1]
+    path.write_text(text)

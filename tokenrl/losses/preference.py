@@ -32,13 +32,12 @@ class PreferenceMetrics(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """[S] each, fp64: log-probs of the policy and of the reference by the row's statistic, the score of their
-    difference, the divergences that are added to it, and the rewards, without gradient."""
+    """[S] each, fp64: the score of a sequence, the divergence that is added to it, the log-prob of the reference, 0
+    where nothing but log ratios counts, and the rewards, without gradient."""
 
-    policy: Tensor
-    reference: Tensor
     score: Tensor
     divergence: Tensor
+    reference: Tensor
     rewards: Tensor
 
 
@@ -134,29 +133,40 @@ def _scores(
     row: Preference, layout: Layout, logp: Tensor, ref_logp: Tensor | None, divergence: Tensor | None,
     token_weight: Tensor | None, divergence_weight: Tensor | None,
 ) -> _Scores:  # fmt: skip
-    valid, spans = layout.valid(), spans_of("sequence", layout)
-
-    def taken(name: str, x: Tensor) -> Tensor:
-        check_floats(name, x)
-        return torch.where(valid, layout.flat_tokens(name, x), 0).double()
-
-    def summed(name: str, x: Tensor, weight_name: str, weight: Tensor | None) -> Tensor:
-        found = taken(name, x)
-        return spans.sum(found if weight is None else found * taken(weight_name, weight))
-
-    policy = summed("logp", logp, "token_weight", token_weight)
-    reference = torch.zeros_like(policy)
     if ref_logp is not None:
+        check_floats("ref_logp", ref_logp)
         check_constant("ref_logp", ref_logp)
-        reference = summed("ref_logp", ref_logp, "token_weight", token_weight)
-    length = spans.counts().clamp(min=1) if row.statistic == "mean" else torch.ones_like(policy)
-    score = _Known.apply(row.score.of, policy - reference) / length
-    policy, reference = policy / length, reference / length
-    more = torch.zeros_like(policy)
+        ref_logp = layout.flat_tokens("ref_logp", ref_logp)
+    ratio = logp.reshape(-1) if ref_logp is None else logp.reshape(-1) - ref_logp
+    token_weight = _flat_weight("token_weight", token_weight, layout)
+    length = spans_of("sequence", layout).counts().clamp(min=1) if row.statistic == "mean" else 1
+    plain = _sums(ratio, token_weight, layout)
+    score = _Known.apply(row.score.of, plain) / length
+    reference = more = torch.zeros_like(plain)
+    if ref_logp is not None and row.coupling == "sorted_margins":
+        reference = _sums(ref_logp, token_weight, layout) / length
     if divergence is not None:
-        more = summed("divergence", divergence, "divergence_weight", divergence_weight)
-    rewards = row.link.beta * (policy - reference + more).detach()
-    return _Scores(policy, reference, score, row.divergence * more, rewards)
+        check_floats("divergence", divergence)
+        weight = _flat_weight("divergence_weight", divergence_weight, layout)
+        more = _sums(layout.flat_tokens("divergence", divergence), weight, layout)
+    rewards = row.link.beta * (plain / length + more).detach()
+    return _Scores(score, row.divergence * more, reference, rewards)
+
+
+def _flat_weight(name: str, weight: Tensor | None, layout: Layout) -> Tensor | None:
+    if weight is None:
+        return None
+    check_floats(name, weight)
+    return torch.where(layout.valid(), layout.flat_tokens(name, weight), 0)
+
+
+def _sums(x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
+    """fp64 [S] of x [N] over the tokens of each sequence that take part; weight: 0 in the others."""
+    x = torch.where(layout.valid(), x, 0)
+    x = x if weight is None else x * weight
+    if layout.width is not None:
+        return x.view(layout.shape).sum(1, dtype=torch.float64)
+    return spans_of("sequence", layout).sum(x.double())
 
 
 def _of_pairs(row: Preference, scores: _Scores, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, PreferenceMetrics]:
@@ -166,7 +176,8 @@ def _of_pairs(row: Preference, scores: _Scores, chosen: Tensor, rejected: Tensor
     if row.coupling == "sorted_scores":
         won, lost = won.sort().values, lost.sort().values
     elif row.coupling == "sorted_margins":
-        won, lost = ((x[chosen] - x[rejected]).sort().values for x in (scores.policy, scores.reference))
+        policy = scores.score + scores.reference
+        won, lost = ((x[chosen] - x[rejected]).sort().values for x in (policy, scores.reference))
     rewards = scores.rewards[chosen], scores.rewards[rejected]
     margins = rewards[0] - rewards[1]
     return _Known.apply(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))

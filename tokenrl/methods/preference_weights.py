@@ -79,7 +79,7 @@ def ld_dpo_weights(
     valid = layout.valid()
     before = layout.spread(counts.cumsum(0) - counts)
     tail = valid.long().cumsum(0) - before > layout.spread(shared)
-    return _put(torch.where(tail, alpha, 1.0), layout, logp)
+    return _put(torch.ones_like(tail, dtype=torch.float64).masked_fill(tail, alpha), layout, logp)
 
 
 def tgdpo_weights(

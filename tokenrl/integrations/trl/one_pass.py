@@ -18,12 +18,14 @@ _current: list["OnePass"] = []  # the one whose forward runs
 @dataclass
 class OnePass:
     """One call of _compute_loss; loss and metrics are there after the forward. mask: bool [B, T], tools' output left
-    out."""
+    out. sharded: the model is FSDP2's, which hooks what a forward returns, so the loss has to leave it there: the
+    log-probs carry its gradient."""
 
     trainer: Any
     inputs: dict[str, Any]
     mask: Tensor
     row: Objective
+    sharded: bool = False
     loss: Tensor = field(init=False)
     metrics: Any = field(init=False)
 
@@ -45,7 +47,18 @@ class OnePass:
             self.row, hidden, weight, ids, cu_seqlens=boundaries, advantages_per=per, without_advantage="compute",
             **per_token, **head,
         )  # fmt: skip
-        return self.metrics.logp, self.metrics.token_entropy
+        logp = self.metrics.logp
+        if self.sharded:
+            logp = logp + (self.loss - self.loss.detach())
+        return logp, self.metrics.token_entropy
+
+    def loss_through(self, logp: Tensor) -> Tensor:
+        """The loss with its gradient; logp: [B, T], what the forward returned."""
+        if not self.sharded:
+            return self.loss
+        first = self.inputs["completion_mask"].flatten().argmax()  # without a token there is no gradient either
+        carried = logp.flatten().index_select(0, first[None])[0]
+        return self.loss.detach() + (carried - carried.detach())
 
 
 def running() -> OnePass | None:

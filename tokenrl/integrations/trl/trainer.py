@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer import utils
 
@@ -119,10 +120,11 @@ class TokenRLMixin:
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         if self._depth == "one-pass":
-            one_pass = OnePass(self, inputs, mask, self._row)
+            sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+            one_pass = OnePass(self, inputs, mask, self._row, sharded)
             with inside(one_pass):
                 batch = self._micro_batch(model, inputs, mask)
-            loss, metrics = one_pass.loss, one_pass.metrics
+            loss, metrics = one_pass.loss_through(batch.logp), one_pass.metrics
         else:
             batch = self._micro_batch(model, inputs, mask)
             loss, metrics = loss_of(self, batch, self._row)

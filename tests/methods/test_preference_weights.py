@@ -1,0 +1,84 @@
+"""preference_weights: packed is padded, pairs anywhere, masked cells, constants of the formulas."""
+
+import pytest
+import torch
+from preference_cases import P, T
+
+from tokenrl import preference_weights as weights
+
+DRAW = torch.Generator().manual_seed(0)
+MASK = torch.rand(2 * P, T, generator=DRAW) > 0.3
+MASK[:, 2] = True
+
+
+def draw(*more):
+    return -torch.rand(2 * P, T, *more, generator=DRAW, dtype=torch.float64)
+
+
+CALLS = {
+    "wpo_weights": {"logp": draw(), "log_sum_sq_probs": draw()},
+    "ld_dpo_weights": {"logp": draw(), "alpha": 0.3},
+    "tgdpo_weights": {"aligned_logp": draw(), "ref_logp": draw()},
+    "cdpo_weights": {"score": -draw(), "chosen": "score"},
+    "mapo_weights": {"activation": draw(4)},
+    "tab_po_weights": {"weight": -draw()},
+    "tab_po_barrier": {"logp": draw(), "weight": -draw()},
+}
+WITHOUT_PAIRS = ("mapo_weights", "tab_po_weights")
+
+
+def changed(given, change):
+    return {key: change(x) if torch.is_tensor(x) else x for key, x in given.items()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_layouts_and_pairs(name):
+    function, given = getattr(weights, name), CALLS[name]
+    expected = function(**given, mask=MASK)
+    spoiled = changed(given, lambda x: torch.where(MASK if x.dim() == 2 else MASK[..., None], x, torch.nan))
+    torch.testing.assert_close(function(**spoiled, mask=MASK), expected, rtol=0, atol=0)
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), MASK.sum(1).cumsum(0)])
+    packed = function(**changed(given, lambda x: x[MASK]), cu_seqlens=boundaries)
+    per_token = expected.shape == MASK.shape
+    torch.testing.assert_close(packed, expected[MASK] if per_token else expected)
+    if per_token:
+        assert not expected[~MASK].any() and expected[MASK].all() == (name != "mapo_weights")
+    if name in WITHOUT_PAIRS:
+        return
+    order = torch.tensor([4, 0, 3, 5, 1, 2])
+    where = order.argsort()
+    pairs = torch.stack([where[:P], where[P:]], 1)
+    moved = function(**changed(given, lambda x: x[order]), mask=MASK[order], pairs=pairs)
+    torch.testing.assert_close(moved, expected[order] if per_token else expected)
+
+
+def test_ld_dpo_by_loops():
+    found = weights.ld_dpo_weights(draw(), alpha=0.3, mask=MASK)
+    for i in range(2 * P):
+        shared = min(MASK[i].sum(), MASK[(i + P) % (2 * P)].sum())
+        seen = 0
+        for t in range(T):
+            seen += MASK[i, t].item()
+            assert found[i, t] == (0.0 if not MASK[i, t] else 1.0 if seen <= shared else 0.3)
+    assert (found == 0.3).any()
+
+
+def test_the_barriers_gradient_is_that_of_chosen_tokens_below_tau():
+    given = CALLS["tab_po_barrier"]
+    logp = given["logp"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(weights.tab_po_barrier(logp, given["weight"], tau=0.6, mask=MASK), logp)
+    open_gate = MASK & (given["logp"].exp() < 0.6)
+    open_gate[P:] = False
+    assert open_gate.any() and torch.equal(grad != 0, open_gate) and (grad <= 0).all()
+
+
+def test_wrong_calls():
+    for call, message in (
+        (lambda: weights.cdpo_weights(-draw(), chosen="two"), "^chosen: got 'two', accepted: one, score"),
+        (lambda: weights.mah_dpo_weights(torch.tensor([0, 2]), 2), "^dimension: got 0 to 2, accepted: numbers of head"),
+        (lambda: weights.ld_dpo_weights(draw(), alpha=1.5), "^alpha: got 1.5"),
+        (lambda: weights.tab_po_barrier(draw(), draw(), per="pair"), "^per: got 'pair'"),
+        (lambda: weights.wpo_weights(draw()[:3], draw()[:3]), "^pairs: got None.*3 sequences have no halves"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
