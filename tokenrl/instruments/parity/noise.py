@@ -15,7 +15,7 @@ from .computation import Computation, Evaluated, evaluated
 from .tolerance import ULPS
 
 SMOOTH = 1e-3  # of log ratios: the farthest that a loss is moved to see whether it is smooth
-SHUFFLES = 2
+SHUFFLES = 5
 
 
 @dataclass(frozen=True)
