@@ -235,6 +235,13 @@ def test_every_family_has_its_test():
         "vespo_official", "swift_grpo",
     )  # fmt: skip
     trainers = ("nemo_rl_loss", "prime_rl_loss", "slime_loss", "miles_loss", "torchtitan_loss")  # tests/integrations
-    distillation = ("divergences", "trl_gkd", "adakd_divergences", "adakd", "aligndistil")
-    elsewhere = (*DETACHED, *vocabulary, *estimators, *selections, *forms, *trainers, *distillation)
+    distillation = (
+        "divergences", "trl_gkd", "adakd_divergences", "adakd", "aligndistil", "linear_jsd", "topk_kl", "trl_iw_opd",
+        "trl_minillm", "trl_sdpo", "nemo_rl_xtoken",
+    )  # fmt: skip
+    preference = (
+        "trl_dpo", "trl_cpo_simpo", "trl_orpo", "trl_kto", "trl_tpo", "tdpo", "tgdpo", "cdpo", "sparsepo", "tabpo",
+        "mahdpo",
+    )  # fmt: skip
+    elsewhere = (*DETACHED, *vocabulary, *estimators, *selections, *forms, *trainers, *distillation, *preference)
     assert {*VERL, *TRL, *elsewhere, "verl_agg_loss", "verl_kl_penalty"} == set(INDEX)
