@@ -9,6 +9,7 @@ from torch import Tensor
 from ..batch.checks import check_name, check_number
 from ..errors import described, unknown, wrong
 from .aggregations import AGGREGATIONS
+from .changes import changed
 from .forms.base import Form
 from .forms.fibration import ApcObj, FiberPo, FiberPoDomain
 from .forms.ratios import Gmpo, Hmpo, Real
@@ -195,18 +196,7 @@ def objective(name: str | Objective, **parameters: Any) -> Objective:
         tokenrl.objective("ctpo", eps_low=0.03, power=0.5)
     """
     row = find_objective(name)
-    changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
-    known = [parameter for part in row.parts.values() for parameter in part.names]
-    for key in parameters:
-        if key not in (*known, *_CHANGEABLE):
-            raise unknown(f"parameter of {row.name!r}", key, (*known, *_CHANGEABLE))
-    for field, part in row.parts.items():
-        own = {key: value for key, value in parameters.items() if key in part.names}
-        if own and field in changes:
-            raise wrong(field, f"a new {field} and {', '.join(own)}", f"one of the two: set them on the new {field}")
-        if own:
-            changes[field] = dataclasses.replace(part, **own)
-    return dataclasses.replace(row, **changes) if changes else row
+    return changed(row, parameters, _CHANGEABLE)
 
 
 def kl_estimator(name: str | Objective) -> Objective:

@@ -1,10 +1,10 @@
 """THE table of preference objectives: name = a link of the scores of sequences, and what their scores are."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from ..batch.checks import check_name, check_number
-from ..errors import described, unknown, wrong
+from ..errors import described, wrong
+from .changes import changed
 from .links import (
     AlphaPo,
     AlphaScore,
@@ -145,15 +145,4 @@ def preference(name: str | Preference, **parameters: object) -> Preference:
             raise wrong("objective", described(name), "a name of tokenrl.PREFERENCES, or what preference returns")
         check_name("objective", name, PREFERENCES)
         row = PREFERENCES[name]
-    changes = {key: value for key, value in parameters.items() if key in _CHANGEABLE}
-    known = [parameter for part in row.parts.values() for parameter in part.names]
-    for key in parameters:
-        if key not in (*known, *_CHANGEABLE):
-            raise unknown(f"parameter of {row.name!r}", key, (*known, *_CHANGEABLE))
-    for field, part in row.parts.items():
-        own = {key: value for key, value in parameters.items() if key in part.names}
-        if own and field in changes:
-            raise wrong(field, f"a new {field} and {', '.join(own)}", f"one of the two: set them on the new {field}")
-        if own:
-            changes[field] = dataclasses.replace(part, **own)  # type: ignore[arg-type]
-    return dataclasses.replace(row, **changes) if changes else row  # type: ignore[arg-type]
+    return changed(row, parameters, _CHANGEABLE)
