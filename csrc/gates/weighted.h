@@ -18,11 +18,29 @@ struct Cispo : AnyPosition {
   }
 };
 
-struct Reinforce : NoParams {
+struct Reinforce : AnyPosition {
   static constexpr const char* name = "reinforce";
+  TRL_PARAMS(tau);
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
-    return weighted(in, T(1));
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    return weighted(in, 1 / (1 + params.tau));
+  }
+};
+
+struct Rec : AnyPosition {
+  static constexpr const char* name = "rec";
+  TRL_PARAMS(weight_low, weight_high, low, high, ring_low, ring_high);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T ratio = exponential(in.s);
+    const bool positive = in.advantage > 0, negative = in.advantage < 0;
+    const bool inner = positive & (ratio > params.ring_low), outer = negative & (ratio < params.ring_high);
+    const T low = (ratio < params.low) & (negative | inner) ? T(1) : T(0);
+    const T high = (ratio > params.high) & (positive | outer) ? T(1) : T(0);
+    Gated<T> out = weighted(in, low + high > 0 ? T(0) : clamp(ratio, params.weight_low, params.weight_high));
+    out.low = low;
+    out.high = high;
+    return out;
   }
 };
 
