@@ -103,6 +103,35 @@ def sapo(d, p, a):
     return diagonal(losses, slopes)
 
 
+def cfpo(d, p, a):
+    losses, slopes = [], []
+    for x, adv in zip(d, a, strict=True):
+        r = math.exp(clip(x, -20, 20))
+        losses.append(-r * adv + abs(adv) / 0.4 * (r - 1) ** 2)
+        slopes.append((-adv + abs(adv) / 0.2 * (r - 1)) * r if abs(x) <= 20 else 0.0)
+    return diagonal(losses, slopes)
+
+
+def sppo(d, p, a):
+    kept = [float(-math.log(1.3) <= x <= math.log(1.3)) for x in d]
+    losses = [-adv * x * keep for x, adv, keep in zip(d, a, kept, strict=True)]
+    return diagonal(losses, [-adv * keep for adv, keep in zip(a, kept, strict=True)])
+
+
+def prime_rl(low, high, back):
+    def formula(d, p, a):
+        losses, slopes = [], []
+        for x, logp, adv in zip(d, p, a, strict=True):
+            moved = math.exp(logp) - min(math.exp(logp - x), 1.0)
+            kept = -back <= moved <= high if adv > 0 else -low <= moved <= back
+            loss = -adv * math.exp(x) if kept else 0.0
+            losses.append(loss + 1e-3 * x * x)
+            slopes.append(loss + 2e-3 * x)
+        return diagonal(losses, slopes)
+
+    return formula
+
+
 def ctpo(mean, power):
     def formula(d, p, a):
         losses, slopes, total = [], [], 0.0
@@ -146,6 +175,11 @@ PAPER = {
     "cispo": cispo,
     "ratio": ratio,
     "sapo": sapo,
+    "cfpo": cfpo,
+    "lpo": gspo(0.03, 0.03),
+    "sppo_token": sppo,
+    "prime_rl": prime_rl(0.2, 0.2, INF),
+    "prime_rl_ipo": prime_rl(0.1, 0.1, 0.1),
     "ctpo": ctpo(mean=False, power=0.5),
     "ctpo_geomean": ctpo(mean=True, power=-0.5),
     "minpro": minpro,
@@ -273,7 +307,8 @@ def test_on_policy_every_objective_is_reinforce(name, backend):
         modes = (modes[list(PAPER).index(name) % 2],)
     for mode in modes:
         w = row_weights(mode, [[x] * 5 for x in SEQUENCE_ADVANTAGES])
-        expected = [[-SEQUENCE_ADVANTAGES[i] * w[i] * m for m in row] for i, row in enumerate(MASK)]
+        scale = 0.5 if name == "opmd" else 1.0
+        expected = [[-SEQUENCE_ADVANTAGES[i] * scale * w[i] * m for m in row] for i, row in enumerate(MASK)]
         _, gradient = by_tokenrl(name, mode, SEQUENCE_ADVANTAGES, 0.0, backend)
         same([gradient], [expected])
 

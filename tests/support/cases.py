@@ -65,7 +65,7 @@ def gates_under_test() -> dict[str, tokenrl.Gate]:
         "dhpo_branch": DhpoBranch(0.3, 0.2, 0.28, 0.1, 0.15),
         "hapo": Hapo(0.2, 0.28, dual=1.5, score=0.4, alpha=0.7, beta=0.9),
         "log_band": LogBand(0.1, 0.15, eps_dual=0.3, power=0.5),
-        "sppo_token": SppoToken(0.2),
+        "sppo_token": SppoToken(0.6),
         "prime_rl": PrimeRl(0.02, 0.03, 0.05, kl_tau=0.3),
         "cispo": Cispo(0.8, 1.2),
         "reinforce": Reinforce(tau=0.5),
