@@ -183,8 +183,8 @@ class PrimeRl(Gate):
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
         low, high, _ = self.clipped(s.detach(), x, logp.detach(), advantages, t)
-        dropped = low | high
-        kept = product(torch.where(dropped, 0, -advantages), torch.where(dropped, 0, s).exp())
+        silent = low | high | (advantages == 0)  # there the ratio has no part, were it infinite
+        kept = torch.where(silent, 0, -advantages) * torch.where(silent, 0, s).exp()
         return kept + self.kl_tau * used(self.kl_tau, s).square()
 
     def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
