@@ -33,10 +33,11 @@ struct Rec : AnyPosition {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     const T ratio = exponential(in.s);
-    const bool positive = in.advantage > 0, negative = in.advantage < 0;
-    const bool inner = positive & (ratio > params.ring_low), outer = negative & (ratio < params.ring_high);
-    const T low = (ratio < params.low) & (negative | inner) ? T(1) : T(0);
-    const T high = (ratio > params.high) & (positive | outer) ? T(1) : T(0);
+    // In numbers: bools of several comparisons become branches, and loops over tokens do not vectorise.
+    const T positive = in.advantage > 0 ? T(1) : T(0), negative = in.advantage < 0 ? T(1) : T(0);
+    const T inner = ratio > params.ring_low ? T(1) : T(0), outer = ratio < params.ring_high ? T(1) : T(0);
+    const T low = (ratio < params.low ? T(1) : T(0)) * (negative + positive * inner);
+    const T high = (ratio > params.high ? T(1) : T(0)) * (positive + negative * outer);
     Gated<T> out = weighted(in, low + high > 0 ? T(0) : clamp(ratio, params.weight_low, params.weight_high));
     out.low = low;
     out.high = high;
