@@ -22,6 +22,7 @@ from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
+from .losses.linear_preference import LinearPreferenceMetrics, linear_preference_loss  # noqa: E402
 from .losses.linear_topk import linear_topk_distillation_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.preference import PreferenceMetrics, preference_loss  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "Divergence",
     "Gate",
     "LinearMetrics",
+    "LinearPreferenceMetrics",
     "Metrics",
     "Objective",
     "PREFERENCES",
@@ -90,6 +92,7 @@ __all__ = [
     "intro",
     "linear_distillation_loss",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
     "linear_topk_distillation_loss",

@@ -122,7 +122,8 @@ def _one_pass(
     if not any(wanted):
         return loss, values
     of_hidden = None if grads.hidden is None else grads.hidden.view(tensors[0].shape)  # type: ignore[union-attr]
-    return one_pass.WithGradients.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
+    carrying = one_pass.with_gradients("linear_topk_distillation_loss")
+    return carrying.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
 
 
 def _check(
