@@ -95,7 +95,7 @@ def preferences_table() -> str:
 
 def _preference_cells(row: Preference) -> Sequence[str]:
     values = {name: getattr(part, name) for part in row.parts.values() for name in part.names}
-    values |= {name: getattr(row, name) for name in ("divergence", "nll") if getattr(row, name)}
+    values |= {name: getattr(row, name) for name in ("divergence", "length", "nll") if getattr(row, name)}
     link = _in_a_cell(row.link)
     if type(row.score) is not Score:
         link = f"{link}, of scores {_in_a_cell(row.score)}"

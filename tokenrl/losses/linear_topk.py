@@ -114,7 +114,7 @@ def _one_pass(
             by = torch.autograd.grad(total, leaves, allow_unused=True) if any(wanted) else (None, None)
         return values.detach(), *by
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):  # as eager_numbers of the ops
         dtypes = dtypes_of(inputs)
         grads = gradients_of(inputs, wanted, dtypes)
         values = one_pass.run(ops, inputs, differentiated, grads)
