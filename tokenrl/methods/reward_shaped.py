@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name, check_number
+from ..batch.checks import check_integers, check_name, check_number, check_tensor
+from ..errors import wrong
 from ..logprobs.from_hidden import linear_token_logprobs
-from ..logprobs.from_logits import IGNORED, check_ids, token_logprobs
+from ..logprobs.from_logits import IGNORED, token_logprobs
 from ..logprobs.topk import linear_topk_ids, topk_ids
 
 READINGS = ("focal", "power")
@@ -42,7 +43,7 @@ def reward_shaped_nll(
     V; where both are 0 no list is made. floor: 1 - p_id is at least this, as (1 - p)^beta has no bound for beta < 0
     (our choice).
     """
-    check_ids(logits, ids, ())
+    _check_ids(ids, logits)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = topk_ids(logits.detach(), k, row_mask=row_mask) if row.needs_list else None
     how = {"row_mask": row_mask, "temperature": temperature, "outputs": ["logp"], "backend": backend}
@@ -57,6 +58,7 @@ def linear_reward_shaped_nll(
 ) -> Tensor:  # fmt: skip
     """reward_shaped_nll of the logits hidden @ weight^T + bias, which are not held. head: temperature, main_grad and
     the like of linear_token_logprobs. 8 N D V flops, and 2 more for a list."""
+    _check_ids(ids, hidden)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = None
     if row.needs_list:
@@ -102,6 +104,13 @@ class _Row:
         """p_id R_id, finite where p_id underflows."""
         power = (-logp.expm1()).clamp(min=self.floor) ** self.beta
         return power if self.reading == "focal" else (logp * (1 - power)).exp()
+
+
+def _check_ids(ids: Tensor, rows: Tensor) -> None:
+    check_integers("ids", ids)
+    check_tensor("logits or hidden", rows)
+    if ids.shape != rows.shape[:-1]:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per row, {list(rows.shape[:-1])}")
 
 
 def _with_list(ids: Tensor, listed: Tensor | None) -> Tensor:
