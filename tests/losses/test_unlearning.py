@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import logsigmoid
 
 import tokenrl
@@ -82,6 +83,15 @@ def test_rows_by_hand(name):
 
 def _as_float(x):
     return x.float() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("name", UNLEARNINGS)
+def test_no_number_is_read(name):
+    """Fake tensors have none: whatever waits for a device raises."""
+    with FakeTensorMode() as mode:
+        logp = mode.from_tensor(LOGP).requires_grad_()
+        loss, _ = tokenrl.unlearning_loss(name, **arguments(name, LOGP, DIVERGENCE, mode.from_tensor) | {"logp": logp})
+        assert loss.shape == () and torch.autograd.grad(loss, logp)[0].shape == (B, T)
 
 
 def test_the_gradients_of_the_papers():
@@ -180,7 +190,7 @@ ERRORS = {
     "no reference": ({"ref_logp": REF}, "ref_logp: got one, accepted: None; objective 'ga' has no use for it"),
     "retain": ({"objective": "grad_diff"}, "retain_mask: got None, accepted: one; objective 'grad_diff' needs it"),
     "both": ({"retain_mask": FORGET}, "retain_mask: got tokens of forget_mask, accepted: tokens to retain alone"),
-    "kinds": ({"forget_mask": KINDS}, "mask: got dtype torch.int64, accepted: torch.bool"),
+    "kinds": ({"forget_mask": KINDS}, "forget_mask: got dtype torch.int64, accepted: torch.bool"),
     "eos": ({"eos_mask": EOS[1:], "retain_mask": RETAIN}, r"eos_mask: got shape \[3, 6\], accepted: one value per"),
     "dtype": ({"logp": LOGP.bfloat16()}, "logp: got dtype torch.bfloat16"),
     "divergence": ({"divergence": DIVERGENCE}, "divergence: got one, accepted: None; objective 'ga' has no use"),

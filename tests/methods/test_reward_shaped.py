@@ -104,3 +104,12 @@ def test_errors(name):
     changes = {"hidden": HIDDEN, "weight": WEIGHT, "ids": IDS} | changes
     with pytest.raises(ValueError, match=f"^{message}"):
         linear_reward_shaped_nll(**changes)
+
+
+def test_a_list_sees_no_keep_mask():
+    keep = torch.arange(V) > 0
+    kept = linear_reward_shaped_nll(HIDDEN, WEIGHT, IDS.clamp(min=1), beta=0.0, keep_mask=keep)
+    expected = torch.nn.functional.cross_entropy((HIDDEN @ WEIGHT.t())[:, 1:], IDS.clamp(min=1) - 1, reduction="none")
+    torch.testing.assert_close(kept, expected)
+    with pytest.raises(ValueError, match="^keep_mask: got one, accepted: None beside lam_top or lam_tail"):
+        linear_reward_shaped_nll(HIDDEN, WEIGHT, IDS, k=K, lam_top=0.1, keep_mask=keep)

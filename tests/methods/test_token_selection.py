@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_data import near
 from golden_preference import alike, cases, read, spoiled
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrl
 from tokenrl import token_selection as selection
@@ -123,6 +124,15 @@ def test_packed_is_padded(name):
     torch.testing.assert_close(found, expected, equal_nan=True)
     if name == "rsr":
         assert expected.isnan().tolist() == [False, False, False, True]  # of no token there is no ratio
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_number_is_read(name):
+    """Fake tensors have none: whatever waits for a device raises."""
+    with FakeTensorMode() as mode:
+        found = CALLS[name](mode.from_tensor, mask=mode.from_tensor(MASK))
+        packed = CALLS[name](lambda x: mode.from_tensor(x[MASK]), cu_seqlens=mode.from_tensor(BOUNDARIES))
+    assert found.dim() == packed.dim() + (found.shape == MASK.shape)
 
 
 def test_the_score_by_hand():

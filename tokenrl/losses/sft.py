@@ -11,12 +11,10 @@ from ..batch.layout import Layout, layout_of
 from ..errors import described, wrong
 from ..logprobs.from_logits import IGNORED
 from ..objectives.metrics import LinearMetrics, Metrics
-from ..observed import observed
 from .linear_policy import linear_policy_loss
 from .policy import policy_loss
 
 
-@observed
 def sft_loss(
     logp: Tensor,
     *,
@@ -40,7 +38,6 @@ def sft_loss(
     )  # fmt: skip
 
 
-@observed
 def linear_sft_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -68,7 +65,6 @@ def linear_sft_loss(
     )  # fmt: skip
 
 
-@observed
 def linear_multi_token_loss(
     hidden: Tensor,
     weight: Tensor,

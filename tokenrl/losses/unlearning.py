@@ -1,11 +1,12 @@
 """unlearning_loss: a row of the table of unlearning objectives on tokens to forget and tokens to retain."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_name, values_known
+from ..batch.checks import check_constant, check_floats, check_name, check_positive, values_known
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import spans_of
 from ..errors import wrong
@@ -68,7 +69,8 @@ def unlearning_loss(
             raise wrong(name, None, f"one; objective {row.name!r} needs it")
         if given is not None and not wanted and name in ("ref_logp", "divergence"):
             raise wrong(name, "one", f"None; objective {row.name!r} has no use for it")
-    layout = layout_of(logp, mask=forget_mask, cu_seqlens=cu_seqlens)
+    layout = layout_of(logp, mask=None, cu_seqlens=cu_seqlens)
+    layout = dataclasses.replace(layout, mask=_mask("forget_mask", forget_mask, layout))
     retained = _mask("retain_mask", retain_mask, layout)
     if values_known(retained) and (retained & layout.valid()).any():
         raise wrong("retain_mask", "tokens of forget_mask", "tokens to retain alone")
@@ -95,6 +97,7 @@ def smoothing_kl(
         target "attached"   + q_v ((log q_v - log p_v) - D) / tempered     through both, as a copy of AU's code has it
     """
     check_name("target", target, TARGETS)
+    check_positive("tempered", tempered)
     other = logits.detach() if target == "detached" else logits
     found = token_divergence(
         logits, other, "forward_kl", temperature=temperature, other_temperature=temperature * tempered,
@@ -110,6 +113,7 @@ def linear_smoothing_kl(
 ) -> Tensor:  # fmt: skip
     """smoothing_kl of the logits hidden @ weight^T + bias, which are not held, with target "detached" (another head is
     frozen there). head: as for linear_token_divergence."""
+    check_positive("tempered", tempered)
     frozen = [x if x is None else x.detach() for x in (hidden, weight, bias)]
     return linear_token_divergence(
         hidden, weight, frozen[0], frozen[1], "forward_kl", bias=bias, other_bias=frozen[2],  # type: ignore[arg-type]

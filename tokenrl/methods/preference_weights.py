@@ -106,8 +106,8 @@ def cdpo_weights(
 ) -> Tensor:  # fmt: skip
     """1 - score in rejected sequences, so that tokens of wrong answers count most; in chosen ones 1, or the score.
 
-    score: softmax(2 z_pos - z_neg) of the token, by two models, one fitted to right answers and one to wrong ones:
-    token_logprobs(2 * z_pos - z_neg, ids).logp.exp(), or of tokenrl.combined_head. chosen: "one" or "score".
+    score: softmax(2 z_pos - z_neg) of the token, by two models, one fitted to right answers and one to wrong ones, of
+    token_selection.critical_scores or linear_critical_scores. chosen: "one" or "score".
 
     Source: cDPO, arXiv 2411.19943 (authors' code, which forgets to sum over tokens: it compares position by position).
     """

@@ -57,11 +57,14 @@ def linear_reward_shaped_nll(
     row_mask: Tensor | None = None, memory_budget: int | None = None, **head: Any,
 ) -> Tensor:  # fmt: skip
     """reward_shaped_nll of the logits hidden @ weight^T + bias, which are not held. head: temperature, main_grad and
-    the like of linear_token_logprobs. 8 N D V flops, and 2 more for a list."""
+    the like of linear_token_logprobs; with a list no keep_mask, which it would not see. 8 N D V flops, and 2 more for a
+    list."""
     _check_ids(ids, hidden)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = None
     if row.needs_list:
+        if head.get("keep_mask") is not None:
+            raise wrong("keep_mask", "one", "None beside lam_top or lam_tail: the list is of the whole vocabulary")
         frozen = [x if x is None else x.detach() for x in (hidden, weight, bias)]
         listed = linear_topk_ids(
             frozen[0], frozen[1], k, bias=frozen[2], row_mask=row_mask, memory_budget=memory_budget  # type: ignore[arg-type]

@@ -125,7 +125,8 @@ def critical_scores(
     fitted to these likes it and one fitted to right answers does not. For preference_weights.cdpo_weights.
 
     pos_logits, neg_logits: of both models, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), one copy of them. ids,
-    row_mask: as for token_logprobs; rows left out give 0. An id that is out of the vocabulary of z_pos, -inf, is out.
+    row_mask: as for token_logprobs; rows left out give 0. An id that is out of the vocabulary of z_pos, -inf, is out;
+    z_neg is finite elsewhere.
 
     Source: cDPO, arXiv 2411.19943 (authors' code, lam 1).
     """
