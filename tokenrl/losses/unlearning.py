@@ -81,8 +81,10 @@ def unlearning_loss(
         _mean("eos_normalizer", -logp.reshape(-1), ends, eos_normalizer),
         _smoothing(layout, divergence, normalizer),
     )
-    loss = row.forget * (row.alpha * parts.forget + row.smoothing * parts.smoothing)
-    loss = loss + row.retain * parts.retain + row.eos * parts.eos
+    coefs = UnlearningParts(row.forget * row.alpha, row.retain, row.eos, row.forget * row.smoothing)
+    loss = torch.zeros_like(parts.forget)
+    for coef, part in zip(coefs, parts, strict=True):
+        loss = loss + coef * part if coef > 0 else loss
     return loss.to(logp.dtype), UnlearningParts(*(part.detach() for part in parts))
 
 
