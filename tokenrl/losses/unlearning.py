@@ -81,7 +81,7 @@ def unlearning_loss(
         _mean("eos_normalizer", -logp.reshape(-1), ends, eos_normalizer),
         _smoothing(layout, divergence, normalizer),
     )
-    coefs = UnlearningParts(row.forget * row.alpha, row.retain, row.eos, row.forget * row.smoothing)
+    coefs = row.forget * row.alpha, row.retain, row.eos, row.forget * row.smoothing
     loss = torch.zeros_like(parts.forget)
     for coef, part in zip(coefs, parts, strict=True):
         loss = loss + coef * part if coef > 0 else loss
