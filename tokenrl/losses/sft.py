@@ -133,4 +133,4 @@ def _counts(normalizer: Tensor | None, counted: Tensor) -> Tensor:
     if normalizer.shape != counted.shape[:1] or normalizer.device != counted.device:
         given = f"{list(normalizer.shape)} on {normalizer.device}"
         raise wrong("normalizer", given, f"a count per stream, [{len(counted)}] on {counted.device}")
-    return normalizer.double().clamp(min=1)
+    return torch.where(normalizer > 0, normalizer, 1).double()

@@ -1,10 +1,12 @@
 """To think long or short: Adaptive Deep Reasoning's switch of modes, Thinkless's weight of the control token.
 
-logits = hidden_at_first_token @ weight[[long_id, short_id]].t()           # [S, 2]: no other logit matters
-loss = mode_switch_loss(logits, prefers_long).mean()
+    logits = hidden_at_first_token @ weight[[long_id, short_id]].t()           # [S, 2]: no other logit matters
+    loss = mode_switch_loss(logits, prefers_long).mean()
 
-weight = degrpo_weights(control_mask, mask=mask)
-loss, _ = tokenrl.policy_loss("grpo", ..., mask=mask, token_weight=weight, aggregation="token-sum")
+    weight = degrpo_weights(control_mask, mask=mask)
+    loss, _ = tokenrl.policy_loss("grpo", ..., mask=mask, token_weight=weight, aggregation="token-sum")
+
+S: sequences.
 """
 
 import torch
@@ -59,5 +61,5 @@ def degrpo_weights(
     layout = layout_of(control_mask, mask=mask, cu_seqlens=cu_seqlens, name="control_mask")
     control, valid = control_mask.reshape(-1), layout.valid()
     control, rest = valid & control, valid & ~control
-    weight = alpha * control / control.sum().clamp(min=1) + rest.double() / rest.sum().clamp(min=1)
+    weight = alpha * control.double() / control.sum().clamp(min=1) + rest.double() / rest.sum().clamp(min=1)
     return weight.float().view(layout.shape)

@@ -43,7 +43,7 @@ def reward_shaped_nll(
     V; where both are 0 no list is made. floor: 1 - p_id is at least this, as (1 - p)^beta has no bound for beta < 0
     (our choice).
     """
-    _check_ids(ids, logits)
+    _check_ids(ids, "logits", logits)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = topk_ids(logits.detach(), k, row_mask=row_mask) if row.needs_list else None
     how = {"row_mask": row_mask, "temperature": temperature, "outputs": ["logp"], "backend": backend}
@@ -59,7 +59,7 @@ def linear_reward_shaped_nll(
     """reward_shaped_nll of the logits hidden @ weight^T + bias, which are not held. head: temperature, main_grad and
     the like of linear_token_logprobs; with a list no keep_mask, which it would not see. 8 N D V flops, and 2 more for a
     list."""
-    _check_ids(ids, hidden)
+    _check_ids(ids, "hidden", hidden)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = None
     if row.needs_list:
@@ -109,9 +109,9 @@ class _Row:
         return power if self.reading == "focal" else (logp * (1 - power)).exp()
 
 
-def _check_ids(ids: Tensor, rows: Tensor) -> None:
+def _check_ids(ids: Tensor, name: str, rows: Tensor) -> None:
     check_integers("ids", ids)
-    check_tensor("logits or hidden", rows)
+    check_tensor(name, rows)
     if ids.shape != rows.shape[:-1]:
         raise wrong("ids", f"shape {list(ids.shape)}", f"one id per row, {list(rows.shape[:-1])}")
 

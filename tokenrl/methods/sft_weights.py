@@ -88,4 +88,4 @@ def caft_coefs(
     for name, value in (("decay", decay), ("scale", scale)):
         check_number(name, value, 0)
     share = scale * SCHEDULES[schedule](min(step / steps / ratio, 1.0))
-    return [1.0, *(decay**i * share for i in range(1, heads + 1))]
+    return [1.0, *(decay**i * share for i in range(1, int(heads) + 1))]

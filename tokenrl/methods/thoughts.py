@@ -16,7 +16,7 @@ Source: Quiet-STaR, arXiv 2403.09629 (authors' code); CoT2 (authors' code).
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_integers, check_name, check_tensor
+from ..batch.checks import check_constant, check_floats, check_integers, check_name
 from ..batch.layout import layout_of
 from ..errors import described, wrong
 from ..objectives.policy import objective
@@ -76,7 +76,7 @@ def multi_token_logp(logp: Tensor, ids: Tensor, *, how: str = "sum") -> Tensor:
         "mean"    of the logits as they are: the ratio is the geometric mean
     """
     check_name("how", how, HOWS)
-    check_tensor("logp", logp)
+    check_floats("logp", logp)
     check_integers("ids", ids)
     if ids.shape != logp.shape:
         raise wrong("ids", f"shape {list(ids.shape)}", f"that of logp, {list(logp.shape)}")
