@@ -10,7 +10,7 @@
     loss, _ = tokenrl.policy_loss(COT2, logp, old_logp, advantages, ref_logp=ref_logp, kl_coef=0.1)
     loss, _ = tokenrl.topk_distillation_loss("soft_ce", logp_topk, target_topk.log(), rest="truncated")   # CSFT
 
-Source: Quiet-STaR, arXiv 2403.09629 (authors' code); CoT2 (authors' code).
+Source: Quiet-STaR, arXiv 2403.09629 (authors' code); CoT2, arXiv 2505.23648 (authors' code).
 """
 
 import torch

@@ -51,7 +51,8 @@ def sstoken_mask(
     prompt's positions. gamma: 0 is attention alone, the authors' warm-up (until they meet the 10000th sample). rho: 0.8
     for models of 14B.
 
-    Source: ssToken (authors' code; where rho n is an integer but for rounding, theirs keeps one token more).
+    Source: ssToken, arXiv 2510.18250 (authors' code; where rho n is an integer but for its rounding error, theirs keeps
+    one token more).
     """
     check_number("gamma", gamma, 0, 1)
     check_number("rho", rho, most=1, above=0, accepted="the fraction of tokens to keep, above 0 and at most 1")

@@ -138,8 +138,8 @@ class Unlearning:
 COEFS = ("retain", "forget", "eos", "alpha", "smoothing")
 
 _ROWS = (
-    Unlearning("ga", Ascent(), "arXiv 2210.01504; the mean over tokens is our reading", retain=0.0, certainty="R"),
-    Unlearning("grad_diff", Ascent(), "TOFU, arXiv 2401.06121; the weights are our reading", certainty="R"),
+    Unlearning("ga", Ascent(), "arXiv 2210.01504, the mean over tokens as in TOFU's trainer", retain=0.0, certainty="T"),
+    Unlearning("grad_diff", Ascent(), "TOFU, arXiv 2401.06121; weights as SimNPO's code configures it", certainty="T"),
     Unlearning("unlikelihood", Unlikelihood(), "arXiv 1908.04319; floor of its code in fairseq", certainty="TR"),
     Unlearning("npo", Npo(), "arXiv 2404.05868", "sum", "given", retain=0.0, certainty="T"),
     Unlearning("simnpo", SimNpo(), "arXiv 2410.07163; beta is our reading", "mean", retain=0.0,
