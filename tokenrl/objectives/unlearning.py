@@ -138,7 +138,7 @@ class Unlearning:
 COEFS = ("retain", "forget", "eos", "alpha", "smoothing")
 
 _ROWS = (
-    Unlearning("ga", Ascent(), "arXiv 2210.01504, the mean over tokens as in TOFU's trainer", retain=0.0, certainty="T"),
+    Unlearning("ga", Ascent(), "arXiv 2210.01504, a mean over tokens as in TOFU's code", retain=0.0, certainty="T"),
     Unlearning("grad_diff", Ascent(), "TOFU, arXiv 2401.06121; weights as SimNPO's code configures it", certainty="T"),
     Unlearning("unlikelihood", Unlikelihood(), "arXiv 1908.04319; floor of its code in fairseq", certainty="TR"),
     Unlearning("npo", Npo(), "arXiv 2404.05868", "sum", "given", retain=0.0, certainty="T"),
