@@ -7,13 +7,14 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from typer import Option
 
 from tokenrl.errors import unknown
 from tokenrl.instruments.progress import tracked
 from tokenrl.ops import backends
 
-from . import cliffs, overhead, plan_table, report, trl_step
+from . import cliffs, overhead, plan_table, report, terminal, trl_step
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
@@ -145,7 +146,7 @@ def main(
             "missing": findings.missing, "failures": findings.failures,
         }  # fmt: skip
         result |= {name: OWN_TABLES[name]() for name in tracked(name for name in OWN_TABLES if name in op)}
-        report.show(result)
+        terminal.show(result, Console())
         write(result, out, json, png)
     finish(findings)
 

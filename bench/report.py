@@ -1,7 +1,6 @@
-"""What was measured as tables: for a terminal, in markdown, as JSON."""
+"""What was measured as tables, in markdown, and as JSON."""
 
 import json
-import sys
 from pathlib import Path
 
 from .overhead import AIMS
@@ -194,26 +193,6 @@ def markdown(report: dict) -> str:
     """The whole report."""
     parts = [f"**{title}**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(report)]
     return "\n\n".join([report["machine"], *parts, *notes(report), *report["failures"]]) + "\n"
-
-
-def show(report: dict) -> None:
-    """On a terminal as wide tables, elsewhere as markdown."""
-    if not sys.stdout.isatty():
-        print(markdown(report))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.print(report["machine"], highlight=False)
-    for title, head, rows in tables(report):
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for name in head:
-            table.add_column(name, justify="left" if head.index(name) < 4 or title == REMARKS else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print("\n".join(notes(report)), style="dim", highlight=False)
 
 
 def readme_table(report: dict) -> str:
