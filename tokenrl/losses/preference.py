@@ -114,7 +114,7 @@ def evaluate(inputs: PreferenceInputs, logp: Tensor, divergence: Tensor | None) 
     return loss.to(logp.dtype), metrics
 
 
-class _Known(torch.autograd.Function):
+class Known(torch.autograd.Function):
     """A value and its derivatives, elementwise in each of the inputs: what `of` returns of them."""
 
     @staticmethod
@@ -136,7 +136,7 @@ def _scores(inputs: PreferenceInputs, logp: Tensor, divergence: Tensor | None) -
     counts = spans_of("sequence", layout).counts() if by_length else torch.ones((), dtype=torch.float64)
     divisor = counts.clamp(min=1) if row.statistic == "mean" else 1
     plain = _sums(ratio, inputs.token_weight, layout)
-    score = (plain if type(row.score) is Score else _Known.apply(row.score.of, plain)) / divisor
+    score = (plain if type(row.score) is Score else Known.apply(row.score.of, plain)) / divisor
     reference = more = torch.zeros_like(plain)
     if ref_logp is not None and row.coupling == "sorted_margins":
         reference = _sums(ref_logp, inputs.token_weight, layout) / divisor
@@ -170,7 +170,7 @@ def _of_pairs(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, Prefer
         won, lost = ((x[chosen] - x[rejected]).sort().values for x in (policy, scores.reference))
     rewards = scores.rewards[chosen], scores.rewards[rejected]
     margins = rewards[0] - rewards[1]
-    return _Known.apply(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))
+    return Known.apply(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))
 
 
 def _of_labels(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, PreferenceMetrics]:
@@ -178,7 +178,7 @@ def _of_labels(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, Prefe
     link, desirable = inputs.row.link, inputs.desirable
     assert isinstance(link, OfLabels) and desirable is not None
     base = _mean(scores.score.detach()) if inputs.base is None else inputs.base
-    values = _Known.apply(lambda x: link.of_labelled(x, desirable, base), scores.score)
+    values = Known.apply(lambda x: link.of_labelled(x, desirable, base), scores.score)
     good, bad = (torch.where(side, scores.rewards, torch.nan) for side in (desirable, ~desirable))
     distance = scores.rewards - link.beta * base
     margins = torch.where(desirable, distance, -distance)

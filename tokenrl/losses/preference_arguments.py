@@ -68,8 +68,8 @@ def preference_inputs(
         row, layout, ref_logp, _flat_weight("token_weight", token_weight, layout),
         _flat_weight("divergence_weight", divergence_weight, layout), both, labels,
         _base(row, kl, reward_shift, like), None if pair_weight is None else _pair_weight(pair_weight, count, like),
-        _count("normalizer", normalizer, max(count, 1), like), nll_tokens,
-        _count("nll_normalizer", nll_normalizer, nll_count, like),
+        as_count("normalizer", normalizer, max(count, 1), like), nll_tokens,
+        as_count("nll_normalizer", nll_normalizer, nll_count, like),
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _nll_tokens(layout: Layout, nll_mask: Tensor | None, chosen: Tensor) -> Tens
     return layout.flat_tokens("nll_mask", nll_mask)
 
 
-def _count(name: str, given: Number | None, own: int | Tensor, like: Tensor) -> Number:
+def as_count(name: str, given: Number | None, own: int | Tensor, like: Tensor) -> Number:
     """What a sum is divided by; a tensor is 0-d."""
     if given is None:
         return own

@@ -13,7 +13,8 @@ from ..errors import wrong
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 from ..objectives.unlearning import Unlearning, unlearning
 from ..observed import observed
-from .preference import _count, _Known
+from .preference import Known
+from .preference_arguments import as_count
 
 TARGETS = ("detached", "attached")
 Count = float | Tensor | None
@@ -131,11 +132,11 @@ def _forget(row: Unlearning, layout: Layout, logp: Tensor, ref_logp: Tensor | No
         x = x - layout.flat_tokens("ref_logp", ref_logp)
     x = torch.where(layout.valid(), x, 0).double()
     if row.statistic == "token":
-        return _mean("normalizer", _Known.apply(row.term.of, x), layout.valid(), normalizer)
+        return _mean("normalizer", Known.apply(row.term.of, x), layout.valid(), normalizer)
     spans = spans_of("sequence", layout)
     counts = spans.counts()
     scores = spans.sum(x) if row.statistic == "sum" else spans.mean(x)
-    return _mean("normalizer", _Known.apply(row.term.of, scores), counts > 0, normalizer)
+    return _mean("normalizer", Known.apply(row.term.of, scores), counts > 0, normalizer)
 
 
 def _smoothing(layout: Layout, divergence: Tensor | None, normalizer: Count) -> Tensor:
@@ -147,7 +148,7 @@ def _smoothing(layout: Layout, divergence: Tensor | None, normalizer: Count) -> 
 
 def _mean(name: str, x: Tensor, counted: Tensor, normalizer: Count) -> Tensor:
     total = torch.where(counted, x, 0).double().sum()
-    return total / _count(name, normalizer, counted.sum().clamp(min=1), total)
+    return total / as_count(name, normalizer, counted.sum().clamp(min=1), total)
 
 
 def _mask(name: str, mask: Tensor | None, layout: Layout) -> Tensor:
