@@ -31,12 +31,12 @@ class PreferenceMetrics(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """[S] each, fp64: the score of a sequence, the divergence that is added to it, the log-prob of the reference, 0
-    where nothing but log ratios counts, and the rewards, without gradient."""
+    """[S] each, fp64: the score of a sequence, the divergence that is added to it, the log-prob of the reference, where
+    margins are sorted, and the rewards, without gradient."""
 
     score: Tensor
-    divergence: Tensor
-    reference: Tensor
+    divergence: Tensor | None
+    reference: Tensor | None
     rewards: Tensor
 
 
@@ -119,33 +119,37 @@ class Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
-        ctx.of = of
-        ctx.save_for_backward(*inputs)
-        return of(*inputs)[0].clone()
+        ctx.of, (value, *slopes) = of, of(*inputs)
+        ctx.save_for_backward(*inputs, *slopes)
+        return value.clone() if any(value is x for x in inputs) else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, *slopes = ctx.of(*ctx.saved_tensors)  # few numbers; of the inputs, so that they may be differentiated again
+        half = len(ctx.saved_tensors) // 2
+        slopes = ctx.saved_tensors[half:]
+        if torch.is_grad_enabled():  # once more, of the inputs, so that they may be differentiated again
+            _, *slopes = ctx.of(*ctx.saved_tensors[:half])
         return None, *(grad * slope for slope in slopes)
 
 
 def _scores(inputs: PreferenceInputs, logp: Tensor, divergence: Tensor | None) -> _Scores:
     row, layout, ref_logp = inputs.row, inputs.layout, inputs.ref_logp
-    ratio = logp if ref_logp is None else logp - ref_logp
-    by_length = row.statistic == "mean" or row.length > 0
-    counts = spans_of("sequence", layout).counts() if by_length else torch.ones((), dtype=torch.float64)
-    divisor = counts.clamp(min=1) if row.statistic == "mean" else 1
-    plain = _sums(ratio, inputs.token_weight, layout)
-    score = (plain if type(row.score) is Score else Known.apply(row.score.of, plain)) / divisor
-    reference = more = torch.zeros_like(plain)
-    if ref_logp is not None and row.coupling == "sorted_margins":
-        reference = _sums(ref_logp, inputs.token_weight, layout) / divisor
-    if divergence is not None:
-        more = _sums(divergence, inputs.divergence_weight, layout)
-    rewards = row.link.beta * (plain / divisor + more).detach()
-    if row.length > 0:
-        score = score + row.length / row.link.beta * counts
-    return _Scores(score, row.divergence * more, reference, rewards)
+    plain = _sums(logp if ref_logp is None else logp - ref_logp, inputs.token_weight, layout)
+    score = plain if type(row.score) is Score else Known.apply(row.score.of, plain)
+    reference = None
+    if row.coupling == "sorted_margins":
+        reference = torch.zeros_like(plain) if ref_logp is None else _sums(ref_logp, inputs.token_weight, layout)
+    more = None if divergence is None else _sums(divergence, inputs.divergence_weight, layout)
+    if row.statistic == "mean" or row.length > 0:
+        counts = spans_of("sequence", layout).counts()
+        if row.statistic == "mean":
+            length = counts.clamp(min=1)
+            plain, score = plain / length, score / length
+            reference = None if reference is None else reference / length
+        if row.length > 0:
+            score = score + row.length / row.link.beta * counts
+    rewards = row.link.beta * (plain if more is None else plain + more).detach()
+    return _Scores(score, None if more is None else row.divergence * more, reference, rewards)
 
 
 def _sums(x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
@@ -159,18 +163,28 @@ def _sums(x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
 
 def _of_pairs(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, PreferenceMetrics]:
     """The losses [P]."""
-    assert inputs.pairs is not None
-    row, (chosen, rejected) = inputs.row, inputs.pairs
-    more = scores.divergence.detach() if row.divergence_flow == "rejected" else scores.divergence
-    won, lost = (scores.score + more)[chosen], (scores.score + scores.divergence)[rejected]
+    row = inputs.row
+    won, lost = _sides(inputs, scores.score)
+    if scores.divergence is not None:
+        more, other = _sides(inputs, scores.divergence)
+        won, lost = won + (more.detach() if row.divergence_flow == "rejected" else more), lost + other
     if row.coupling == "sorted_scores":
         won, lost = won.sort().values, lost.sort().values
     elif row.coupling == "sorted_margins":
-        policy = scores.score + scores.reference
-        won, lost = ((x[chosen] - x[rejected]).sort().values for x in (policy, scores.reference))
-    rewards = scores.rewards[chosen], scores.rewards[rejected]
+        assert scores.reference is not None
+        ref_won, ref_lost = _sides(inputs, scores.reference)
+        won, lost = (won + ref_won - lost - ref_lost).sort().values, (ref_won - ref_lost).sort().values
+    rewards = _sides(inputs, scores.rewards)
     margins = rewards[0] - rewards[1]
     return Known.apply(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))
+
+
+def _sides(inputs: PreferenceInputs, x: Tensor) -> tuple[Tensor, Tensor]:
+    """[P] each, of chosen and rejected sequences, of x [S]."""
+    assert inputs.pairs is not None
+    if inputs.halves:  # views
+        return x[: len(x) // 2], x[len(x) // 2 :]
+    return x[inputs.pairs[0]], x[inputs.pairs[1]]
 
 
 def _of_labels(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, PreferenceMetrics]:

@@ -19,9 +19,10 @@ Number = float | Tensor
 class PreferenceInputs:
     """What evaluate (tokenrl/losses/preference.py) takes beside log-probs and divergences. Of tokens: flat, [N].
 
-    token_weight, divergence_weight: 0 in masked cells. pairs: int64 [P] of chosen and of rejected sequences, or
-    desirable: bool [S] of labelled ones, with base, 0-d fp64, what a score is compared with; None: their mean reward.
-    pair_weight: fp64, one per loss. nll_tokens: bool, None without that term."""
+    token_weight, divergence_weight: 0 in masked cells. pairs: int64 [P] of chosen and of rejected sequences; halves:
+    whether these are the first and the second half. Or desirable: bool [S] of labelled ones, and base, 0-d fp64, what a
+    score is compared with; None: their mean. pair_weight: fp64, one per loss. nll_tokens: bool, None without that term.
+    """
 
     row: Preference
     layout: Layout
@@ -29,6 +30,7 @@ class PreferenceInputs:
     token_weight: Tensor | None
     divergence_weight: Tensor | None
     pairs: tuple[Tensor, Tensor] | None
+    halves: bool
     desirable: Tensor | None
     base: Tensor | None
     pair_weight: Tensor | None
@@ -66,7 +68,7 @@ def preference_inputs(
     nll_count = 1 if nll_tokens is None else nll_tokens.sum().clamp(min=1)
     return PreferenceInputs(
         row, layout, ref_logp, _flat_weight("token_weight", token_weight, layout),
-        _flat_weight("divergence_weight", divergence_weight, layout), both, labels,
+        _flat_weight("divergence_weight", divergence_weight, layout), both, both is not None and pairs is None, labels,
         _base(row, kl, reward_shift, like), None if pair_weight is None else _pair_weight(pair_weight, count, like),
         as_count("normalizer", normalizer, max(count, 1), like), nll_tokens,
         as_count("nll_normalizer", nll_normalizer, nll_count, like),

@@ -61,7 +61,7 @@ class Sigmoid(MarginLink):
 
     def of_margin(self, d: Tensor) -> tuple[Tensor, Tensor]:
         e, u = self.label_smoothing, self.beta * d - self.gamma
-        value = -(1 - e) * logsigmoid(u) - e * logsigmoid(-u)
+        value = -(1 - e) * logsigmoid(u) - e * logsigmoid(-u) if e else -logsigmoid(u)
         return value, self.beta * (u.sigmoid() - (1 - e))
 
 
