@@ -22,10 +22,19 @@ from .losses.aggregation import aggregation_weights  # noqa: E402
 from .losses.building_blocks import group_aggregate, position_adaptive_clip, prefix_ratio  # noqa: E402
 from .losses.distillation import distillation_loss, linear_distillation_loss, topk_distillation_loss  # noqa: E402
 from .losses.linear_policy import linear_policy_loss  # noqa: E402
+from .losses.linear_preference import LinearPreferenceMetrics, linear_preference_loss  # noqa: E402
 from .losses.linear_topk import linear_topk_distillation_loss  # noqa: E402
 from .losses.policy import policy_loss  # noqa: E402
 from .losses.preference import PreferenceMetrics, preference_loss  # noqa: E402
+from .losses.sft import linear_multi_token_loss, linear_sft_loss, sft_loss  # noqa: E402
 from .losses.token_metrics import TokenMetrics, token_metrics  # noqa: E402
+from .losses.unlearning import (  # noqa: E402
+    UnlearningParts,
+    linear_smoothing_kl,
+    smoothing_kl,
+    unlearning_loss,
+)
+from .losses.value import value_loss  # noqa: E402
 from .methods import (  # noqa: E402
     adakd,
     akl,
@@ -34,10 +43,13 @@ from .methods import (  # noqa: E402
     group_losses,
     intro,
     m2po,
+    modes,
     on_policy_distillation,
     preference_weights,
     self_distillation,
     sft_weights,
+    thoughts,
+    token_selection,
     uld,
     xtoken,
 )
@@ -47,6 +59,7 @@ from .methods import thr as hidden_reward  # noqa: E402
 from .methods import tw_grpo as divergence_weights  # noqa: E402
 from .methods.a3po import proximal_logp  # noqa: E402
 from .methods.dhpo import entropy_mix  # noqa: E402
+from .methods.reward_shaped import linear_reward_shaped_nll, reward_shaped_nll  # noqa: E402
 from .methods.topk_divergence import topk_divergence  # noqa: E402
 from .objectives.distillation import DISTILLATIONS, Distillation, distillation  # noqa: E402
 from .objectives.divergences import DIVERGENCES, Divergence, divergence  # noqa: E402
@@ -54,6 +67,7 @@ from .objectives.gates.base import Gate, parametrised  # noqa: E402
 from .objectives.metrics import LinearMetrics, Metrics, TermMetrics  # noqa: E402
 from .objectives.policy import OBJECTIVES, Objective, objective, register  # noqa: E402
 from .objectives.preference import PREFERENCES, Preference, preference  # noqa: E402
+from .objectives.unlearning import UNLEARNINGS, Unlearning, unlearning  # noqa: E402
 from .ops.backends import register_triton  # noqa: E402
 
 __all__ = [
@@ -64,6 +78,7 @@ __all__ = [
     "Divergence",
     "Gate",
     "LinearMetrics",
+    "LinearPreferenceMetrics",
     "Metrics",
     "Objective",
     "PREFERENCES",
@@ -73,6 +88,9 @@ __all__ = [
     "TermMetrics",
     "TokenMetrics",
     "TokenStats",
+    "UNLEARNINGS",
+    "Unlearning",
+    "UnlearningParts",
     "adakd",
     "advantages",
     "aggregation_weights",
@@ -93,13 +111,19 @@ __all__ = [
     "hidden_reward",
     "intro",
     "linear_distillation_loss",
+    "linear_multi_token_loss",
     "linear_policy_loss",
+    "linear_preference_loss",
+    "linear_reward_shaped_nll",
+    "linear_sft_loss",
+    "linear_smoothing_kl",
     "linear_token_divergence",
     "linear_token_logprobs",
     "linear_topk_distillation_loss",
     "linear_topk_ids",
     "load_batch",
     "m2po",
+    "modes",
     "objective",
     "on_policy_distillation",
     "parametrised",
@@ -115,19 +139,27 @@ __all__ = [
     "record",
     "register",
     "register_triton",
+    "reward_shaped_nll",
     "rewards",
     "selection",
     "self_distillation",
+    "sft_loss",
     "sft_weights",
+    "smoothing_kl",
+    "thoughts",
     "token_divergence",
     "token_logprobs",
     "token_metrics",
+    "token_selection",
     "topk_distillation_loss",
     "topk_divergence",
     "topk_ids",
     "topk_token_divergence",
     "uld",
     "union_topk_ids",
+    "unlearning",
+    "unlearning_loss",
+    "value_loss",
     "xtoken",
 ]
 

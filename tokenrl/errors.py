@@ -1,7 +1,11 @@
 """The two sentences every argument error here is built from."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Checked = TypeVar("Checked")
 
 LONGEST = 160  # of what was given, in characters; what is longer is folded
 
@@ -35,3 +39,13 @@ def described(x: object) -> str:
     if isinstance(x, (str, int, float, type(None))):
         return f"{x!r}, a {kind}" if x is not None else "None"
     return f"a {kind}"
+
+
+def renamed(whose: str, checked: Callable[..., Checked], *given: Any) -> Checked:
+    """What a check makes of another model's arguments; errors name them as the caller does, "hidden" as "other_hidden"
+    of the "other" one."""
+    try:
+        return checked(*given)
+    except ValueError as error:
+        name, _, _ = str(error).partition(":")
+        raise ValueError(re.sub(rf"\b{name}\b", f"{whose}_{name}", str(error))) from None

@@ -29,6 +29,13 @@ def test_every_function_of_preference_weights_is_named():
     assert len(own) == 8 and all(f"`{name}`" in README for name in own), own
 
 
+@pytest.mark.parametrize("module", ["token_selection", "thoughts", "modes"])
+def test_every_function_for_given_texts_is_named(module):
+    functions = inspect.getmembers(getattr(tokenrl, module), inspect.isfunction)
+    own = [name for name, f in functions if f.__module__.endswith(module) and name[0] != "_"]
+    assert own and all(f"`{module}.{name}`" in README for name in own), own
+
+
 def test_the_examples_run(capsys):
     torch.manual_seed(0)
     names, tables = {}, (tokenrl.OBJECTIVES, GATES)
@@ -63,5 +70,11 @@ def test_every_name_that_readme_calls_exists():
 
 
 def test_every_aggregation_and_objective_is_named():
-    for name in (*AGGREGATIONS, *tokenrl.OBJECTIVES, *tokenrl.DISTILLATIONS, *tokenrl.DIVERGENCES):
+    for name in (
+        *AGGREGATIONS,
+        *tokenrl.OBJECTIVES,
+        *tokenrl.DISTILLATIONS,
+        *tokenrl.DIVERGENCES,
+        *tokenrl.UNLEARNINGS,
+    ):
         assert f"`{name}`" in README, name

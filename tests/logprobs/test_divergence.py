@@ -1,10 +1,11 @@
 """token_divergence on every backend: the tolerance rule, both gradients, masks, infinities, properties, errors."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from cases import backends_to_test, device_of, kernel_backends
+from cases import backends_to_test, device_of, interpreted, kernel_backends
 
 import tokenrl
 from tokenrl.instruments.parity import close
@@ -42,10 +43,13 @@ def run(pair, kind, backend, dtype, device="cpu", **more):
     return found.detach(), *torch.autograd.grad((weights * found).sum(), leaves)
 
 
-@KERNELS
-@EVERY_KIND
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+CASES = [*itertools.product([torch.float32, torch.bfloat16], TRANSFORMS, tokenrl.DIVERGENCES)]
+EVERY_CASE = [  # the interpreter takes every seventh, so that neither kinds nor transforms come again
+    (*case, b) for b in kernel_backends() for case in (CASES[::7] if interpreted(b) else CASES)
+]
+
+
+@pytest.mark.parametrize("dtype,transform,kind,backend", EVERY_CASE)
 def test_the_tolerance_rule(dtype, transform, kind, backend):
     given = [x.to(dtype) for x in pair()]
     more = TRANSFORMS[transform] | {"row_mask": torch.tensor([[True, False, True], [True, True, True]])}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import device_of, kernel_backends
+from gemms import gemms
 from linear_cases import VALUES, budget_of, make, make_exact, references, run, same_bits
 from logit_cases import DTYPES
-from torch.profiler import ProfilerActivity, profile
 
 import tokenrl
 from bench.measure import peak_memory
@@ -16,15 +16,6 @@ from tokenrl.ops.linear import token_logprobs
 KERNELS = kernel_backends()
 EVERY_KERNEL = pytest.mark.parametrize("backend", KERNELS)
 CPU = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ backend is not built")
-
-
-def gemms(call):
-    """(what the call returns, the shapes of both factors of every GEMM)."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        found = call()
-    first = {"aten::mm": 0, "aten::addmm": 1}
-    events = [(event.input_shapes, first[event.name]) for event in profiled.events() if event.name in first]
-    return found, {tuple(map(tuple, shapes[at : at + 2])) for shapes, at in events}
 
 
 def leaves(*shape, frozen=(), **more):

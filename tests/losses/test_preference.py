@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrl
 from tokenrl import preference_weights
-from tokenrl.objectives.links import AlphaScore, ForwardKlScore, JsScore, Kto, Score
+from tokenrl.objectives.links import AlphaScore, ForwardKlScore, JsScore, OfLabels, Score
 
 ROWS = list(tokenrl.PREFERENCES)
 PAIRED = [name for name, row in tokenrl.PREFERENCES.items() if row.coupling == "pairs"]
@@ -35,8 +35,9 @@ def test_every_derivative_is_that_of_its_value(name):
     parameters = {"label_smoothing": 0.1} if "label_smoothing" in row.link.names else {}
     row = tokenrl.preference(row, **parameters)
     x = [-3 * torch.rand(9, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
-    if isinstance(row.link, Kto):
-        link = tokenrl.preference(row, desirable_weight=1.3, undesirable_weight=0.7).link
+    if isinstance(row.link, OfLabels):
+        weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7} if "desirable_weight" in row.link.names else {}
+        link = tokenrl.preference(row, **weights).link
         value, *slopes = link.of_labelled(x[0], torch.arange(9) % 2 == 0, torch.tensor(0.2, dtype=torch.float64))
     else:
         value, *slopes = row.link.of(*x)
@@ -71,7 +72,7 @@ def test_margins_of_thousands(name):
     """Are finite, value and slope, but where the formula has e^d itself."""
     link = tokenrl.PREFERENCES[name].link
     x = torch.tensor([-4e4, 4e4, -4e4, 4e4], dtype=torch.float64)
-    if isinstance(link, Kto):
+    if isinstance(link, OfLabels):
         found = link.of_labelled(x, x.roll(2) > 0, x.new_zeros(()))
     else:
         found = link.of(x, torch.tensor([4e4, -4e4, -4e4, 4e4], dtype=torch.float64))

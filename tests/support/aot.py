@@ -90,12 +90,12 @@ def steady_loop(ptx: str) -> dict:
 
 
 def objectives():
-    """Every statistic x flow, with and without segments; the gates take turns. A batch of 4 x 2000 tokens."""
+    """Every statistic x flow, with and without segments in turns, as the gates. A batch of 4 x 2000 tokens."""
     from tokenrl.objectives.gates import GATES
     from tokenrl.objectives.gates.bounded import LogBand
     from tokenrl.objectives.statistics import FLOWS
 
-    pairs = [(s, f, segmented) for s, flows in FLOWS.items() for f in flows for segmented in (False, True)]
+    pairs = [(s, f, k % 2 == 0) for k, (s, f) in enumerate((s, f) for s, flows in FLOWS.items() for f in flows)]
     x, flags, s = torch.zeros(8000), torch.zeros(8000, dtype=torch.bool), torch.zeros(4, dtype=torch.float64)
     cu, one = torch.arange(5) * 2000, torch.ones((), dtype=torch.float64)
     for k, (statistic, flow, segmented) in enumerate(pairs):
@@ -197,17 +197,13 @@ def divergence_cases(label: str, logits, kind, everything: bool):
 
 
 def divergences():
-    """Every kind in both dtypes, plain in one of them and with everything in the other; the vocabularies of logprobs
-    take turns."""
+    """Every kind: plain, or with everything, in bf16 or fp32, of either vocabulary of logprobs, in turns."""
     from tokenrl.objectives.divergences import DIVERGENCES, Jsd
 
     for k, kind in enumerate(DIVERGENCES.values()):
-        for d, dtype in enumerate((torch.bfloat16, torch.float32)):
-            everything, vocab = (k + d) % 2 == 1, (151936, 50257)[(k // 2 + d) % 2]
-            label = (
-                f"{str(dtype).removeprefix('torch.')} V={vocab} {kind.name} {'everything' if everything else 'plain'}"
-            )
-            yield from divergence_cases(label, torch.empty(1, 2, vocab, dtype=dtype), kind(), everything)
+        dtype, vocab = (torch.bfloat16, torch.float32)[k // 2 % 2], (151936, 50257)[k // 4 % 2]
+        label = f"{str(dtype).removeprefix('torch.')} V={vocab} {kind.name} {('plain', 'everything')[k % 2]}"
+        yield from divergence_cases(label, torch.empty(1, 2, vocab, dtype=dtype), kind(), k % 2 == 1)
     for dtype in (torch.bfloat16, torch.float32):
         label = f"{str(dtype).removeprefix('torch.')} V=151936 jsd split"
         yield from divergence_cases(label, torch.empty(1, 1, 151936, dtype=dtype), Jsd(), False)

@@ -88,6 +88,7 @@ PIECES = {
 }
 PAIRS = TOKENS | {"pairs": torch.tensor([[0, 1]])}
 PREFERRED = {"objective": "tdpo1", "logp": LOGP, "ref_logp": OLD, "divergence": X} | PAIRS
+REFERRED = {"objective": "tdpo1", "ids": IDS, "ref_hidden": OTHER_HIDDEN, "ref_weight": OTHER_WEIGHT} | PAIRS
 LABELLED = {"objective": "kto", "logp": LOGP, "ref_logp": OLD, "desirable": CORRECT, "kl": 0.1} | TOKENS
 MATCHED = {"matched": torch.tensor([1, 2]), "other_matched": torch.tensor([0, 3])}
 
@@ -102,6 +103,7 @@ CALLS = [
     (tokenrl.linear_distillation_loss, {"objective": "kd"} | HEADS | DISTILLED),
     (tokenrl.preference_loss, {"token_weight": X, "divergence_weight": X, "pair_weight": R[:1]} | PREFERRED),
     (tokenrl.preference_loss, {"pair_weight": R, "normalizer": 2.0} | LABELLED),
+    (tokenrl.linear_preference_loss, {"token_weight": X, "divergence_weight": X} | HEAD | REFERRED),
     (preference_weights.wpo_weights, {"logp": LOGP, "log_sum_sq_probs": OLD} | PAIRS),
     (preference_weights.ld_dpo_weights, {"logp": LOGP, "alpha": 0.5} | PAIRS),
     (preference_weights.tgdpo_weights, {"aligned_logp": LOGP, "ref_logp": OLD} | PAIRS),
@@ -198,7 +200,7 @@ def tensors(x):
     """What a call returns, as a list of tensors."""
     if isinstance(x, Metrics):
         return [x.raw]
-    if isinstance(x, tokenrl.PreferenceMetrics):
+    if isinstance(x, tokenrl.PreferenceMetrics | tokenrl.LinearPreferenceMetrics):
         return [x.margins, x.accuracy]  # the rewards of labelled sequences are NaN on the other side
     if isinstance(x, tokenrl.TokenMetrics):
         return [x.ratio, x.sequence_sums()]

@@ -5,6 +5,7 @@ Objects and programs are kept in build/host by their content: all tests that wan
 
 import functools
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +20,9 @@ BUILD = ROOT / "build" / "host"
 CUDA_SOURCES = sorted(
     path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem not in ("attributes", "tickets")
 )
+# The GPU generations that the tests compile for: those of the build, H200's among them.
+BUILT_FOR = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0").replace(" ", ";").split(";")
+ARCHITECTURES = sorted({90, *(int(name.split("+")[0].replace(".", "")) for name in BUILT_FOR)})
 # Of the CUDA sources in the backend "sim" and in the drivers, which so are the same objects.
 PLAIN = ["-O1", "-fPIC", "-include", str(CPP_HOST / "barriers.h")]
 

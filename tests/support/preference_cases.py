@@ -23,6 +23,6 @@ def batch(name, seed=0, dtype=torch.float64):
         case["divergence"] = random(2 * P, T)
     if row.coupling == "labels":
         case["desirable"] = torch.tensor([True, False, True, True, False, False])
-        if row.link.uses_kl:
-            case["kl"] = random(5) - 0.3
+        if row.link.compared:
+            case[row.link.compared] = random(5) - 0.3
     return case

@@ -1,4 +1,4 @@
-"""TEMPO: advantages per token from the prefix tree that the responses to a prompt form, without gradient."""
+"""The prefix tree of the responses to a prompt, without gradient: TEMPO's advantages, TVM's labels of tokens."""
 
 import torch
 from torch import Tensor
@@ -62,11 +62,53 @@ def tempo(
     return valid.put(a / (width + eps)[valid.row] if scale == "std" else a, rewards.dtype)
 
 
+def prefix_values(
+    rewards: Tensor,
+    group_ids: Tensor,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    unscored: str = "raise",
+) -> Tensor:
+    """V(S_t), the mean reward of the responses of the group whose tokens up to t are those of this one: [S] -> [B, T],
+    0 in masked cells, in the dtype of the rewards. Of rewards 0 and 1 the share of right answers among the rollouts
+    that go on from this prefix; where no other shares it, the own reward. Labels for value_loss.
+
+    rewards, group_ids, ids, mask, cu_seqlens: as for tempo with holes "skip" and ends "valid".
+
+    Source: TVM, arXiv 2407.12863 (abstract and figures; holes are our reading).
+    """
+    check_integers("ids", ids)
+    valid = valid_of(ids, mask, cu_seqlens, "ids")
+    layout = valid.layout
+    x = layout.flat_sequences("rewards", as_rewards(rewards, unscored=unscored), torch.float64)
+    groups = as_groups(group_ids, x, unscored)
+    values, last = x.new_zeros(layout.num_tokens), torch.full((layout.num_tokens,), -1, device=x.device)
+    if last.numel() > 0:
+        cells, _, after = _walk(x, groups, ids, valid, "skip", "valid")
+        values[cells], last[cells] = after, cells
+        last = last.cummax(0).values
+        branched = last >= layout.spread(layout.cu_seqlens[:-1])
+        lowest = layout.spread(-groups.max(-x))
+        everyone = layout.spread(groups.mean(x, torch.ones_like(x)))
+        values = torch.where(branched, lowest + values[last.clamp(min=0)], everyone)
+    return valid.put(values[valid.cells], rewards.dtype)
+
+
 def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: ValidTokens, holes: str, ends: str) -> Tensor:
     """float64 [N]: V(S_t) - V(S_{t-1}) where the walk of the row passes, 0 elsewhere."""
     steps = x.new_zeros(valid.layout.num_tokens)
-    if steps.numel() == 0:
-        return steps
+    if steps.numel() > 0:
+        cells, before, after = _walk(x, groups, ids, valid, holes, ends)
+        steps[cells] = after - before
+    return steps
+
+
+def _walk(
+    x: Tensor, groups: Groups, ids: Tensor, valid: ValidTokens, holes: str, ends: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cells at which the tree branches, V before each and after it, less the lowest reward of the group)."""
     start, length = valid.layout.cu_seqlens[:-1], _lengths(valid, ends)
     limit = _first_masked(valid) if holes == "stop" else length
     order = groups.index.argsort(stable=True)
@@ -78,10 +120,9 @@ def _value_steps(x: Tensor, groups: Groups, ids: Tensor, valid: ValidTokens, hol
     leaves = _leaves(ids.reshape(-1), start, length, group, torch.where(present, members, -1))
     # Around the minimum of the group, so that equal rewards have differences of exactly 0.
     above = torch.where(present, (x + groups.max(-x))[order][members.clamp(max=x.numel() - 1)], 0.0)
-    leaves, step = _steps_by_leaving(leaves, above, present)
+    leaves, before, after = _values_by_leaving(leaves, above, present)
     passed = leaves < limit[:, None]
-    steps[(start[:, None] + leaves)[passed]] = step[passed]
-    return steps
+    return (start[:, None] + leaves)[passed], before[passed], after[passed]
 
 
 def _lengths(valid: ValidTokens, ends: str) -> Tensor:
@@ -164,12 +205,12 @@ def _common(blocks: Tensor, start: Tensor, length: Tensor, shared: Tensor, left:
     return common
 
 
-def _steps_by_leaving(leaves: Tensor, above: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """(leaves in order [S, G], the change of V at each): those that leave at or after a position are the set before it,
+def _values_by_leaving(leaves: Tensor, above: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(leaves in order [S, G], V before and after each): those that leave at or after a position are the set before it,
     those that leave later the set after it."""
     leaves, by = leaves.sort(1)
     total = above.gather(1, by).flip(1).cumsum(1).flip(1)
     value = total / present.double().gather(1, by).flip(1).cumsum(1).flip(1).clamp(min=1)
     before = torch.searchsorted(leaves, leaves)
     after = torch.searchsorted(leaves, leaves, right=True).clamp(max=leaves.shape[1] - 1)
-    return leaves, value.gather(1, after) - value.gather(1, before)
+    return leaves, value.gather(1, before), value.gather(1, after)

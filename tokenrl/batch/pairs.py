@@ -30,3 +30,17 @@ def sides(pairs: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
     """int64 [S]: 1 of chosen sequences, -1 of rejected ones, 0 of those in no pair."""
     found = torch.zeros(layout.num_sequences, dtype=torch.int64, device=layout.cu_seqlens.device)
     return found.index_fill(0, pairs[1], -1).index_fill(0, pairs[0], 1)
+
+
+def connected(pairs: tuple[Tensor, Tensor], number: int) -> list[int]:
+    """For each of so many sequences the same number where pairs lead from one to the other. A sync on a GPU."""
+    parent = list(range(number))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for chosen, rejected in zip(*(side.tolist() for side in pairs), strict=True):
+        parent[root(rejected)] = root(chosen)
+    return [root(i) for i in range(number)]

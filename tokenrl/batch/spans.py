@@ -27,6 +27,14 @@ class Spans:
         """Of divergences: as none is below zero, the zeros of masked cells and of empty spans are the lowest."""
         return x.new_zeros(self.number).scatter_reduce_(0, self.index, x, "amax")
 
+    def edges(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(lowest, highest) of the valid tokens of each span; inf and -inf where there is none."""
+        low, high = (
+            x.new_full((self.number,), edge).scatter_reduce_(0, self.index, torch.where(self.valid, x, edge), how)
+            for edge, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+        )
+        return low, high
+
     def counts(self) -> Tensor:
         """float64 [number]: the valid tokens of each span."""
         return self.sum(self.valid.double())

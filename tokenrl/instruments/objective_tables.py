@@ -17,6 +17,7 @@ from ..objectives.links import Link, Score
 from ..objectives.policy import CERTAINTY, OBJECTIVES, Objective, objective
 from ..objectives.preference import PREFERENCES, Preference
 from ..objectives.statistics import STATISTICS
+from ..objectives.unlearning import COEFS, UNLEARNINGS, Forget
 from ..ops.backends import BACKENDS, PACKAGED
 
 FLOWS = {
@@ -95,7 +96,7 @@ def preferences_table() -> str:
 
 def _preference_cells(row: Preference) -> Sequence[str]:
     values = {name: getattr(part, name) for part in row.parts.values() for name in part.names}
-    values |= {name: getattr(row, name) for name in ("divergence", "nll") if getattr(row, name)}
+    values |= {name: getattr(row, name) for name in ("divergence", "length", "nll") if getattr(row, name)}
     link = _in_a_cell(row.link)
     if type(row.score) is not Score:
         link = f"{link}, of scores {_in_a_cell(row.score)}"
@@ -107,8 +108,21 @@ def _preference_cells(row: Preference) -> Sequence[str]:
     return f"`{row.name}`", link, row.statistic, row.reference, given, row.source, f"[{row.certainty}]"
 
 
-def _in_a_cell(part: Link | Score) -> str:
-    """The docstring of a link or score."""
+def unlearnings_table() -> str:
+    """Markdown, one line per row of UNLEARNINGS."""
+    columns = ("name", "forget term", "statistic", "reference", "parameters", "source", "certainty")
+    lines: list[Sequence[str]] = [columns, ("---",) * len(columns)]
+    for row in UNLEARNINGS.values():
+        values = {name: getattr(row.term, name) for name in row.term.names}
+        values |= {name: getattr(row, name) for name in COEFS if getattr(row, name)}
+        given = ", ".join(f"{name}={value}" for name, value in values.items())
+        cells = (f"`{row.name}`", _in_a_cell(row.term), row.statistic, row.reference, given, row.source)
+        lines.append((*cells, f"[{row.certainty}]"))
+    return markdown(lines)
+
+
+def _in_a_cell(part: Link | Score | Forget) -> str:
+    """The docstring of a link, score or forget term."""
     return " ".join(inspect.cleandoc(type(part).__doc__ or "").rstrip(".").split()).replace("|", r"\|")
 
 
@@ -165,7 +179,9 @@ def print_objective(name: str, console: Console) -> None:
     section("runs on", ", ".join(kernels(row)))
 
 
-TABLES = {"objectives": objectives_table, "preferences": preferences_table}  # of README, between comments of that name
+TABLES = {  # of README, between comments of that name
+    "objectives": objectives_table, "preferences": preferences_table, "unlearnings": unlearnings_table,
+}  # fmt: skip
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])

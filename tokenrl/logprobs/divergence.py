@@ -1,15 +1,14 @@
 """token_divergence: how far a model's distribution over the vocabulary is from another one's, per token."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.checks import as_saved, check_tensor, made_in_inference_mode
-from ..errors import described, wrong
+from ..errors import described, renamed, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
 from ..ops import backends, dispatch
@@ -21,7 +20,6 @@ from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
 from .from_logits import DTYPES, TokenStats, as_transform, check_row_mask, of_rows_read
 
-Checked = TypeVar("Checked")
 Kinds = str | Divergence | Sequence[str | Divergence]
 
 
@@ -69,8 +67,8 @@ def token_divergence(
     chosen = backends.choose(backend, logits.device)
     own = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
     other_temperature = temperature if other_temperature is None else other_temperature
-    other = _naming_other(
-        as_transform, other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits
+    other = renamed(
+        "other", as_transform, other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits
     )
     if row_mask is not None:
         check_row_mask(row_mask, logits)
@@ -104,15 +102,6 @@ def _check_pair(logits: Tensor, other: Tensor) -> None:
     if torch.is_grad_enabled() and logits.requires_grad and made_in_inference_mode(other):  # too large for a copy
         accepted = "one that autograd may save (made under torch.no_grad, or other_logits.clone())"
         raise wrong("other_logits", "a tensor made in inference mode", accepted)
-
-
-def _naming_other(checked: Callable[..., Checked], *given: Any) -> Checked:
-    """What a check makes of the other head's arguments, named as they are in errors."""
-    try:
-        return checked(*given)
-    except ValueError as error:
-        name, _, _ = str(error).partition(":")
-        raise ValueError(re.sub(rf"\b{name}\b", f"other_{name}", str(error))) from None
 
 
 def _expanded(transform: Transform, logits: Tensor) -> Transform:
@@ -189,7 +178,7 @@ def head_pair(
 ) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
     """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
     how = (compute_dtype, memory_budget, None)
-    heads = [head_arguments(*(*own, *how)), _naming_other(head_arguments, *other, *how)]
+    heads = [head_arguments(*(*own, *how)), renamed("other", head_arguments, *other, *how)]
     for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")

@@ -114,7 +114,7 @@ def _one_pass(
             by = torch.autograd.grad(total, leaves, allow_unused=True) if any(wanted) else (None, None)
         return values.detach(), *by
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):  # as eager_numbers of the ops
         dtypes = dtypes_of(inputs)
         grads = gradients_of(inputs, wanted, dtypes)
         values = one_pass.run(ops, inputs, differentiated, grads)
@@ -122,7 +122,8 @@ def _one_pass(
     if not any(wanted):
         return loss, values
     of_hidden = None if grads.hidden is None else grads.hidden.view(tensors[0].shape)  # type: ignore[union-attr]
-    return one_pass.WithGradients.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
+    carrying = one_pass.with_gradients("linear_topk_distillation_loss")
+    return carrying.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
 
 
 def _check(

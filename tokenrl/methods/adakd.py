@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import check_number
+from ..batch.ranks import places
+from ..batch.spans import Spans
 from ..errors import wrong
 from ..logprobs.divergence import token_divergence
 from ..objectives.distillation import distillation
@@ -37,11 +39,9 @@ def focused(score: Tensor, ratio: float, *, mask: Tensor) -> Tensor:
     if ratio > 1:
         raise wrong("ratio", ratio, "a number from 0 to 1")
     _check(score, mask)
-    flat = torch.where(mask, score, -torch.inf).flatten()
-    order = flat.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    everyone = Spans(torch.zeros_like(mask, dtype=torch.int64).flatten(), mask.flatten(), 1)
     count = (ratio * mask.sum()).floor().clamp(min=1)
-    return (rank < count).view(score.shape) & mask
+    return (places(score.flatten(), everyone) < count).view(score.shape) & mask
 
 
 def focused_temperature(

@@ -106,8 +106,8 @@ def cdpo_weights(
 ) -> Tensor:  # fmt: skip
     """1 - score in rejected sequences, so that tokens of wrong answers count most; in chosen ones 1, or the score.
 
-    score: softmax(2 z_pos - z_neg) of the token, by two models, one fitted to right answers and one to wrong ones:
-    token_logprobs(2 * z_pos - z_neg, ids).logp.exp(), or of tokenrl.combined_head. chosen: "one" or "score".
+    score: softmax(2 z_pos - z_neg) of the token, by two models, one fitted to right answers and one to wrong ones, of
+    token_selection.critical_scores or linear_critical_scores. chosen: "one" or "score".
 
     Source: cDPO, arXiv 2411.19943 (authors' code, which forgets to sum over tokens: it compares position by position).
     """
@@ -131,13 +131,8 @@ def mapo_weights(activation: Tensor, *, mask: Tensor | None = None, cu_seqlens: 
     check_tensor("activation", activation)
     x = activation.detach().mean(-1, dtype=torch.float64 if activation.dtype == torch.float64 else torch.float32)
     layout = layout_of(x, mask=mask, cu_seqlens=cu_seqlens, name="a mean per token of activation")
-    flat, valid, rows = x.reshape(-1), layout.valid(), layout.rows()
-    low, high = (
-        layout.spread(
-            flat.new_full((layout.num_sequences,), edge).scatter_reduce_(0, rows, torch.where(valid, flat, edge), how)
-        )
-        for edge, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
-    )
+    flat = x.reshape(-1)
+    low, high = map(layout.spread, spans_of("sequence", layout).edges(flat))
     return _put(torch.where(high > low, (flat - low) / (high - low), 0), layout, x)
 
 

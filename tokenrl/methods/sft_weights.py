@@ -1,8 +1,8 @@
-"""Which tokens of a given text a model learns from, by what it thinks of them already: DFT, CHORD; and cross entropy
-of some tokens beside a policy loss of others, in one pass: ECHO, VAPO.
+"""Which tokens of a given text a model learns from, by what it thinks of them already: DFT, CHORD; CAFT's later tokens;
+cross entropy of some tokens beside a policy loss of others, in one pass: ECHO, VAPO.
 
     weight = dft_weights(logp.detach(), mask=mask)                         # or chord_weights
-    loss, _ = tokenrl.policy_loss("reinforce", logp, None, torch.ones(B), mask=mask, token_weight=weight)
+    loss, _ = tokenrl.sft_loss(logp, mask=mask, token_weight=weight)
 
     mu = chord_share(step, warm_up=200, decay=400, peak=0.5, valley=0.02)  # CHORD beside a policy loss
     loss = (1 - mu) * policy + mu * loss
@@ -20,9 +20,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_scalar, check_number, check_tensor
+from ..batch.checks import as_scalar, check_name, check_number, check_tensor
 from ..batch.valid_tokens import valid_of
 from ..errors import wrong
+
+SCHEDULES = {  # of the share x of training that is done
+    "constant": lambda x: 1.0,
+    "linear": lambda x: x,
+    "sine": lambda x: math.sin(math.pi / 2 * x),
+    "rsine": lambda x: math.sin(math.pi / 2 * (1 - x)),
+}
 
 
 def dft_weights(
@@ -87,3 +94,26 @@ def chord_share(step: float, *, warm_up: float, decay: float, peak: float, valle
     if step >= warm_up + decay:
         return valley
     return valley + (peak - valley) * (1 + math.cos(math.pi * (step - warm_up) / decay)) / 2
+
+
+def caft_coefs(
+    step: float, steps: float, *, heads: int = 4, decay: float = 0.8, scale: float = 0.01, schedule: str = "rsine",
+    ratio: float = 1.0,
+) -> list[float]:  # fmt: skip
+    """[1, c_1, .., c_heads], c_i = decay^i scale s(step / steps), for linear_multi_token_loss: of the model's own next
+    token, and of its heads for those after it.
+
+    schedule: s(x) is "constant" 1, "linear" x, "sine" sin(pi x / 2), "rsine" sin(pi (1 - x) / 2). ratio: the part of
+    training over which it runs, and its end for good (their sine_0.1: "sine", ratio 0.1).
+
+    Source: CAFT's code (authors' code).
+    """
+    check_name("schedule", schedule, SCHEDULES)
+    check_number("step", step, 0)
+    check_number("steps", steps, above=0)
+    check_number("heads", heads, 0)
+    check_number("ratio", ratio, 0, 1, above=0)
+    for name, value in (("decay", decay), ("scale", scale)):
+        check_number(name, value, 0)
+    share = scale * SCHEDULES[schedule](min(step / steps / ratio, 1.0))
+    return [1.0, *(decay**i * share for i in range(1, int(heads) + 1))]

@@ -61,7 +61,7 @@ class Sigmoid(MarginLink):
 
     def of_margin(self, d: Tensor) -> tuple[Tensor, Tensor]:
         e, u = self.label_smoothing, self.beta * d - self.gamma
-        value = -(1 - e) * logsigmoid(u) - e * logsigmoid(-u)
+        value = -(1 - e) * logsigmoid(u) - e * logsigmoid(-u) if e else -logsigmoid(u)
         return value, self.beta * (u.sigmoid() - (1 - e))
 
 
@@ -213,15 +213,25 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 @parametrised
-class Kto(Link):
+class OfLabels(Link):
+    """Base of the links of one labelled sequence. compared: the argument that its score is compared with, or ""."""
+
+    compared: ClassVar[str] = ""
+
+    def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} is no link of labels: it defines no of_labelled")
+
+
+@parametrised
+class Kto(OfLabels):
     """Of one sequence: w_D (1 - sigma(v)) where it is desirable, w_U sigma(v) where not, v = beta (x - kl)."""
 
-    uses_kl: ClassVar[bool] = True
+    compared = "kl"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
-    def of_labelled(self, x: Tensor, desirable: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
-        s, (good, bad) = (self.beta * (x - kl)).sigmoid(), (self.desirable_weight, self.undesirable_weight)
+    def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        s, (good, bad) = (self.beta * (x - base)).sigmoid(), (self.desirable_weight, self.undesirable_weight)
         value, slope = torch.where(desirable, good * (1 - s), bad * s), self.beta * s * (1 - s)
         return value, torch.where(desirable, -good * slope, bad * slope)
 
@@ -230,7 +240,18 @@ class Kto(Link):
 class ApoZeroUnpaired(Kto):
     """Kto's with kl = 0."""
 
-    uses_kl = False
+    compared = ""
+
+
+@parametrised
+class BcoUnpaired(OfLabels):
+    """Of one sequence: -log sigma(v) where it is desirable, -log sigma(-v) where not, v = beta x - reward_shift."""
+
+    compared = "reward_shift"
+
+    def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        v = torch.where(desirable, 1.0, -1.0) * self.beta * (x - base)
+        return -logsigmoid(v), torch.where(desirable, -self.beta, self.beta) * (-v).sigmoid()
 
 
 @parametrised

@@ -12,6 +12,7 @@ from .links import (
     ApoZero,
     ApoZeroUnpaired,
     Bco,
+    BcoUnpaired,
     Discopop,
     Exo,
     ForwardKlScore,
@@ -22,6 +23,7 @@ from .links import (
     MarginLink,
     Nca,
     OddsRatio,
+    OfLabels,
     Robust,
     Score,
     Sigmoid,
@@ -52,6 +54,7 @@ class Preference:
     link, score: see tokenrl/objectives/links.py; score is applied to the sum, before a mean divides. statistic,
     coupling, divergence_flow: names of the tables above. reference: "given", log ratios to it, or "none", log-probs
     alone. divergence: the factor of sum_t v_t D_t that is added to a score, D_t a divergence per token, 0 for none.
+    length: the factor of its number of tokens that is added to beta times a score, so that what is long wins less.
     nll: the factor of the mean of -logp over the tokens of nll_mask. source, certainty: as for tokenrl.Objective.
     """
 
@@ -64,6 +67,7 @@ class Preference:
     coupling: str = "pairs"
     divergence: float = 0.0
     divergence_flow: str = "both"
+    length: float = 0.0
     nll: float = 0.0
     certainty: str = "T"
 
@@ -73,12 +77,12 @@ class Preference:
             ("reference", ("given", "none")),
         ):  # fmt: skip
             check_name(name, getattr(self, name), accepted)
-        for name in ("divergence", "nll"):
+        for name in ("divergence", "length", "nll"):
             check_number(name, getattr(self, name), 0)
         for name, kind in (("link", Link), ("score", Score)):
             if not isinstance(getattr(self, name), kind):
                 raise wrong(name, described(getattr(self, name)), f"a {name} of tokenrl/objectives/links.py")
-        if isinstance(self.link, Kto) != (self.coupling == "labels"):
+        if isinstance(self.link, OfLabels) != (self.coupling == "labels"):
             raise wrong("coupling", repr(self.coupling), "'labels' with the links of one sequence, and with no other")
         plain = isinstance(self.link, MarginLink) and self.coupling == "pairs"
         if type(self.score) is not Score and not (plain and self.reference == "given"):
@@ -96,6 +100,8 @@ _F = "f-DPO, arXiv 2309.16240 (TRL)"
 
 _ROWS = (
     Preference("dpo", Sigmoid(), *_SUM, "arXiv 2305.18290; label smoothing: conservative DPO"),
+    Preference("r_dpo", Sigmoid(), *_SUM, "arXiv 2403.19159; the sign by its derivation, of rewards less alpha |y|",
+               length=0.01, certainty="NR"),
     Preference("dpo_norm", Sigmoid(), *_MEAN, "Tulu 3, arXiv 2411.15124 (TRL sigmoid_norm)"),
     Preference("dpo_hinge", Hinge(), *_SUM, "RSO, arXiv 2309.06657 (TRL hinge)"),
     Preference("dpo_robust", Robust(), *_SUM, "arXiv 2403.00409 (TRL)"),
@@ -121,6 +127,8 @@ _ROWS = (
     Preference("tpo", Sigmoid(beta=0.01), *_ALONE, "arXiv 2405.16681 (TRL)", nll=1.0),
     Preference("tpo_l", Sigmoid(beta=0.01, gamma=0.5), *_MEAN_ALONE, "arXiv 2405.16681 (TRL)", nll=1.0),
     Preference("kto", Kto(), *_SUM, "arXiv 2402.01306, eq. 7 (TRL)", coupling="labels"),
+    Preference("bco_unpaired", BcoUnpaired(), *_SUM, "arXiv 2404.04656 (TRL up to 0.29)",
+               coupling="labels"),
     Preference("apo_zero_unpaired", ApoZeroUnpaired(), *_SUM, "arXiv 2408.06266 (TRL)", coupling="labels"),
     Preference("tdpo1", Sigmoid(), *_SUM, "arXiv 2404.11999", divergence=1.0, certainty="C"),
     Preference("tdpo2", Sigmoid(), *_SUM, "arXiv 2404.11999", divergence=0.5, divergence_flow="rejected",
@@ -128,13 +136,14 @@ _ROWS = (
     Preference("sparsepo", Sigmoid(), *_SUM, "arXiv 2410.05102", divergence=1.0, certainty="C"),
 )  # fmt: skip
 PREFERENCES: dict[str, Preference] = {row.name: row for row in _ROWS}
-_CHANGEABLE = ("link", "score", "statistic", "reference", "coupling", "divergence", "divergence_flow", "nll")
+_CHANGEABLE = ("link", "score", "statistic", "reference", "coupling", "divergence", "divergence_flow", "length",
+               "nll")  # fmt: skip
 
 
 def preference(name: str | Preference, **parameters: object) -> Preference:
     """A row of the table, with any of its parameters changed: those of its link and score (beta, label_smoothing,
     gamma, tau, alpha, desirable_weight, ...) and of the row itself (link, score, statistic, reference, coupling,
-    divergence, divergence_flow, nll).
+    divergence, divergence_flow, length, nll).
 
         tokenrl.preference("dpo", beta=0.2, label_smoothing=0.1)
     """

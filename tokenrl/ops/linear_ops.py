@@ -52,7 +52,7 @@ def _linear_token_logprobs_backward(ops, *args):
 
 def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
-    dtypes = _waiting_dtypes(inputs)
+    dtypes = _waiting_beside(inputs)
     grads = gradients_of(inputs, inputs.wanted, dtypes)
     return *policy_loss.run(ops, inputs, grads), *results_of(grads, inputs.hidden, dtypes)
 
@@ -62,9 +62,14 @@ def dtypes_of(inputs: HeadInputs) -> list[torch.dtype]:
     return [(x if x is not None else inputs.weight).dtype for x in (inputs.hidden, inputs.weight, inputs.bias)]
 
 
-def _waiting_dtypes(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
-    """The same of those that wait for the upstream gradient, and one for main_grad, that may be too small for fp16."""
-    hidden, weight, bias = (torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs))
+def waiting_dtypes(inputs: HeadInputs) -> list[torch.dtype]:
+    """The same of those that wait for the upstream gradient and may be too small for fp16."""
+    return [torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs)]
+
+
+def _waiting_beside(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
+    """With that of main_grad, where one waits for it."""
+    hidden, weight, bias = waiting_dtypes(inputs)
     return [hidden, weight if inputs.main_grad is None else inputs.main_grad.dtype, bias]
 
 
@@ -114,7 +119,7 @@ def _fake_policy_loss(*args):
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
     metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
-    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, _waiting_dtypes(inputs))
+    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, _waiting_beside(inputs))
 
 
 def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:

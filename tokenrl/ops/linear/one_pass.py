@@ -4,6 +4,7 @@ What a chunk's log-probs do to the loss is known as soon as they are: 6 N D V fl
 backward need 8, and no logits are held beyond a chunk. The terms of the loss are torch, with autograd's derivative.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,17 +46,24 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
 
 
 def _times_upstream(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, hidden, weight, bias = ctx.saved_tensors
-    made = zip(grads, (hidden, weight, bias), strict=True)
-    return None, *(None if g is None else scaled(g, grad, x.dtype) for g, x in made), None, None, None
+    half = len(ctx.saved_tensors) // 2
+    grads, tensors = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+    made = zip(grads, tensors, strict=True)
+    return None, *(None if g is None else scaled(g, grad, x.dtype) for g, x in made), *(None for _ in grads)
 
 
-class WithGradients(torch.autograd.Function):
-    """A loss whose gradients by hidden, weight and bias are there, None where not wanted."""
+@functools.cache
+def with_gradients(name: str) -> type[torch.autograd.Function]:
+    """apply(loss, *tensors, *their gradients): the loss of the function of that name, whose gradients are there, None
+    where not wanted."""
 
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *grads: Any) -> Tensor:
-        ctx.save_for_backward(*grads, hidden, weight, bias)
-        return loss.clone()
+    class WithGradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Tensor, *both: Tensor | None) -> Tensor:
+            half = len(both) // 2
+            ctx.save_for_backward(*both[half:], *both[:half])
+            return loss.clone()
 
-    backward = staticmethod(once(_times_upstream, "linear_topk_distillation_loss"))
+        backward = staticmethod(once(_times_upstream, name))
+
+    return WithGradients

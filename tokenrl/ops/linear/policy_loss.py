@@ -30,7 +30,7 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(inputs.active)
     head = inputs.head(ops)
-    chunks = _chunks(inputs, head, count, _sum_bytes(grads.weight, head.dtype)) if wanted else None
+    chunks = _chunks(inputs, head, count, sum_bytes(grads.weight, head.dtype)) if wanted else None
     if chunks:
         evaluated = _one_pass(inputs, head, index, chunks, grads)
     else:
@@ -41,7 +41,7 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
     return evaluated.loss, raw, evaluated.logp, evaluated.entropy
 
 
-def _sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
+def sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
     """What several chunks take for the sum of their weight gradients, and one chunk does not."""
     if grad_weight is None or grad_weight.dtype != dtype or dtype == sum_dtype(dtype):
         return 0
