@@ -7,6 +7,7 @@ import torch
 from cases import backends_to_test, device_of, interpreted, on_backends
 from paper_detached import DETACHED, clip, diagonal
 from paper_forms import MIXED, surrogate
+from paper_trainers import TRAINERS
 
 import tokenrl
 from tokenrl.objectives.aggregations import AGGREGATIONS
@@ -103,35 +104,6 @@ def sapo(d, p, a):
     return diagonal(losses, slopes)
 
 
-def cfpo(d, p, a):
-    losses, slopes = [], []
-    for x, adv in zip(d, a, strict=True):
-        r = math.exp(clip(x, -20, 20))
-        losses.append(-r * adv + abs(adv) / 0.4 * (r - 1) ** 2)
-        slopes.append((-adv + abs(adv) / 0.2 * (r - 1)) * r if abs(x) <= 20 else 0.0)
-    return diagonal(losses, slopes)
-
-
-def sppo(d, p, a):
-    kept = [float(-math.log(1.3) <= x <= math.log(1.3)) for x in d]
-    losses = [-adv * x * keep for x, adv, keep in zip(d, a, kept, strict=True)]
-    return diagonal(losses, [-adv * keep for adv, keep in zip(a, kept, strict=True)])
-
-
-def prime_rl(low, high, back):
-    def formula(d, p, a):
-        losses, slopes = [], []
-        for x, logp, adv in zip(d, p, a, strict=True):
-            moved = math.exp(logp) - min(math.exp(logp - x), 1.0)
-            kept = -back <= moved <= high if adv > 0 else -low <= moved <= back
-            loss = -adv * math.exp(x) if kept else 0.0
-            losses.append(loss + 1e-3 * x * x)
-            slopes.append(loss + 2e-3 * x)
-        return diagonal(losses, slopes)
-
-    return formula
-
-
 def ctpo(mean, power):
     def formula(d, p, a):
         losses, slopes, total = [], [], 0.0
@@ -175,11 +147,7 @@ PAPER = {
     "cispo": cispo,
     "ratio": ratio,
     "sapo": sapo,
-    "cfpo": cfpo,
     "lpo": gspo(0.03, 0.03),
-    "sppo_token": sppo,
-    "prime_rl": prime_rl(0.2, 0.2, INF),
-    "prime_rl_ipo": prime_rl(0.1, 0.1, 0.1),
     "ctpo": ctpo(mean=False, power=0.5),
     "ctpo_geomean": ctpo(mean=True, power=-0.5),
     "minpro": minpro,
@@ -195,6 +163,7 @@ PAPER = {
     "kl_k3_unbiased": kl(k3, lambda s: s),
     **DETACHED,
     **MIXED,
+    **TRAINERS,
 }
 # These compare sequences or tokens of the whole batch: test_batch_forms.py, test_fibration.py.
 OF_THE_BATCH = {"real", "fipo", "clip_cov", "kl_cov", "fiberpo_domain", "apc_obj"}

@@ -26,26 +26,6 @@ def reinforce(d, p, a):
     return weighted([1.0] * len(d), p, a)
 
 
-def opmd(d, p, a):
-    return weighted([0.5] * len(d), p, a)
-
-
-def rec(kept):
-    def formula(d, p, a):
-        ratios = [math.exp(clip(x, -20, 20)) for x in d]
-        return weighted([float(kept(r, adv)) for r, adv in zip(ratios, a, strict=True)], p, a)
-
-    return formula
-
-
-def one_side(r, a):
-    return r <= 1.2 if a > 0 else r >= 0.8
-
-
-def ring(r, a):
-    return 0.8 <= r <= 1.2 or (r <= 0.4 if a > 0 else r >= 3.0)
-
-
 def quadratic(beta):
     def formula(d, p, a):
         losses = [-adv * logp + beta / 2 * x * x for x, logp, adv in zip(d, p, a, strict=True)]
@@ -96,9 +76,6 @@ def divergence(new, old, x):
 DETACHED = {
     "reinforce": reinforce,
     "gpg": reinforce,
-    "opmd": opmd,
-    "rec": rec(one_side),
-    "rec_ring": rec(ring),
     "dro": quadratic(0.05),
     "kimi15": quadratic(0.1),
     "topr": topr,
