@@ -76,18 +76,6 @@ def cispo(d, p, a):
     return diagonal(losses, [-w * adv for w, adv in zip(weights, a, strict=True)])
 
 
-def minpro(d, p, a):
-    losses, slopes, lowest = [], [], None
-    for x, adv, logp in zip(d, a, p, strict=True):
-        x = clip(x, -20, 20)
-        m = 1.0 if lowest is None else math.exp(lowest)
-        w = clip(m * math.exp(x), 1 - 0.8, 1 + 4.0)
-        losses.append(-w * adv * logp)
-        slopes.append(-w * adv)
-        lowest = x if lowest is None else min(lowest, x)
-    return diagonal(losses, slopes)
-
-
 def ratio(d, p, a):
     losses = [-math.exp(clip(x, -20, 20)) * adv for x, adv in zip(d, a, strict=True)]
     return diagonal(losses, [loss if abs(x) <= 20 else 0.0 for x, loss in zip(d, losses, strict=True)])
@@ -150,7 +138,6 @@ PAPER = {
     "lpo": gspo(0.03, 0.03),
     "ctpo": ctpo(mean=False, power=0.5),
     "ctpo_geomean": ctpo(mean=True, power=-0.5),
-    "minpro": minpro,
     "ba": ppo(0.2, 0.2),
     "hapo": ppo(0.2, 0.2, dual=10, clamp=INF),  # with entropies: test_hapo
     "rmt": ppo(0.2, 0.2),  # with next tokens: test_rmt
