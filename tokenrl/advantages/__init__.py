@@ -19,7 +19,7 @@ A group of one has no baseline. singleton="raw": mean 0, std 1, so the reward it
 from ..batch.groups import GroupStatistics, group_statistics
 from ..methods.hapo import hapo
 from ..methods.hapo import reward_statistics as hapo_statistics
-from .per_sequence import gdpo, gpg, grpo, opo, pass_at_k, remax, rloo
+from .per_sequence import gdpo, gpg, grpo, opo, pama, pass_at_k, remax, rloo
 from .per_token import discounted_returns, gae, otb, reinforce_plus_plus, reinforce_plus_plus_baseline, whiten
 from .prefix_tree import prefix_values, tempo
 from .segments import SpoCuts, SpoEdges, spo_chain, spo_cutpoints, spo_mask, spo_tree
@@ -38,6 +38,7 @@ __all__ = [
     "hapo_statistics",
     "opo",
     "otb",
+    "pama",
     "pass_at_k",
     "prefix_values",
     "reinforce_plus_plus",
