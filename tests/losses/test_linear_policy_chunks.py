@@ -123,6 +123,43 @@ def test_a_sequence_that_does_not_fit_takes_two_passes(objective, backend, cut):
     assert found["passes"] == 2 and cut[-1] is None
 
 
+FROZEN = ("weight", "bias")
+
+
+@FAST
+@pytest.mark.parametrize("objective", SPANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_frozen_head_takes_one_pass_though_no_sequence_fits(dtype, objective, backend, cut):
+    """In fp64 to 1e-12. Masked tokens have no gradient."""
+    made = functools.partial(make, width=24, dim=4, spread=6.0 if dtype.itemsize == 2 else 2.0)
+    case = settled(named(objective), made, dtype)
+    budget = budget_of(case, longest(case) - 1, dtype)
+    found = check(named(objective), case, backend, dtype, memory_budget=budget, frozen=FROZEN, kl_coef=0.3)
+    assert found["passes"] == 1 and cut[-1] is None
+    alone = check(named(objective), case, backend, dtype, memory_budget=budget, frozen=FROZEN)
+    assert alone["passes"] == 1 and not alone["hidden"][~valid(case)].any() and alone["hidden"].any()
+
+
+@FAST
+def test_a_frozen_head_takes_two_passes_where_one_costs_as_much(backend, cut, monkeypatch):
+    """An entropy's gradient is a GEMM more; too few rows that fit."""
+    case = settled("gspo", functools.partial(make, width=24, dim=4))
+    more = {"memory_budget": budget_of(case, longest(case) - 1), "frozen": FROZEN}
+    assert check("gspo", case, backend, torch.float32, entropy_coef=0.1, **more)["passes"] == 2
+    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", longest(case))
+    assert check("gspo", case, backend, torch.float32, **more)["passes"] == 2
+
+
+@FAST
+def test_a_tokens_bits_do_not_depend_on_the_rows_of_a_frozen_heads_chunk(backend, cut):
+    case = settled("gspo", functools.partial(make, width=24, dim=4, exact=True))
+    fits = (ENOUGH, longest(case) - 1)
+    budgets = [budget_of(case, fit) for fit in fits]
+    some = [run("gspo", case, backend, torch.float32, frozen=FROZEN, memory_budget=budget) for budget in budgets]
+    assert cut == [None, None]
+    same_bits(*some, torchs=TORCHS)
+
+
 @FAST
 @pytest.mark.parametrize("objective", ("grpo", "ctpo", "gspo"))
 @pytest.mark.parametrize("rows,passes", [(policy_loss.FEWEST_TOKENS - 1, 2), (policy_loss.FEWEST_TOKENS, 1)])
@@ -194,13 +231,16 @@ def test_chunks_cut_bounds_per_token(backend, cut):
 
 
 @pytest.mark.parametrize("backend", SLOW)
-@pytest.mark.parametrize("objective,passes", [("ctpo", 1), ("gspo", 2)])
-def test_chunks_of_the_other_kernels(objective, passes, backend, cut):
-    """Two chunks of a local objective, one of whose tokens are clipped; two passes of a sequence that does not fit."""
+@pytest.mark.parametrize("objective,passes,frozen", [("ctpo", 1, ()), ("gspo", 2, ()), ("gspo", 1, FROZEN)])
+def test_chunks_of_the_other_kernels(objective, passes, frozen, backend, cut):
+    """Two chunks of a local objective, one of whose tokens are clipped; of a sequence that does not fit, two passes, or
+    one of a frozen head."""
     case = settled(objective, functools.partial(make, rows=3, width=16, dim=4))
-    fit = -(-valid(case).sum().item() // 2) if passes == 1 else longest(case) - 1
-    found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, fit), entropy_coef=0.1)
-    assert found["passes"] == passes and (cut[-1] is None if passes == 2 else len(cut[-1]) == 2)
+    looks_ahead = objective == "gspo"
+    fit = longest(case) - 1 if looks_ahead else -(-valid(case).sum().item() // 2)
+    more = {"frozen": frozen} if frozen else {"entropy_coef": 0.1}
+    found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, fit), **more)
+    assert found["passes"] == passes and (cut[-1] is None if looks_ahead else len(cut[-1]) == 2)
 
 
 @FAST
