@@ -20,6 +20,7 @@ CPU = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ backend is not bu
 LOCAL = ("grpo", "cispo", "ctpo", "ctpo_geomean", "minpro", "kl_k3")
 SPANS = ("gspo", "gspo_token", "ctpo through")
 ENOUGH = 12  # tokens; with D = 4 the tiles of two passes fit into the budget of their chunk
+FROZEN = ("weight", "bias")
 BOTH = {"kl_coef": 0.3, "entropy_coef": 0.1}
 
 
@@ -121,43 +122,6 @@ def test_a_sequence_that_does_not_fit_takes_two_passes(objective, backend, cut):
     assert fit >= ENOUGH
     found = check(named(objective), case, backend, torch.float32, memory_budget=budget_of(case, fit), **BOTH)
     assert found["passes"] == 2 and cut[-1] is None
-
-
-FROZEN = ("weight", "bias")
-
-
-@FAST
-@pytest.mark.parametrize("objective", SPANS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_frozen_head_takes_one_pass_though_no_sequence_fits(dtype, objective, backend, cut):
-    """In fp64 to 1e-12. Masked tokens have no gradient."""
-    made = functools.partial(make, width=24, dim=4, spread=6.0 if dtype.itemsize == 2 else 2.0)
-    case = settled(named(objective), made, dtype)
-    budget = budget_of(case, longest(case) - 1, dtype)
-    found = check(named(objective), case, backend, dtype, memory_budget=budget, frozen=FROZEN, kl_coef=0.3)
-    assert found["passes"] == 1 and cut[-1] is None
-    alone = check(named(objective), case, backend, dtype, memory_budget=budget, frozen=FROZEN)
-    assert alone["passes"] == 1 and not alone["hidden"][~valid(case)].any() and alone["hidden"].any()
-
-
-@FAST
-def test_a_frozen_head_takes_two_passes_where_one_costs_as_much(backend, cut, monkeypatch):
-    """An entropy's gradient is a GEMM more; too few rows that fit."""
-    case = settled("gspo", functools.partial(make, width=24, dim=4))
-    more = {"memory_budget": budget_of(case, longest(case) - 1), "frozen": FROZEN}
-    assert check("gspo", case, backend, torch.float32, entropy_coef=0.1, **more)["passes"] == 2
-    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", longest(case))
-    assert check("gspo", case, backend, torch.float32, **more)["passes"] == 2
-
-
-@FAST
-def test_a_tokens_bits_do_not_depend_on_the_rows_of_a_frozen_heads_chunk(backend, cut):
-    case = settled("gspo", functools.partial(make, width=24, dim=4, exact=True))
-    fits = (ENOUGH, longest(case) - 1)
-    budgets = [budget_of(case, fit) for fit in fits]
-    some = [run("gspo", case, backend, torch.float32, frozen=FROZEN, memory_budget=budget) for budget in budgets]
-    assert cut == [None, None]
-    same_bits(*some, torchs=TORCHS)
 
 
 @FAST
