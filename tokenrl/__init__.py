@@ -40,7 +40,9 @@ from .methods import (  # noqa: E402
     akl,
     aligndistil,
     bounds,
+    group_losses,
     intro,
+    m2po,
     modes,
     on_policy_distillation,
     preference_weights,
@@ -55,6 +57,7 @@ from .methods import d3s as selection  # noqa: E402
 from .methods import gtpo as conflicts  # noqa: E402
 from .methods import thr as hidden_reward  # noqa: E402
 from .methods import tw_grpo as divergence_weights  # noqa: E402
+from .methods.a3po import proximal_logp  # noqa: E402
 from .methods.dhpo import entropy_mix  # noqa: E402
 from .methods.reward_shaped import linear_reward_shaped_nll, reward_shaped_nll  # noqa: E402
 from .methods.topk_divergence import topk_divergence  # noqa: E402
@@ -104,6 +107,7 @@ __all__ = [
     "divergence_weights",
     "entropy_mix",
     "group_aggregate",
+    "group_losses",
     "hidden_reward",
     "intro",
     "linear_distillation_loss",
@@ -118,6 +122,7 @@ __all__ = [
     "linear_topk_distillation_loss",
     "linear_topk_ids",
     "load_batch",
+    "m2po",
     "modes",
     "objective",
     "on_policy_distillation",
@@ -130,6 +135,7 @@ __all__ = [
     "preference_weights",
     "prefix_ratio",
     "profile",
+    "proximal_logp",
     "record",
     "register",
     "register_triton",

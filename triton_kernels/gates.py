@@ -10,7 +10,8 @@ Each derivative stands on the line after its value.
 import triton
 import triton.language as tl
 
-from .scalar import clip, expm1_of, exponential, k3_of, larger, product, smaller
+from .kl_gates import kl_abs, kl_abs_unbiased, kl_k1, kl_k1_unbiased, kl_k2, kl_k3, kl_k3_unbiased
+from .scalar import clip, exponential, larger, product, smaller
 from .scalar import power as power_of
 
 
@@ -83,6 +84,42 @@ def sapo(s, x, logp, advantage, t, tau_pos, tau_neg):
 
 
 @triton.jit
+def cfpo(s, x, logp, advantage, t, eps):
+    size, ratio = tl.abs(advantage), exponential(s)
+    # Around the vertex: of an infinite ratio -A r and the square would be opposite infinities.
+    from_vertex = ratio - 1 - tl.where(advantage < 0, -eps, eps)
+    value = product(size / eps, from_vertex * from_vertex / 2) - (advantage + size * eps / 2)
+    d_s = product(size / eps, from_vertex * ratio)
+    return value, d_s, 0.0, False, False, False
+
+
+@triton.jit
+def sppo_token(s, x, logp, advantage, t, eps):
+    ratio = exponential(s)
+    low, high = ratio < 1 / (1 + eps), ratio > 1 + eps
+    value = tl.where(low | high, 0.0, product(-advantage, s))
+    d_s = tl.where(low | high, 0.0, -advantage)
+    return value, d_s, 0.0, low, high, False
+
+
+@triton.jit
+def _probabilities(s, logp):
+    """Of the token under the current and the old policy."""
+    return smaller(exponential(logp), 1.0), smaller(exponential(logp - s), 1.0)
+
+
+@triton.jit
+def prime_rl(s, x, logp, advantage, t, eps_low, eps_high, eps_back, kl_tau):
+    p, mu = _probabilities(s, logp)
+    moved, positive, pull = p - mu, advantage > 0, product(kl_tau, s)
+    low, high = moved < -tl.where(positive, eps_back, eps_low), moved > tl.where(positive, eps_high, eps_back)
+    kept = tl.where(low | high, 0.0, product(-advantage, exponential(s)))
+    value = kept + product(pull, s)
+    d_s = kept + 2 * pull
+    return value, d_s, 0.0, low, high, False
+
+
+@triton.jit
 def _clipped_ratio(log_ratio, eps_low, eps_high):
     """A ratio, its clipped self, and whether the clip passes a gradient."""
     ratio = exponential(log_ratio)
@@ -131,9 +168,18 @@ def hapo(s, x, logp, advantage, t, eps_low, eps_high, dual, score, alpha, beta):
 
 
 @triton.jit
-def reinforce(s, x, logp, advantage, t):
-    value, d_logp = _weighted(logp, advantage, 1.0)
+def reinforce(s, x, logp, advantage, t, tau):
+    value, d_logp = _weighted(logp, advantage, 1 / (1 + tau))
     return value, 0.0, d_logp, False, False, False
+
+
+@triton.jit
+def rec(s, x, logp, advantage, t, weight_low, weight_high, low, high, ring_low, ring_high):
+    ratio, positive, negative = exponential(s), advantage > 0, advantage < 0
+    below = (ratio < low) & (negative | (positive & (ratio > ring_low)))
+    above = (ratio > high) & (positive | (negative & (ratio < ring_high)))
+    value, d_logp = _weighted(logp, advantage, tl.where(below | above, 0.0, clip(ratio, weight_low, weight_high)))
+    return value, 0.0, d_logp, below, above, False
 
 
 @triton.jit
@@ -158,12 +204,6 @@ def vespo(s, x, logp, advantage, t, k_pos, lambda_pos, k_neg, lambda_neg, floor)
     log_ratio = clip(s, floor, 20.0)
     value, d_logp = _weighted(logp, advantage, exponential(decay + k * log_ratio - decay * exponential(log_ratio)))
     return value, 0.0, d_logp, False, False, False
-
-
-@triton.jit
-def _probabilities(s, logp):
-    """Of the token under the current and the old policy."""
-    return smaller(exponential(logp), 1.0), smaller(exponential(logp - s), 1.0)
 
 
 @triton.jit
@@ -198,56 +238,6 @@ def dppo_kl(s, x, logp, advantage, t, eps_low, eps_high, ceiling):
 
 
 @triton.jit
-def kl_k1(s, x, logp, advantage, t):
-    value = s
-    d_s = 1.0
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_abs(s, x, logp, advantage, t):
-    value = tl.abs(s)
-    d_s = tl.where(s > 0, 1.0, tl.where(s < 0, -1.0, 0.0))
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_k2(s, x, logp, advantage, t):
-    value = s * s / 2
-    d_s = s
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_k3(s, x, logp, advantage, t, ceiling):
-    k3 = k3_of(-s)
-    value = smaller(k3, ceiling)
-    d_s = tl.where(k3 > ceiling, 0.0, -expm1_of(-s))
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_k1_unbiased(s, x, logp, advantage, t):
-    value = s
-    d_s = s
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_abs_unbiased(s, x, logp, advantage, t):
-    value = tl.abs(s)
-    d_s = s
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
-def kl_k3_unbiased(s, x, logp, advantage, t, ceiling):
-    value = smaller(k3_of(-s), ceiling)
-    d_s = s
-    return value, d_s, 0.0, False, False, False
-
-
-@triton.jit
 def identity(s, x, logp, advantage, t):
     value = logp
     d_logp = 1.0
@@ -257,9 +247,9 @@ def identity(s, x, logp, advantage, t):
 GATES = {
     gate.__name__: gate
     for gate in (
-        ratio, ppo_clip, ppo_ntp, log_band, sapo, dhpo, dhpo_branch, hapo, cispo, reinforce, quadratic, topr, vespo,
-        dppo, dppo_tv, dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased, kl_abs_unbiased,
-        kl_k3_unbiased, identity,
+        ratio, ppo_clip, ppo_ntp, log_band, sapo, cfpo, sppo_token, prime_rl, dhpo, dhpo_branch, hapo, cispo,
+        reinforce, rec, quadratic, topr, vespo, dppo, dppo_tv, dppo_kl, kl_k1, kl_abs, kl_k2, kl_k3, kl_k1_unbiased,
+        kl_abs_unbiased, kl_k3_unbiased, identity,
     )
 }  # fmt: skip
 NEED_POSITION = {"log_band"}  # those that read t

@@ -67,6 +67,55 @@ struct Sapo : AnyPosition {
   }
 };
 
+struct Cfpo : AnyPosition {
+  static constexpr const char* name = "cfpo";
+  TRL_PARAMS(eps);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out;
+    const T a = in.advantage, size = larger(a, -a), towards = a < 0 ? -params.eps : params.eps;
+    // Around the vertex: of an infinite ratio -A r and the square would be opposite infinities.
+    const T ratio = exponential(in.s), from_vertex = ratio - 1 - towards, slope = size / params.eps;
+    out.value = product(slope, from_vertex * from_vertex / 2) - (a + size * params.eps / 2);
+    out.d_s = product(slope, from_vertex * ratio);
+    return out;
+  }
+};
+
+struct SppoToken : AnyPosition {
+  static constexpr const char* name = "sppo_token";
+  TRL_PARAMS(eps);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out;
+    const T ratio = exponential(in.s);
+    out.low = ratio < 1 / (1 + params.eps) ? T(1) : T(0);
+    out.high = ratio > 1 + params.eps ? T(1) : T(0);
+    const bool dropped = out.low + out.high > 0;
+    out.value = dropped ? T(0) : product(-in.advantage, in.s);
+    out.d_s = dropped ? T(0) : -in.advantage;
+    return out;
+  }
+};
+
+struct PrimeRl : AnyPosition {
+  static constexpr const char* name = "prime_rl";
+  TRL_PARAMS(eps_low, eps_high, eps_back, kl_tau);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    Gated<T> out;
+    const T moved = smaller(exponential(in.logp), T(1)) - smaller(exponential(in.logp - in.s), T(1));
+    const bool positive = in.advantage > 0;
+    out.low = moved < -(positive ? params.eps_back : params.eps_low) ? T(1) : T(0);
+    out.high = moved > (positive ? params.eps_high : params.eps_back) ? T(1) : T(0);
+    const T kept = out.low + out.high > 0 ? T(0) : product(-in.advantage, exponential(in.s));
+    const T pull = product(params.kl_tau, in.s);
+    out.value = kept + product(pull, in.s);
+    out.d_s = kept + 2 * pull;
+    return out;
+  }
+};
+
 struct Identity : NoParams {
   static constexpr const char* name = "identity";
   template <class T>

@@ -9,9 +9,9 @@
 
 namespace tokenrl {
 
-using Gates =
-    std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Dhpo, DhpoBranch, Hapo, Cispo, Reinforce, Quadratic, Topr, Vespo,
-               Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3, KlK1Unbiased, KlAbsUnbiased, KlK3Unbiased, Identity>;
+using Gates = std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Cfpo, SppoToken, PrimeRl, Dhpo, DhpoBranch, Hapo, Cispo,
+                         Reinforce, Rec, Quadratic, Topr, Vespo, Dppo, DppoTv, DppoKl, KlK1, KlAbs, KlK2, KlK3,
+                         KlK1Unbiased, KlAbsUnbiased, KlK3Unbiased, Identity>;
 
 inline constexpr int kMaxParams = most_params(static_cast<Gates*>(nullptr));
 

@@ -18,11 +18,30 @@ struct Cispo : AnyPosition {
   }
 };
 
-struct Reinforce : NoParams {
+struct Reinforce : AnyPosition {
   static constexpr const char* name = "reinforce";
+  TRL_PARAMS(tau);
   template <class T>
-  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
-    return weighted(in, T(1));
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    return weighted(in, 1 / (1 + params.tau));
+  }
+};
+
+struct Rec : AnyPosition {
+  static constexpr const char* name = "rec";
+  TRL_PARAMS(weight_low, weight_high, low, high, ring_low, ring_high);
+  template <class T>
+  TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
+    const T ratio = exponential(in.s);
+    // In numbers: bools of several comparisons become branches, and loops over tokens do not vectorise.
+    const T positive = in.advantage > 0 ? T(1) : T(0), negative = in.advantage < 0 ? T(1) : T(0);
+    const T inner = ratio > params.ring_low ? T(1) : T(0), outer = ratio < params.ring_high ? T(1) : T(0);
+    const T low = (ratio < params.low ? T(1) : T(0)) * (negative + positive * inner);
+    const T high = (ratio > params.high ? T(1) : T(0)) * (positive + negative * outer);
+    Gated<T> out = weighted(in, low + high > 0 ? T(0) : clamp(ratio, params.weight_low, params.weight_high));
+    out.low = low;
+    out.high = high;
+    return out;
   }
 };
 

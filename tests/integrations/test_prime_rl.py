@@ -103,6 +103,15 @@ def test_a_row_of_the_table(weighted, host):
     assert {key: value.item() for key, value in found[2][0].items()} == pytest.approx(expected)
 
 
+def test_its_own_loss_is_a_row_too_whose_kl_tau_is_its_own(host):
+    x = arrays("prime_rl_loss", "default_settings")
+    found = [evaluated(host, x, objective=name, kl_tau=0.1)[:2] for name in ("default", "prime_rl")]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    plain = evaluated(host, x, objective="prime_rl", kl_tau=0.0)[0]
+    square = (x["logp"] - x["rollout_logp"])[x["mask"]].square() * x["loss_weights"][x["mask"]]
+    torch.testing.assert_close(found[1][0] - plain, 0.1 * square.sum().to(plain), rtol=1e-12, atol=1e-14)
+
+
 def test_a_sequence_without_tokens(host):
     x = arrays("prime_rl_loss", "default")
     x["mask"] = torch.zeros_like(x["mask"])

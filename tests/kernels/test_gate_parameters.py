@@ -7,13 +7,17 @@ import pytest
 
 import tokenrl
 from tokenrl.objectives import gates
-from tokenrl.objectives.gates.weighted import Cispo
+from tokenrl.objectives.gates.weighted import Cispo, Rec
 from tokenrl.ops import backends
+
+BOUNDS = {
+    Cispo: ["low", "high"], Rec: ["weight_low", "weight_high", "low", "high", "ring_low", "ring_high"],
+}  # fmt: skip
 
 
 def names_of(gate: type[tokenrl.Gate]) -> list[str]:
-    """As its kernels take them, which is numbers. Cispo's params() are the bounds, however its fields spell them."""
-    return ["low", "high"] if gate is Cispo else [name for name in gate.names if name not in gate.words]
+    """As its kernels take them, which is numbers: params() of BOUNDS are those, however their fields spell them."""
+    return BOUNDS[gate] if gate in BOUNDS else [name for name in gate.names if name not in gate.words]
 
 
 GATES = [(name, names_of(gate)) for name, gate in gates.GATES.items()]

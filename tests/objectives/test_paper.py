@@ -7,6 +7,7 @@ import torch
 from cases import backends_to_test, device_of, interpreted, on_backends
 from paper_detached import DETACHED, clip, diagonal
 from paper_forms import MIXED, surrogate
+from paper_trainers import TRAINERS
 
 import tokenrl
 from tokenrl.objectives.aggregations import AGGREGATIONS
@@ -75,18 +76,6 @@ def cispo(d, p, a):
     return diagonal(losses, [-w * adv for w, adv in zip(weights, a, strict=True)])
 
 
-def minpro(d, p, a):
-    losses, slopes, lowest = [], [], None
-    for x, adv, logp in zip(d, a, p, strict=True):
-        x = clip(x, -20, 20)
-        m = 1.0 if lowest is None else math.exp(lowest)
-        w = clip(m * math.exp(x), 1 - 0.8, 1 + 4.0)
-        losses.append(-w * adv * logp)
-        slopes.append(-w * adv)
-        lowest = x if lowest is None else min(lowest, x)
-    return diagonal(losses, slopes)
-
-
 def ratio(d, p, a):
     losses = [-math.exp(clip(x, -20, 20)) * adv for x, adv in zip(d, a, strict=True)]
     return diagonal(losses, [loss if abs(x) <= 20 else 0.0 for x, loss in zip(d, losses, strict=True)])
@@ -146,9 +135,9 @@ PAPER = {
     "cispo": cispo,
     "ratio": ratio,
     "sapo": sapo,
+    "lpo": gspo(0.03, 0.03),
     "ctpo": ctpo(mean=False, power=0.5),
     "ctpo_geomean": ctpo(mean=True, power=-0.5),
-    "minpro": minpro,
     "ba": ppo(0.2, 0.2),
     "hapo": ppo(0.2, 0.2, dual=10, clamp=INF),  # with entropies: test_hapo
     "rmt": ppo(0.2, 0.2),  # with next tokens: test_rmt
@@ -161,6 +150,7 @@ PAPER = {
     "kl_k3_unbiased": kl(k3, lambda s: s),
     **DETACHED,
     **MIXED,
+    **TRAINERS,
 }
 # These compare sequences or tokens of the whole batch: test_batch_forms.py, test_fibration.py.
 OF_THE_BATCH = {"real", "fipo", "clip_cov", "kl_cov", "fiberpo_domain", "apc_obj"}
@@ -273,7 +263,8 @@ def test_on_policy_every_objective_is_reinforce(name, backend):
         modes = (modes[list(PAPER).index(name) % 2],)
     for mode in modes:
         w = row_weights(mode, [[x] * 5 for x in SEQUENCE_ADVANTAGES])
-        expected = [[-SEQUENCE_ADVANTAGES[i] * w[i] * m for m in row] for i, row in enumerate(MASK)]
+        scale = 0.5 if name == "opmd" else 1.0
+        expected = [[-SEQUENCE_ADVANTAGES[i] * scale * w[i] * m for m in row] for i, row in enumerate(MASK)]
         _, gradient = by_tokenrl(name, mode, SEQUENCE_ADVANTAGES, 0.0, backend)
         same([gradient], [expected])
 

@@ -24,14 +24,14 @@ import tokenrl
 from tokenrl.objectives.forms.weights import KlCov
 from tokenrl.objectives.gates import GATES
 from tokenrl.objectives.gates.adaptive import Dhpo, DhpoBranch
-from tokenrl.objectives.gates.bounded import PpoNtp
+from tokenrl.objectives.gates.bounded import PpoNtp, PrimeRl
 from tokenrl.objectives.gates.kl import KlK3
 from tokenrl.objectives.gates.weighted import Quadratic
 
 INF = math.inf
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 SILENT = {name: gate for name, gate in gates_under_test().items() if gate.uses_advantages and gate.vanishes}
-SILENT |= {"ppo_ntp": PpoNtp(ntp=0.0), "quadratic": Quadratic(beta=0.0)}
+SILENT |= {"ppo_ntp": PpoNtp(ntp=0.0), "quadratic": Quadratic(beta=0.0), "prime_rl": PrimeRl(kl_tau=0.0)}
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -77,8 +77,8 @@ def test_nor_has_it_in_any_row_of_the_table(name, backend):
     row = tokenrl.OBJECTIVES[name]
     if isinstance(row.form, KlCov):
         row = tokenrl.objective(row, coef=0.0)  # the penalty holds tokens of any advantage
-    if row.gate.name == "quadratic":
-        row = tokenrl.objective(row, beta=0.0)
+    off = {"quadratic": {"beta": 0.0}, "prime_rl": {"kl_tau": 0.0}}  # pulls that ask for no advantage
+    row = tokenrl.objective(row, **off.get(row.gate.name, {}))
     groups = {"group_ids": torch.zeros(2, dtype=torch.int64)}
     expected = run(row, filled(2, 3, {}, [1.0, 0.0]) | groups, backend, torch.float32)
     for odd in ({(1, 1, "old_logp"): -INF, (1, 2, "old_logp"): -202.0}, {(1, 1, "logp"): -INF}):

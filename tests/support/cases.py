@@ -11,9 +11,9 @@ import tokenrl
 from tokenrl.instruments.parity import close
 from tokenrl.objectives.gates import GATES
 from tokenrl.objectives.gates.adaptive import Dhpo, DhpoBranch, Hapo
-from tokenrl.objectives.gates.bounded import LogBand, PpoClip, PpoNtp
+from tokenrl.objectives.gates.bounded import LogBand, PpoClip, PpoNtp, PrimeRl, SppoToken
 from tokenrl.objectives.gates.kl import KlK3, KlK3Unbiased
-from tokenrl.objectives.gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Topr
+from tokenrl.objectives.gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Rec, Reinforce, Topr
 from tokenrl.objectives.metrics import RAW
 from tokenrl.objectives.statistics import FLOWS
 from tokenrl.ops import backends
@@ -65,7 +65,11 @@ def gates_under_test() -> dict[str, tokenrl.Gate]:
         "dhpo_branch": DhpoBranch(0.3, 0.2, 0.28, 0.1, 0.15),
         "hapo": Hapo(0.2, 0.28, dual=1.5, score=0.4, alpha=0.7, beta=0.9),
         "log_band": LogBand(0.1, 0.15, eps_dual=0.3, power=0.5),
+        "sppo_token": SppoToken(0.6),
+        "prime_rl": PrimeRl(0.02, 0.03, 0.05, kl_tau=0.3),
         "cispo": Cispo(0.8, 1.2),
+        "reinforce": Reinforce(tau=0.5),
+        "rec": Rec(0.1, 0.15, 0.25, 0.3, keep="ring", weight="clipped-ratio"),
         "topr": Topr(ceiling=0.9),
         "dppo": Dppo(0.03, 0.02, ceiling=1.1, divergence=0.025),
         "dppo_tv": DppoTv(0.03, 0.02, ceiling=1.1),

@@ -17,7 +17,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 import tokenrl
-from tokenrl.instruments import parity
+from tokenrl.instruments.parity import tolerance
 from tokenrl.logprobs.from_logits import OUTPUTS
 from tokenrl.objectives.aggregations import AGGREGATIONS
 
@@ -37,7 +37,7 @@ TRANSFORM = {
 @contextlib.contextmanager
 def patience(scale):
     """scale: of the summands of a gradient; those of a number are about 1."""
-    errors = parity.errors
+    errors = tolerance.errors
 
     def patient(kernel, truth, base):
         summands = scale if truth.numel() > 9 else max(scale, 1.0)
@@ -45,11 +45,11 @@ def patience(scale):
         return [(norm, error, allowed + more * (1.0 if norm == "max" else truth.numel() ** 0.5))
                 for norm, error, allowed in errors(kernel, truth, base)]  # fmt: skip
 
-    parity.errors = patient
+    tolerance.errors = patient
     try:
         yield
     finally:
-        parity.errors = errors
+        tolerance.errors = errors
 
 
 def row_of(objective):

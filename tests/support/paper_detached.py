@@ -45,6 +45,18 @@ def topr_of_tokens(d, p, a):
     )
 
 
+def minpro(d, p, a):
+    losses, slopes, lowest = [], [], None
+    for x, adv, logp in zip(d, a, p, strict=True):
+        x = clip(x, -20, 20)
+        m = 1.0 if lowest is None else math.exp(lowest)
+        w = clip(m * math.exp(x), 1 - 0.8, 1 + 4.0)
+        losses.append(-w * adv * logp)
+        slopes.append(-w * adv)
+        lowest = x if lowest is None else min(lowest, x)
+    return diagonal(losses, slopes)
+
+
 def vespo(d, p, a):
     log_w = clip(sum(clip(x, -20, 20) for x in d), -20, 20)
     phi = {}
@@ -81,6 +93,7 @@ DETACHED = {
     "topr": topr,
     "topr_roll": topr_of_tokens,
     "topr_trinity": topr_of_tokens,
+    "minpro": minpro,
     "vespo": vespo,
     "dppo_topk": dppo(lambda new, old, x: 0.0, 0.15),  # with divergences: test_dppo_with_a_given_divergence
     "dppo_tv": dppo(total_variation, 0.15),

@@ -19,6 +19,7 @@ A group of one has no baseline. singleton="raw": mean 0, std 1, so the reward it
 from ..batch.groups import GroupStatistics, group_statistics
 from ..methods.hapo import hapo
 from ..methods.hapo import reward_statistics as hapo_statistics
+from .baselines import asymre, maxrl, opmd, rae, soft_value
 from .per_sequence import gdpo, gpg, grpo, opo, pama, pass_at_k, remax, rloo
 from .per_token import discounted_returns, gae, otb, reinforce_plus_plus, reinforce_plus_plus_baseline, whiten
 from .prefix_tree import prefix_values, tempo
@@ -28,6 +29,7 @@ __all__ = [
     "GroupStatistics",
     "SpoCuts",
     "SpoEdges",
+    "asymre",
     "discounted_returns",
     "gae",
     "gdpo",
@@ -36,15 +38,19 @@ __all__ = [
     "grpo",
     "hapo",
     "hapo_statistics",
+    "maxrl",
+    "opmd",
     "opo",
     "otb",
     "pama",
     "pass_at_k",
     "prefix_values",
+    "rae",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "remax",
     "rloo",
+    "soft_value",
     "spo_chain",
     "spo_cutpoints",
     "spo_mask",

@@ -28,9 +28,9 @@ def grpo(
 ) -> Tensor:
     """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S].
 
-    scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL). unbiased, eps: verl's
-    n - 1 and 1e-6; TRL has eps 1e-4. mean, std: [S], what to use instead of the statistics of the rows of this call;
-    with both (or mean and scale "none") group_ids are not needed.
+    scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL; LitePPO of ROLL).
+    unbiased, eps: verl's n - 1 and 1e-6; TRL has eps 1e-4. mean, std: [S], what to use instead of the statistics of the
+    rows of this call; with both (or mean and scale "none") group_ids are not needed.
 
     Source: verl core_algos, TRL; Dr.GRPO, arXiv 2503.20783 (trainers).
     """

@@ -54,7 +54,7 @@ LEAST_WEIGHT = 1e-8  # of an importance weight inside a ratio
 PPO = ("ppo", "grpo", "dr_grpo", "dapo", "bnpo")  # rows that take a host's bounds of PPO
 
 NEEDS = {  # what hosts do not hand to a policy loss
-    "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids",
+    "ba": "group ids", "real": "group ids", "fiberpo_domain": "group ids", "sspo": "segment ids", "lpo": "segment ids",
     "hapo": "entropy scores", "rmt": "a next-token weight", "dppo_topk": "top-K divergences",
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from .probes import adds_up_over_sequences
 require("prime_rl")
 
 OWN = {"default": "DefaultLossConfig", "ipo": "IPOLossConfig"}  # prime-rl's losses
-RATIO, SQUARE = row_of("ratio", clamp=math.inf), row_of("kl_k2", clamp=math.inf)
+SQUARE = row_of("kl_k2", clamp=math.inf)
 
 
 def loss(inputs: Any, objective: str | Objective = "default", **parameters: Any) -> Any:
@@ -41,7 +41,8 @@ def loss(inputs: Any, objective: str | Objective = "default", **parameters: Any)
     if objective in OWN:
         found = of_prime_rl(inputs, objective, configured(objective, tuple(parameters.items())))
     else:
-        kl_tau = parameters.pop("kl_tau", 0.0)
+        own = "kl_tau" in row_of(objective).gate.names  # a row with that term in it
+        kl_tau = 0.0 if own else parameters.pop("kl_tau", 0.0)
         found = of_row(inputs, configured(objective, tuple(parameters.items())), kl_tau)
     return import_module("prime_rl.trainer.rl.loss").LossOutputs(*found)
 
@@ -80,16 +81,19 @@ def of_row(inputs: Any, row: Objective, kl_tau: float) -> tuple[Tensor, dict[str
 
 
 def of_prime_rl(inputs: Any, name: Any, settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A r without the tokens whose probability moved too far, and kl_tau x^2 of all; x of the log ratio r = e^x."""
+    """The rows prime_rl and prime_rl_ipo, and what prime-rl reports of them."""
     logp, old, mask = inputs.trainer_logprobs.detach(), inputs.inference_logprobs, inputs.loss_mask
     moved, positive, negative = logp.exp() - old.exp(), inputs.advantages > 0, inputs.advantages < 0
     if name == "ipo":
-        dropped = moved.abs() > settings.ipo_threshold
+        row, bound = "prime_rl_ipo", settings.ipo_threshold
+        bounds = {"eps_low": bound, "eps_high": bound, "eps_back": bound}
+        dropped = moved.abs() > bound
     else:
+        row, bounds = "prime_rl", {"eps_low": settings.dppo_mask_low, "eps_high": settings.dppo_mask_high}
         high, low = moved > settings.dppo_mask_high, moved < -settings.dppo_mask_low
         dropped = torch.where(positive, high, low)
-    weight = ~dropped if inputs.loss_weights is None else inputs.loss_weights * ~dropped
-    found, _ = summed(RATIO, inputs, weight.to(old.dtype), settings.adv_tau * inputs.advantages, settings.kl_tau)
+    objective = row_of(row, kl_tau=settings.kl_tau, **bounds)
+    found, _ = summed(objective, inputs, inputs.loss_weights, settings.adv_tau * inputs.advantages, 0.0)
     mismatch, out = torch.expm1(logp - old) - (logp - old), mask & dropped
     metrics = {"masked_mismatch_kl": (mismatch, out), "unmasked_mismatch_kl": (mismatch, mask & ~dropped)}
     metrics["is_masked"] = (dropped, mask)

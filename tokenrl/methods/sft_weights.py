@@ -1,4 +1,5 @@
-"""Which tokens of a given text a model learns from, by what it thinks of them already: DFT, CHORD; CAFT's later tokens.
+"""Which tokens of a given text a model learns from, by what it thinks of them already: DFT, CHORD; CAFT's later tokens;
+cross entropy of some tokens beside a policy loss of others, in one pass: ECHO, VAPO.
 
     weight = dft_weights(logp.detach(), mask=mask)                         # or chord_weights
     loss, _ = tokenrl.sft_loss(logp, mask=mask, token_weight=weight)
@@ -6,16 +7,22 @@
     mu = chord_share(step, warm_up=200, decay=400, peak=0.5, valley=0.02)  # CHORD beside a policy loss
     loss = (1 - mu) * policy + mu * loss
 
+    ntp = nll_weights(tool & mask, coef=0.1)                               # ECHO: advantages of 0 on the tool's tokens
+    row = tokenrl.objective("rmt", ntp=ntp, ntp_reduction="sum")
+    loss, _ = tokenrl.policy_loss(row, logp, old_logp, advantages, mask=mask, normalizer=(mask & ~tool).sum())
+
 Log-probs are fp32 or fp64, padded [B, T] with a bool mask, or packed [N] with cu_seqlens [S + 1]; weights have their
 shape and dtype, are without gradient and 0 in masked cells, which may hold anything.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
-from ..batch.checks import check_name, check_number
+from ..batch.checks import as_scalar, check_name, check_number, check_tensor
 from ..batch.valid_tokens import valid_of
+from ..errors import wrong
 
 SCHEDULES = {  # of the share x of training that is done
     "constant": lambda x: 1.0,
@@ -48,6 +55,27 @@ def chord_weights(logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tenso
     valid = valid_of(logp, mask, cu_seqlens, "logp")
     p = valid.take("logp", logp).exp()
     return valid.put(p * (1 - p), logp.dtype)
+
+
+def nll_weights(tokens: Tensor, *, coef: float, count: float | Tensor | None = None) -> Tensor:
+    """fp64 of tokens' shape: coef / count on the tokens whose mean of -logp is a term with coef, for `ntp` of objective
+    "rmt" with ntp_reduction="sum".
+
+    tokens: bool, valid ones. ECHO's are those of tools, which must be in the mask of the loss too and out of its
+    normalizer; VAPO's those of correct answers, which are the policy's as well. count: of such tokens in all parts of a
+    batch, or ranks, a number or a 0-d tensor; None: of these. Nothing is weighed where there are none.
+
+    Source: ECHO with coef 0.1, prime-rl (trainers); VAPO, arXiv 2504.05118, eq. 10 (paper).
+    """
+    check_number("coef", coef)
+    check_tensor("tokens", tokens)
+    if tokens.dtype != torch.bool:
+        raise wrong("tokens", f"dtype {tokens.dtype}", "torch.bool")
+    weights = tokens.double()
+    if count is not None and not isinstance(count, Tensor):
+        check_number("count", count, 0)
+    number = weights.sum() if count is None else as_scalar("count", count, weights)
+    return torch.where(tokens, coef / number, 0)
 
 
 def chord_share(step: float, *, warm_up: float, decay: float, peak: float, valley: float) -> float:

@@ -17,9 +17,9 @@ from .forms.weights import ClipCov, FutureKl, KlCov, PrefixBudget
 from .gates import GATES
 from .gates.adaptive import Dhpo, DhpoBranch, Hapo
 from .gates.base import INF, Gate, check_params
-from .gates.bounded import LogBand, PpoClip, PpoNtp, Ratio, Sapo
+from .gates.bounded import Cfpo, LogBand, PpoClip, PpoNtp, PrimeRl, Ratio, Sapo, SppoToken
 from .gates.kl import KlAbs, KlAbsUnbiased, KlGate, KlK1, KlK1Unbiased, KlK2, KlK3, KlK3Unbiased
-from .gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Reinforce, Topr, Vespo
+from .gates.weighted import Cispo, Dppo, DppoKl, DppoTv, Quadratic, Rec, Reinforce, Topr, Vespo
 from .statistics import check_statistic
 
 CERTAINTY = {  # where a row was read; docstrings say it in these words, after "Source:"
@@ -100,6 +100,8 @@ _ROWS = (
     Objective("sspo", "span_mean", PpoClip(6e-3, 8e-3), "seq-mean-token-mean",
               "arXiv 2511.04256; the formula and the bounds are our reading", flow="local",
               clamp=INF, cap=10.0, certainty="R"),
+    Objective("lpo", "span_mean", PpoClip(0.03, 0.03), "token-mean",
+              "Ling 2.0, arXiv 2510.22115, sec. 4.2; its sentences are segment_ids", clamp=INF, certainty="P"),
     Objective("dhpo", "span_mean", Dhpo(), "seq-mean-token-mean",
               "arXiv 2601.05607; joint minimum and bounds are our reading", flow="local", certainty="NR"),
     Objective("dhpo_branch", "span_mean", DhpoBranch(), "seq-mean-token-mean",
@@ -120,10 +122,20 @@ _ROWS = (
               "arXiv 2602.05261 (TRL)", clamp=INF, certainty="T"),
     Objective("cispo", "token", Cispo(), "token-mean", "arXiv 2506.13585", certainty="T"),
     Objective("sapo", "token", Sapo(), "seq-mean-token-mean", "arXiv 2511.20347", certainty="TV"),
+    Objective("cfpo", "token", Cfpo(), "token-mean", "arXiv 2601.22801, eq. 7, SPO's of arXiv 2401.16025",
+              certainty="NT"),
+    Objective("sppo_token", "token", SppoToken(), "token-mean", "arXiv 2108.05828 (Trinity-RFT)", certainty="T"),
+    Objective("prime_rl", "token", PrimeRl(), "token-mean", "prime-rl, its default loss", clamp=INF, certainty="T"),
+    Objective("prime_rl_ipo", "token", PrimeRl(0.1, 0.1, 0.1), "token-mean", "prime-rl, ipo", clamp=INF,
+              certainty="T"),
     Objective("ratio", "token", Ratio(), "token-mean", "the importance-weighted policy gradient, unclipped",
               certainty="T"),
     Objective("reinforce", "token", Reinforce(), "token-mean", "Williams 1992; verl", certainty="T"),
     Objective("gpg", "token", Reinforce(), "token-mean", "arXiv 2504.02546 (verl)", certainty="T"),
+    Objective("opmd", "token", Reinforce(1.0), "token-mean", "OPMD (Trinity-RFT)", certainty="T"),
+    Objective("rec", "token", Rec(), "token-mean", "arXiv 2509.24203, REC-OneSide (Trinity-RFT)", certainty="T"),
+    Objective("rec_ring", "token", Rec(keep="ring"), "token-mean", "arXiv 2509.24203, REC-Ring (Trinity-RFT)",
+              certainty="T"),
     Objective("dro", "token", Quadratic(0.05), "token-mean",
               "arXiv 2405.19107 (verl); beta as in verl's tests and Tinker's documentation", clamp=INF, certainty="T"),
     Objective("kimi15", "token", Quadratic(0.1), "token-mean", "arXiv 2501.12599 (ROLL)", clamp=INF, certainty="T"),

@@ -162,7 +162,7 @@ void check_differences(const Batch& given, StatisticFlow pair, const std::vector
   const std::string name = Gate::name;
   // Stopped gradients have no difference.
   const auto stopped = [&](const char* part) { return name.find(part) != std::string::npos; };
-  if (!pair.through || stopped("cispo") || stopped("topr") || stopped("vespo") || stopped("dppo") ||
+  if (!pair.through || stopped("cispo") || stopped("topr") || stopped("vespo") || stopped("dppo") || stopped("rec") ||
       stopped("unbiased"))
     return;
   Batch batch(name);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate
+from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate, used
 
 
 @parametrised
@@ -120,6 +120,78 @@ class Sapo(Gate):
         tau = torch.where(advantages > 0, tau_pos, tau_neg)
         # Beyond e^80 the sigmoid is flat: no 0 inf.
         return -4 / tau * torch.sigmoid(tau * (s.clamp(max=80).exp() - 1)) * advantages
+
+
+@parametrised
+class Cfpo(Gate):
+    """l = -A r + |A| / (2 eps) (r - 1)^2: no clip; the parabola turns where PPO's clip begins, at r = 1 + eps sign(A),
+    and no token is ever without a gradient.
+
+    Source: Simple Policy Optimization, arXiv 2401.16025; for language models CFPO, arXiv 2601.22801 eq. 7, as two
+    re-implementations quote it (notes, trainers).
+    """
+
+    name = "cfpo"
+    eps: Bound = 0.2
+
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+        # Around the vertex: of an infinite ratio -A r and the square would be opposite infinities.
+        from_vertex = s.exp() - 1 - self.eps * advantages.sign()
+        return product(advantages.abs() / (2 * self.eps), from_vertex.square()) - self._at_vertex(advantages)
+
+    def _at_vertex(self, advantages: Tensor) -> Tensor:
+        return advantages + advantages.abs() * self.eps / 2
+
+
+@parametrised
+class SppoToken(Gate):
+    """l = -A s where r = e^s lies in [1 / (1 + eps), 1 + eps], else 0. clip_low, clip_high: of either sign of A.
+
+    Source: arXiv 2108.05828, Trinity-RFT sppo (trainers).
+    """
+
+    name = "sppo_token"
+    eps: Bound = 0.3
+
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+        low, high, _ = self.clipped(s, x, logp, advantages, t)
+        return product(-advantages, torch.where(low | high, 0, s))
+
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
+        ratio = s.exp()
+        return ratio < 1 / (1 + self.eps), ratio > 1 + self.eps, torch.zeros_like(s, dtype=torch.bool)
+
+
+@parametrised
+class PrimeRl(Gate):
+    """l = -A r of the tokens that are kept, else 0; + kl_tau s^2 of all.   r = exp(s)
+
+    Dropped by how far the token's probability has moved, p - mu, p = e^logp and mu = e^(logp - s): A > 0 above eps_high
+    and below -eps_back, A <= 0 below -eps_low and above eps_back. eps_back: the bound of a move that the advantage does
+    not ask for; inf turns it off. The gradient is through r; the choice of tokens has none. prime-rl's adv_tau is a
+    factor of the advantages.
+
+    Source: prime-rl, its default loss and "ipo" (trainers).
+    """
+
+    name = "prime_rl"
+    vanishes = False
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
+    eps_back: Bound = INF
+    kl_tau: Bound = 1e-3
+
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+        low, high, _ = self.clipped(s.detach(), x, logp.detach(), advantages, t)
+        silent = low | high | (advantages == 0)  # there the ratio has no part, were it infinite
+        kept = torch.where(silent, 0, -advantages) * torch.where(silent, 0, s).exp()
+        return kept + self.kl_tau * used(self.kl_tau, s).square()
+
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
+        low, high, back, _ = (as_tensor_like(bound, s) for bound in self.params())
+        moved, positive = logp.exp().clamp(max=1) - (logp - s).exp().clamp(max=1), advantages > 0
+        below, above = moved < -torch.where(positive, back, low), moved > torch.where(positive, high, back)
+        return below, above, torch.zeros_like(below)
 
 
 @parametrised

@@ -51,16 +51,68 @@ class Cispo(Gate):
 
 @parametrised
 class Reinforce(Gate):
-    """l = -A logp: no ratio. REINFORCE; GPG is the same loss with its own advantages.
+    """l = -A logp / (1 + tau): no ratio. REINFORCE; GPG is the same loss with its own advantages. tau: of OPMD,
+    0 for the others.
 
-    Source: GPG, arXiv 2504.02546 (trainers).
+    Source: GPG, arXiv 2504.02546; OPMD, Trinity-RFT (trainers).
     """
 
     name = "reinforce"
     slopes = ("logp",)
+    tau: Bound = 0.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
-        return weighted(1, advantages, logp)
+        return weighted(1 / (1 + self.tau), advantages, logp)
+
+
+@parametrised
+class Rec(Gate):
+    """l = -sg[w] A logp of the tokens that are kept, else 0: clipping as a choice of tokens.   r = exp(s)
+
+    keep: "none", all; "one-side", PPO's, r <= 1 + eps_high where A > 0 and r >= 1 - eps_low where A < 0; "two-side",
+    both bounds for either sign; "ring", both, and what lies beyond r <= 1 - eps_low_prime where A > 0, r >= 1 +
+    eps_high_prime where A < 0. weight: "none", 1; "ratio", r; "clipped-ratio", r in [1 - eps_low_prime, 1 +
+    eps_high_prime]. clip_low, clip_high: dropped below and above, none of A = 0.
+
+    With statistic="span_mean" both look at the geometric mean of a sequence's ratios (Trinity's gspo-one-side). Its
+    regularisers are terms with ref_logp=old_logp: "k2" kl="kl_k2" with kl_coef = 2 coef, "forward-kl" kl="kl_k1" with
+    kl_coef = -coef; its weight "advantage" is a factor e^(A / temp) of the advantages.
+
+    Source: REC, arXiv 2509.24203, Trinity-RFT (trainers).
+    """
+
+    name = "rec"
+    slopes = ("logp",)
+    eps_low: Bound = 0.2
+    eps_high: Bound = 0.2
+    eps_low_prime: Bound = 0.6
+    eps_high_prime: Bound = 2.0
+    keep: str = "one-side"
+    weight: str = "none"
+
+    def __post_init__(self) -> None:
+        check_name("keep", self.keep, ("none", "one-side", "two-side", "ring"))
+        check_name("weight", self.weight, ("none", "ratio", "clipped-ratio"))
+
+    def params(self) -> tuple[Bound, ...]:
+        """weight_low, weight_high; low, high: what is kept of either sign; ring_low, ring_high: from where on so is
+        what lies on the side to which the advantage does not push."""
+        inside, prime = (1 - self.eps_low, 1 + self.eps_high), (1 - self.eps_low_prime, 1 + self.eps_high_prime)
+        weight = {"none": (1.0, 1.0), "ratio": (0.0, INF), "clipped-ratio": prime}[self.weight]
+        everything = (-INF, INF)
+        ring = {"none": everything, "one-side": inside, "two-side": everything, "ring": prime}[self.keep]
+        return *weight, *(everything if self.keep == "none" else inside), *ring
+
+    def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
+        low, high, _ = self.clipped(s, x, logp, advantages, t)
+        return weighted(torch.where(low | high, 0, clamp(s.exp(), *self.params()[:2])), advantages, logp)
+
+    def clipped(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Bounds:
+        low, high, ring_low, ring_high = (as_tensor_like(bound, s) for bound in self.params()[2:])
+        ratio, positive, negative = s.exp(), advantages > 0, advantages < 0
+        below = (ratio < low) & (negative | (positive & (ratio > ring_low)))
+        above = (ratio > high) & (positive | (negative & (ratio < ring_high)))
+        return below, above, torch.zeros_like(below)
 
 
 @parametrised
