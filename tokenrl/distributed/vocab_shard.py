@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..batch.checks import check_number, check_tensor
 from ..errors import described, wrong
 from ..logprobs.from_logits import TokenStats
-from . import vocabulary_parallel, wire
+from . import linear_vocabulary_parallel, vocabulary_parallel, wire
 
 MEGATRON_MULTIPLE = 128  # of the vocabulary, times the group's size
 
@@ -106,6 +106,9 @@ class VocabShard:
 
     def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats:
         return vocabulary_parallel.token_logprobs(self, logits, ids, **how)
+
+    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats:
+        return linear_vocabulary_parallel.linear_token_logprobs(self, hidden, weight, ids, **how)
 
     def __repr__(self) -> str:
         return f"VocabShard(sizes={self.sizes}, rank={self.rank})"
