@@ -132,12 +132,14 @@ def linear_token_logprobs(
     chosen = backends.choose(backend, hidden.device)
     check_main_grad_backend(main_grad, chosen)
     values: dict[str, Tensor] = {}
-    for transform, names in from_logits.by_mask(outputs, head.transform, keep_mask_for):
+    parts = list(from_logits.by_mask(outputs, head.transform, keep_mask_for))
+    for transform, names in parts:
         inputs = replace(head, transform=transform).inputs(ids, row_mask, ignore_index)
         asked = [name for name in names if name not in kernel_ops.ALWAYS]
-        results = dict(
-            zip(kernel_ops.RESULTS, dispatch.linear_token_logprobs(chosen, inputs, asked, main_grad), strict=True)
-        )
+        # Two heads' logits would take the budget twice.
+        keep = dispatch.to_keep(chosen, inputs) if len(parts) == 1 else "nothing"
+        found = dispatch.linear_token_logprobs(chosen, inputs, asked, main_grad, keep)
+        results = dict(zip(kernel_ops.RESULTS, found, strict=True))
         values |= {name: results[name] for name in names}
     rows = hidden.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
