@@ -117,8 +117,8 @@ def linear_token_logprobs(
     its gradient, it keeps them too, until the graph is gone: 6 N D V flops in all. Else, where keep_mask_for splits the
     outputs and under no_grad it keeps none, and the backward computes them again, a tile at a time: 8 N D V. No
     log-prob has other bits for it; gradients differ by the rounding of the GEMMs. Several calls before a backward keep
-    the logits of each: a memory_budget below them keeps none. Gradients are summed in fp32 (fp64 for fp64) and rounded to
-    the dtype of their tensor at the end.
+    the logits of each: a memory_budget below them keeps none. Gradients are summed in fp32 (fp64 for fp64) and
+    rounded to the dtype of their tensor at the end.
     main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none;
     where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
     memory_budget: bytes that a forward or a backward may hold beyond inputs and results, kept logits among them; None:
