@@ -176,7 +176,8 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
             return None, None, None
         hidden, weight, bias, ids, temperatures, keep_mask, *saved, kept = ctx.saved_tensors
         if ctx.keep == "directions" and all(g is None for g in (grad_entropy, grad_lse, grad_squares)):
-            return multiples(kept, grad_logp.squeeze(1)).to(hidden.dtype), None, None
+            with ranges.around_backward(namespace, "directions", kept):
+                return multiples(kept, grad_logp.squeeze(1)).to(hidden.dtype), None, None
         head = HeadInputs(
             hidden, weight, bias, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask,
             ctx.compute_dtype, ctx.memory_budget,
