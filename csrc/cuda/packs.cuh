@@ -157,18 +157,18 @@ __device__ __forceinline__ void store_pack(Logit* at, const Pack<Logit>& pack) {
 #endif
 }
 
-// visit(packs, the first's first index) for what this thread sees of `count` packs from logits[begin] on: kInFlight at
+// visit(packs, the first's first index) for what this thread sees of `count` packs from logits[begin] on: several at
 // once, each kThreads packs behind the one before; then one at a time.
-template <class How, class Logit, class Visit>
+template <class How, int kAtOnce = kInFlight, class Logit, class Visit>
 __device__ __forceinline__ void for_whole_packs(const Logit* logits, int64_t begin, int64_t count, Visit visit) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t end = begin + count * kPack;
   int64_t v = begin + threadIdx.x * kPack;
   // The last pack of all is not among many at once, shifted or not.
-  for (; v + (kInFlight - 1) * kThreads * kPack < end - kPack; v += kInFlight * kThreads * kPack) {
-    Pack<Logit> packs[kInFlight];
+  for (; kAtOnce > 1 && v + (kAtOnce - 1) * kThreads * kPack < end - kPack; v += kAtOnce * kThreads * kPack) {
+    Pack<Logit> packs[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) packs[k] = How::load(logits + v + k * kThreads * kPack);
+    for (int k = 0; k < kAtOnce; ++k) packs[k] = How::load(logits + v + k * kThreads * kPack);
     visit(packs, v);
   }
 #pragma unroll 1
@@ -189,10 +189,10 @@ __device__ __forceinline__ void for_tail(int64_t begin, int64_t end, Single sing
 
 // Both of logits [begin, end). Who sees what depends on no address: the sums of a row have the same bits in whatever
 // place it lies. In one loop, or in one for rows that are aligned and one for the others.
-template <class Logit, class Visit, class Single>
+template <int kAtOnce = kInFlight, class Logit, class Visit, class Single>
 __device__ __forceinline__ void for_packs_in_one_loop(const Logit* logits, int64_t begin, int64_t end, Visit visit,
                                                       Single single) {
-  for_whole_packs<Anywhere>(logits, begin, (end - begin) / Pack<Logit>::size, visit);
+  for_whole_packs<Anywhere, kAtOnce>(logits, begin, (end - begin) / Pack<Logit>::size, visit);
   for_tail<Logit>(begin, end, single);
 }
 template <class Logit, class Visit, class Single>
@@ -214,17 +214,6 @@ __device__ __forceinline__ void for_each_of(const Pack<Logit> (&packs)[kPacks], 
 #pragma unroll
   for (int k = 0; k < kPacks * Pack<Logit>::size; ++k)
     visit(widen(packs[k / Pack<Logit>::size].of[k % Pack<Logit>::size]), index_in<Logit>(first, k));
-}
-
-// single(v) for the very logits that for_packs shows this thread, in that order.
-template <class Logit, class Single>
-__device__ __forceinline__ void for_singles(int64_t begin, int64_t end, Single single) {
-  constexpr int kPack = Pack<Logit>::size;
-#pragma unroll 1
-  for (int64_t first = begin + threadIdx.x * kPack; first + kPack <= end; first += kThreads * kPack)
-#pragma unroll 1
-    for (int64_t v = first; v < first + kPack; ++v) single(v);
-  for_tail<Logit>(begin, end, single);
 }
 
 }  // namespace tokenrl::cuda

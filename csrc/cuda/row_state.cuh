@@ -61,8 +61,8 @@ __device__ __forceinline__ void take(Softmax<T>& state, T y, T factor) {
 }
 
 // The same of many y at once, in powers of two: the sums of 2^t and of 2^t t at t = scale y - anchor. The anchor is
-// scale max, rounded; what rounding took of it is given back at the end. Where it is_near() 0; of a row whose logits
-// are not, or none is finite, the sums mean nothing.
+// scale max, rounded; what rounding took of it is given back at the end, where the sums are known: of logits that are
+// near 0, and of nothing but -inf.
 template <class T>
 struct PowersOfTwo {
   T scale, max = -infinity<T>(), anchor = -kFar<T>, sum = 0, weighted = 0;
@@ -81,9 +81,10 @@ struct PowersOfTwo {
       weighted += e * ::fmax(t, kNoPower<T>);  // finite, so that 0 * -inf is 0
     }
   }
-  __device__ __forceinline__ bool is_near() const { return tokenrl::cuda::is_near(scale, anchor); }
+  __device__ __forceinline__ bool is_known() const { return is_near(scale, anchor) || max == -infinity<T>(); }
   // The largest logit itself is 1 of the sum and 0 of the other, exactly: of a sure row the entropy is 0, not below.
   __device__ __forceinline__ Softmax<T> softmax() const {
+    if (max == -infinity<T>()) return {max, sum, weighted, T(0)};
     const T rest = ::fma(scale, max, -anchor), peak = power_of_two(rest);
     return {max, 1 + (sum - peak) / peak, smaller((weighted - sum * rest) / (peak * scale), T(0)), T(0)};
   }
@@ -129,9 +130,12 @@ __device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs
         const T y[1] = {row.raw(v)};
         powers.take(y, ::fmax(powers.max, y[0]));
       });
-  if (powers.is_near()) return SoftmaxOnly<T>::part_of(powers.softmax());
+  if (powers.is_known()) return SoftmaxOnly<T>::part_of(powers.softmax());
   Softmax<T> one_by_one = no_logits<T>();
-  for_singles<Logit>(begin, end, [&](int64_t v) { take(one_by_one, row.raw(v), factor); });
+  const auto one = [&](T y, int64_t) { take(one_by_one, y, factor); };
+  for_packs_in_one_loop<1>(
+      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of(packs, first, one); },
+      [&](int64_t v) { one(row.raw(v), v); });
   return SoftmaxOnly<T>::part_of(one_by_one);
 }
 
