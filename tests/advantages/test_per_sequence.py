@@ -206,3 +206,22 @@ def test_groups_without_a_signal_are_finite_and_zero():
     assert adv.pass_at_k(x, ids)[7] == 0.0
     flat = adv.gdpo(torch.full((4, 2), 0.1), torch.tensor([0, 0, 1, 1]))
     assert torch.equal(flat, torch.zeros(4))
+
+
+def test_pama():
+    """Among all convex weights none makes a smaller combination."""
+    values = torch.randn(5, 7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, shares = adv.pama(values), torch.linspace(0, 1, 2001, dtype=torch.float64)
+    every = shares * values[..., :1] + (1 - shares) * values[..., 1:]
+    nearest = every.gather(-1, every.abs().argmin(-1, keepdim=True))[..., 0]
+    torch.testing.assert_close(found, nearest, rtol=0, atol=2e-3)
+    assert (found[values.amin(-1) * values.amax(-1) < 0] == 0).all() and found.any()
+    noon = adv.pama(values, form="noon")
+    torch.testing.assert_close(noon, values.clamp(min=0).amin(-1))
+    assert torch.equal(noon, found.clamp(min=0)) and torch.equal(adv.pama(values[..., :1]), values[..., 0])
+    for call, message in (
+        (lambda: adv.pama(values, form="moon"), "^form: got 'moon', accepted: signed, noon"),
+        (lambda: adv.pama(values[..., :0]), r"^advantages: got shape \[5, 7, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_data import INDEX, arrays, near
 
+import tokenrl
 from tokenrl import advantages as adv
 from tokenrl import rewards as rew
 
@@ -76,6 +77,20 @@ def test_rto_at_the_reference_is_the_reward_alone():
     x = -torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     r = rew.rto(x, x, x, torch.tensor([1.0, -40.0]), torch.tensor([[True, True, False, False], [True] * 4]))
     assert r.tolist() == [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, -10.0]]
+
+
+def test_token_rewards_sum_to_the_reward_of_dpo():
+    """And are those of an RTO without clamps, KL and outcome; packed is padded."""
+    g = torch.Generator().manual_seed(0)
+    logp, ref = (-torch.rand(4, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(4, 6, generator=g) > 0.3
+    found = rew.token_rewards(torch.where(mask, logp, torch.nan), ref, mask, beta=0.3)
+    metrics = tokenrl.preference_loss(tokenrl.preference("dpo", beta=0.3), logp, ref, mask=mask)[1]
+    near(found.sum(1), torch.cat([metrics.chosen_rewards, metrics.rejected_rewards]), "rewards")
+    same = rew.rto(logp, ref, ref, torch.zeros(4), mask, scale=0.3, clip=None, kl_coef=0.0)
+    near(found, same, "rto")
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+    near(rew.token_rewards(logp[mask], ref[mask], beta=0.3, cu_seqlens=boundaries), found[mask], "packed")
 
 
 def test_overlong_penalty():

@@ -26,7 +26,7 @@ def test_the_tables_of_objectives_are_the_tables(name):
 def test_every_function_of_preference_weights_is_named():
     functions = inspect.getmembers(tokenrl.preference_weights, inspect.isfunction)
     own = [name for name, f in functions if f.__module__ == tokenrl.preference_weights.__name__ and name[0] != "_"]
-    assert len(own) == 8 and all(f"`{name}`" in README for name in own), own
+    assert len(own) == 10 and all(f"`{name}`" in README for name in own), own
 
 
 @pytest.mark.parametrize("module", ["token_selection", "thoughts", "modes"])

@@ -84,7 +84,7 @@ def both(x, name):
 
 @cases("sparsepo", "mapo_a", "mapo_b", "zn_a")
 def test_sparsepo(case):
-    """Gradients to the masks too; the l1 norm of the masks is the caller's to add."""
+    """Gradients to the masks too, of their l1 norms as well."""
     x, config = read("sparsepo", case)
     logits, ref_logits = both(x, "{}_logits").requires_grad_(), both(x, "ref_{}_logits")
     ids, mask = both(x, "{}_labels"), both(x, "{}_loss_mask")
@@ -100,7 +100,7 @@ def test_sparsepo(case):
     )  # fmt: skip
     for factor, weight in ((config["l1_u"], kept), (config["l1_d"], kl_kept)):
         if weight is not None:
-            loss = loss + factor * torch.where(mask, weight, 0).abs().sum() / (len(mask) / 2)
+            loss = loss + factor * preference_weights.sparsepo_l1(spoiled(weight, mask), mask=mask)
     near(loss, x["loss"], "loss")
     leaves = {"logits": logits, "rw_mask": kept}
     if kl_kept is not None and kl_kept is not kept:

@@ -166,6 +166,10 @@ def test_only_the_first_loss_is_recorded_and_none_is_an_error(tmp_path):
         pass
     with pytest.raises(ValueError, match="^limit: got '2 apples', accepted: a number of bytes, or as '512 MB'"):
         tokenrl.record(tmp_path / "none", limit="2 apples").__enter__()
+    logp = -torch.rand(2, 3)
+    message = "^record: saw preference_loss alone, accepted: a call of policy_loss or linear_policy_loss inside"
+    with pytest.raises(RuntimeError, match=message), tokenrl.record(tmp_path / "pairs"):
+        tokenrl.preference_loss("dpo", logp, logp)
 
 
 def test_what_is_recorded_is_what_was_there_at_the_call(tmp_path):

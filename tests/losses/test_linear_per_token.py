@@ -7,11 +7,13 @@ from cases import backends_to_test, device_of
 import tokenrl
 from tokenrl.ops.linear import policy_loss
 
-# One pass in one chunk; in several; cut at sequences; two passes; a form, by way of all log-probs.
+# One pass in one chunk; in several; cut at sequences; anywhere, of a frozen head; two passes; a form, by way of all
+# log-probs.
 WAYS = {
     "one chunk": ("grpo", None),
     "chunks": ("grpo", 3),
     "spans": ("gspo", 7),
+    "frozen": ("gspo", 3),
     "twice": ("gspo", 3),
     "form": ("gmpo", 3),
 }
@@ -29,13 +31,13 @@ def test_log_probs_and_entropies_are_given(way, packed, backend, monkeypatch):
     mask = (torch.arange(5) < torch.tensor([[5], [3], [4]])).to(device)
     advantages = torch.tensor([1.0, 0.0, -1.0], device=device)
     # Sequences without advantage enter no GEMM, unless another term or a form wants them.
-    made = mask & (advantages != 0)[:, None] if objective == "grpo" or way in ("spans", "twice") else mask
+    made = mask & (advantages != 0)[:, None] if objective == "grpo" or way in ("spans", "frozen", "twice") else mask
     where = {"mask": mask}
     if packed:
         flat = mask.flatten()
         hidden, ids, old, made = (x.reshape(15, *x.shape[2:])[flat] for x in (hidden, ids, old, made))
         where = {"cu_seqlens": torch.tensor([0, 5, 8, 12], device=device)}
-    hidden = hidden.requires_grad_()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_(way != "frozen")
     budget = None if rows is None else rows * (4 * (2000 + 4) + 128)
     _, metrics = tokenrl.linear_policy_loss(
         objective, hidden, weight, ids, old, advantages, backend=backend, memory_budget=budget, **where

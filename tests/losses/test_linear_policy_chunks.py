@@ -20,6 +20,7 @@ CPU = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ backend is not bu
 LOCAL = ("grpo", "cispo", "ctpo", "ctpo_geomean", "minpro", "kl_k3")
 SPANS = ("gspo", "gspo_token", "ctpo through")
 ENOUGH = 12  # tokens; with D = 4 the tiles of two passes fit into the budget of their chunk
+FROZEN = ("weight", "bias")
 BOTH = {"kl_coef": 0.3, "entropy_coef": 0.1}
 
 
@@ -194,13 +195,16 @@ def test_chunks_cut_bounds_per_token(backend, cut):
 
 
 @pytest.mark.parametrize("backend", SLOW)
-@pytest.mark.parametrize("objective,passes", [("ctpo", 1), ("gspo", 2)])
-def test_chunks_of_the_other_kernels(objective, passes, backend, cut):
-    """Two chunks of a local objective, one of whose tokens are clipped; two passes of a sequence that does not fit."""
+@pytest.mark.parametrize("objective,passes,frozen", [("ctpo", 1, ()), ("gspo", 2, ()), ("gspo", 1, FROZEN)])
+def test_chunks_of_the_other_kernels(objective, passes, frozen, backend, cut):
+    """Two chunks of a local objective, one of whose tokens are clipped; of a sequence that does not fit, two passes, or
+    one of a frozen head."""
     case = settled(objective, functools.partial(make, rows=3, width=16, dim=4))
-    fit = -(-valid(case).sum().item() // 2) if passes == 1 else longest(case) - 1
-    found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, fit), entropy_coef=0.1)
-    assert found["passes"] == passes and (cut[-1] is None if passes == 2 else len(cut[-1]) == 2)
+    looks_ahead = objective == "gspo"
+    fit = longest(case) - 1 if looks_ahead else -(-valid(case).sum().item() // 2)
+    more = {"frozen": frozen} if frozen else {"entropy_coef": 0.1}
+    found = check(objective, case, backend, torch.float32, memory_budget=budget_of(case, fit), **more)
+    assert found["passes"] == passes and (cut[-1] is None if looks_ahead else len(cut[-1]) == 2)
 
 
 @FAST

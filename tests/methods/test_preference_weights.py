@@ -4,6 +4,7 @@ import pytest
 import torch
 from preference_cases import P, T
 
+import tokenrl
 from tokenrl import preference_weights as weights
 
 DRAW = torch.Generator().manual_seed(0)
@@ -15,6 +16,7 @@ def draw(*more):
     return -torch.rand(2 * P, T, *more, generator=DRAW, dtype=torch.float64)
 
 
+MARGINS = torch.tensor([0.4, -1.0, 2.0], dtype=torch.float64)
 CALLS = {
     "wpo_weights": {"logp": draw(), "log_sum_sq_probs": draw()},
     "ld_dpo_weights": {"logp": draw(), "alpha": 0.3},
@@ -23,12 +25,14 @@ CALLS = {
     "mapo_weights": {"activation": draw(4)},
     "tab_po_weights": {"weight": -draw()},
     "tab_po_barrier": {"logp": draw(), "weight": -draw()},
+    "t_reg_term": {"logp": draw(), "better_logp": draw(), "worse_logp": draw(), "margins": MARGINS},
+    "sparsepo_l1": {"weight": draw()},
 }
 WITHOUT_PAIRS = ("mapo_weights", "tab_po_weights")
 
 
 def changed(given, change):
-    return {key: change(x) if torch.is_tensor(x) else x for key, x in given.items()}
+    return {key: change(x) if torch.is_tensor(x) and x.dim() > 1 else x for key, x in given.items()}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -72,12 +76,47 @@ def test_the_barriers_gradient_is_that_of_chosen_tokens_below_tau():
     assert open_gate.any() and torch.equal(grad != 0, open_gate) and (grad <= 0).all()
 
 
+@pytest.mark.parametrize("statistic", ["sum", "mean"])
+def test_t_reg(statistic):
+    """By its formula; and of sums, with DPO, the coefficients -beta w (1 + alpha r_t) and beta w (1 - alpha r_t)."""
+    given, beta, alpha = CALLS["t_reg_term"], 0.2, 0.5
+    logp, ref = given["logp"].clone().requires_grad_(), draw()
+    loss, metrics = tokenrl.preference_loss(tokenrl.preference("dpo", beta=beta), logp, ref, mask=MASK)
+    ours = weights.t_reg_term(
+        **given | {"logp": logp, "margins": metrics.margins}, beta=beta, statistic=statistic, mask=MASK
+    )
+    r = (given["better_logp"] - given["worse_logp"]).sigmoid() - 0.5
+    of_tokens = torch.where(MASK, -beta * r * logp, 0).sum(1) / (1 if statistic == "sum" else MASK.sum(1))
+    w = (-metrics.margins).sigmoid()
+    theirs = (w * (of_tokens[:P] + of_tokens[P:])).mean()
+    torch.testing.assert_close(ours, theirs)
+    found, expected = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs))
+    assert expected.any()
+    torch.testing.assert_close(found, expected)
+    if statistic == "sum":
+        (total,) = torch.autograd.grad(loss + alpha * ours, logp)
+        side = torch.tensor([1.0] * P + [-1.0] * P)[:, None]
+        coef = -side * beta * w.repeat(2)[:, None] * (1 + alpha * side * r) / P
+        torch.testing.assert_close(total, torch.where(MASK, coef, 0))
+
+
+def test_sparsepos_l1():
+    """Of exact zeros the gradient is 0: a mask that a ReLU has closed stays so."""
+    weight = torch.where(draw() < -0.5, 0, -draw()).requires_grad_()
+    value = weights.sparsepo_l1(torch.where(MASK, weight, torch.nan), mask=MASK)
+    torch.testing.assert_close(value, weight.detach()[MASK].sum() / P)
+    (grad,) = torch.autograd.grad(value, weight)
+    assert torch.equal(grad != 0, MASK & (weight > 0)) and (grad[grad != 0] == 1 / P).all() and (weight == 0).any()
+
+
 def test_wrong_calls():
     for call, message in (
         (lambda: weights.cdpo_weights(-draw(), chosen="two"), "^chosen: got 'two', accepted: one, score"),
         (lambda: weights.mah_dpo_weights(torch.tensor([0, 2]), 2), "^dimension: got 0 to 2, accepted: numbers of head"),
         (lambda: weights.ld_dpo_weights(draw(), alpha=1.5), "^alpha: got 1.5"),
         (lambda: weights.tab_po_barrier(draw(), draw(), per="pair"), "^per: got 'pair'"),
+        (lambda: weights.t_reg_term(*[draw()] * 3, MARGINS, statistic="max"), "^statistic: got 'max', accepted: sum"),
+        (lambda: weights.t_reg_term(*[draw()] * 3, MARGINS[:2]), r"^margins: got shape \[2\], accepted: shape \[3\]"),
         (lambda: weights.wpo_weights(draw()[:3], draw()[:3]), "^pairs: got None.*3 sequences have no halves"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,8 +17,10 @@ from tokenrl import (
     conflicts,
     corrections,
     divergence_weights,
+    group_losses,
     hidden_reward,
     intro,
+    m2po,
     preference_weights,
     rewards,
     self_distillation,
@@ -53,6 +55,9 @@ LOGP, OLD, X, HIDDEN, WEIGHT, LOGITS = (
 R = _draw(3)
 IDS = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 4, 4, 5], [6, 7, 8, 9, 10]])
 TOKENS = {"mask": MASK}
+MOVED = {"logp": LOGP, "old_logp": OLD, "advantages": R}
+GROUPED = {"logp": LOGP, "old_logp": OLD, "group_ids": GROUPS} | TOKENS
+REWARDED = {"rewards": R, "group_ids": GROUPS}
 LOSS = {
     "old_logp": OLD, "advantages": R, "mask": MASK, "segment_ids": IDS, "group_ids": GROUPS, "rollout_logp": LOGP,
     "token_weight": X, "aggregation": "group-mean", "normalizer": 2.0, "ref_logp": OLD, "kl_coef": 0.1,
@@ -111,6 +116,8 @@ CALLS = [
     (preference_weights.mapo_weights, {"activation": HIDDEN} | TOKENS),
     (preference_weights.tab_po_weights, {"weight": X} | TOKENS),
     (preference_weights.tab_po_barrier, {"logp": LOGP, "weight": X} | PAIRS),
+    (preference_weights.t_reg_term, {"logp": LOGP, "better_logp": X, "worse_logp": OLD, "margins": R[:1]} | PAIRS),
+    (preference_weights.sparsepo_l1, {"weight": X} | PAIRS),
     (preference_weights.mah_dpo_weights, {"dimension": GROUPS, "heads": 2}),
     (tokenrl.aggregation_weights, BALANCED), (tokenrl.group_aggregate, {"values": X} | BALANCED),
     (tokenrl.token_metrics, {"objective": "ctpo", "logp": LOGP, "old_logp": OLD, "advantages": R} | TOKENS),
@@ -130,6 +137,17 @@ CALLS = [
     (opd.kept_probability, {"logp": LOGP, "old_logp": OLD} | TOKENS),
     (self_distillation.rlsd_advantages, {"advantages": R} | TEACHER), (self_distillation.sdar_gate, TEACHER),
     (sft_weights.dft_weights, {"logp": LOGP} | TOKENS), (sft_weights.chord_weights, {"logp": LOGP} | TOKENS),
+    (sft_weights.nll_weights, {"tokens": MASK, "coef": 0.1, "count": 3.0}),
+    (m2po.m2po_threshold, MOVED | TOKENS), (m2po.m2po_mask, MOVED | TOKENS),
+    (m2po.m2po_bounds, {"threshold": 0.2, "like": OLD}),
+    (tokenrl.proximal_logp, {"logp": LOGP, "rollout_logp": OLD, "versions": IDS, "current_version": 9}),
+    (group_losses.target_po_loss, GROUPED | {"scores": R}), (group_losses.gvpo_loss, GROUPED | {"advantages": R}),
+    (group_losses.sppo_loss, {"logp": LOGP, "old_logp": OLD, "rewards": R} | TOKENS),
+    (group_losses.a_star_po_loss, {"logp": LOGP, "ref_logp": OLD, "advantages": R} | TOKENS),
+    (group_losses.flowrl_loss,
+     {"logp": LOGP, "old_logp": OLD, "ref_logp": OLD, "rewards": R, "log_z": R, "normalizer": 3.0} | TOKENS),
+    (advantages.maxrl, REWARDED), (advantages.soft_value, REWARDED), (advantages.opmd, REWARDED),
+    (advantages.asymre, REWARDED), (advantages.rae, {"rewards": R, "agents": GROUPS, "baselines": R}),
     (sft_weights.chord_share, {"step": 3, "warm_up": 2, "decay": 4, "peak": 0.5, "valley": 0.0}),
     (akl.head_share, {"logits": LOGITS, "other_logits": OTHER_LOGITS} | ROWS),
     (akl.linear_head_share, TWO_HEADS | ROWS),
@@ -144,6 +162,7 @@ CALLS = [
     (xtoken.p_kl, TEXTS | {"projection": xtoken.sparse_projection(**PIECES)}),
     (advantages.grpo, SHARED), (advantages.rloo, SHARED), (advantages.gpg, SHARED), (advantages.pass_at_k, SHARED),
     (advantages.group_statistics, SHARED),
+    (advantages.pama, {"advantages": X - 0.5}),
     (advantages.opo, {"lengths": LENGTHS} | SHARED),
     (advantages.remax, {"rewards": R, "greedy_rewards": R}),
     (advantages.gdpo, {"rewards": X, "group_ids": GROUPS, "weights": _draw(5), "lengths": LENGTHS}),
@@ -183,6 +202,7 @@ CALLS = [
     (d3s.advantage_entropy_threshold, {"advantages": R, "entropy": X, "fraction": 0.5} | TOKENS),
     (d3s.d3s_schedule, {"progress": 0.5, "initial": 4.0, "final": 2.0}),
     (rewards.rto, {"dpo_logp": LOGP, "ref_logp": OLD, "old_logp": OLD, "rewards": R} | TOKENS),
+    (rewards.token_rewards, {"logp": LOGP, "ref_logp": OLD, "beta": 0.1} | TOKENS),
     (rewards.kl_estimate, {"logp": LOGP, "ref_logp": OLD} | TOKENS),
     (rewards.overlong_penalty, {"lengths": LENGTHS, "max_length": 6, "buffer": 2}),
     (rewards.overlong_mask, {"lengths": LENGTHS, "max_length": 6, "finished": CORRECT}),

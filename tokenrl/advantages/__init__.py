@@ -20,7 +20,7 @@ from ..batch.groups import GroupStatistics, group_statistics
 from ..methods.hapo import hapo
 from ..methods.hapo import reward_statistics as hapo_statistics
 from .baselines import asymre, maxrl, opmd, rae, soft_value
-from .per_sequence import gdpo, gpg, grpo, opo, pass_at_k, remax, rloo
+from .per_sequence import gdpo, gpg, grpo, opo, pama, pass_at_k, remax, rloo
 from .per_token import discounted_returns, gae, otb, reinforce_plus_plus, reinforce_plus_plus_baseline, whiten
 from .prefix_tree import prefix_values, tempo
 from .segments import SpoCuts, SpoEdges, spo_chain, spo_cutpoints, spo_mask, spo_tree
@@ -42,6 +42,7 @@ __all__ = [
     "opmd",
     "opo",
     "otb",
+    "pama",
     "pass_at_k",
     "prefix_values",
     "rae",

@@ -54,6 +54,7 @@ def opmd(
     Source: Trinity-RFT (trainers).
     """
     check_name("baseline", baseline, BASELINES)
+    check_number("tau", tau, above=0)
     x, groups = as_rewards(rewards, unscored=unscored), as_groups(group_ids, rewards, unscored)
     own = statistics_of(x, groups, True, "raw")
     if baseline == "mean":
@@ -92,6 +93,7 @@ def rae(rewards: Tensor, agents: Tensor, baselines: Tensor, *, decay: float = 0.
         raise wrong("agents", given, f"{list(x.shape)}, all on {x.device}")
     if values_known(agents) and ((agents < 0) | (agents >= state.numel())).any():
         raise wrong("agents", f"{agents.min()} to {agents.max()}", f"numbers of baselines, [0, {state.numel()})")
+    agents = agents.long()
     counts = torch.zeros_like(state).index_add_(0, agents, torch.ones_like(x))
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).long()
     order = agents.argsort(stable=True)

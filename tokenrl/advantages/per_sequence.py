@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_float64, as_lengths, as_rewards, check_name, check_number, check_tensor
+from ..batch.checks import as_float64, as_lengths, as_rewards, check_floats, check_name, check_number, check_tensor
 from ..batch.groups import as_groups, moments, statistics_of
 from ..errors import wrong
 from .per_token import discounted_returns
 
 SCALES = ("std", "none", "batch")
+PAMA_FORMS = ("signed", "noon")
 
 
 def grpo(
@@ -180,3 +181,22 @@ def gdpo(
     count = torch.ones_like(total) if lengths is None else as_lengths(lengths, x)
     mean, var = moments(total, count, unscored=unscored)
     return ((total - mean) * (var + 1e-8).rsqrt()).to(rewards.dtype)
+
+
+def pama(advantages: Tensor, *, form: str = "signed") -> Tensor:
+    """PAMA, of advantages under K objectives, [..., K], the one [...] that serves them all: the smallest
+    |sum_k c_k A_k| of convex weights c, with its sign.
+
+        "signed"   clip(0, min_k A_k, max_k A_k): 0 where signs differ, else the value nearest to 0
+        "noon"     min_k max(A_k, 0), the paper's surrogate
+
+    Of sequences or of tokens, for policy_loss.
+
+    Source: arXiv 2508.07768 (notes).
+    """
+    check_floats("advantages", advantages)
+    check_name("form", form, PAMA_FORMS)
+    if advantages.dim() == 0 or advantages.shape[-1] == 0:
+        raise wrong("advantages", f"shape {list(advantages.shape)}", "[..., K], one of each of K objectives, K >= 1")
+    low, high = advantages.detach().aminmax(dim=-1)
+    return low.clamp(min=0) if form == "noon" else torch.zeros_like(low).clamp(low, high)

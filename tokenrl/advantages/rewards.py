@@ -12,6 +12,30 @@ from ..errors import wrong
 from ..objectives.policy import kl_estimator
 
 
+def token_rewards(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The reward that a preference-trained policy gives each token: [B, T] of logp's dtype, or [N] with cu_seqlens.
+
+        beta (logp_t - ref_logp_t) = r(s_t, y_t) + V*(s_t+1) - V*(s_t),  V*(s) = beta logsumexp Q*(s, .) / beta
+
+    a reward shaped by a potential, whose sum over a sequence is DPO's. With beta times the logits for Q*(s, .), V*(s)
+    is beta times the lse of token_logprobs, both up to a number per state. For credit maps, search, or as the
+    token_rewards of gae. logp, ref_logp: fp32 or fp64, constant.
+
+    Source: arXiv 2404.12358 (notes).
+    """
+    check_number("beta", beta, above=0)
+    valid = valid_of(logp, mask, cu_seqlens, "logp")
+    policy, reference = (valid.take(name, x) for name, x in (("logp", logp), ("ref_logp", ref_logp)))
+    return valid.put(beta * (policy - reference), logp.dtype)
+
+
 def rto(
     dpo_logp: Tensor,
     ref_logp: Tensor,

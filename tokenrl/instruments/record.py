@@ -41,13 +41,14 @@ def bytes_of(limit: int | float | str, name: str = "limit") -> int:
 @dataclass
 class Recording:
     """What record has written: the batch, and the sequences that were left out of it for the limit. batch is None until
-    a loss was called."""
+    a loss was called. other_losses: the names of those called before it that have no place in the schema."""
 
     path: Path
     limit: int
     source: Mapping[str, str]
     batch: RolloutBatch | None = None
     left_out: int = 0
+    other_losses: set[str] = field(default_factory=set)
     _heads: list["Head"] = field(default_factory=list)
 
     def observe(self, function: str, arguments: Mapping[str, Any], result: Any) -> None:
@@ -59,6 +60,8 @@ class Recording:
                 self._heads.append(Head.of(arguments, result))
         elif function in LOSSES:
             self._write(function, arguments)
+        elif function.endswith("_loss"):
+            self.other_losses.add(function)
 
     def _write(self, function: str, arguments: Mapping[str, Any]) -> None:
         given = dict(arguments)
@@ -215,10 +218,13 @@ def record(
     tokenrl/instruments/rollout_batch.py), written at that call. limit: bytes, or as "512 MB": whole sequences from the
     first on, as many as fit beside the head. source: words on where the batch comes from.
 
-    Errors: ValueError where the limit holds no sequence; RuntimeError at the end where no loss was called.
+    Batches of other losses, pairs of preference_loss or a teacher's distributions, have no place in the schema.
+    Errors: ValueError where the limit holds no sequence; RuntimeError at the end where neither loss was called; it
+    names the others that were.
     """
     recording = Recording(Path(path), bytes_of(limit), dict(source or {}))
     with observing(recording.observe):
         yield recording
     if recording.batch is None:
-        raise RuntimeError(f"record: saw no loss, accepted: a call of {' or '.join(LOSSES)} inside.")
+        seen = f"{', '.join(sorted(recording.other_losses))} alone" if recording.other_losses else "no loss"
+        raise RuntimeError(f"record: saw {seen}, accepted: a call of {' or '.join(LOSSES)} inside.")

@@ -79,6 +79,9 @@ def linear_policy_loss(
     token, prefixes with flow "local", on-policy); for the others, and kl_ratio "span_mean", chunks end with sequences.
     Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V
     flops, and objectives with a form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
+    A frozen head (weight and bias require no gradient, as under LoRA) takes one pass there too, 4 N D V flops as
+    anywhere, unless there is an entropy term, whose second pass of 6 it takes; beside the budget it may hold [N, D]
+    numbers in fp32, which become hidden's gradient where that is in fp32 itself.
     On a CPU with a small D the sums over the vocabulary outweigh the GEMMs, one pass saves a quarter at most, and
     chunks that leave the cache may lose that: at V = 50000, D = 256 it took 1.1 of the time of linear_token_logprobs
     and policy_loss, with memory_budget=32 << 20 0.8 of it.

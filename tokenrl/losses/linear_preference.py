@@ -82,7 +82,7 @@ def linear_preference_loss(
     here); ignore_index takes a token out like the masks do. weight, bias, temperature to keep_mask, compute_dtype: as
     for linear_token_logprobs. mask to nll_normalizer: as for preference_loss.
     ref_logp: of the shape of ids; or ref_hidden, [B, T, D'] or [N, D'], of which it is made here, with ref_weight
-    [V, D'], ref_bias and the options of the trained head. ref_weight None: weight and bias, which must be frozen then
+    [V, D'], ref_bias and the options and dtype of the trained head. ref_weight None: weight and bias, then frozen
     (an adapter's base model). Rows with a divergence, KL of the reference to the policy, need ref_hidden and make that
     here too; there compute_dtype may not be fp16. The reference gets no gradient: a tensor of it that requires grad
     raises.
@@ -104,6 +104,7 @@ def linear_preference_loss(
         "compute_dtype": compute_dtype, "memory_budget": memory_budget,
     }  # fmt: skip
     head = head_arguments(hidden, weight, bias, **how, main_grad=None)
+    how["compute_dtype"] = head.like.dtype  # said to have been chosen, once
     check_ids(head.like, ids, ())
     if ids.dim() != hidden.dim() - 1:
         raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")

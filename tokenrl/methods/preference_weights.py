@@ -1,4 +1,5 @@
-"""What single papers weigh in preference_loss: tokens (LD-DPO, TGDPO, cDPO, MaPO, TAB-PO) or pairs (WPO, MAH-DPO).
+"""What single papers weigh in preference_loss: tokens (LD-DPO, TGDPO, cDPO, MaPO, TAB-PO) or pairs (WPO, MAH-DPO), and
+the terms that they add (T-REG, SparsePO, TAB-PO).
 
     weight = tgdpo_weights(aligned_logp, ref_logp, mask=mask)
     loss, _ = tokenrl.preference_loss("dpo", logp, ref_logp, mask=mask, token_weight=weight)
@@ -32,6 +33,7 @@ from ..errors import wrong
 
 CHOSEN_WEIGHTS = ("one", "score")
 PER = ("weight", "token")
+STATISTICS = ("sum", "mean")
 
 
 def _taken(name: str, x: Tensor, layout: Layout) -> Tensor:
@@ -172,6 +174,48 @@ def tab_po_barrier(
     if pair_weight is not None:
         values = values * as_float64("pair_weight", pair_weight, values.shape, values)
     return values.mean().to(logp.dtype)
+
+
+def t_reg_term(
+    logp: Tensor, better_logp: Tensor, worse_logp: Tensor, margins: Tensor, *, beta: float = 0.1,
+    statistic: str = "sum", mask: Tensor | None = None, cu_seqlens: Tensor | None = None, pairs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """0-d: the mean over pairs of sigma(-margin) (L(y_w) + L(y_l)), L(y) = -sum_t beta r_t logp_t, and
+    r_t = sigma(better_logp_t - worse_logp_t) - 1/2. It is added to the loss, times 0.1 to 0.5 in the paper; logp gets a
+    gradient.
+
+    better_logp, worse_logp: of the reference model, under a prompt that asks for a better answer and one that asks for
+    a worse one. margins: [P], metrics.margins of preference_loss (less gamma for SimPO's); they weigh, without
+    gradient. statistic: "sum" or "mean", of the tokens of each sequence.
+
+    Source: T-REG, arXiv 2412.02685 (notes; that the weight is constant and tokens are summed is our reading).
+    """
+    check_number("beta", beta, above=0)
+    check_name("statistic", statistic, STATISTICS)
+    check_floats("logp", logp)
+    layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
+    better, worse = (_taken(n, x, layout) for n, x in (("better_logp", better_logp), ("worse_logp", worse_logp)))
+    flat = torch.where(layout.valid(), logp.reshape(-1), 0).double()
+    sums = spans_of("sequence", layout).take(statistic, -beta * ((better - worse).sigmoid() - 0.5) * flat)
+    chosen, rejected = as_pairs(pairs, layout)
+    weight = (-as_float64("margins", margins, chosen.shape, chosen)).sigmoid()
+    return ((weight * (sums[chosen] + sums[rejected])).sum() / max(len(chosen), 1)).to(logp.dtype)
+
+
+def sparsepo_l1(
+    weight: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, pairs: Tensor | None = None
+) -> Tensor:
+    """0-d: the mean over pairs of sum_t |w_t| of both sequences, of a learned token_weight or divergence_weight, with
+    its gradient, 0 where a weight is 0. It is added to the loss, times a factor for each of the two; where one mask is
+    both, times the half of each.
+
+    Source: SparsePO, arXiv 2410.05102 (authors' code).
+    """
+    check_floats("weight", weight)
+    layout = layout_of(weight, mask=mask, cu_seqlens=cu_seqlens, name="weight")
+    flat = torch.where(layout.valid(), weight.reshape(-1), 0).abs().double()
+    sums, (chosen, rejected) = spans_of("sequence", layout).sum(flat), as_pairs(pairs, layout)
+    return ((sums[chosen] + sums[rejected]).sum() / max(len(chosen), 1)).to(weight.dtype)
 
 
 def mah_dpo_weights(dimension: Tensor, heads: int) -> Tensor:

@@ -124,6 +124,14 @@ class ProductSum:
         self.total = self.out  # gives the sum's memory back
 
 
+def write_multiples(out: Tensor, rows: Tensor, by: Tensor) -> None:
+    """out = by_t rows_t, rounded once; rows [N, D], in sum_dtype and out itself maybe, become that. by: [N], of 0 the
+    multiple is 0 whatever the row holds."""
+    rows.mul_(by[:, None]).masked_fill_((by == 0)[:, None], 0)
+    if rows is not out:
+        out.copy_(rows)
+
+
 def column_sums(x: Tensor) -> Tensor:
     """The sum of the rows of x, in sum_dtype; a few rows at a time, as a CPU's sum in another dtype copies them."""
     if x.is_cuda:

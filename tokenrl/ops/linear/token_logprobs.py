@@ -76,7 +76,7 @@ def _of_rows(
         parts[-1]["here"] = (ids >= at.start) & (ids < at.stop)
         if "mean_logit" in outputs:
             parts[-1]["kept"] = _kept(head, rows, at, ids.shape[0])
-    return list(_merged(parts, ids, outputs).values())
+    return list(merged(parts, ids, outputs).values())
 
 
 def _kept(head: Head, rows: Rows, at: slice, count: int) -> Tensor:
@@ -88,39 +88,43 @@ def _kept(head: Head, rows: Rows, at: slice, count: int) -> Tensor:
     return torch.cat([some.sum(-1) for some in head.keep_mask[rows, at].split(SUMMED_ROWS)])
 
 
-def _merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> dict[str, Tensor]:
-    """Statistics of tiles side by side -> those of their rows, in fp64.
+def merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> dict[str, Tensor]:
+    """Statistics of tiles side by side, or of ranks -> those of their rows, in fp64, differentiable in those that are.
 
-    With l_i the lse of tile i, lse = log sum_i e^l_i and q_i = e^(l_i - lse), its share of the probability:
-    entropy = sum_i q_i (entropy_i - log q_i), log_sum_sq_probs = log sum_i q_i^2 e^(log_sum_sq_probs_i).
+    parts: results of token_logprobs, [n] and [n, K], with "here", bool [n, K]: which ids are the part's, and for
+    mean_logit "kept", [n]: how many logits are. With l_i the lse of part i, lse = log sum_i e^l_i and q_i = e^(l_i -
+    lse), its share of the probability: entropy = sum_i q_i (entropy_i - log q_i), log_sum_sq_probs = log sum_i q_i^2
+    e^(log_sum_sq_probs_i).
     """
     of = {name: torch.stack([part[name] for part in parts]) for name in parts[0] if parts[0][name].numel()}
     rounded = of["lse"].double()
-    # A tile without any logit above -inf has no share, and no other statistic.
+    # A part without any logit above -inf has no share, and no other statistic.
     each = torch.where(rounded == -torch.inf, rounded, rounded + of["lse_rest"])
     lse = each.logsumexp(0)
     log_share = each - lse
     share = log_share.exp()
+    gone = share == 0
 
     def weigh(values: Tensor) -> Tensor:
-        return torch.where(share == 0, 0, values)
+        return torch.where(gone, 0, values.double())
 
     shifted = torch.where(log_share[..., None] == -torch.inf, -torch.inf, of["logp"] + log_share[..., None])
     own = torch.where(of["here"], shifted, 0).sum(0)
     known = of["here"].any(0) | (ids == IGNORED)
     found = {name: lse.new_empty(0) for name in RESULTS} | {
         "logp": torch.where(known, own, torch.nan),
-        "entropy": weigh(share * (of["entropy"] - log_share)).sum(0),
+        "entropy": (share * (weigh(of["entropy"]) - weigh(log_share))).sum(0),
         "lse": lse,
         "lse_rest": lse - lse.to(of["lse"].dtype),
     }
     if "log_sum_sq_probs" in outputs:
-        found["log_sum_sq_probs"] = weigh(share * share * of["log_sum_sq_probs"].double().exp()).sum(0).log()
+        squares = weigh(of["log_sum_sq_probs"]).exp()
+        found["log_sum_sq_probs"] = (share * share * squares).sum(0).log()
     if "mean_logit" in outputs:
         kept = of["kept"]
         found["mean_logit"] = torch.where(kept > 0, of["mean_logit"].double() * kept, 0).sum(0) / kept.sum(0)
     if "max_prob" in outputs:
-        found["max_prob"] = weigh(share * of["max_prob"]).amax(0)
+        found["max_prob"] = (share * weigh(of["max_prob"])).amax(0)
     return found
 
 
