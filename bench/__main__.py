@@ -14,7 +14,7 @@ from tokenrl.errors import unknown
 from tokenrl.instruments.progress import tracked
 from tokenrl.ops import backends
 
-from . import cliffs, overhead, plan_table, report, terminal, trl_step
+from . import cliffs, distill_step, overhead, plan_table, report, terminal, trl_step
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
@@ -25,6 +25,7 @@ OWN_TABLES = {
     "overhead": overhead.measure,
     "cliffs": cliffs.measure,
     "trl": trl_step.measure,
+    "distill": distill_step.measure,
     "plan": plan_table.measure,
 }  # no cases beside competitors
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

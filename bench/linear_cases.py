@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 import tokenrl
+from tokenrl.logprobs.from_hidden import DEFAULT_BUDGET
+from tokenrl.ops.linear.head import Head
+from tokenrl.ops.linear.kept import logits_fit
 
 from .case import Case, Gemms, Spec
 from .eager import eager_linear_ctpo, eager_linear_logprobs
@@ -43,14 +46,16 @@ def _head(spec: Spec, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, T
 
 
 def logprob_case(spec: Spec, dtype: torch.dtype, device: str, settled: bool) -> Case:
-    """Log-prob and entropy of each token; the backward computes the logits again."""
+    """Log-prob and entropy of each token; the backward computes the logits again where they were not kept."""
     g = torch.Generator(device=device).manual_seed(0)
     inputs = _head(spec, dtype, g)
     tokens, width, vocab = spec.shape
     cotangents = tuple(torch.randn(tokens, device=device, generator=g) for _ in range(2))
+    head = Head(None, inputs[1], None, 1.0, None, 0.0, 1.0, None, dtype)
+    kept = logits_fit(head, tokens, DEFAULT_BUDGET[inputs[0].device.type])
     return Case(
         spec, inputs, cotangents, _logprobs, eager_linear_logprobs, leaves=2,
-        gemms=Gemms(2 * tokens * width * vocab, 4),
+        gemms=Gemms(2 * tokens * width * vocab, 3 if kept else 4),
     )  # fmt: skip
 
 

@@ -145,6 +145,21 @@ def trl_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return ["loss step", "ms", "peak MB", "faster", "smaller"], rows
 
 
+def distill_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """A student's loss step each way, beside its bare GEMMs and ours."""
+    found = report.get("distill", [])
+    base = {(row["what"], row["way"]): row["seconds"] for row in found}
+    rows = []
+    for row in found:
+        gemms, ours = (base[row["what"], way] for way in ("bare GEMMs", "tokenrl"))
+        faster = MISSING if row["way"] in ("bare GEMMs", "tokenrl") else f"{row['seconds'] / ours:.1f}x"
+        rows.append([
+            row["what"], row["way"], number(1e3 * row["seconds"]), f"{row['seconds'] / gemms:.2f}x",
+            megabytes(row["bytes"]), faster,
+        ])  # fmt: skip
+    return ["loss step", "way", "ms", "bare GEMMs", "peak MB", "tokenrl is"], rows
+
+
 def plan_table(report: dict) -> tuple[list[str], list[list[str]]]:
     """What the plan said, and what it was."""
     rows = []
@@ -167,6 +182,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
         ("Beside a plain neighbour, one thread", *cliffs_table(report)),
         ("The loss step of TRL's GRPOTrainer", *trl_table(report)),
+        ("A student's loss step, from hidden states", *distill_table(report)),
         ("tokenrl plan of this CPU, one thread, beside what it takes", *plan_table(report)),
         ("Speed, memory, errors", list(SPEED), speed_rows(rest)),
         ("From hidden states: speed, memory, errors", list(LINEAR), linear_rows(linear)),

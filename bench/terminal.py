@@ -13,6 +13,7 @@ from .report import (
     MISSING,
     REMARKS,
     cliffs_table,
+    distill_table,
     is_linear,
     megabytes,
     notes,
@@ -90,7 +91,7 @@ def tables(report: dict) -> Iterator[tuple[str, Rows, list[str]]]:
     yield "Host side of a call, in additions of a 64 x 8 tensor", overhead_table(report), []
     yield "Beside a plain neighbour, one thread", cliffs_table(report), []
     yield "The loss step of TRL's GRPOTrainer", trl_table(report), []
-    for title, found in by_head(plan_table(report)):
+    for title, found in (*by_head(distill_table(report)), *by_head(plan_table(report))):
         yield title, found, []
     key = lambda line: (op_name(line), str(line["shape"]), line["dtype"])  # noqa: E731
     for name, group in groupby(report["lines"], key=key):

@@ -57,6 +57,15 @@ def test_the_flops_are_those_of_the_formulas(shards):
     }  # fmt: skip
 
 
+def test_logits_that_fit_are_not_computed_again():
+    """From hidden states either; where they do not, no more than a part of them is held."""
+    shape = Shape(256, 64, 8192, torch.float32)
+    gemm, logits = 2 * shape.tokens * shape.hidden * shape.vocab, shape.logits * 4
+    for budget, times in ((64 << 20, 3), (logits, 4)):
+        way = of(shape, "cpu", budget)["linear_token_logprobs"]
+        assert sum(step.flops for step in way.both) == times * gemm and (way.peaks[0] >= logits) == (times == 3)
+
+
 @pytest.mark.parametrize("name", HOST)
 def test_shards_hold_and_compute_less_and_send_what_they_have(name):
     alone, shared = (of(dataclasses.replace(LARGE, shards=k), "cuda")[name] for k in (1, 8))

@@ -28,14 +28,16 @@ def leaves(*shape, frozen=(), **more):
 @CPU
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids="+".join)
-def test_only_rows_and_gradients_that_are_wanted_enter_a_gemm(frozen, bias):
-    """Of 12 rows 7 are used and 5 of these have an upstream gradient; a frozen tensor costs no GEMM."""
+@pytest.mark.parametrize("budget", [None, 100_000], ids=["logits fit", "logits do not fit"])
+def test_only_rows_and_gradients_that_are_wanted_enter_a_gemm(budget, frozen, bias):
+    """Of 12 rows 7 are used and 5 of these have an upstream gradient; a frozen tensor costs no GEMM, and logits that
+    fit into the budget beside the tiles of their gradient are not computed again."""
     hidden, weight, offsets, ids = leaves(12, frozen=frozen)
     row_mask, wanted = torch.arange(12) % 2 == 0, torch.arange(12) < 9
     row_mask[3] = True
     stats, forward = gemms(
         lambda: tokenrl.linear_token_logprobs(
-            hidden, weight, ids, bias=offsets if bias else None, row_mask=row_mask, backend="cpu"
+            hidden, weight, ids, bias=offsets if bias else None, row_mask=row_mask, memory_budget=budget, backend="cpu"
         )
     )
     logits, of_hidden, of_weight = ((5, 24), (24, 301)), ((5, 301), (301, 24)), ((301, 5), (5, 24))
@@ -46,7 +48,8 @@ def test_only_rows_and_gradients_that_are_wanted_enter_a_gemm(frozen, bias):
         assert not loss.requires_grad
         return
     _, backward = gemms(loss.backward)
-    costs = {logits} | {shape for name, shape in (("hidden", of_hidden), ("weight", of_weight)) if name not in frozen}
+    again = {logits} if budget else set()
+    costs = again | {shape for name, shape in (("hidden", of_hidden), ("weight", of_weight)) if name not in frozen}
     assert backward == costs
     assert (hidden.grad is None, weight.grad is None) == ("hidden" in frozen, "weight" in frozen)
 
@@ -66,6 +69,39 @@ def test_under_no_grad_nothing_is_kept():
     with torch.no_grad():
         stats = tokenrl.linear_token_logprobs(hidden, weight, ids, bias=bias, backend="cpu")
     assert not stats.logp.requires_grad and stats.logp.grad_fn is None
+    given = (hidden.detach(), weight.detach(), ids)
+    assert peak_memory(lambda: tokenrl.linear_token_logprobs(*given, backend="cpu"), "cpu") < 2 * 4 * 5 * 301
+
+
+@CPU
+def test_logits_are_kept_where_they_fit():
+    """One head's: two, where a mask splits the outputs, would take the budget twice."""
+    hidden, weight, _, ids = leaves(5)
+    keep = torch.ones(301, dtype=torch.bool)
+    for kept, more in (
+        (True, {}), (False, {"memory_budget": 100_000}),
+        (False, {"keep_mask": keep, "keep_mask_for": ("logp",)}),
+    ):  # fmt: skip
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.shape), lambda x: x):
+            tokenrl.linear_token_logprobs(hidden, weight, ids, backend="cpu", **more)
+        assert ((5, 301) in saved) == kept
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("masked", [False, True])
+def test_kept_logits_give_the_gradients_of_those_computed_again(masked, backend):
+    """To a rounding of torch's sums; the same bits by each backward of a retained graph."""
+    case, used = make_exact(9), torch.arange(9) % 3 != 1
+    pulled = torch.where(torch.arange(9) == 3, 0.0, 1.0)
+    more = {"rows": pulled} | ({"row_mask": used} if masked else {})
+    again, kept = (run(*case, backend, memory_budget=budget, **more) for budget in (80_000, None))
+    same_bits(kept, again)
+    hidden, weight, bias, ids = (x.to(device_of(backend)) for x in case)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logp = tokenrl.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend).logp
+    first, second = (torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 # What is summed is written once: a dtype is enough for the kernels that are interpreted.
@@ -118,13 +154,15 @@ HEADS = {
     "a mask per row": {"keep_mask": torch.ones(ROWS, VOCAB, dtype=torch.bool)},
     "softcap and temperatures": {"temperature": torch.ones(ROWS), "softcap": 9.0},
     "few columns": {**BF16, "vocab": 4000},
+    "logits that fit": {"vocab": 1000},
+    "logits that fit, in bf16": {**BF16, "vocab": 2000},
 }
 
 
 @CPU
 @pytest.mark.parametrize("head", HEADS)
 def test_what_is_held_stays_within_the_budget(head):
-    """Beyond inputs and results; it never holds the logits, as eager does."""
+    """Beyond inputs and results, kept logits among them; where these do not fit, it never holds them as eager does."""
     options = {"dtype": torch.float32, "vocab": VOCAB, "outputs": VALUES, **HEADS[head]}
     dtype, vocab, outputs = (options.pop(name) for name in ("dtype", "vocab", "outputs"))
     *tensors, ids = leaves(ROWS, width=64, vocab=vocab, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 from cases import backends_to_test, device_of
 
 import tokenrl
-from tokenrl.ops.linear import policy_loss
+from tokenrl.ops.linear import directions, policy_loss
 
 # One pass in one chunk; in several; cut at sequences; anywhere, of a frozen head; two passes; a form, by way of all
 # log-probs.
@@ -16,6 +16,7 @@ WAYS = {
     "frozen": ("gspo", 3),
     "twice": ("gspo", 3),
     "form": ("gmpo", 3),
+    "form, frozen": ("gmpo", 3),
 }
 
 
@@ -23,7 +24,8 @@ WAYS = {
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("way", WAYS)
 def test_log_probs_and_entropies_are_given(way, packed, backend, monkeypatch):
-    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2, raising=False)
+    for cut in (policy_loss, directions):
+        monkeypatch.setattr(cut, "FEWEST_TOKENS", 2)
     objective, rows = WAYS[way]
     device, g = device_of(backend), torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=g).to(device) for shape in ((3, 5, 4), (2000, 4)))
@@ -37,7 +39,7 @@ def test_log_probs_and_entropies_are_given(way, packed, backend, monkeypatch):
         flat = mask.flatten()
         hidden, ids, old, made = (x.reshape(15, *x.shape[2:])[flat] for x in (hidden, ids, old, made))
         where = {"cu_seqlens": torch.tensor([0, 5, 8, 12], device=device)}
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_(way != "frozen")
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_(way not in ("frozen", "form, frozen"))
     budget = None if rows is None else rows * (4 * (2000 + 4) + 128)
     _, metrics = tokenrl.linear_policy_loss(
         objective, hidden, weight, ids, old, advantages, backend=backend, memory_budget=budget, **where

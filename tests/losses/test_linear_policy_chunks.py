@@ -10,7 +10,7 @@ from linear_policy_cases import TORCHS, budget_of, check, check_parts, make, pac
 
 import tokenrl
 from tokenrl.objectives.gates import GATES
-from tokenrl.ops.linear import policy_loss
+from tokenrl.ops.linear import directions, policy_loss
 
 KERNELS = kernel_backends()
 # Chunks are written once over the kernels: a few calls show that the interpreted and simulated ones can be cut.
@@ -32,7 +32,8 @@ def named(objective):
 def cut(monkeypatch):
     """How every later call was cut: slices of its active tokens, or None for two passes."""
     found, choose = [], policy_loss._chunks
-    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
+    for module in (policy_loss, directions):
+        monkeypatch.setattr(module, "FEWEST_TOKENS", 2)
     monkeypatch.setattr(policy_loss, "_chunks", lambda *inputs: [found.append(choose(*inputs)), found[-1]][1])
     return found
 

@@ -6,11 +6,24 @@ import pytest
 import torch
 from cases import kernel_backends
 from linear_cases import same_bits
-from linear_policy_cases import TORCHS, budget_of, called, check, gemms, leaves, make, placed, run, settled, valid
+from linear_policy_cases import (
+    TORCHS,
+    budget_of,
+    called,
+    check,
+    gemms,
+    leaves,
+    make,
+    placed,
+    run,
+    settled,
+    valid,
+    without,
+)
 
 import tokenrl
 from bench.measure import peak_memory
-from tokenrl.ops.linear import policy_loss
+from tokenrl.ops.linear import directions, policy_loss
 
 KERNELS = kernel_backends()
 FAST = pytest.mark.parametrize("backend", [name for name in KERNELS if name not in ("triton", "sim")])
@@ -21,7 +34,8 @@ LONG = functools.partial(make, width=24, dim=4)
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 2)
+    for cut in (policy_loss, directions):
+        monkeypatch.setattr(cut, "FEWEST_TOKENS", 2)
 
 
 def too_small(case: dict, dtype: torch.dtype = torch.float32) -> int:
@@ -52,8 +66,32 @@ def test_two_passes_where_one_costs_as_much(backend, monkeypatch):
     case = settled("gspo", LONG)
     more = {"memory_budget": too_small(case), "frozen": FROZEN}
     assert check("gspo", case, backend, torch.float32, entropy_coef=0.1, **more)["passes"] == 2
-    monkeypatch.setattr(policy_loss, "FEWEST_TOKENS", 24)
+    monkeypatch.setattr(directions, "FEWEST_TOKENS", 24)
     assert check("gspo", case, backend, torch.float32, **more)["passes"] == 2
+
+
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["gmpo", "fipo", "fiberpo"])
+def test_forms_take_one_pass_too(name, dtype, backend):
+    """By way of all log-probs, whose coefficients autograd makes. An entropy term takes two."""
+    spread = 6.0 if dtype.itemsize == 2 else 2.0
+    case = settled(name, lambda seed: without(LONG(seed, spread=spread), "segment_ids"), dtype)
+    more = {"memory_budget": too_small(case, dtype), "frozen": FROZEN}
+    assert check(name, case, backend, dtype, **more)["passes"] == 1
+    assert check(name, case, backend, dtype, entropy_coef=0.1, **more)["passes"] == 2
+
+
+@FAST
+def test_a_form_hands_back_the_same_gradient_again(backend):
+    case = settled("gmpo", LONG)
+    given = placed(case | {"memory_budget": too_small(case)}, backend, torch.float32)
+    wanted = leaves(given, FROZEN)
+    loss, metrics = called("gmpo", given, backend)
+    first, second, half = (
+        torch.autograd.grad(by * loss, wanted["hidden"], retain_graph=True)[0] for by in (1.0, 1.0, 0.5)
+    )
+    assert metrics.passes == 1 and torch.equal(first, second) and torch.equal(first / 2, half) and first.any()
 
 
 @FAST
@@ -86,14 +124,14 @@ def test_two_gemms_of_each_token():
     case = LONG()
     count, each = valid(case).sum().item(), 2 * 4 * 50
 
-    def flops(**more):
+    def flops(name, **more):
         given = placed(case | {"memory_budget": budget_of(case, 12)} | more, "cpu", torch.float32)
         leaves(given, FROZEN)
-        _, found = gemms(lambda: called("gspo", given, "cpu")[0].backward())
+        _, found = gemms(lambda: called(name, given, "cpu")[0].backward())
         return sum(2 * rows * inner * columns for (rows, inner), (_, columns) in found)
 
-    assert flops() == flops(kl_coef=0.3) == 2 * count * each
-    assert flops(entropy_coef=0.1) == 3 * count * each
+    assert flops("gspo", kl_coef=0.3) == flops("gmpo", kl_coef=0.3) == 2 * count * each
+    assert flops("gspo", entropy_coef=0.1) == flops("gmpo", entropy_coef=0.1) == 3 * count * each
 
 
 @CPU
@@ -102,7 +140,7 @@ def test_a_direction_of_each_token_is_held_beside_the_budget():
     hidden, weight = torch.randn(512, 64), torch.randn(5000, 64)
     ids, budget = torch.zeros(512, dtype=torch.int64), 2 << 20
     rest = (torch.full((512,), -9.0), torch.ones(1))
-    for dtype, directions in ((torch.float32, 0), (torch.bfloat16, 4 * 512 * 64)):
+    for dtype, beside in ((torch.float32, 0), (torch.bfloat16, 4 * 512 * 64)):
         states, head = hidden.to(dtype).requires_grad_(), weight.to(dtype)
 
         def forward(given=(states, head, ids, *rest)):
@@ -112,4 +150,4 @@ def test_a_direction_of_each_token_is_held_beside_the_budget():
             return loss
 
         small = 64 * 512  # log-probs, entropies and what the objective makes of them
-        assert peak_memory(forward, "cpu") <= budget + states.nbytes + directions + small
+        assert peak_memory(forward, "cpu") <= budget + states.nbytes + beside + small

@@ -12,6 +12,7 @@ from golden_data import INDEX, arrays
 
 import tokenrl
 from tokenrl.objectives.gates.weighted import Rec
+from tokenrl.objectives.metrics import RAW
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", backends_to_test())
 
@@ -92,7 +93,8 @@ def test_lpo(backend):
 
 @pytest.mark.parametrize("case", INDEX["prime_rl_loss"]["cases"])
 def test_prime_rl_as_recorded(case):
-    x, config = arrays("prime_rl_loss", case), INDEX["prime_rl_loss"]["cases"][case]["config"]
+    x, recorded = arrays("prime_rl_loss", case), INDEX["prime_rl_loss"]["cases"][case]
+    config = recorded["config"]
     if config["type"] == "ipo":
         row = tokenrl.objective(
             "prime_rl_ipo", **dict.fromkeys(("eps_low", "eps_high", "eps_back"), config["ipo_threshold"])
@@ -101,17 +103,18 @@ def test_prime_rl_as_recorded(case):
         row = tokenrl.objective("prime_rl", eps_low=config["dppo_mask_low"], eps_high=config["dppo_mask_high"])
     given = {
         "logp": x["logp"], "old_logp": x["rollout_logp"], "advantages": config["adv_tau"] * x["advantages"],
-        "mask": x["mask"], "cu_seqlens": torch.tensor([0, len(x["logp"])]), "aggregation": "token-sum",
+        "mask": x["mask"], "cu_seqlens": torch.tensor([0, len(x["logp"])]),
     }  # fmt: skip
     if "loss_weights" in x:
         given["token_weight"] = x["loss_weights"]
-    strings = {"aggregation": given.pop("aggregation"), "advantages_per": "token"}
+    how = {"aggregation": "token-sum", "advantages_per": "token"}
+    row = tokenrl.objective(row, kl_tau=config["kl_tau"])
     for backend in backends_to_test():
-        loss, gradient, _ = run(
-            tokenrl.objective(row, kl_tau=config["kl_tau"]), given, backend, torch.float64, **strings
-        )
+        loss, gradient, raw = run(row, given, backend, torch.float64, **how)
         torch.testing.assert_close(loss, x["loss"].double(), rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(gradient, x["grad_logp"].double(), rtol=1e-13, atol=1e-15)
+        tokens, low, high = (raw[RAW.index(name)].item() for name in ("tokens", "clip_low", "clip_high"))
+        assert (low + high) / tokens == pytest.approx(recorded["metrics"]["is_masked"])
 
 
 @EVERY_BACKEND

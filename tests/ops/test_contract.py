@@ -70,9 +70,12 @@ def arguments(backend) -> dict[str, tuple]:
     }
 
 
+NOTHING = (None, "nothing")  # no main_grad; what the forward keeps for the backward
+
+
 def saved(op: str, hidden, weight, bias, ids, *head) -> tuple:
     """What the backward of the head keeps of its forward."""
-    logp, entropy, lse, lse_rest, squares, *_ = op(hidden, weight, bias, ids, *head, ["log_sum_sq_probs"], None)
+    _, entropy, lse, lse_rest, squares, *_ = op(hidden, weight, bias, ids, *head, ["log_sum_sq_probs"], *NOTHING)
     return lse, lse_rest, entropy, squares
 
 
@@ -93,7 +96,7 @@ def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
     ops = backends.BACKENDS[backend].ops
 
     def after():
-        return upstream[0][:, None], *upstream[1:4], *saved(ops.linear_token_logprobs, *tensors, ids, *head)
+        return upstream[0][:, None], *upstream[1:4], *saved(ops.linear_token_logprobs, *tensors, ids, *head), None
 
     loss = (
         old, logp, mask, cu, None, *spans, None, "prefix_sum", "local", "ppo_clip", [0.2, 0.0, 3.0],
@@ -101,9 +104,11 @@ def linear_arguments(backend) -> dict[str, Callable[[], tuple]]:
     )  # fmt: skip
     every, across = [True] * 3, (tensors[0], tensors[1].t().contiguous().t(), tensors[2])
     return {
-        "linear_token_logprobs": lambda: (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], None),
-        "linear_token_logprobs without bias": lambda: (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], None),
-        "linear_token_logprobs turned": lambda: (*across, ids, *head, ["log_sum_sq_probs"], None),
+        "linear_token_logprobs": lambda: (*tensors, ids, *head, ["log_sum_sq_probs", "rank"], *NOTHING),
+        "linear_token_logprobs without bias": lambda: (*tensors[:2], None, ids, *head, ["log_sum_sq_probs"], *NOTHING),
+        "linear_token_logprobs keeps logits": lambda: (*tensors, ids, *head, ["log_sum_sq_probs"], None, "logits"),
+        "linear_token_logprobs keeps directions": lambda: (*tensors, ids, *head, [], None, "directions"),
+        "linear_token_logprobs turned": lambda: (*across, ids, *head, ["log_sum_sq_probs"], *NOTHING),
         "linear_token_logprobs_backward": lambda: (*tensors, ids, *head, *after(), every, None),
         "linear_token_logprobs_backward frozen": lambda: (*tensors, ids, *head, *after(), [False, True, False], None),
         "linear_token_logprobs_backward main_grad": lambda: (*tensors, ids, *head, *after(), every, main_grad),
@@ -129,7 +134,7 @@ def test_opcheck_from_hidden_states(case, backend):
     """Where main_grad is given, the op alone: a traced derivative may not write to it."""
     op, values = case.split()[0], linear_arguments(backend)[case]()
     if not op.endswith("_backward") and not case.endswith("main_grad"):
-        wanted = [True] * 3 if op == "linear_token_logprobs" else values[11]
+        wanted = [True, *(not case.endswith("directions"),) * 2] if op == "linear_token_logprobs" else values[11]
         tensors = (x if x is None else x.clone().requires_grad_(w) for x, w in zip(values[:3], wanted, strict=False))
         values = (*tensors, *values[3:])
     torch.library.opcheck(getattr(backends.BACKENDS[backend].ops, op).default, values)

@@ -101,9 +101,12 @@ def linear_token_logprobs(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
+    vocab: from_logits.Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> TokenStats:
-    """token_logprobs of the logits hidden @ weight^T + bias, which are never held: only tiles of them are.
+    """token_logprobs of the logits hidden @ weight^T + bias, of which no more is held than fits into memory_budget.
 
     hidden: [N, D] or [B, T, D]. weight: the head's, [V, D]; bias: [V]. bf16, fp16, fp32 or fp64, all of one dtype, or
     of any beside compute_dtype, the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32
@@ -113,18 +116,35 @@ def linear_token_logprobs(
 
     Rows that are ignored or masked, and in the backward rows whose upstream gradient is zero, enter no GEMM and may
     hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what
-    token_logprobs saves, its backward computes the logits again: 8 N D V flops in all. Gradients are summed in fp32
-    (fp64 for fp64) and rounded to the dtype of their tensor at the end.
+    token_logprobs saves. Where the logits of all N rows take 7/8 of memory_budget at most, with hidden and the sums of
+    its gradient, it keeps them too, until the graph is gone: 6 N D V flops in all. Else, where keep_mask_for splits the
+    outputs and under no_grad it keeps none, and the backward computes them again, a tile at a time: 8 N D V. No
+    log-prob has other bits for it; gradients differ by the rounding of the GEMMs. Several calls before a backward keep
+    the logits of each: a memory_budget below them keeps none. Gradients are summed in fp32 (fp64 for fp64) and
+    rounded to the dtype of their tensor at the end.
     main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none;
     where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
-    memory_budget: bytes that a forward or a backward may hold beyond inputs and results, at most; None: 256 MiB on a
-    CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on top. Tiles are
-    of whole rows if 64 of these (or all there are) fit, as for is_top1 and rank they must; else of some columns.
+    memory_budget: bytes that a forward or a backward may hold beyond inputs and results, kept logits among them; None:
+    256 MiB on a CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on
+    top. Tiles are of whole rows if 64 of these (or all there are) fit, as for is_top1 and rank they must; else of some
+    columns.
     Of whole rows our kernels give each row the bits of token_logprobs, whatever else the batch and outputs hold, and
     linear_policy_loss the same: its on-policy ratios are 1. The logits themselves are torch's GEMM, which promises no
     bits: on the CPUs we tried a row's depend on no other from 16 rows on, cuBLAS chooses its kernels by the shapes.
+    vocab, check: as for token_logprobs: weight, bias and keep_mask are this rank's rows of the head, hidden and ids are
+    the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of hidden's gradient are
+    summed, in fp32, by one all-reduce. reduce_hidden_grad=False leaves that to the caller (Megatron's column-parallel
+    region, DTensor's Partial). Without is_top1, rank and main_grad.
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
+    if vocab is not None:
+        from_logits.refuse_beside_vocab(keep_mask_for=keep_mask_for, main_grad=main_grad)
+        return vocab.linear_token_logprobs(
+            hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,
+            compute_dtype=compute_dtype, memory_budget=memory_budget, reduce_hidden_grad=reduce_hidden_grad,
+            backend=backend, check=check,
+        )  # fmt: skip
     head = head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
     )
@@ -132,12 +152,14 @@ def linear_token_logprobs(
     chosen = backends.choose(backend, hidden.device)
     check_main_grad_backend(main_grad, chosen)
     values: dict[str, Tensor] = {}
-    for transform, names in from_logits.by_mask(outputs, head.transform, keep_mask_for):
+    parts = list(from_logits.by_mask(outputs, head.transform, keep_mask_for))
+    for transform, names in parts:
         inputs = replace(head, transform=transform).inputs(ids, row_mask, ignore_index)
         asked = [name for name in names if name not in kernel_ops.ALWAYS]
-        results = dict(
-            zip(kernel_ops.RESULTS, dispatch.linear_token_logprobs(chosen, inputs, asked, main_grad), strict=True)
-        )
+        # Two heads' logits would take the budget twice.
+        keep = dispatch.to_keep(chosen, inputs) if len(parts) == 1 else "nothing"
+        found = dispatch.linear_token_logprobs(chosen, inputs, asked, main_grad, keep)
+        results = dict(zip(kernel_ops.RESULTS, found, strict=True))
         values |= {name: results[name] for name in names}
     rows = hidden.shape[:-1]
     return TokenStats({name: values[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ class TokenStats:
         return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
 
 
+class Vocabulary(Protocol):
+    """What lies on several ranks: tokenrl.distributed.VocabShard."""
+
+    def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
+    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
+
+
 @observed
 def token_logprobs(
     logits: Tensor,
@@ -49,6 +57,8 @@ def token_logprobs(
     ignore_index: int = IGNORED,
     outputs: Sequence[str] = ("logp", "entropy"),
     inplace_backward: bool = False,
+    vocab: "Vocabulary | None" = None,
+    check: bool = True,
     backend: str | None = None,
 ) -> TokenStats:
     """Statistics of softmax(z) per token, z = softcap tanh(logit_scale logits / softcap) / temperature.
@@ -73,12 +83,22 @@ def token_logprobs(
     beside top-p log-probs), and the logits are read once for either.
     outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
     autograd would notice.
+    vocab: a tokenrl.distributed.VocabShard: logits and keep_mask are this rank's columns of a vocabulary that lies on
+    several ranks, ids and results are of all of it, the same on each rank. One exchange of 3 + K numbers a row (two
+    more for is_top1 or rank), none in the backward. check: that the ranks agree on shapes, ids and options, by an
+    exchange of 256 bytes before it; where they do not, all of them raise.
     Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
     results only; the backward recomputes p from lse.
     The bits of a row depend on nothing but the row: on a CPU always; on a GPU in batches of at least as many rows as it
     has multiprocessors, as fewer rows are split (and Triton sums rows whose distance 16 bytes do not divide by another
     kernel than the others). On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
+    if vocab is not None:
+        refuse_beside_vocab(keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
+        return vocab.token_logprobs(
+            logits, ids, temperature=temperature, softcap=softcap, logit_scale=logit_scale, keep_mask=keep_mask,
+            row_mask=row_mask, ignore_index=ignore_index, outputs=outputs, backend=backend, check=check,
+        )  # fmt: skip
     check_ids(logits, ids, outputs)
     chosen = backends.choose(backend, logits.device)
     if inplace_backward:
@@ -102,6 +122,12 @@ def token_logprobs(
         )
         found |= {name: results[kernel_ops.RESULTS.index(name)] for name in names}
     return TokenStats({name: found[name] for name in outputs})
+
+
+def refuse_beside_vocab(**options: Any) -> None:
+    for name, option in options.items():
+        if option is not None and option is not False:
+            raise wrong(name, "one beside vocab", "none")
 
 
 def by_mask(

@@ -78,7 +78,8 @@ def linear_policy_loss(
     One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
     token, prefixes with flow "local", on-policy); for the others, and kl_ratio "span_mean", chunks end with sequences.
     Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V
-    flops, and objectives with a form (tokenrl/objectives/forms/base.py) always do: metrics.passes says which.
+    flops, and so do those of objectives with a form (tokenrl/objectives/forms/base.py), where not all logits fit:
+    metrics.passes says which.
     A frozen head (weight and bias require no gradient, as under LoRA) takes one pass there too, 4 N D V flops as
     anywhere, unless there is an entropy term, whose second pass of 6 it takes; beside the budget it may hold [N, D]
     numbers in fp32, which become hidden's gradient where that is in fp32 itself.

@@ -20,6 +20,7 @@ from . import ranges, reference
 from .backends import Backend
 from .derivatives import call
 from .kernel_ops import IGNORED, ObjectiveInputs
+from .linear import kept
 from .linear.evaluation import LinearPolicyLossInputs
 from .linear.head import HeadInputs
 from .reference import regularized
@@ -131,13 +132,24 @@ def token_logprobs(chosen: Backend, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def linear_token_logprobs(
-    chosen: Backend, head: HeadInputs, outputs: list[str], main_grad: Tensor | None
+    chosen: Backend, head: HeadInputs, outputs: list[str], main_grad: Tensor | None, keep: str
 ) -> tuple[Tensor, ...]:
-    """The results of op token_logprobs from hidden states."""
+    """The results of op token_logprobs from hidden states. keep: of to_keep."""
     inputs = (*head, outputs, main_grad)
     if chosen.is_reference:
         return reference.linear_token_logprobs(*inputs)
-    return call(chosen.namespace, "linear_token_logprobs", *inputs)
+    return call(chosen.namespace, "linear_token_logprobs", *inputs, keep)[:-1]
+
+
+def to_keep(chosen: Backend, head: HeadInputs, *, logp_alone: bool = False) -> str:
+    """What the forward of linear_token_logprobs keeps for its backward (tokenrl/ops/linear/kept.py)."""
+    return "nothing" if chosen.is_reference else kept.to_keep(head, _wanted(head), logp_alone)
+
+
+def _wanted(head: HeadInputs) -> list[bool]:
+    """Of which of hidden, weight and bias there will be a gradient."""
+    tensors = (head.hidden, head.weight, head.bias)
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
 
 
 def policy_loss(
@@ -244,8 +256,6 @@ def _one_op(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, ...]:
     assert not chosen.is_reference
-    tensors = (head.hidden, head.weight, head.bias)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
     advantages = inputs.advantages
     if advantages is not None and advantages.numel() != layout.num_tokens:
@@ -254,7 +264,7 @@ def _one_op(
     kl_numbers, _ = _split(extra.kl.gate.params())
     return call(
         chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
-            *head, wanted, main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
+            *head, _wanted(head), main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
             weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
             numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
             extra.kl.cap, extra.kl_coef, extra.kl_weight, extra.kl_ratio, extra.entropy_coef, extra.entropy_weight,
@@ -267,8 +277,9 @@ def _two_ops(
 ) -> tuple[Tensor, ...]:
     """By way of the log-probs of all tokens, in differentiable torch around the ops."""
     head = replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
-    logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad)
+    keep = to_keep(chosen, head, logp_alone=inputs.regularizers.entropy_coef == 0)
+    logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad, keep)
     logp = logp.squeeze(1)
     loss, raw = policy_loss(chosen, layout, logp, entropy, inputs)
-    passes = 2 if loss.requires_grad and not chosen.is_reference else 1
+    passes = 2 if loss.requires_grad and not chosen.is_reference and keep == "nothing" else 1
     return loss, torch.cat([raw, raw.new_full((1,), passes)]), logp.detach(), entropy.detach()

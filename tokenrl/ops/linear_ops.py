@@ -17,36 +17,51 @@ from .arguments import schema
 from .derivatives import register_derivative
 from .kernel_ops import STATISTICS, SavedStatistics, Upstream
 from .linear import policy_loss, token_logprobs
+from .linear.directions import directions
 from .linear.evaluation import LinearPolicyLossInputs
-from .linear.gemm import empty_like, scaled, sum_dtype
+from .linear.gemm import empty_like, multiples, scaled, sum_dtype
 from .linear.head import HeadInputs
+from .linear.kept import kept_memory
 
 _LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
-    "linear_token_logprobs": schema(HeadInputs, "str[] outputs, Tensor? main_grad", returns=STATISTICS),
+    "linear_token_logprobs": schema(
+        HeadInputs, "str[] outputs, Tensor? main_grad, str keep", returns=f"{STATISTICS[:-1]}, Tensor kept)"
+    ),
     "linear_token_logprobs_backward": schema(
-        HeadInputs, Upstream, SavedStatistics, "bool[] wanted, Tensor(a!)? main_grad", returns=f"({GRADS})"
+        HeadInputs,
+        Upstream,
+        SavedStatistics,
+        "Tensor? logits, bool[] wanted, Tensor(a!)? main_grad",
+        returns=f"({GRADS})",
     ),
     "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {GRADS})"),
 }
 
 
 def _linear_token_logprobs(ops, *args):
-    inputs, (outputs, main_grad) = HeadInputs.read(args)
-    return token_logprobs.statistics(inputs.head(ops), inputs.hidden, inputs.ids, outputs, inputs.memory_budget)
+    inputs, (outputs, main_grad, keep) = HeadInputs.read(args)
+    head, kept = inputs.head(ops), kept_memory(inputs, keep)
+    given = head, inputs.hidden, inputs.ids, outputs, inputs.memory_budget
+    if keep != "directions":
+        return *token_logprobs.statistics(*given, kept if keep == "logits" else None), kept
+    results = kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(head.dtype))
+    logp, *per_row = directions(head, inputs.hidden, inputs.ids.squeeze(1), inputs.memory_budget, kept)
+    return logp[:, None], *per_row, *results[len(kernel_ops.ALWAYS) :], kept
 
 
 def _linear_token_logprobs_backward(ops, *args):
     inputs, rest = HeadInputs.read(args)
     upstream, rest = Upstream.read(rest)
-    saved, (wanted, main_grad) = SavedStatistics.read(rest)
+    saved, (logits, wanted, main_grad) = SavedStatistics.read(rest)
     dtypes = dtypes_of(inputs)
     grads = gradients_of(inputs, wanted, dtypes, main_grad)
     token_logprobs.gradients(
-        inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved), inputs.memory_budget, grads
-    )
+        inputs.head(ops), tuple(upstream), inputs.hidden, inputs.ids, tuple(saved), inputs.memory_budget, grads,
+        logits,
+    )  # fmt: skip
     return results_of(grads, inputs.hidden, dtypes)
 
 
@@ -104,8 +119,9 @@ def fake_results(inputs: HeadInputs, wanted: list[bool], dtypes: list[torch.dtyp
 
 
 def _fake_statistics(*args):
-    inputs, (outputs, _) = HeadInputs.read(args)
-    return kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(inputs.dtype))
+    inputs, (outputs, _, keep) = HeadInputs.read(args)
+    results = kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(inputs.dtype))
+    return *results, kept_memory(inputs, keep)
 
 
 def _fake_backward(*args):
@@ -139,15 +155,15 @@ def _beside_main_grad(weight: Any) -> Tensor | None:
 
 
 def _save_statistics(ctx, inputs, output):
-    head, (_, ctx.main_grad) = HeadInputs.read(inputs)
+    head, (_, ctx.main_grad, ctx.keep) = HeadInputs.read(inputs)
     ctx.told = _told_of_main_grad(ctx.main_grad, head.weight)
-    _, entropy, lse, lse_rest, squares, *_ = output
+    _, entropy, lse, lse_rest, squares, *_, kept = output
     kernel_ops.mark_constants(ctx, output)
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
     ctx.compute_dtype, ctx.memory_budget = head.compute_dtype, head.memory_budget
     ctx.save_for_backward(
         head.hidden, head.weight, head.bias, head.ids, head.temperatures, head.keep_mask, lse, lse_rest, entropy,
-        squares,
+        squares, kept,
     )  # fmt: skip
     ctx.set_materialize_grads(False)
 
@@ -158,14 +174,18 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
         wanted_of = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
         if all(g is None for g in wanted_of):
             return None, None, None
-        hidden, weight, bias, ids, temperatures, keep_mask, *saved = ctx.saved_tensors
+        hidden, weight, bias, ids, temperatures, keep_mask, *saved, kept = ctx.saved_tensors
+        if ctx.keep == "directions" and all(g is None for g in (grad_entropy, grad_lse, grad_squares)):
+            with ranges.around_backward(namespace, "directions", kept):
+                return multiples(kept, grad_logp.squeeze(1)).to(hidden.dtype), None, None
         head = HeadInputs(
             hidden, weight, bias, ids, ctx.temperature, temperatures, ctx.softcap, ctx.logit_scale, keep_mask,
             ctx.compute_dtype, ctx.memory_budget,
         )  # fmt: skip
         wanted = list(ctx.needs_input_grad[:3])
         op = ranges.kernels(namespace).linear_token_logprobs_backward
-        grads = list(op(*head, *wanted_of, *saved, wanted, ctx.main_grad))
+        logits = kept if ctx.keep == "logits" else None
+        grads = list(op(*head, *wanted_of, *saved, logits, wanted, ctx.main_grad))
         if wanted[1] and ctx.main_grad is not None:
             grads[1] = _beside_main_grad(ctx.told)
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))

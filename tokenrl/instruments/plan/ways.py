@@ -6,9 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...logprobs.from_hidden import DEFAULT_BUDGET
-from ...ops.linear.gemm import CPU_ROWS, sum_dtype
+from ...ops.linear.gemm import CPU_ROWS
 from ...ops.linear.head import BYTES_PER_TILE, Head, Tiles, even, fitting_whole_rows, tiles_of, whole_rows_of
 from ...ops.linear.head import FEWEST_TOKENS as FEWEST
+from ...ops.linear.kept import gradient_sums, logits_fit
 from ...ops.linear.policy_loss import rows_of_chunk
 from ..machine_limits import Work
 from ..work import gradient_of_logits, statistics_of_logits
@@ -97,13 +98,16 @@ def _count(total: int, size: int) -> int:
     return -(-total // max(size, 1))
 
 
-def _tiled(shape: Shape, device: str, budget: int) -> tuple[list[Step], list[Step], tuple[int, int]]:
-    """Statistics of all tokens and, from logits computed again, their gradients; what both hold beside results."""
+def _tiled(
+    shape: Shape, device: str, budget: int, kept: bool = False
+) -> tuple[list[Step], list[Step], tuple[int, int]]:
+    """Statistics of all tokens and, from logits that were kept or are computed again, their gradients; what both hold
+    beside results."""
     head, size = _head(shape, device), shape.size
+    held_logits = shape.logits * size * kept
     whole = fitting_whole_rows(head, budget) >= min(shape.tokens, FEWEST)
     first = (whole_rows_of if whole else tiles_of)(head, shape.tokens, budget)
-    sums = shape.states * (size + sum_dtype(shape.dtype).itemsize)
-    second = tiles_of(head, shape.tokens, budget, sums=sums)
+    second = tiles_of(head, shape.tokens, budget - held_logits, sums=gradient_sums(head, shape.tokens))
     across, down = _count(shape.columns, second.columns), _count(shape.tokens, second.rows)
     # A product of hidden's gradient is added to its sum once a tile across, one of the weight's once a tile down.
     added = kernel("sums of hidden's gradient", shape.states * SUM * across, shape.states * SUM * across)
@@ -114,8 +118,9 @@ def _tiled(shape: Shape, device: str, budget: int) -> tuple[list[Step], list[Ste
         _statistics(shape, PER_TILE * (_tiles(shape, first) - 1)),
     ]
     tiles = across * down
+    logits = kernel("copy of the logits", held_logits, held_logits) if kept else gemm(shape, "logits")
     backward = [
-        gemm(shape, "logits"), _gradient(shape, PER_TILE * (tiles - 1)),
+        logits, _gradient(shape, PER_TILE * (tiles - 1)),
         gemm(shape, "hidden"), gemm(shape, "weight"), added, *_shared_hidden(shape),
     ]  # fmt: skip
     statistics = shape.tokens * BYTES_PER_TILE * _count(shape.columns, first.columns)
@@ -123,8 +128,8 @@ def _tiled(shape: Shape, device: str, budget: int) -> tuple[list[Step], list[Ste
     rounded = device == "cpu" and size < SUM
     product = min(CPU_ROWS, second.columns if down > 1 else shape.tokens) * shape.hidden * size * rounded
     summed = second.columns * shape.hidden * SUM * (down > 1 and size < SUM)
-    held = first.cells * size + statistics, second.cells * size + shape.states * SUM + product + summed
-    return forward, backward, held
+    held = second.cells * size + shape.states * SUM + product + summed
+    return forward, backward, (first.cells * size + statistics, held_logits + held)
 
 
 def _tiles(shape: Shape, tiles: Tiles) -> int:
@@ -136,8 +141,9 @@ def _plus(work: Work, more: int) -> Work:
 
 
 def from_hidden(shape: Shape, device: str, budget: int) -> Way:
-    """linear_token_logprobs: tiles of logits, computed once more in the backward."""
-    forward, backward, held = _tiled(shape, device, budget)
+    """linear_token_logprobs: tiles of logits, computed once more in the backward unless all fit and are kept."""
+    kept = logits_fit(_head(shape, device), shape.tokens, budget)
+    forward, backward, held = _tiled(shape, device, budget, kept)
     results = (shape.weight + shape.states) * shape.size
     steps = (*forward, *_exchange(shape, 1, GATHERED), _loss(shape, OUR_LOSS))
     return Way("linear_token_logprobs", steps, tuple(backward), (held[0], max(held[0], held[1] + results)))
@@ -194,8 +200,8 @@ def two_passes(shape: Shape, device: str, budget: int) -> Way:
 def ways(shape: Shape, device: str, budget: int | None = None) -> list[Way]:
     """Each way that there is to compute a loss and its gradients from hidden states, on "cpu" or "cuda".
 
-    Where one chunk holds all tokens, no row of the table but one with a form takes linear_policy_loss two passes, and
-    that one costs what linear_token_logprobs does."""
+    A row with a form costs what linear_token_logprobs does; where one chunk holds all tokens, no other takes
+    linear_policy_loss two passes."""
     budget = DEFAULT_BUDGET[device] if budget is None else budget
     found = [eager(shape), from_logits(shape), from_hidden(shape, device, budget)]
     rows = _chunk(shape, device, budget)

@@ -2,8 +2,8 @@
 
 A row of the table is s = S x, loss = sum_t w_t gate(s_t). A form changes what goes in: other log ratios x, computed in
 differentiable torch, or factors of the weights w, which are constants. It sees the batch flat, as FormInputs, and runs
-the row on the call's backend as often as it needs. From hidden states a form takes two passes over the logits, since
-its coefficients wait for all log-probs.
+the row on the call's backend as often as it needs. From hidden states its coefficients wait for all log-probs: logits
+that do not fit into the budget take a second pass, unless the head is frozen.
 """
 
 from collections.abc import Callable

@@ -124,12 +124,10 @@ class ProductSum:
         self.total = self.out  # gives the sum's memory back
 
 
-def write_multiples(out: Tensor, rows: Tensor, by: Tensor) -> None:
-    """out = by_t rows_t, rounded once; rows [N, D], in sum_dtype and out itself maybe, become that. by: [N], of 0 the
-    multiple is 0 whatever the row holds."""
-    rows.mul_(by[:, None]).masked_fill_((by == 0)[:, None], 0)
-    if rows is not out:
-        out.copy_(rows)
+def multiples(rows: Tensor, by: Tensor, out: Tensor | None = None) -> Tensor:
+    """by_t rows_t, in out, maybe the rows themselves; rows [N, D], by [N], of 0 it is 0 whatever the row holds."""
+    by = by[:, None]
+    return torch.mul(rows, by, out=out).masked_fill_(by == 0, 0)
 
 
 def column_sums(x: Tensor) -> Tensor:

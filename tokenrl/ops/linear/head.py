@@ -142,8 +142,16 @@ def fitting_whole_rows(head: Head, budget: int) -> int:
 
 def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
     """The largest tiles that fit into the budget less `sums` bytes, or into half of it where sums take more."""
+    found = fitting_tiles(head, rows, budget - min(sums, budget // 2))
+    if found is None:
+        raise _too_small(budget, min(head.vocab, FEWEST))
+    return found
+
+
+def fitting_tiles(head: Head, rows: int, free: int) -> Tiles | None:
+    """The largest tiles that fit into so many bytes; None where those of the fewest columns do not."""
     width, size, device = head.weight.shape[1], head.dtype.itemsize, head.weight.device.type
-    columns, free = min(head.vocab, MOST_COLUMNS[device]), budget - min(sums, budget // 2)
+    columns = min(head.vocab, MOST_COLUMNS[device])
     # The weights of a column, cast, and a product of its gradient; where tiles are of some rows, its sum too.
     alone = width * size * ((head.weight.dtype != head.dtype) + (device == "cpu"))
     summed = alone + width * sum_dtype(head.dtype).itemsize
@@ -154,7 +162,7 @@ def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
         if fit >= FEWEST or (fit > 0 and columns <= FEWEST):
             return Tiles(fit, columns)
         if columns <= FEWEST:
-            raise _too_small(budget, columns)
+            return None
         columns = max(columns // 2, FEWEST)
 
 

@@ -1,8 +1,8 @@
 """A loss in which sequences meet, the two of a pair, from hidden states, with its gradients, in one pass over chunks.
 
 A chunk holds whatever meets each other whole: so all it does to the loss is known as soon as its log-probs are, and
-6 N D V flops make the gradients too, where linear_token_logprobs and its backward need 8. Where a row has a divergence
-from a reference, the logits of both heads lie side by side, with 2 N D' V flops more.
+6 N D V flops make the gradients too, where linear_token_logprobs needs 8 unless all logits fit. Where a row has a
+divergence from a reference, the logits of both heads lie side by side, with 2 N D' V flops more.
 """
 
 from collections.abc import Callable, Sequence

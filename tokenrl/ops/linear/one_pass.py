@@ -1,7 +1,8 @@
 """A loss of K ids' log-probs from hidden states, with its gradients, in one pass over chunks of tokens.
 
-What a chunk's log-probs do to the loss is known as soon as they are: 6 N D V flops, where linear_token_logprobs and its
-backward need 8, and no logits are held beyond a chunk. The terms of the loss are torch, with autograd's derivative.
+What a chunk's log-probs do to the loss is known as soon as they are: 6 N D V flops, where linear_token_logprobs
+needs 8 unless all logits fit, and no logits are held beyond a chunk. The terms of the loss are torch, with autograd's
+derivative.
 """
 
 import functools

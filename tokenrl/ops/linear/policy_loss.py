@@ -6,15 +6,8 @@ That needs a coefficient to depend on no later chunk. Statistics of a token or a
 for the others chunks end where sequences do. Where a sequence does not fit into a chunk, or hardly any row into the
 budget, two passes over tiles do the same (tokenrl/ops/linear/token_logprobs.py).
 
-A frozen head needs no sequence to fit. Of hidden's gradient alone the coefficient is a factor,
-
-    dL/dh_t = coef_t u_t,   u_t = sum_v dlogp_t/dz_tv W_v,
-
-so that chunks of any tokens make u_t before any coefficient is known: 4 N D V flops in one pass, where two take 6.
-The entropy's gradient is no multiple of u_t: its own GEMM would cost what the second pass does, which it has then.
-
-The scan is carried from chunk to chunk by the log-probs: the objective's kernel walks the tokens up to the end of each
-chunk anew, which costs it nanoseconds per token, where the chunk's GEMMs take microseconds per token.
+A frozen head needs no sequence to fit: hidden's gradient is made before the coefficients are known (directions.py),
+4 N D V flops in one pass, where two take 6. With an entropy term that would cost what the second pass does.
 """
 
 from typing import Any
@@ -25,9 +18,10 @@ from torch import Tensor
 from ..kernel_ops import IGNORED
 from . import token_logprobs
 from .chunk import Chunk
+from .directions import directions, has_directions
 from .evaluation import Evaluated, LinearPolicyLossInputs
-from .gemm import ProductSum, empty, sum_dtype, write_multiples
-from .head import FEWEST_TOKENS, Head, compacted, even, fitting_whole_rows, rows_at, split, whole_rows_of
+from .gemm import ProductSum, empty, multiples, sum_dtype
+from .head import FEWEST_TOKENS, Head, compacted, even, fitting_whole_rows, rows_at, split
 from .token_logprobs import Gradients
 
 
@@ -38,15 +32,15 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
     index, count = compacted(inputs.active)
     head = inputs.head(ops)
     chunks = _chunks(inputs, head, count, sum_bytes(grads.weight, head.dtype)) if wanted else None
-    directions = chunks is None and _has_directions(inputs, head, count, grads)
+    once = chunks is None and _has_directions(inputs, head, count, grads)
     if chunks:
         evaluated = _one_pass(inputs, head, index, chunks, grads)
-    elif directions:
-        evaluated = _by_directions(inputs, head, index, count, grads)
+    elif once:
+        evaluated = _by_directions(inputs, head, grads)
     else:
         evaluated = _two_passes(inputs, head, grads if wanted else None)
     metrics, kl, entropy = evaluated.metrics
-    passes = metrics.new_full((), 2 if wanted and chunks is None and not directions else 1)
+    passes = metrics.new_full((), 2 if wanted and chunks is None and not once else 1)
     raw = torch.cat([metrics, torch.stack([kl.double(), entropy.double(), passes])])
     return evaluated.loss, raw, evaluated.logp, evaluated.entropy
 
@@ -118,28 +112,21 @@ def _one_pass(
 
 
 def _has_directions(inputs: LinearPolicyLossInputs, head: Head, count: int, grads: Gradients) -> bool:
-    """Whether u_t is all that the gradients need, and whole rows fit, as where linear_token_logprobs has them."""
+    """Whether they are all that the gradients need, and fit."""
     alone = grads.hidden is not None and grads.weight is None and grads.bias is None and inputs.entropy_coef == 0
-    return alone and fitting_whole_rows(head, inputs.memory_budget) >= min(count, FEWEST_TOKENS)
+    return alone and has_directions(head, count, inputs.memory_budget)
 
 
-def _by_directions(
-    inputs: LinearPolicyLossInputs, head: Head, index: Tensor | None, count: int, grads: Gradients
-) -> Evaluated:
-    """The loss, and hidden's gradient, of chunks of any tokens: the coefficients multiply it at the end."""
+def _by_directions(inputs: LinearPolicyLossInputs, head: Head, grads: Gradients) -> Evaluated:
+    """The loss of all tokens, and with it the multiples of what chunks of any tokens have made of hidden's gradient."""
     assert grads.hidden is not None
-    ids, dtype = inputs.ids.squeeze(1), sum_dtype(head.dtype)
-    logp, entropy = (inputs.hidden.new_zeros(ids.shape[0], dtype=dtype) for _ in range(2))
-    rows = whole_rows_of(head, count, inputs.memory_budget).rows
-    memory = empty(rows * head.vocab, inputs.hidden, head.dtype)
-    directions = grads.hidden if grads.hidden.dtype == dtype else torch.zeros_like(grads.hidden, dtype=dtype)
-    for at in split(count, rows):
-        chunk = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
-        logp[chunk.rows], entropy[chunk.rows] = chunk.logp, chunk.entropy
-        chunk.backward(torch.ones_like(logp), None, None, Gradients(directions, None, None))
-    del memory
-    evaluated = inputs.evaluate(head.ops, logp, entropy)
-    write_multiples(grads.hidden, directions, evaluated.grad_logp)
+    ids, dtype = torch.where(inputs.active, inputs.ids.squeeze(1), IGNORED), sum_dtype(head.dtype)
+    rows = grads.hidden if grads.hidden.dtype == dtype else torch.zeros_like(grads.hidden, dtype=dtype)
+    found = directions(head, inputs.hidden, ids, inputs.memory_budget, rows)
+    evaluated = inputs.evaluate(head.ops, found.logp, found.entropy)
+    multiples(rows, evaluated.grad_logp, out=rows)
+    if rows is not grads.hidden:
+        grads.hidden.copy_(rows)
     return evaluated
 
 

@@ -1,0 +1,50 @@
+"""What test_vocabulary_parallel.py runs in each of four processes on gloo: python vocab_process.py FILE RANK.
+
+The first two, three and four of them are a world each. Prints "HELD <world> <name>" on rank 0 for what all its ranks
+found.
+"""
+
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import vocab_cases
+import vocab_linear_cases
+
+WORLDS = (2, 3, 4)
+
+
+def of_world(world: int) -> dict:
+    """The interpreter and the simulation of CUDA in one world: which kernels run is the same to the exchange."""
+    every = vocab_cases.CASES | vocab_linear_cases.CASES
+    return {name: case for name, case in every.items() if world == 2 or not name.endswith(("triton", "sim"))}
+
+
+def run(world: int, group: dist.ProcessGroup) -> None:
+    for name, case in of_world(world).items():
+        try:
+            case(group)
+        except BaseException:
+            print(f"FAILED {world} {name} on rank {group.rank()}", flush=True)
+            raise
+        dist.barrier(group)
+        if group.rank() == 0:
+            print(f"HELD {world} {name}", flush=True)
+
+
+def main(store: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(WORLDS), timeout=wait)
+    groups = {world: dist.new_group([*range(world)], timeout=wait) for world in WORLDS}
+    for world, group in groups.items():
+        if rank < world:
+            run(world, group)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
+    os._exit(0)  # gloo's threads may abort a process that ends in order
