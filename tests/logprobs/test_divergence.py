@@ -168,6 +168,8 @@ def test_strided_rows_and_per_row_temperatures(backend):
     expected = run(scaled, "reverse_kl", "reference", torch.float64, x.device)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1] / temperature[..., None])
+    none = [torch.zeros(0, 5, 2, device=x.device)[..., 0] for _ in views]
+    assert run(none, "reverse_kl", backend, torch.float32)[1].shape == (0, 5)
 
 
 @pytest.mark.parametrize("backend", [b for b in kernel_backends() if b == "cpu"])

@@ -106,6 +106,10 @@ def test_strided_views_are_read_in_place(backend):
         outside = torch.full_like(whole, torch.nan)
         outside[at] = view
         check(outside[at], rows, backend)
+    none = torch.zeros(0, 2, 9, 2)[..., 0].requires_grad_()  # contiguous by its own account
+    ids_of_none = torch.zeros(0, 2, dtype=torch.int64)
+    (grad,) = torch.autograd.grad(tokenrl.token_logprobs(none, ids_of_none, backend=backend).logp.sum(), none)
+    assert grad.shape == none.shape
     turned = whole.transpose(0, 1)
     check(turned, ids.transpose(0, 1), backend)
     tall = whole[:, :, :9] if interpreted(backend) else whole

@@ -243,3 +243,18 @@ def test_errors(name):
     changes, message = ERRORS[name]
     with pytest.raises(ValueError, match=f"^{message}"):
         tokenrl.linear_preference_loss(**{"objective": "tdpo2"} | CASE | MORE | changes)
+
+
+def test_one_trace_with_a_reference_made_in_it():
+    """By two passes, whose sums come in another order."""
+    leaves, more, _ = batch("dpo", pairs=2)
+    del more["pair_weight"]
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+
+    def loss(hidden, weight):
+        return tokenrl.linear_preference_loss("dpo", **leaves | {"hidden": hidden, "weight": weight}, **more)[0]
+
+    given = leaves["hidden"], leaves["weight"]
+    values = [f(*given) for f in (loss, torch.compile(loss, fullgraph=True, backend="eager"))]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, given) for value in values))

@@ -124,6 +124,9 @@ def test_streams_without_tokens_and_global_counts():
     assert short == 0  # no token is so far
     with pytest.raises(ValueError, match=r"^hidden: got .* accepted: \[2, 3, 8, D\], a stream per coefficient"):
         tokenrl.linear_multi_token_loss(hidden, weight, ids, [1.0, 0.5])
+    for coefs in ([], 1.0):
+        with pytest.raises(ValueError, match="^coefs: got .* accepted: numbers, one per stream of hidden"):
+            tokenrl.linear_multi_token_loss(hidden, weight, ids, coefs)
     with pytest.raises(ValueError, match="^normalizer: got .* accepted: a count per stream"):
         tokenrl.linear_multi_token_loss(hidden, weight, ids, [1.0] * K, normalizer=counts[:2])
 

@@ -215,5 +215,11 @@ def test_errors_of_a_row():
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             tokenrl.unlearning("npo", **changes)
+    for given in (
+        lambda: tokenrl.smoothing_kl([0.0]), lambda: tokenrl.linear_smoothing_kl(torch.zeros(2, 3), [0.0]),
+        lambda: tokenrl.smoothing_kl(torch.zeros(2, 3), temperature="1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="^(logits: got a list|weight: got a list|temperature: got '1')"):
+            given()
     with pytest.raises(ValueError, match="^target: got 'free', accepted: detached, attached"):
         tokenrl.smoothing_kl(torch.randn(2, 3), target="free")

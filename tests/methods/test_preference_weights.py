@@ -73,6 +73,9 @@ def test_the_barriers_gradient_is_that_of_chosen_tokens_below_tau():
     (grad,) = torch.autograd.grad(weights.tab_po_barrier(logp, given["weight"], tau=0.6, mask=MASK), logp)
     open_gate = MASK & (given["logp"].exp() < 0.6)
     open_gate[P:] = False
+    empty = draw()[:0].requires_grad_()
+    assert torch.autograd.grad(weights.tab_po_barrier(empty, empty.detach()), empty)[0].shape == empty.shape
+    assert weights.tab_po_barrier(empty, empty.detach()) == 0
     assert open_gate.any() and torch.equal(grad != 0, open_gate) and (grad <= 0).all()
 
 

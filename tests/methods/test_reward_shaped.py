@@ -113,3 +113,15 @@ def test_a_list_sees_no_keep_mask():
     torch.testing.assert_close(kept, expected)
     with pytest.raises(ValueError, match="^keep_mask: got one, accepted: None beside lam_top or lam_tail"):
         linear_reward_shaped_nll(HIDDEN, WEIGHT, IDS, k=K, lam_top=0.1, keep_mask=keep)
+
+
+def test_a_row_without_an_id_may_hold_anything():
+    """Neither the gradient of the others nor its own sees the list of its logits."""
+    ids, spoiled = torch.where(MASK, IDS, -100), torch.where(MASK[:, None], HIDDEN, torch.nan)
+    leaves = [x.clone().requires_grad_() for x in (spoiled, WEIGHT)]
+    expected = [x.clone().requires_grad_() for x in (HIDDEN, WEIGHT)]
+    values = linear_reward_shaped_nll(leaves[0], leaves[1], ids, k=K, lam_top=0.1, lam_tail=-0.2)
+    truth = reward_shaped_nll(expected[0] @ expected[1].t(), IDS, k=K, lam_top=0.1, lam_tail=-0.2, row_mask=MASK)
+    torch.testing.assert_close(values, truth)
+    grads = (torch.autograd.grad(x.sum(), y) for x, y in ((values, leaves), (truth, expected)))
+    torch.testing.assert_close(*grads)

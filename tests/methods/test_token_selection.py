@@ -157,6 +157,8 @@ def test_critical_scores(case):
     keep = torch.arange(ids.shape[1])[None] > 0
     found = selection.critical_scores(torch.where(keep[..., None], pos, torch.nan), neg, ids, row_mask=keep)
     near(found[0], torch.where(keep[0], x["cd_prob"], 0), "masked")
+    ignored = torch.where(keep, ids, -100)
+    assert torch.equal(selection.critical_scores(pos, neg, ignored), selection.critical_scores(pos, neg, ids) * keep)
     out = pos.clone()
     out[..., 0] = -torch.inf
     near(
@@ -176,7 +178,10 @@ def test_critical_scores_from_hidden_states(shared):
     expected = selection.critical_scores(pos @ weight.t(), neg @ other.t(), ids, lam=0.5, row_mask=MASK)
     hidden = torch.where(MASK[..., None], pos, torch.nan)
     other = weight if shared else other
-    found = selection.linear_critical_scores(hidden, weight, neg, other, ids, lam=0.5, row_mask=MASK)
+    by_mask = selection.linear_critical_scores(hidden, weight, neg, other, ids, lam=0.5, row_mask=MASK)
+    by_ids = selection.linear_critical_scores(hidden, weight, neg, other, torch.where(MASK, ids, -100), lam=0.5)
+    assert torch.equal(by_ids, by_mask)
+    found = by_mask
     near(found, expected, "score")
     assert not found.requires_grad and not found[~MASK].any() and found[MASK].all()
 

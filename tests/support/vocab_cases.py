@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokenrl
 from tokenrl.distributed import VocabShard, wire
+from tokenrl.distributed.agreement import Agreement
 from tokenrl.logprobs.from_logits import OUTPUTS
 
 GRADIENT = ("logp", "entropy", "lse", "log_sum_sq_probs")
@@ -25,6 +26,9 @@ def sizes_of(how: str, world: int) -> list[int]:
     if how == "empty":
         return [9, *[0] * (world - 1)][::-1]
     return [8] * world
+
+
+TWICE = "differentiated twice, accepted: once"
 
 
 def weighed(stats, names):
@@ -129,6 +133,13 @@ def padding(backend, group):
     assert grad[..., shard.size :].eq(0).all() and grad.isfinite().all()
 
 
+def no_rows(backend, group):
+    """Contiguous or not: a batch may be empty."""
+    sizes = sizes_of("unequal", group.size())
+    for strided in (torch.zeros(0, sum(sizes)), torch.zeros(0, sum(sizes), 2)[..., 0]):
+        compare(group, strided, torch.zeros(0, dtype=torch.int64), sizes, OUTPUTS, backend)
+
+
 def collectives(group):
     """One exchange of 3 + K numbers a row, none in the backward; two more for an order; the comparison's 256 bytes."""
     sizes = sizes_of("unequal", group.size())
@@ -145,7 +156,7 @@ def collectives(group):
 
 
 def double_backward(group):
-    """The reference is differentiated as often as one likes; a kernel refuses the second time."""
+    """Refused the second time, by the reference too: of a rank's gradient the others' statistics are no constants."""
     sizes = sizes_of("equal", group.size())
     logits, ids = batch(group, sizes, shape=(2, 3))
     start = sum(sizes[: group.rank()])
@@ -154,11 +165,7 @@ def double_backward(group):
     for backend in ("reference", *kernel_backends()):
         logp = tokenrl.token_logprobs(own, ids, vocab=shard, backend=backend).logp
         (grad,) = torch.autograd.grad(logp.sum(), own, create_graph=True)
-        try:
-            (second,) = torch.autograd.grad(grad.square().sum(), own)
-            assert backend == "reference" and second.isfinite().all()
-        except RuntimeError as error:
-            assert backend != "reference" and "twice" in str(error)
+        said(lambda grad=grad: torch.autograd.grad(grad.square().sum(), own), TWICE, kind=RuntimeError)
 
 
 def one_graph(group):
@@ -193,10 +200,10 @@ def of_dtensors(group):
     said(lambda: tokenrl.token_logprobs(logits, torch.zeros(4, dtype=torch.int64), vocab=shard), "to_local")
 
 
-def said(call, *words):
+def said(call, *words, kind=ValueError):
     try:
         call()
-    except ValueError as error:
+    except kind as error:
         assert all(word in str(error) for word in words), error
         return
     raise AssertionError(f"no error; expected one with {words}")
@@ -210,8 +217,8 @@ def disagreements(group):
     own = logits[..., start : start + sizes[group.rank()]]
     where, shard = f"rank {group.size() - 1}", VocabShard(group, sizes)
 
-    def call(x=own, i=ids, vocab=shard, **how):
-        return tokenrl.token_logprobs(x, i, vocab=vocab, backend="cpu", **how)
+    def call(x=own, i=ids, vocab=shard, backend="cpu", **how):
+        return tokenrl.token_logprobs(x, i, vocab=vocab, backend=backend, **how)
 
     other = ids.clone()
     other[2, 2] += 1 if other[2, 2] == 0 else -1
@@ -224,11 +231,25 @@ def disagreements(group):
         "sizes": ({"vocab": moved}, ("sizes:",)),
         "temperature": ({"temperature": 0.5}, ("transform:", f"on {where}")),
         "a wrong argument": ({"i": ids.double()}, (f"{where}: ValueError: ids: got dtype torch.float64",)),
+        "a backend that is none": ({"backend": "gpu"}, (f"{where}: ValueError: backend: got 'gpu'",)),
         "a shard too small": ({"x": own[..., 1:]}, (f"{where}: ValueError: logits: got shape",)),
     }
     for given, words in faults.values():
         said(lambda given=given: call(**(given if last else {})), "token_logprobs: ", *words)
         assert call().logp.shape == ids.shape
+
+
+def other_errors(group):
+    """Of any kind, on one rank alone: raised there as it is, and named on the others."""
+    last = group.rank() == group.size() - 1
+
+    def call():
+        with Agreement("token_logprobs", group, torch.device("cpu")):
+            if last:
+                raise RuntimeError("out of memory")
+
+    expected = {True: ("out of memory",), False: (f"rank {group.size() - 1}: RuntimeError: out of memory",)}
+    said(call, *expected[last], kind=RuntimeError if last else ValueError)
 
 
 CASES = {
@@ -237,6 +258,8 @@ CASES = {
     for backend in ("reference", *kernel_backends())
     if backend in ("reference", "cpu") or (how == "unequal" and dtype == torch.float32)
 }
-for _case in (options, holes, padding):
+for _case in (options, holes, padding, no_rows):
     CASES |= {f"{_case.__name__}, {b}": functools.partial(_case, b) for b in ("reference", *kernel_backends())}
-CASES |= {case.__name__: case for case in (collectives, double_backward, one_graph, of_dtensors, disagreements)}
+CASES |= {
+    case.__name__: case for case in (collectives, double_backward, one_graph, of_dtensors, disagreements, other_errors)
+}

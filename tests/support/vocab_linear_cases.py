@@ -5,7 +5,7 @@ import math
 
 import torch
 from cases import kernel_backends
-from vocab_cases import GRADIENT, OUTPUTS, TOLERANCE, said, sizes_of, weighed
+from vocab_cases import GRADIENT, OUTPUTS, TOLERANCE, TWICE, said, sizes_of, weighed
 
 import tokenrl
 from tokenrl.distributed import VocabShard, wire
@@ -87,6 +87,22 @@ def linear_collectives(group):
         assert sent == [("all_gather", 256), ("all_gather", 12 * 4 * 4), *backward], sent
 
 
+def linear_no_rows(backend, group):
+    hidden, weight, bias, ids = head(group, sizes_of("unequal", group.size()))
+    compare(group, (hidden[:0], weight, bias, ids[:0]), sizes_of("unequal", group.size()), backend)
+
+
+def linear_double_backward(group):
+    sizes = sizes_of("equal", group.size())
+    hidden, weight, _, ids = head(group, sizes)
+    leaf, at = hidden.nan_to_num().requires_grad_(), slice(sum(sizes[: group.rank()]), sum(sizes[: group.rank() + 1]))
+    for backend in ("reference", "cpu"):
+        how = {"vocab": VocabShard(group, sizes), "backend": backend}
+        logp = tokenrl.linear_token_logprobs(leaf, weight[at], ids, **how).logp
+        (grad,) = torch.autograd.grad(logp.sum(), leaf, create_graph=True)
+        said(lambda grad=grad: torch.autograd.grad(grad.square().sum(), leaf), TWICE, kind=RuntimeError)
+
+
 def linear_one_graph(group):
     sizes = sizes_of("unequal", group.size())
     hidden, weight, _, ids = head(group, sizes, torch.float32)
@@ -119,6 +135,8 @@ def linear_errors(group):
         lambda: call(w=weight[at][: 7 if last else 8]), f"rank {group.size() - 1}: ValueError: weight: got shape [7, 6]"
     )
     said(lambda: call(x=hidden.clone().requires_grad_(last)), "hidden_gradient: False on rank 0")
+    small = f"rank {group.size() - 1}: ValueError: memory_budget: got 1 bytes"
+    said(lambda: call(memory_budget=1 if last else None), small)
     said(lambda: call(main_grad=torch.zeros_like(weight[at])), "main_grad: got one beside vocab")
 
 
@@ -130,4 +148,5 @@ CASES = {
     if backend in ("reference", "cpu") or (how == "unequal" and dtype == torch.float32)
 }
 CASES |= {f"linear ways, {b}": functools.partial(ways, b) for b in ("reference", *kernel_backends()) if b != "triton"}
-CASES |= {case.__name__: case for case in (linear_collectives, linear_one_graph, linear_errors)}
+CASES |= {case.__name__: case for case in (linear_collectives, linear_double_backward, linear_one_graph, linear_errors)}
+CASES |= {f"linear_no_rows, {b}": functools.partial(linear_no_rows, b) for b in ("reference", "cpu")}

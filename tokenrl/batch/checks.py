@@ -49,6 +49,11 @@ def as_saved(x: Tensor) -> Tensor:
     return x.clone() if made_in_inference_mode(x) else x
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy, as kernels read rows: even without rows, where .contiguous() is content with any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def check_integers(name: str, x: Tensor) -> None:
     """Ids are compared for equality: floats would be cut to integers, and different ids would meet."""
     check_tensor(name, x)

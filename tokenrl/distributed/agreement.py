@@ -51,7 +51,7 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if not self.check or (error is not None and not isinstance(error, ValueError)):
+        if not self.check or (error is not None and not isinstance(error, Exception)):
             return
         names = [*self.texts, *self.sums]
         assert len(names) <= FIELDS
@@ -66,6 +66,8 @@ class Agreement:
         own = {"error": None if error is None else f"{type(error).__name__}: {error}", "texts": self.texts,
                "what": self.what, "sums": [*self.sums]}  # fmt: skip
         found = wire.all_gather_objects(own, self.group)
+        if error is not None and not isinstance(error, ValueError):
+            return  # itself on this rank; the others are told
         raise ValueError(f"{self.what}: {_said(found, rest)}") from error
 
 

@@ -17,15 +17,16 @@ from ..logprobs.from_logits import OUTPUTS, TokenStats
 from ..ops import backends, kernel_ops, linear_ops, ranges, reference
 from ..ops.arguments import schema
 from ..ops.backends import Backend
-from ..ops.derivatives import call, register_derivative
+from ..ops.derivatives import call, once, register_derivative
 from ..ops.kernel_ops import RESULTS, STATISTICS, SavedStatistics, Transform, Upstream
 from ..ops.linear import token_logprobs as tiles
 from ..ops.linear.gemm import sum_dtype
-from ..ops.linear.head import HeadInputs
+from ..ops.linear.head import HeadInputs, tiles_of
+from ..ops.linear.kept import gradient_sums
 from . import order, wire
 from .agreement import Agreement
 from .exchange import Part, of_vocabulary, shard_ids
-from .vocabulary_parallel import LIBRARY, NAMESPACE, differentiable, in_order, said_of
+from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, differentiable, in_order, said_of
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -58,10 +59,19 @@ def linear_token_logprobs(
             transform=said_of(head.transform), hidden_gradient=wanted[0], reduce_hidden_grad=reduce_hidden_grad,
         )  # fmt: skip
         agreed.contents(ids=inputs.ids)
+        chosen = backends.choose(backend, hidden.device)
+        if not chosen.is_reference:
+            _check_budget(inputs, any(wanted))
     asked = [name for name in names if name not in kernel_ops.ALWAYS]
-    found = _results(backends.choose(backend, hidden.device), shard, inputs, asked, reduce_hidden_grad)
+    found = _results(chosen, shard, inputs, asked, reduce_hidden_grad)
     rows = hidden.shape[:-1]
     return TokenStats({name: found[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
+
+
+def _check_budget(inputs: HeadInputs, differentiable: bool) -> None:
+    """Said before the first exchange: ranks of few columns may need less than others."""
+    head, rows = inputs.head(None), inputs.ids.shape[0]
+    tiles_of(head, min(rows, 1), inputs.memory_budget, sums=gradient_sums(head, rows) if differentiable else 0)
 
 
 def _results(
@@ -79,18 +89,24 @@ def _results(
     return of_vocabulary(own, inputs.ids, keep, outputs, shard.group, shard.sizes)
 
 
+def _summed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    shares = grad.to(sum_dtype(grad.dtype), copy=True)
+    return wire.all_reduce(shares, ctx.group).to(grad.dtype), None
+
+
 class _Summed(torch.autograd.Function):
     """hidden, whose gradient is the sum of those of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(hidden: Tensor, group: Any) -> Tensor:
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shares = grad.to(sum_dtype(grad.dtype), copy=True)
-        return wire.all_reduce(shares, ctx.group).to(grad.dtype), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, ctx.group = inputs
+        ctx.save_for_backward(hidden)
+
+    backward = staticmethod(once(_summed, "linear_token_logprobs beside vocab", ONCE))
 
 
 _SHARD = "str kernels, str group, int[] sizes, bool reduce_hidden_grad"
@@ -167,4 +183,4 @@ for _op, _run_op, _fake_op in ((OP, _run, _fake), (f"{OP}_backward", _run_backwa
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_op, _run_op, _key)
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake_op)
-register_derivative(NAMESPACE, OP, _save, _backward, 3)
+register_derivative(NAMESPACE, OP, _save, _backward, 3, ONCE)

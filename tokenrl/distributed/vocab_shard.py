@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.functional import pad
 
 from ..batch.checks import check_number, check_tensor
 from ..errors import described, wrong
@@ -87,17 +88,14 @@ class VocabShard:
     def own(self, name: str, x: Tensor, dim: int) -> Tensor:
         """x without padding. A rank without columns gets one, which own_keep leaves out of the vocabulary: no kernel
         needs to know of it."""
-        if isinstance(x, DTensor):
-            raise wrong(name, "a DTensor beside vocab", f"the local part ({name}.to_local())")
-        check_tensor(name, x)
+        check_local(name, x)
         if x.dim() == 0 or x.shape[dim] < self.size:
             accepted = f"at least {self.size} columns of the vocabulary, those of rank {self.rank}"
             raise wrong(name, f"shape {list(x.shape)}", accepted)
         own = x.narrow(dim, 0, self.size)
         if self.size:
             return own
-        one = [1 if k == dim % x.dim() else size for k, size in enumerate(x.shape)]
-        return torch.cat([own, x.new_zeros(one)], dim)
+        return pad(own, [0, 0] * (x.dim() - 1 - dim % x.dim()) + [0, 1])  # unlike cat, autocast lets it be
 
     def own_keep(self, keep_mask: Tensor | None, like: Tensor) -> Tensor | None:
         if self.size == 0:
@@ -105,13 +103,21 @@ class VocabShard:
         return None if keep_mask is None else self.own("keep_mask", keep_mask, -1)
 
     def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats:
+        check_local("logits", logits)
         return vocabulary_parallel.token_logprobs(self, logits, ids, **how)
 
     def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats:
+        check_local("hidden", hidden)
         return linear_vocabulary_parallel.linear_token_logprobs(self, hidden, weight, ids, **how)
 
     def __repr__(self) -> str:
         return f"VocabShard(sizes={self.sizes}, rank={self.rank})"
+
+
+def check_local(name: str, x: Tensor) -> None:
+    if isinstance(x, DTensor):
+        raise wrong(name, "a DTensor beside vocab", f"the local part ({name}.to_local())")
+    check_tensor(name, x)
 
 
 def as_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:

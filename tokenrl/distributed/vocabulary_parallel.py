@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..batch.checks import unit_stride
 from ..logprobs import from_logits
 from ..logprobs.from_logits import OUTPUTS, TokenStats
 from ..ops import backends, dispatch, kernel_ops, ranges
 from ..ops.arguments import schema
 from ..ops.backends import Backend
-from ..ops.derivatives import call, register_derivative
+from ..ops.derivatives import call, once, register_derivative
 from ..ops.kernel_ops import RESULTS, STATISTICS, Transform
 from ..ops.linear.token_logprobs import ELSEWHERE
 from . import order, wire
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 NAMESPACE, OP = "tokenrl_distributed", "vocab_token_logprobs"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+ONCE = "once (the second derivative of a rank's part is not its own alone)"
 
 
 def token_logprobs(
@@ -49,9 +51,10 @@ def token_logprobs(
             transform=said_of(transform),
         )  # fmt: skip
         agreed.contents(ids=ids)
+        chosen = backends.choose(backend, logits.device)
     rows, count = logits.shape[:-1], logits.shape[:-1].numel()
     flat = logits.reshape(count, logits.shape[-1]), ids.reshape(count, -1 if count else 1)
-    found = _results(backends.choose(backend, logits.device), shard, *flat, _flat(transform, logits), names)
+    found = _results(chosen, shard, *flat, _flat(transform, logits), names)
     shape = {name: ids.shape if name in kernel_ops.PER_ID else rows for name in names}
     return TokenStats({name: found[name].view(shape[name]) for name in outputs})
 
@@ -77,7 +80,7 @@ def _results(
 ) -> Part:
     """Of logits [N, V_r] and ids [N, K] of the whole vocabulary."""
     asked = [name for name in names if name not in (*kernel_ops.ALWAYS, *order.NAMES)]
-    logits = logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    logits = unit_stride(logits)
     if chosen.is_reference:
         local = shard_ids(ids, shard.sizes, shard.rank)
         own = differentiable(chosen, logits, local, transform, asked)
@@ -97,9 +100,23 @@ def differentiable(chosen: Backend, logits: Tensor, local: Tensor, transform: Tr
     dead = (logits == -torch.inf if keep is None else (logits == -torch.inf) | ~keep).all(-1)
     logits = torch.where(dead[:, None], 0, logits)
     transform = replace(transform, keep_mask=None if keep is None else keep | dead[:, None])
-    there = torch.where(local == ELSEWHERE, 0, local)
+    logits, there = _Once.apply(logits), torch.where(local == ELSEWHERE, 0, local)
     own = dict(zip(RESULTS, dispatch.token_logprobs(chosen, logits, there, *transform, outputs, False), strict=True))
     return own | {"lse": torch.where(dead, -torch.inf, own["lse"])}
+
+
+class _Once(torch.autograd.Function):
+    """The own part, which the others' statistics, constants here, let autograd differentiate once."""
+
+    @staticmethod
+    def forward(logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = staticmethod(once(lambda ctx, grad: (grad,), "token_logprobs beside vocab", ONCE))
 
 
 SCHEMA = schema(
@@ -154,4 +171,4 @@ LIBRARY.define(OP + SCHEMA)
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl(OP, _run, _key)
 torch.library.register_fake(f"{NAMESPACE}::{OP}", _fake)
-register_derivative(NAMESPACE, OP, _save, _backward)
+register_derivative(NAMESPACE, OP, _save, _backward, accepted=ONCE)

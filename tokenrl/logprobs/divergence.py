@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_saved, check_tensor, made_in_inference_mode
+from ..batch.checks import as_saved, check_tensor, made_in_inference_mode, unit_stride
 from ..errors import described, renamed, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
@@ -77,7 +77,7 @@ def token_divergence(
     ids = ids if rows is None else ids.masked_fill(~rows, IGNORED)
     pair = (logits, other_logits)
     own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
-    logits, other_logits = (x if x.stride(-1) == 1 else x.contiguous() for x in pair)
+    logits, other_logits = map(unit_stride, pair)
     statistics = _statistics(chosen, (logits, other_logits), (own, other), ids, rows)
     values = {row.name: pairs.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
     return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)

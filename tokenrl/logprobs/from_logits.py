@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..batch.checks import FP32, as_saved, check_name, check_positive, check_tensor, values_known
+from ..batch.checks import FP32, as_saved, check_name, check_positive, check_tensor, unit_stride, values_known
 from ..errors import described, wrong
 from ..observed import observed
 from ..ops import backends, dispatch, kernel_ops
@@ -114,7 +114,7 @@ def token_logprobs(
     for part, names in parts:
         results = dispatch.token_logprobs(
             chosen,
-            _unit_stride(logits),
+            unit_stride(logits),
             ids,
             *of_rows_read(part, ids, ids.dim() == logits.dim()),
             [name for name in names if name not in kernel_ops.ALWAYS],
@@ -154,13 +154,9 @@ def as_transform(
     number, per_row = _temperature(temperature, logits)
     if keep_mask is not None:
         _check_keep(keep_mask, logits)
-        keep_mask = as_saved(_unit_stride(keep_mask))
+        keep_mask = as_saved(unit_stride(keep_mask))
     cap = float("inf") if softcap is None else float(softcap)
     return Transform(number, per_row, cap, float(logit_scale), keep_mask)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def aligned_ids(ids: Tensor, row_mask: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:

@@ -222,10 +222,10 @@ class _Call:
             outputs=["logp"], backend=self.backend, **self.how,
         ).logp.reshape(-1)  # fmt: skip
 
-    @torch.no_grad()
     def _reference_logp(self, rows: Tensor) -> Tensor:
         assert self.reference is not None
-        return self._logp(self.reference, rows)
+        with torch.no_grad():  # as a decorator of a method it does not trace
+            return self._logp(self.reference, rows)
 
     def _divergence(self, rows: Tensor) -> Tensor:
         assert self.reference is not None

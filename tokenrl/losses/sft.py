@@ -91,6 +91,8 @@ def linear_multi_token_loss(
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
     check_integers("ids", ids)
     check_tensor("hidden", hidden)
+    if not isinstance(coefs, Sequence) or len(coefs) == 0:
+        raise wrong("coefs", described(coefs), "numbers, one per stream of hidden")
     if hidden.shape[1:-1] != ids.shape or len(coefs) != len(hidden):
         accepted = f"[{len(coefs)}, {', '.join(map(str, ids.shape))}, D], a stream per coefficient"
         raise wrong("hidden", described(hidden), accepted)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_constant, check_floats, check_name, check_positive, values_known
+from ..batch.checks import check_constant, check_floats, check_name, check_positive, check_tensor, values_known
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import spans_of
 from ..errors import wrong
@@ -101,6 +101,8 @@ def smoothing_kl(
     """
     check_name("target", target, TARGETS)
     check_positive("tempered", tempered)
+    check_tensor("logits", logits)
+    _check_temperature(temperature)
     other = logits.detach() if target == "detached" else logits
     found = token_divergence(
         logits, other, "forward_kl", temperature=temperature, other_temperature=temperature * tempered,
@@ -117,11 +119,20 @@ def linear_smoothing_kl(
     """smoothing_kl of the logits hidden @ weight^T + bias, which are not held, with target "detached" (another head is
     frozen there). head: as for linear_token_divergence."""
     check_positive("tempered", tempered)
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None or name != "bias":
+            check_tensor(name, x)
+    _check_temperature(temperature)
     frozen = [x if x is None else x.detach() for x in (hidden, weight, bias)]
     return linear_token_divergence(
         hidden, weight, frozen[0], frozen[1], "forward_kl", bias=bias, other_bias=frozen[2],  # type: ignore[arg-type]
         temperature=temperature, other_temperature=temperature * tempered, row_mask=row_mask, **head,
     )  # fmt: skip
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor):  # the shape of others is for token_divergence to say
+        check_positive("temperature", temperature)
 
 
 def _forget(row: Unlearning, layout: Layout, logp: Tensor, ref_logp: Tensor | None, normalizer: Count) -> Tensor:

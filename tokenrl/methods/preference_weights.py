@@ -173,7 +173,7 @@ def tab_po_barrier(
     values = (spans.sum(-gated * flat) / spans.sum(counted).clamp(min=1))[as_pairs(pairs, layout)[0]]
     if pair_weight is not None:
         values = values * as_float64("pair_weight", pair_weight, values.shape, values)
-    return values.mean().to(logp.dtype)
+    return (values.sum() / max(values.numel(), 1)).to(logp.dtype)
 
 
 def t_reg_term(

@@ -117,4 +117,8 @@ def _check_ids(ids: Tensor, name: str, rows: Tensor) -> None:
 
 
 def _with_list(ids: Tensor, listed: Tensor | None) -> Tensor:
-    return ids[..., None] if listed is None else torch.cat([ids[..., None].to(listed.dtype), listed], -1)
+    """[.., 1 + k]; where an id is ignored, so is its list, as its row may hold anything."""
+    if listed is None:
+        return ids[..., None]
+    own = ids[..., None].to(listed.dtype)
+    return torch.cat([own, torch.where(own == IGNORED, IGNORED, listed)], -1)

@@ -18,7 +18,7 @@ from ..batch.spans import Spans, spans_of
 from ..errors import wrong
 from ..logprobs.combined_head import combined_head
 from ..logprobs.from_hidden import linear_token_logprobs
-from ..logprobs.from_logits import token_logprobs
+from ..logprobs.from_logits import IGNORED, token_logprobs
 
 SCOPES = ("sequence", "batch")
 PER = ("sequence", "token", "data")
@@ -126,8 +126,8 @@ def critical_scores(
     fitted to these likes it and one fitted to right answers does not. For preference_weights.cdpo_weights.
 
     pos_logits, neg_logits: of both models, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), one copy of them. ids,
-    row_mask: as for token_logprobs; rows left out give 0. An id that is out of the vocabulary of z_pos, -inf, is out;
-    z_neg is finite elsewhere.
+    row_mask: as for token_logprobs; rows that either leaves out give 0. An id that is out of the vocabulary of z_pos,
+    -inf, is out; z_neg is finite elsewhere.
 
     Source: cDPO, arXiv 2411.19943 (authors' code, lam 1).
     """
@@ -140,7 +140,7 @@ def critical_scores(
     wide = torch.promote_types(pos_logits.dtype, torch.float32)
     z = torch.where(pos_logits == -torch.inf, -torch.inf, (1 + lam) * pos_logits.to(wide) - lam * neg_logits.to(wide))
     found = token_logprobs(z, ids, row_mask=row_mask, outputs=["logp"], backend=backend).logp.exp()
-    return found if row_mask is None else torch.where(row_mask, found, 0)
+    return _of_rows_read(found, ids, row_mask)
 
 
 @torch.no_grad()
@@ -155,7 +155,12 @@ def linear_critical_scores(
     hidden, weight = combined_head(pos_hidden, pos_weight, neg_hidden, neg_weight, 1 + lam, -lam)
     how = {"row_mask": row_mask, "memory_budget": memory_budget, "backend": backend}
     found = linear_token_logprobs(hidden, weight, ids, outputs=["logp"], **how).logp.exp()  # type: ignore[arg-type]
-    return found if row_mask is None else torch.where(row_mask, found, 0)
+    return _of_rows_read(found, ids, row_mask)
+
+
+def _of_rows_read(found: Tensor, ids: Tensor, row_mask: Tensor | None) -> Tensor:
+    read = ids != IGNORED if row_mask is None else row_mask & (ids != IGNORED)
+    return torch.where(read, found, 0)
 
 
 def _check_lam(lam: float) -> None:

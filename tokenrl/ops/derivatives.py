@@ -26,11 +26,15 @@ class _Functions(NamedTuple):
     transformed: type[torch.autograd.Function]
 
 
+BY_REFERENCE = "once (backend='reference' differentiates as often as you like)"
+
 _FUNCTIONS: dict[tuple[str | None, str], _Functions] = {}
 
 
-def register_derivative(namespace: str, op: str, save: Callable, backward: Callable, differentiable: int = 1) -> None:
-    """differentiable: how many of the op's first inputs may require a gradient."""
+def register_derivative(
+    namespace: str, op: str, save: Callable, backward: Callable, differentiable: int = 1, accepted: str = BY_REFERENCE
+) -> None:
+    """differentiable: how many of the op's first inputs may require a gradient. accepted: as for once."""
     found = getattr(getattr(torch.ops, namespace), op).default
     takes_lists = any("Tensor" in str(x.type) and "List" in str(x.type) for x in found._schema.arguments)
 
@@ -42,7 +46,7 @@ def register_derivative(namespace: str, op: str, save: Callable, backward: Calla
         grads = backward(ctx, *upstream)
         return *grads, *ctx.nothing[len(grads) :]
 
-    backward = once(backward, f"{namespace}.{op}")
+    backward = once(backward, f"{namespace}.{op}", accepted)
     torch.library.register_autograd(f"{namespace}::{op}", padded, setup_context=setup_context)
     functions = (make(found, save, backward) for make in (_eager, _transformed))
     _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
@@ -61,11 +65,11 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def once(backward: Callable, name: str) -> Callable:
+def once(backward: Callable, name: str, accepted: str = BY_REFERENCE) -> Callable:
     """backward, whose results raise where they are differentiated. Torch's once_differentiable looks at the upstream
     gradients alone: a gradient penalty or a Hessian would lack the kernel's part in silence. What leads from a result
     to the op's inputs are the inputs that it saved."""
-    message = f"{name}: differentiated twice, accepted: once (backend='reference' differentiates as often as you like)."
+    message = f"{name}: differentiated twice, accepted: {accepted}."
 
     def refusing(ctx, *upstream):
         if not torch.is_grad_enabled():

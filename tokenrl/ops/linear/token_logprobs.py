@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernel_ops import IGNORED, RESULTS, logprob_results
+from ..kernel_ops import ALWAYS, IGNORED, RESULTS, logprob_results
 from .gemm import SUMMED_ROWS, ProductSum, add_product, column_sums, empty, sum_dtype
 from .head import (
     FEWEST_TOKENS,
@@ -102,7 +102,8 @@ def merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> d
     lse), its share of the probability: entropy = sum_i q_i (entropy_i - log q_i), log_sum_sq_probs = log sum_i q_i^2
     e^(log_sum_sq_probs_i).
     """
-    of = {name: torch.stack([part[name] for part in parts]) for name in parts[0] if parts[0][name].numel()}
+    unasked = {*RESULTS} - {*ALWAYS, *outputs}
+    of = {name: torch.stack([part[name] for part in parts]) for name in {*parts[0]} - unasked}
     rounded = of["lse"].double()
     # A part without any logit above -inf has no share, and no other statistic.
     each = torch.where(rounded == -torch.inf, rounded, rounded + of["lse_rest"])
