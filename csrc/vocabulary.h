@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -55,9 +56,13 @@ TRL_HD Logit narrow(double x) {
 }
 template <>
 TRL_HD BFloat16 narrow<BFloat16>(float x) {
+#ifdef __CUDA_ARCH__
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
   const uint32_t bits = bits_of_float(x);
   if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 template <>
 TRL_HD Half narrow<Half>(float x) {

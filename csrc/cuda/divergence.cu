@@ -44,7 +44,8 @@ template <class Logit>
 __device__ __forceinline__ Pack<Logit> pack_of(const Logit* logits, int64_t v, const Share& share) {
   constexpr int kPack = Pack<Logit>::size;
   // Not aligned, more is read than the pack.
-  if (v >= share.begin && v + (is_aligned(logits + v) ? kPack : 2 * kPack) <= share.end) return load_pack(logits + v);
+  if (v >= share.begin && v + (is_aligned(logits + v) ? kPack : 2 * kPack) <= share.end)
+    return Anywhere::load(logits + v);
   Pack<Logit> pack;
 #pragma unroll
   for (int k = 0; k < kPack; ++k) pack.of[k] = share.has(v + k) ? logits[v + k] : narrow<Logit>(-infinity<float>());
@@ -61,7 +62,7 @@ struct HeadRow {
       : row(args, index), lse(args.lse[index]), lse_rest(args.lse_rest[index]) {}
   // y of a logit; what is not the share's is -inf under any keep mask.
   __device__ __forceinline__ T capped(Logit logit, int64_t v, const Share& share) const {
-    return row.capped(row.raw(logit, clamp(v, share.begin, share.end - 1)));
+    return row.capped(row.raw(static_cast<T>(widen(logit)), clamp(v, share.begin, share.end - 1)));
   }
   __device__ __forceinline__ T log_p(T y) const { return (row.transform.factor * y - lse) - lse_rest; }
 };

@@ -10,26 +10,33 @@ constexpr int kIdsPerPass = 2;  // of those whose place in the order is asked fo
 // Nothing but the softmax is asked for.
 template <class T>
 struct SoftmaxOnly : Plain {
+  static constexpr int blocks = sizeof(T) == 8 ? kBlocksAtOnce : 4;
   struct Part {
-    Softmax<T> softmax = no_logits<T>();
+    T max = -infinity<T>(), sum = 0, weighted = 0;
+
+    __device__ __forceinline__ Softmax<T> softmax() const { return {max, sum, weighted, T(0)}; }
   };
+  __device__ __forceinline__ static Part part_of(const Softmax<T>& a) { return {a.max, a.sum, a.weighted}; }
   __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
-    return {tokenrl::merge(a.softmax, b.softmax, factor)};
+    return part_of(tokenrl::merge(a.softmax(), b.softmax(), factor));
   }
 };
 
 // All of it: the mean, and how many logits are above an id's, or equal to it and before it.
 template <class T>
 struct Everything : Transformed {
+  static constexpr int blocks = kBlocksAtOnce;
   struct Part {
-    Softmax<T> softmax = no_logits<T>();
+    Softmax<T> found = no_logits<T>();
     double total = 0;
     int32_t kept = 0;
     int32_t above[kIdsPerPass] = {}, equal_before[kIdsPerPass] = {};
+
+    __device__ __forceinline__ const Softmax<T>& softmax() const { return found; }
   };
   __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
     Part both = a;
-    both.softmax = tokenrl::merge(a.softmax, b.softmax, factor);
+    both.found = tokenrl::merge(a.found, b.found, factor);
     both.total += b.total;
     both.kept += b.kept;
 #pragma unroll
@@ -41,23 +48,47 @@ struct Everything : Transformed {
   }
 };
 
-// Some y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it. A NaN is no maximum,
+// One y into a state. The maximum moves rarely; until there is a finite one, 0 stands in for it. A NaN is no maximum,
 // but goes into the sums.
-template <class T, bool kSquares, int kCount>
-__device__ __forceinline__ void take(Softmax<T>& state, const T (&y)[kCount], T factor) {
-  T highest = state.max;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) highest = ::fmax(highest, y[k]);
-  if (highest > state.max) state = rescaled(state, highest, factor);
-  const T max = state.max == -infinity<T>() ? T(0) : state.max, scale = factor * kLog2E<T>;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const T d = y[k] - max, e = power_of_two(d * scale);
-    state.sum += e;
-    state.weighted += e * ::fmax(d, T(-1e30));  // finite, so that 0 * -inf is 0
-    if (kSquares) state.squares += e * e;
-  }
+template <class T>
+__device__ __forceinline__ void take(Softmax<T>& state, T y, T factor) {
+  if (y > state.max) state = rescaled(state, y, factor);
+  const T max = state.max == -infinity<T>() ? T(0) : state.max;
+  const T d = y - max, e = power_of_two(d * (factor * kLog2E<T>));
+  state.sum += e;
+  state.weighted += e * ::fmax(d, T(-1e30));  // finite, so that 0 * -inf is 0
+  state.squares += e * e;
 }
+
+// The same of many y at once, in powers of two: the sums of 2^t and of 2^t t at t = scale y - anchor. The anchor is
+// scale max, rounded; what rounding took of it is given back at the end, where the sums are known: of logits that are
+// near 0, and of nothing but -inf.
+template <class T>
+struct PowersOfTwo {
+  T scale, max = -infinity<T>(), anchor = -kFar<T>, sum = 0, weighted = 0;
+
+  template <int kCount>
+  __device__ __forceinline__ void take(const T (&y)[kCount], T highest) {
+    const T moved = ::fmax(scale * highest, -kFar<T>), shift = anchor - moved, shrunk = power_of_two(shift);
+    weighted = (weighted + sum * shift) * shrunk;
+    sum *= shrunk;
+    max = highest;
+    anchor = moved;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const T t = ::fma(scale, y[k], -anchor), e = power_of_two(t);
+      sum += e;
+      weighted += e * ::fmax(t, kNoPower<T>);  // finite, so that 0 * -inf is 0
+    }
+  }
+  __device__ __forceinline__ bool is_known() const { return is_near(scale, anchor) || max == -infinity<T>(); }
+  // The largest logit itself is 1 of the sum and 0 of the other, exactly: of a sure row the entropy is 0, not below.
+  __device__ __forceinline__ Softmax<T> softmax() const {
+    if (max == -infinity<T>()) return {max, sum, weighted, T(0)};
+    const T rest = ::fma(scale, max, -anchor), peak = power_of_two(rest);
+    return {max, 1 + (sum - peak) / peak, smaller((weighted - sum * rest) / (peak * scale), T(0)), T(0)};
+  }
+};
 
 // The raw logits and places of the ids of one pass; the first `count` are asked for.
 template <class T>
@@ -77,7 +108,7 @@ __device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args,
   for (int k = 0; k < kIdsPerPass; ++k) {
     own.id[k] = k < own.count ? args.ids[row.index * args.num_ids + first + k] : -1;
     const bool known = own.id[k] >= 0 && own.id[k] < args.vocab;
-    own.x[k] = known ? row.raw(row.logits[own.id[k]], own.id[k]) : infinity<T>();
+    own.x[k] = known ? row.raw(own.id[k]) : infinity<T>();
   }
   return own;
 }
@@ -86,21 +117,26 @@ template <class Logit, class T>
 __device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs<Logit, T>&,
                                                                const RowView<Logit, T, SoftmaxOnly<T>>& row,
                                                                int64_t begin, int64_t end, int64_t) {
-  typename SoftmaxOnly<T>::Part part;
   const T factor = row.transform.factor;
+  PowersOfTwo<T> powers{factor * kLog2E<T>};
   for_packs(
       row.logits, begin, end,
-      [&](const Pack<Logit>& pack, int64_t) {
-        T y[Pack<Logit>::size];
-#pragma unroll
-        for (int k = 0; k < Pack<Logit>::size; ++k) y[k] = static_cast<T>(widen(pack.of[k]));
-        take<T, false>(part.softmax, y, factor);
+      [&](const auto& packs, int64_t) {
+        T y[sizeof packs / sizeof(Logit)];
+        widen_packs(packs, y);
+        powers.take(y, highest_of(powers.max, packs));
       },
       [&](int64_t v) {
-        const T y[1] = {static_cast<T>(widen(row.logits[v]))};
-        take<T, false>(part.softmax, y, factor);
+        const T y[1] = {row.raw(v)};
+        powers.take(y, ::fmax(powers.max, y[0]));
       });
-  return part;
+  if (powers.is_known()) return SoftmaxOnly<T>::part_of(powers.softmax());
+  Softmax<T> one_by_one = no_logits<T>();
+  const auto one = [&](T y, int64_t) { take(one_by_one, y, factor); };
+  for_packs_in_one_loop<1>(
+      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of(packs, first, one); },
+      [&](int64_t v) { one(row.raw(v), v); });
+  return SoftmaxOnly<T>::part_of(one_by_one);
 }
 
 template <class Logit, class T>
@@ -110,11 +146,11 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
   typename Everything<T>::Part part;
   const OwnIds<T> own = own_ids(args, row, first_id);
   const T factor = row.transform.factor;
-  const auto one = [&](Logit logit, int64_t v) {
-    const T x = row.raw(logit, v), y[1] = {row.capped(x)};
-    take<T, true>(part.softmax, y, factor);
+  const auto one = [&](T logit, int64_t v) {
+    const T x = row.raw(logit, v), y = row.capped(x);
+    take(part.found, y, factor);
     const bool kept = row.keeps(v);
-    part.total += kept ? static_cast<double>(y[0]) : 0.0;
+    part.total += kept ? static_cast<double>(y) : 0.0;
     part.kept += kept;
 #pragma unroll
     for (int k = 0; k < kIdsPerPass; ++k) {
@@ -123,13 +159,9 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
       part.equal_before[k] += x == own.x[k] && v < own.id[k];
     }
   };
-  for_packs(
-      row.logits, begin, end,
-      [&](const Pack<Logit>& pack, int64_t first) {
-#pragma unroll
-        for (int k = 0; k < Pack<Logit>::size; ++k) one(pack.of[k], first + k);
-      },
-      [&](int64_t v) { one(row.logits[v], v); });
+  for_packs_in_one_loop(
+      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of(packs, first, one); },
+      [&](int64_t v) { one(static_cast<T>(widen(row.logits[v])), v); });
   return part;
 }
 

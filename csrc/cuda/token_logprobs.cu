@@ -8,13 +8,13 @@ namespace {
 template <class Logit, class T, class Mode>
 __device__ __forceinline__ void store_row(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Mode>& row,
                                           const typename Mode::Part& part) {
-  const T factor = row.transform.factor, lse = lse_of(part.softmax, factor);
-  args.entropy[row.index] = entropy_of(part.softmax, factor);
+  const T factor = row.transform.factor, lse = lse_of(part.softmax(), factor);
+  args.entropy[row.index] = entropy_of(part.softmax(), factor);
   args.lse[row.index] = lse;
-  args.lse_rest[row.index] = lse_rest_of(part.softmax, factor, lse);
+  args.lse_rest[row.index] = lse_rest_of(part.softmax(), factor, lse);
   if constexpr (Mode::transforms) {
-    if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax);
-    if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax);
+    if (args.log_sum_sq_probs) args.log_sum_sq_probs[row.index] = log_sum_sq_probs_of(part.softmax());
+    if (args.max_prob) args.max_prob[row.index] = max_prob_of(part.softmax());
     if (args.mean_logit) args.mean_logit[row.index] = static_cast<T>(part.total / part.kept) * factor;
   }
 }
@@ -42,8 +42,7 @@ __device__ __forceinline__ void store_logps(const LogprobArgs<Logit, T>& args, c
   for (int64_t k = threadIdx.x; k < args.num_ids; k += kThreads) {
     const int64_t at = row.index * args.num_ids + k, id = args.ids[at];
     T logp = id == kIgnoredId ? T(0) : infinity<T>() - infinity<T>();
-    if (id >= 0 && id < args.vocab)
-      logp = logp_of(state, row.capped(row.raw(row.logits[id], id)), row.transform.factor);
+    if (id >= 0 && id < args.vocab) logp = logp_of(state, row.capped(row.raw(id)), row.transform.factor);
     args.logp[at] = logp;
   }
 }
@@ -65,7 +64,7 @@ __device__ __forceinline__ void store_zeros(const LogprobArgs<Logit, T>& args, i
 
 // splits blocks per row; where there are several, `parts` receives what each found.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, Mode::blocks)
     logprobs_kernel(LogprobArgs<Logit, T> args, int splits, typename Mode::Part* parts) {
   using Part = typename Mode::Part;
   TRL_SHARED(Part, memory, kWarps);
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     if (threadIdx.x == 0) parts[blockIdx.x] = part;
     return;
   }
-  store_logps(args, row, part.softmax);
+  store_logps(args, row, part.softmax());
   if (threadIdx.x == 0) {
     store_row(args, row, part);
     store_order(args, row, part, 0);
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   typename Mode::Part part = parts[index * splits];
   for (int split = 1; split < splits; ++split)
     part = Mode::merge(part, parts[index * splits + split], row.transform.factor);
-  store_logps(args, row, part.softmax);
+  store_logps(args, row, part.softmax());
   if (threadIdx.x != 0) return;
   store_row(args, row, part);
   store_order(args, row, part, 0);

@@ -11,30 +11,106 @@ struct GradientOf {
   RowGradient<T> weights;
   T lse, lse_rest;
 
-  __device__ __forceinline__ T operator()(Logit logit, int64_t v) const {
-    const T y = row.capped(row.raw(logit, v)), log_p = (row.transform.factor * y - lse) - lse_rest;
+  __device__ __forceinline__ GradientOf(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, Mode>& row)
+      : row(row), weights(args, row.index), lse(args.lse[row.index]), lse_rest(args.lse_rest[row.index]) {}
+  __device__ __forceinline__ T operator()(T x, int64_t v) const {
+    const T y = row.capped(row.raw(x, v)), log_p = (row.transform.factor * y - lse) - lse_rest;
     const T p = power_of_two(log_p * kLog2E<T>);
     return p == 0 ? T(0) : weights.at(log_p, p) * row.slope(y);
   }
-  __device__ __forceinline__ T own(Logit logit, int64_t v, T grad_logp) const {
-    return row.keeps(v) ? grad_logp * row.slope(row.capped(static_cast<T>(widen(logit)))) : T(0);
+  __device__ __forceinline__ T own(T x, int64_t v, T grad_logp) const {
+    return row.keeps(v) ? grad_logp * row.slope(row.capped(x)) : T(0);
   }
 };
 
-// One id per row: its share joins as the logits pass by.
+// p = 2^t unit at t = scale y - anchor, where z is y times a factor: one fma per logit. What rounding took of the
+// anchor is `rest`, a number of the row like all that weighs p.
 template <class T>
-struct OneId : Plain {
-  template <class Logit>
-  struct Shares {
-    int64_t id;
-    T share;
+struct PowerOfRow {
+  T scale, anchor, rest, unit;
 
-    __device__ __forceinline__ Shares(const LogprobArgs<Logit, T>& args, const GradientOf<Logit, T, OneId>& gradient,
-                                      int64_t, int64_t)
-        : id(args.ids[gradient.row.index]),
-          share(RowGradient<T>::own_gradient(args, gradient.row.index, 0) * gradient.row.transform.factor) {}
-    __device__ __forceinline__ T at(int64_t v) const { return v == id ? share : T(0); }
-    __device__ __forceinline__ void finish(Logit*) const {}
+  __device__ __forceinline__ PowerOfRow(T factor, T lse, T lse_rest) : scale(factor * kLog2E<T>) {
+    const T base = lse / factor, base_rest = (::fma(-factor, base, lse) + lse_rest) / factor;
+    anchor = scale * base;
+    rest = ::fma(scale, base, -anchor) + scale * base_rest;
+    unit = power_of_two(-rest);
+  }
+};
+
+// The gradient out of such powers where `holds`, of log-probs and lse alone; exactly 0 where p is.
+template <class T>
+struct Proportional {
+  T scale, anchor, constant;
+  bool holds;
+
+  __device__ __forceinline__ Proportional(const RowGradient<T>& weights, T factor, const PowerOfRow<T>& power)
+      : scale(power.scale), anchor(power.anchor), constant(weights.constant * factor * power.unit) {
+    holds = is_near(scale, anchor) && ::fabs(constant) < T(1e30);
+  }
+  __device__ __forceinline__ T operator()(T y) const { return power_of_two(::fma(scale, y, -anchor)) * constant; }
+};
+
+// And of the entropy and the sum of squares.
+template <class T>
+struct Curved {
+  T scale, anchor, constant, slope, square;
+  bool holds;
+
+  __device__ __forceinline__ Curved(const RowGradient<T>& weights, T factor, const PowerOfRow<T>& power)
+      : scale(power.scale), anchor(power.anchor) {
+    const T unit = factor * power.unit;
+    slope = unit * weights.slope / kLog2E<T>;
+    constant = unit * weights.constant - slope * power.rest;
+    square = unit * weights.square * power.unit;
+    holds = is_near(scale, anchor) && ::fabs(constant) + ::fabs(slope) + ::fabs(square) < T(1e30);
+  }
+  __device__ __forceinline__ T operator()(T y) const {
+    const T t = ::fmax(::fma(scale, y, -anchor), kNoPower<T>), p = power_of_two(t);
+    return p * (square * p + (slope * t + constant));
+  }
+};
+
+// Which of the gradients [begin, end) are written how: whole packs from `head` on, single ones before and behind them.
+struct Places {
+  int64_t begin, head, end;
+};
+// Who writes that of v.
+template <class Logit>
+__device__ __forceinline__ unsigned thread_of(const Places& places, int64_t v) {
+  constexpr int kPack = Pack<Logit>::size;
+  const int64_t tail = places.end - (places.end - places.head) % kPack;
+  const int64_t turn = v < places.head ? v - places.begin : v < tail ? (v - places.head) / kPack : v - tail;
+  return static_cast<unsigned>(turn % kThreads);
+}
+
+// One id per row: the thread that writes its place works its whole gradient out before, and writes it afterwards.
+template <class T, template <class> class Shape>
+struct OneId : Plain {
+  static constexpr int blocks = sizeof(T) == 8 ? 1 : 3;  // fp64 would spill in the registers of two
+
+  template <class Logit>
+  struct Gradient {
+    const GradientOf<Logit, T, OneId> careful;
+    const Shape<T> quick;
+    int64_t id;
+    T share, own;
+
+    __device__ __forceinline__ Gradient(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, OneId>& row)
+        : careful(args, row),
+          quick(careful.weights, row.transform.factor, {row.transform.factor, careful.lse, careful.lse_rest}),
+          id(args.ids[row.index]),
+          share(RowGradient<T>::own_gradient(args, row.index, 0) * row.transform.factor) {}
+    __device__ __forceinline__ bool by_packs() const { return quick.holds; }
+    __device__ __forceinline__ T in_pack(T y, int64_t) const { return quick(y); }
+    __device__ __forceinline__ T operator()(T y, int64_t v) const { return quick.holds ? quick(y) : careful(y, v); }
+    __device__ __forceinline__ void start(const Places& places) {
+      const bool mine = id >= places.begin && id < places.end && threadIdx.x == thread_of<Logit>(places, id);
+      if (mine) own = careful(careful.row.raw(id), id) + share;  // 1 - p of a sure token
+      else id = kIgnoredId;
+    }
+    __device__ __forceinline__ void finish(Logit* out) const {
+      if (id >= 0) out[id] = narrow<Logit>(own);
+    }
   };
 };
 
@@ -42,31 +118,39 @@ struct OneId : Plain {
 // else.
 template <class T>
 struct ManyIds : Transformed {
+  static constexpr int blocks = sizeof(T) == 8 ? 1 : kBlocksAtOnce;
+
   template <class Logit>
-  struct Shares {
+  struct Gradient {
+    const LogprobArgs<Logit, T>& args;
+    const GradientOf<Logit, T, ManyIds> careful;
     const int64_t* ids;
     T* own;
-    int64_t count, begin, end;
+    int64_t begin, end;
 
-    __device__ __forceinline__ Shares(const LogprobArgs<Logit, T>& args, const GradientOf<Logit, T, ManyIds>& gradient,
-                                      int64_t first, int64_t last)
-        : ids(args.ids + gradient.row.index * args.num_ids), count(args.num_ids), begin(first), end(last) {
+    __device__ __forceinline__ Gradient(const LogprobArgs<Logit, T>& args, const RowView<Logit, T, ManyIds>& row)
+        : args(args), careful(args, row), ids(args.ids + row.index * args.num_ids) {
       TRL_DYNAMIC_SHARED(T, memory);
       own = memory;
-      for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+    }
+    __device__ __forceinline__ bool by_packs() const { return true; }
+    __device__ __forceinline__ T in_pack(T x, int64_t v) const { return careful(x, v); }
+    __device__ __forceinline__ T operator()(T x, int64_t v) const { return careful(x, v); }
+    __device__ __forceinline__ void start(const Places& places) {
+      begin = places.begin, end = places.end;
+      for (int64_t k = threadIdx.x; k < args.num_ids; k += kThreads) {
         if (ids[k] < begin || ids[k] >= end) continue;
         T share = 0;
-        for (int64_t j = 0; j < count; ++j)
-          if (ids[j] == ids[k]) share += RowGradient<T>::own_gradient(args, gradient.row.index, j);
-        const Logit logit = gradient.row.logits[ids[k]];
-        own[k] = gradient(logit, ids[k]) + gradient.own(logit, ids[k], share);
+        for (int64_t j = 0; j < args.num_ids; ++j)
+          if (ids[j] == ids[k]) share += RowGradient<T>::own_gradient(args, careful.row.index, j);
+        const T x = widen(careful.row.logits[ids[k]]);
+        own[k] = careful(x, ids[k]) + careful.own(x, ids[k], share);
       }
       __syncthreads();  // the logits may now be overwritten
     }
-    __device__ __forceinline__ T at(int64_t) const { return 0; }
     __device__ __forceinline__ void finish(Logit* out) const {
       __syncthreads();  // after everybody's write
-      for (int64_t k = threadIdx.x; k < count; k += kThreads)
+      for (int64_t k = threadIdx.x; k < args.num_ids; k += kThreads)
         if (ids[k] >= begin && ids[k] < end) out[ids[k]] = narrow<Logit>(own[k]);
     }
   };
@@ -81,9 +165,8 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
   for (int64_t v = head + packs * kPack + threadIdx.x; v < end; v += kThreads) out[v] = Logit{};
 }
 
-// fp64 would spill in the registers of two blocks.
 template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 ? 1 : kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, Mode::blocks)
     logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t index = blockIdx.x / splits, length = (args.vocab + splits - 1) / splits;
@@ -91,31 +174,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 ? 1 : kBlocksAtOn
   const RowView<Logit, T, Mode> row(args, index);
   Logit* out = args.grad_logits + row.grad_offset;
   if (RowGradient<T>::is_zero(args, index)) return write_zeros(out, begin, end);
-  const GradientOf<Logit, T, Mode> gradient{row, RowGradient<T>(args, index), args.lse[index], args.lse_rest[index]};
-  const typename Mode::template Shares<Logit> shares(args, gradient, begin, end);
-  const auto at = [&](Logit logit, int64_t v) { return narrow<Logit>(gradient(logit, v) + shares.at(v)); };
-  const auto single = [&](int64_t v) { out[v] = at(row.logits[v], v); };
+  typename Mode::template Gradient<Logit> gradient(args, row);
   const int64_t head = begin + elements_to_alignment(row.logits + begin, end - begin);
-  if (is_aligned(out + head)) {
-    for (int64_t v = begin + threadIdx.x; v < head; v += kThreads) single(v);
-    for_packs(
-        row.logits, head, end,
-        [&](Pack<Logit> pack, int64_t first) {
+  // One by one in a strided view whose rows lie otherwise than those of its gradient, too.
+  const Places places{begin, gradient.by_packs() && is_aligned(out + head) ? head : end, end};
+  gradient.start(places);
+  const auto single = [&](int64_t v) { out[v] = narrow<Logit>(gradient(static_cast<T>(widen(row.logits[v])), v)); };
+  for (int64_t v = begin + threadIdx.x; v < places.head; v += kThreads) single(v);
+  const auto visit = [&](const auto& packs, int64_t first) {
+    constexpr int kCount = sizeof packs / sizeof(Logit);
+    T grad[kCount];
+    widen_packs(packs, grad);
 #pragma unroll
-          for (int k = 0; k < kPack; ++k) pack.of[k] = at(pack.of[k], first + k);
-          store_pack(out + first, pack);
-        },
-        single);
-  } else {
-    // A strided view whose rows lie otherwise than those of its gradient.
-    for (int64_t v = begin + threadIdx.x; v < end; v += kThreads) single(v);
-  }
-  shares.finish(out);
+    for (int k = 0; k < kCount; ++k) grad[k] = gradient.in_pack(grad[k], index_in<Logit>(first, k));
+#pragma unroll
+    for (int k = 0; k < kCount; k += kPack) store_pack(out + index_in<Logit>(first, k), narrow_pack<Logit>(grad + k));
+  };
+  for_whole_packs<Aligned>(row.logits, places.head, (end - places.head) / kPack, visit);
+  for_tail<Logit>(places.head, end, single);
+  gradient.finish(out);
 }
 
 template <class Logit, class T>
 bool list_backward(const std::string& type) {
-  return list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T, OneId<T>>) &&
+  return list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T, OneId<T, Proportional>>) &&
+         list_kernel("token_logprobs_backward " + type + " entropy",
+                     &logprobs_backward_kernel<Logit, T, OneId<T, Curved>>) &&
          list_kernel("token_logprobs_backward " + type + " many ids", &logprobs_backward_kernel<Logit, T, ManyIds<T>>);
 }
 const bool listed = list_backward<float, float>("float") && list_backward<double, double>("double") &&
@@ -129,7 +213,11 @@ const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* str
   const int splits = static_cast<int>(blocks_per_row(args.batch * args.time, args.vocab));
   const int64_t blocks = args.batch * args.time * splits;
   if (args.num_ids == 1 && !args.transform.keep && args.transform.softcap == infinity<T>()) {
-    TRL_LAUNCH((logprobs_backward_kernel<Logit, T, OneId<T>>), blocks, kThreads, 0, stream, args, splits);
+    if (args.grad_entropy || args.grad_log_sum_sq_probs)
+      TRL_LAUNCH((logprobs_backward_kernel<Logit, T, OneId<T, Curved>>), blocks, kThreads, 0, stream, args, splits);
+    else
+      TRL_LAUNCH((logprobs_backward_kernel<Logit, T, OneId<T, Proportional>>), blocks, kThreads, 0, stream, args,
+                 splits);
     return launch_error();
   }
   const size_t shared = sizeof(T) * static_cast<size_t>(args.num_ids);

@@ -4,9 +4,8 @@ import os
 import subprocess
 import sys
 
-import vocab_cases
 from paths import ROOT
-from vocab_process import WORLDS
+from vocab_process import WORLDS, of_world
 
 
 def test_every_case_holds_on_every_rank(tmp_path):
@@ -20,4 +19,4 @@ def test_every_case_holds_on_every_rank(tmp_path):
     failed = [out[-500:] + error[-2000:] for (out, error), rank in zip(outputs, ranks, strict=True) if rank.returncode]
     assert not failed, failed[0]
     held = [line.removeprefix("HELD ") for line in outputs[0][0].splitlines() if line.startswith("HELD ")]
-    assert held == [f"{world} {name}" for world in WORLDS for name in vocab_cases.of_world(world)]
+    assert held == [f"{world} {name}" for world in WORLDS for name in of_world(world)]

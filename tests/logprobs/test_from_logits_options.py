@@ -142,8 +142,8 @@ def test_a_batch_whose_rows_are_all_ignored(backend):
     assert zeros(found, slice(None))
 
 
-def hard_rows(hard):
-    logits, ids = make(4, 1501, seed=1)
+def hard_rows(hard, vocab=1501):
+    logits, ids = make(4, vocab, seed=1)
     if hard == "masked":
         logits[:, 5:900] = -torch.inf
         ids[:] = 1000
@@ -178,6 +178,15 @@ def test_hard_rows(hard, backend):
     # Two fp32 numbers near 1e38 do not add up: the mean of such rows overflows in the reference, too.
     outputs = tuple(name for name in OUTPUTS if hard != "lowest first" or name != "mean_logit")
     check(*hard_rows(hard), backend, outputs=outputs)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("pulled", [("logp",), ("logp", "entropy")], ids=" ".join)
+@pytest.mark.parametrize("hard", [*HARD, "offset 7e5", "offset -7e5", "offset 8e5", "offset 1e7"])
+def test_hard_rows_of_which_nothing_more_is_asked(hard, pulled, backend):
+    """The kernels that know log-probs, lse and the entropy alone, as far as powers of two are made by one fma and
+    beyond; in rows long enough for the loop that takes several loads at once."""
+    check(*hard_rows(hard, 5003), backend, outputs=("logp", "entropy", "lse"), pulled=pulled)
 
 
 @EVERY_KERNEL

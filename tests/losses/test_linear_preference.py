@@ -194,6 +194,17 @@ def test_narrow_dtypes(backend, dtype):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=4e-2 * wanted.abs().max().item())
 
 
+def test_frozen_states_of_inference_mode():
+    leaves, more, _ = batch("tdpo2")
+    weight = leaves["weight"].requires_grad_()
+    truth = tokenrl.linear_preference_loss("tdpo2", **leaves, **more)
+    with torch.inference_mode():
+        made = {key: x.clone() for key, x in (leaves | more).items() if key not in ("weight", "bias")}
+    made["ref_weight"], made["ref_bias"] = more["ref_weight"], more["ref_bias"]
+    found = tokenrl.linear_preference_loss("tdpo2", weight=weight, bias=leaves["bias"], **made)
+    alike(found, (truth[0], truth[1][:4]), [weight])
+
+
 def test_no_pair_at_all():
     leaves, more, _ = batch("dpo")
     hidden = leaves["hidden"].requires_grad_()

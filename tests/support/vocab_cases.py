@@ -240,8 +240,3 @@ CASES = {
 for _case in (options, holes, padding):
     CASES |= {f"{_case.__name__}, {b}": functools.partial(_case, b) for b in ("reference", *kernel_backends())}
 CASES |= {case.__name__: case for case in (collectives, double_backward, one_graph, of_dtensors, disagreements)}
-
-
-def of_world(world: int) -> dict:
-    """The interpreter and the simulation of CUDA in one world: which kernels run is the same to the exchange."""
-    return {name: case for name, case in CASES.items() if world == 2 or not name.endswith(("triton", "sim"))}

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..batch.checks import check_number, check_tensor
 from ..errors import described, wrong
 from ..logprobs.from_logits import TokenStats
-from . import vocabulary_parallel, wire
+from . import linear_vocabulary_parallel, vocabulary_parallel, wire
 
 MEGATRON_MULTIPLE = 128  # of the vocabulary, times the group's size
 
@@ -85,17 +85,30 @@ class VocabShard:
         return sum(self.sizes)
 
     def own(self, name: str, x: Tensor, dim: int) -> Tensor:
-        """x without padding."""
+        """x without padding. A rank without columns gets one, which own_keep leaves out of the vocabulary: no kernel
+        needs to know of it."""
         if isinstance(x, DTensor):
             raise wrong(name, "a DTensor beside vocab", f"the local part ({name}.to_local())")
         check_tensor(name, x)
         if x.dim() == 0 or x.shape[dim] < self.size:
             accepted = f"at least {self.size} columns of the vocabulary, those of rank {self.rank}"
             raise wrong(name, f"shape {list(x.shape)}", accepted)
-        return x.narrow(dim, 0, self.size)
+        own = x.narrow(dim, 0, self.size)
+        if self.size:
+            return own
+        one = [1 if k == dim % x.dim() else size for k, size in enumerate(x.shape)]
+        return torch.cat([own, x.new_zeros(one)], dim)
+
+    def own_keep(self, keep_mask: Tensor | None, like: Tensor) -> Tensor | None:
+        if self.size == 0:
+            return torch.zeros(1, dtype=torch.bool, device=like.device)
+        return None if keep_mask is None else self.own("keep_mask", keep_mask, -1)
 
     def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats:
         return vocabulary_parallel.token_logprobs(self, logits, ids, **how)
+
+    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats:
+        return linear_vocabulary_parallel.linear_token_logprobs(self, hidden, weight, ids, **how)
 
     def __repr__(self) -> str:
         return f"VocabShard(sizes={self.sizes}, rank={self.rank})"

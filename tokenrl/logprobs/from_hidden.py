@@ -101,6 +101,9 @@ def linear_token_logprobs(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
+    vocab: from_logits.Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> TokenStats:
     """token_logprobs of the logits hidden @ weight^T + bias, of which no more is held than fits into memory_budget.
@@ -128,8 +131,20 @@ def linear_token_logprobs(
     Of whole rows our kernels give each row the bits of token_logprobs, whatever else the batch and outputs hold, and
     linear_policy_loss the same: its on-policy ratios are 1. The logits themselves are torch's GEMM, which promises no
     bits: on the CPUs we tried a row's depend on no other from 16 rows on, cuBLAS chooses its kernels by the shapes.
+    vocab, check: as for token_logprobs: weight, bias and keep_mask are this rank's rows of the head, hidden and ids are
+    the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of hidden's gradient are
+    summed, in fp32, by one all-reduce. reduce_hidden_grad=False leaves that to the caller (Megatron's column-parallel
+    region, DTensor's Partial). Without is_top1, rank and main_grad.
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
+    if vocab is not None:
+        from_logits.refuse_beside_vocab(keep_mask_for=keep_mask_for, main_grad=main_grad)
+        return vocab.linear_token_logprobs(
+            hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,
+            compute_dtype=compute_dtype, memory_budget=memory_budget, reduce_hidden_grad=reduce_hidden_grad,
+            backend=backend, check=check,
+        )  # fmt: skip
     head = head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
     )

@@ -40,6 +40,7 @@ class Vocabulary(Protocol):
     """What lies on several ranks: tokenrl.distributed.VocabShard."""
 
     def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
+    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
 
 
 @observed
@@ -93,9 +94,7 @@ def token_logprobs(
     kernel than the others). On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
     if vocab is not None:
-        for name, option in (("keep_mask_for", keep_mask_for), ("inplace_backward", inplace_backward)):
-            if option:
-                raise wrong(name, "one beside vocab", "none")
+        refuse_beside_vocab(keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
         return vocab.token_logprobs(
             logits, ids, temperature=temperature, softcap=softcap, logit_scale=logit_scale, keep_mask=keep_mask,
             row_mask=row_mask, ignore_index=ignore_index, outputs=outputs, backend=backend, check=check,
@@ -123,6 +122,12 @@ def token_logprobs(
         )
         found |= {name: results[kernel_ops.RESULTS.index(name)] for name in names}
     return TokenStats({name: found[name] for name in outputs})
+
+
+def refuse_beside_vocab(**options: Any) -> None:
+    for name, option in options.items():
+        if option is not None and option is not False:
+            raise wrong(name, "one beside vocab", "none")
 
 
 def by_mask(

@@ -62,7 +62,9 @@ def with_gradients(name: str) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx: Any, loss: Tensor, *both: Tensor | None) -> Tensor:
             half = len(both) // 2
-            ctx.save_for_backward(*both[half:], *both[:half])
+            grads = both[half:]
+            made = (x if g is not None else None for x, g in zip(both[:half], grads, strict=True))
+            ctx.save_for_backward(*grads, *made)  # of the others some may be of inference mode
             return loss.clone()
 
         backward = staticmethod(once(_times_upstream, name))

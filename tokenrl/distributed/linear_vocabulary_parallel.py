@@ -1,0 +1,170 @@
+"""linear_token_logprobs with a head whose rows lie side by side on the ranks of a group.
+
+Each rank has its rows of the head and all hidden states; one all-gather of the whole call, whatever the tiles. The
+backward computes the logits again, on each rank its own; gradients of weight and bias are whole, those of hidden shares
+that are summed over the ranks, in fp32, by one all-reduce.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import wrong
+from ..logprobs import from_hidden, from_logits
+from ..logprobs.from_logits import OUTPUTS, TokenStats
+from ..ops import backends, kernel_ops, linear_ops, ranges, reference
+from ..ops.arguments import schema
+from ..ops.backends import Backend
+from ..ops.derivatives import call, register_derivative
+from ..ops.kernel_ops import RESULTS, STATISTICS, SavedStatistics, Transform, Upstream
+from ..ops.linear import token_logprobs as tiles
+from ..ops.linear.gemm import sum_dtype
+from ..ops.linear.head import HeadInputs
+from . import order, wire
+from .agreement import Agreement
+from .exchange import Part, of_vocabulary, shard_ids
+from .vocabulary_parallel import LIBRARY, NAMESPACE, differentiable, in_order, said_of
+
+if TYPE_CHECKING:
+    from .vocab_shard import VocabShard
+
+OP = "vocab_linear_token_logprobs"
+
+
+def linear_token_logprobs(
+    shard: "VocabShard", hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None,
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None,
+    row_mask: Tensor | None, ignore_index: int, outputs: Any, compute_dtype: torch.dtype | None,
+    memory_budget: int | None, reduce_hidden_grad: bool, backend: str | None, check: bool,
+) -> TokenStats:  # fmt: skip
+    """tokenrl.linear_token_logprobs with vocab=shard."""
+    with Agreement("linear_token_logprobs", shard.group, hidden.device, check) as agreed:
+        weight, keep_mask = shard.own("weight", weight, 0), shard.own_keep(keep_mask, hidden)
+        bias = None if bias is None else shard.own("bias", bias, 0)
+        head = from_hidden.head_arguments(
+            hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, None
+        )
+        head = replace(head, like=head.like.new_empty(()).expand(*hidden.shape[:-1], shard.total))
+        from_logits.check_ids(head.like, ids, outputs)
+        names = [name for name in OUTPUTS if name in outputs]
+        for name in {*names} & {*order.NAMES}:
+            raise wrong("outputs", f"{name!r} beside vocab", "those without an order, or token_logprobs of the logits")
+        inputs = head.inputs(ids, row_mask, ignore_index)
+        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        agreed.same(
+            rows=list(hidden.shape[:-1]), dtype=inputs.compute_dtype, sizes=shard.sizes, outputs=names,
+            transform=said_of(head.transform), hidden_gradient=wanted[0], reduce_hidden_grad=reduce_hidden_grad,
+        )  # fmt: skip
+        agreed.contents(ids=inputs.ids)
+    asked = [name for name in names if name not in kernel_ops.ALWAYS]
+    found = _results(backends.choose(backend, hidden.device), shard, inputs, asked, reduce_hidden_grad)
+    rows = hidden.shape[:-1]
+    return TokenStats({name: found[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
+
+
+def _results(
+    chosen: Backend, shard: "VocabShard", inputs: HeadInputs, outputs: list[str], reduce_hidden_grad: bool
+) -> Part:
+    if not chosen.is_reference:
+        rest = (outputs, chosen.namespace, shard.group.group_name, shard.sizes, reduce_hidden_grad)
+        return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, *rest), strict=True))
+    hidden = _Summed.apply(inputs.hidden, shard.group) if reduce_hidden_grad else inputs.hidden
+    logits = reference.head_logits(replace(inputs, hidden=hidden))
+    keep = None if inputs.keep_mask is None else inputs.keep_mask.expand(logits.shape)
+    transform = Transform(inputs.temperature, inputs.temperatures, inputs.softcap, inputs.logit_scale, keep)
+    local = shard_ids(inputs.ids, shard.sizes, shard.rank)
+    own = differentiable(chosen, logits, local, transform, outputs)
+    return of_vocabulary(own, inputs.ids, keep, outputs, shard.group, shard.sizes)
+
+
+class _Summed(torch.autograd.Function):
+    """hidden, whose gradient is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shares = grad.to(sum_dtype(grad.dtype), copy=True)
+        return wire.all_reduce(shares, ctx.group).to(grad.dtype), None
+
+
+_SHARD = "str kernels, str group, int[] sizes, bool reduce_hidden_grad"
+SCHEMAS = {
+    OP: schema(HeadInputs, "str[] outputs", _SHARD, returns=STATISTICS),
+    f"{OP}_backward": schema(
+        HeadInputs, Upstream, SavedStatistics, "bool[] wanted", _SHARD, returns=f"({linear_ops.GRADS})"
+    ),
+}
+
+
+def _run(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (outputs, kernels, name, sizes, _) = HeadInputs.read(args)
+    group, head = wire.group_named(name), inputs.head(ranges.kernels(kernels))
+    local = shard_ids(inputs.ids, sizes, group.rank())
+    with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
+        results = tiles.statistics(head, inputs.hidden, local, outputs, inputs.memory_budget)
+        own = dict(zip(RESULTS, results, strict=True))
+        return in_order(of_vocabulary(own, inputs.ids, inputs.keep_mask, outputs, group, sizes))
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (outputs, *_) = HeadInputs.read(args)
+    return kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(inputs.dtype))
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, rest = HeadInputs.read(args)
+    upstream, rest = Upstream.read(rest)
+    saved, (wanted, kernels, name, sizes, reduces) = SavedStatistics.read(rest)
+    group, dtypes = wire.group_named(name), linear_ops.dtypes_of(inputs)
+    shares = [sum_dtype(dtypes[0]), *dtypes[1:]]
+    local, head = shard_ids(inputs.ids, sizes, group.rank()), inputs.head(ranges.kernels(kernels))
+    with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
+        grads = linear_ops.gradients_of(inputs, wanted, shares)
+        tiles.gradients(head, tuple(upstream), inputs.hidden, local, tuple(saved), inputs.memory_budget, grads)
+        hidden, *others = linear_ops.results_of(grads, inputs.hidden, shares)
+        hidden = wire.all_reduce(hidden, group) if wanted[0] and reduces else hidden
+        return hidden.to(dtypes[0]), *others
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, rest = HeadInputs.read(args)
+    _, rest = Upstream.read(rest)
+    _, (wanted, *_) = SavedStatistics.read(rest)
+    return tuple(linear_ops.fake_results(inputs, wanted, linear_ops.dtypes_of(inputs)))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    head, (_, *ctx.shard) = HeadInputs.read(inputs)
+    _, entropy, lse, lse_rest, squares, *_ = output
+    kernel_ops.mark_constants(ctx, output)
+    ctx.tensors = [name for name, x in vars(head).items() if isinstance(x, Tensor)]
+    ctx.given = {name: x for name, x in vars(head).items() if name not in ctx.tensors}
+    ctx.save_for_backward(lse, lse_rest, entropy, squares, *(getattr(head, name) for name in ctx.tensors))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logp, grad_entropy, grad_lse, _, grad_squares, *_ = upstream
+    wanted_of = Upstream(grad_logp, grad_entropy, grad_lse, grad_squares)
+    if all(g is None for g in wanted_of):
+        return None, None, None
+    lse, lse_rest, entropy, squares, *tensors = ctx.saved_tensors
+    inputs = HeadInputs(**ctx.given, **dict(zip(ctx.tensors, tensors, strict=True)))
+    wanted = list(ctx.needs_input_grad[:3])
+    op = getattr(ranges.kernels(NAMESPACE), f"{OP}_backward")
+    grads = op(*inputs, *wanted_of, lse, lse_rest, entropy, squares, wanted, *ctx.shard)
+    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+
+
+for _op, _run_op, _fake_op in ((OP, _run, _fake), (f"{OP}_backward", _run_backward, _fake_backward)):
+    LIBRARY.define(_op + SCHEMAS[_op])
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_op, _run_op, _key)
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake_op)
+register_derivative(NAMESPACE, OP, _save, _backward, 3)
