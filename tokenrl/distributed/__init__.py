@@ -2,6 +2,7 @@
 are those of all that its ranks hold, the same bits on each; the gradient is the own part. Nothing here creates a group,
 and where none is given nothing of torch.distributed runs."""
 
+from .context_shard import ContextShard
 from .vocab_shard import VocabShard
 
-__all__ = ["VocabShard"]
+__all__ = ["ContextShard", "VocabShard"]

@@ -91,7 +91,9 @@ def linear_preference_loss(
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
     as many as memory_budget allows (as for linear_policy_loss): 6 N D V flops, and 2 N D' V of a reference. Where a
     pair does not fit into one, or fewer than 64 tokens do, and where a row sorts the batch that does not fit as a
-    whole, the gradients need a second pass, 8 N D V: metrics.passes says which. So it is in a trace by torch.compile.
+    whole, the gradients need a second pass, 8 N D V, and with a divergence those of linear_token_divergence too, so
+    that a larger budget pays (a third of it is a chunk's there): metrics.passes says which. So it is in a trace by
+    torch.compile.
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
     coefficient is zero enter none of the backward where there is no divergence.
 

@@ -1,18 +1,18 @@
-"""A vocabulary on 2, 3 and 4 processes of gloo, in one launch of many cases: against the op on one."""
+"""A vocabulary and a batch on 2, 3 and 4 processes of gloo, in one launch of many cases: against the op on one."""
 
 import os
 import subprocess
 import sys
 
 from paths import ROOT
-from vocab_process import WORLDS, of_world
+from rank_process import WORLDS, of_world
 
 
 def test_every_case_holds_on_every_rank(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "tests" / "support" / "vocab_process.py"), str(tmp_path / "store")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "rank_process.py"), str(tmp_path / "store")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     ranks = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(max(WORLDS))]
     outputs = [rank.communicate(timeout=300) for rank in ranks]

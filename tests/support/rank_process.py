@@ -1,4 +1,4 @@
-"""What test_vocabulary_parallel.py runs in each of four processes on gloo: python vocab_process.py FILE RANK.
+"""What test_across_ranks.py runs in each of four processes on gloo: python rank_process.py FILE RANK.
 
 The first two, three and four of them are a world each. Prints "HELD <world> <name>" on rank 0 for what all its ranks
 found.
@@ -8,6 +8,7 @@ import datetime
 import os
 import sys
 
+import context_cases
 import torch
 import torch.distributed as dist
 import vocab_cases
@@ -18,7 +19,7 @@ WORLDS = (2, 3, 4)
 
 def of_world(world: int) -> dict:
     """The interpreter and the simulation of CUDA in one world: which kernels run is the same to the exchange."""
-    every = vocab_cases.CASES | vocab_linear_cases.CASES
+    every = vocab_cases.CASES | vocab_linear_cases.CASES | context_cases.CASES
     return {name: case for name, case in every.items() if world == 2 or not name.endswith(("triton", "sim"))}
 
 
