@@ -220,6 +220,23 @@ def test_twice(name):
     assert torch.autograd.gradgradcheck(loss, (case["logp"], weight))
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto", "ipo_sum"])
+def test_torch_func_differentiates_once_and_twice(name):
+    case = batch(name)
+    logp = case.pop("logp").detach()
+
+    def loss(x):
+        return tokenrl.preference_loss(name, x, **case)[0]
+
+    leaf = logp.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(logp), grad.detach())
+    found = torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(logp)
+    assert second.any()
+    torch.testing.assert_close(found, second)
+
+
 def test_constants_of_inference_mode():
     for name, more in (("tdpo2", {"pair_weight": torch.ones(P)}), ("kto", {"normalizer": torch.tensor(3.0)})):
         case = batch(name) | more

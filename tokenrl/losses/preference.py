@@ -114,9 +114,14 @@ def evaluate(inputs: PreferenceInputs, logp: Tensor, divergence: Tensor | None) 
     return loss.to(logp.dtype), metrics
 
 
-class Known(torch.autograd.Function):
+def known(of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
     """A value and its derivatives, elementwise in each of the inputs: what `of` returns of them."""
+    transformed = torch._C._are_functorch_transforms_active()
+    found: Tensor = (_KnownInTransforms if transformed else _Known).apply(of, *inputs)
+    return found
 
+
+class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
         ctx.of, (value, *slopes) = of, of(*inputs)
@@ -132,10 +137,28 @@ class Known(torch.autograd.Function):
         return None, *(grad * slope for slope in slopes)
 
 
+class _KnownInTransforms(torch.autograd.Function):
+    """For torch.func, which lets nothing be saved but inputs."""
+
+    @staticmethod
+    def forward(of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
+        value = of(*inputs)[0]
+        return value.clone() if any(value is x for x in inputs) else value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.of = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grad * slope for slope in ctx.of(*ctx.saved_tensors)[1:])
+
+
 def _scores(inputs: PreferenceInputs, logp: Tensor, divergence: Tensor | None) -> _Scores:
     row, layout, ref_logp = inputs.row, inputs.layout, inputs.ref_logp
     plain = _sums(logp if ref_logp is None else logp - ref_logp, inputs.token_weight, layout)
-    score = plain if type(row.score) is Score else Known.apply(row.score.of, plain)
+    score = plain if type(row.score) is Score else known(row.score.of, plain)
     reference = None
     if row.coupling == "sorted_margins":
         reference = torch.zeros_like(plain) if ref_logp is None else _sums(ref_logp, inputs.token_weight, layout)
@@ -176,7 +199,7 @@ def _of_pairs(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, Prefer
         won, lost = (won + ref_won - lost - ref_lost).sort().values, (ref_won - ref_lost).sort().values
     rewards = _sides(inputs, scores.rewards)
     margins = rewards[0] - rewards[1]
-    return Known.apply(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))
+    return known(row.link.of, won, lost), PreferenceMetrics(*rewards, margins, _mean((margins > 0).double()))
 
 
 def _sides(inputs: PreferenceInputs, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +215,7 @@ def _of_labels(inputs: PreferenceInputs, scores: _Scores) -> tuple[Tensor, Prefe
     link, desirable = inputs.row.link, inputs.desirable
     assert isinstance(link, OfLabels) and desirable is not None
     base = _mean(scores.score.detach()) if inputs.base is None else inputs.base
-    values = Known.apply(lambda x: link.of_labelled(x, desirable, base), scores.score)
+    values = known(lambda x: link.of_labelled(x, desirable, base), scores.score)
     good, bad = (torch.where(side, scores.rewards, torch.nan) for side in (desirable, ~desirable))
     distance = scores.rewards - link.beta * base
     margins = torch.where(desirable, distance, -distance)

@@ -13,7 +13,7 @@ from ..errors import wrong
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 from ..objectives.unlearning import Unlearning, unlearning
 from ..observed import observed
-from .preference import Known
+from .preference import known
 from .preference_arguments import as_count
 
 TARGETS = ("detached", "attached")
@@ -143,11 +143,11 @@ def _forget(row: Unlearning, layout: Layout, logp: Tensor, ref_logp: Tensor | No
         x = x - layout.flat_tokens("ref_logp", ref_logp)
     x = torch.where(layout.valid(), x, 0).double()
     if row.statistic == "token":
-        return _mean("normalizer", Known.apply(row.term.of, x), layout.valid(), normalizer)
+        return _mean("normalizer", known(row.term.of, x), layout.valid(), normalizer)
     spans = spans_of("sequence", layout)
     counts = spans.counts()
     scores = spans.sum(x) if row.statistic == "sum" else spans.mean(x)
-    return _mean("normalizer", Known.apply(row.term.of, scores), counts > 0, normalizer)
+    return _mean("normalizer", known(row.term.of, scores), counts > 0, normalizer)
 
 
 def _smoothing(layout: Layout, divergence: Tensor | None, normalizer: Count) -> Tensor:
