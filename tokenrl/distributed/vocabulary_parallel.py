@@ -102,7 +102,8 @@ def differentiable(chosen: Backend, logits: Tensor, local: Tensor, transform: Tr
     transform = replace(transform, keep_mask=None if keep is None else keep | dead[:, None])
     logits, there = _Once.apply(logits), torch.where(local == ELSEWHERE, 0, local)
     own = dict(zip(RESULTS, dispatch.token_logprobs(chosen, logits, there, *transform, outputs, False), strict=True))
-    return own | {"lse": torch.where(dead, -torch.inf, own["lse"])}
+    minus_inf = ("lse", "mean_logit") if "mean_logit" in outputs else ("lse",)
+    return own | {name: torch.where(dead, -torch.inf, own[name]) for name in minus_inf}
 
 
 class _Once(torch.autograd.Function):
