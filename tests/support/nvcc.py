@@ -66,7 +66,8 @@ def compile_report(source: Path) -> list[dict]:
 @functools.cache
 def sass(source: str) -> dict[str, str]:
     """What the kernels of a source compile to on sm_90, by their mangled names."""
-    cuobjdump = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
+    cuobjdump = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
     made = compiled(ROOT / "csrc" / "cuda" / f"{source}.cu")
     text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", made], capture_output=True, text=True).stdout
     return {kernel.split("\n", 1)[0]: kernel for kernel in text.split("Function : ")[1:]}
