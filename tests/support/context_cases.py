@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from cases import batch, packed
 from vocab_cases import said
@@ -48,6 +49,9 @@ def exchanges(group):
     assert torch.equal(whole, torch.arange(20.0).view(10, 2)) and torch.equal(own.grad, 2 * own)
     assert sent == [("all_gather", 256), ("all_gather", max(context.counts) * 2 * 4)], sent
     assert sum(context.counts) == 10
+    (grad,) = torch.autograd.grad(context.gathered(own).sum(0).prod(), own, create_graph=True)  # of other ranks' tokens
+    with pytest.raises(RuntimeError, match="gathered: differentiated twice"):
+        grad.sum().backward()
 
 
 def errors(group):

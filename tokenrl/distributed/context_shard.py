@@ -10,9 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..batch.checks import check_name, check_tensor
 from ..errors import described, wrong
+from ..ops.derivatives import once
 from . import wire
 from .agreement import Agreement
 from .vocab_shard import as_group
+from .vocabulary_parallel import ONCE
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_sequence")
 Piece = tuple[int, int]  # first token, number of tokens
@@ -86,10 +88,15 @@ class ContextShard:
             raise wrong(name, f"shape {list(x.shape)}", f"{count} tokens first, of pieces {self.pieces[self.rank]}")
 
 
+def _own(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad[ctx.shard.index(grad.device)], None
+
+
 class _Gathered(torch.autograd.Function):
+    """Differentiable once: the tokens of the other ranks, on which the own gradient depends, are constants here."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: ContextShard) -> Tensor:
-        ctx.shard = shard
+    def forward(x: Tensor, shard: ContextShard) -> Tensor:
         counts = shard.counts
         padded = x.new_zeros(max(counts), *x.shape[1:])
         padded[: len(x)] = x
@@ -100,8 +107,11 @@ class _Gathered(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[ctx.shard.index(grad.device)], None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.shard = inputs
+        ctx.save_for_backward(x)
+
+    backward = staticmethod(once(_own, "gathered", ONCE))
 
 
 def _bounds(cu_seqlens: Tensor) -> list[int]:
