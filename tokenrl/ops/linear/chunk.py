@@ -13,19 +13,44 @@ from .token_logprobs import Gradients
 WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are moved together before its GEMMs
 
 
-class Chunk:
-    """Some tokens' logits in `memory`, their log-probs [n] and entropies [n], and then their gradients."""
+class LogitChunk:
+    """Some tokens' logits in `memory`, and then their gradients."""
 
-    def __init__(self, head: Head, hidden: Tensor, ids: Tensor, rows: Rows, memory: Tensor):
-        self.head, self.rows, self.ids = head, rows, ids[rows]
+    def __init__(self, head: Head, hidden: Tensor, rows: Rows, memory: Tensor):
+        self.head, self.rows = head, rows
         self.states = hidden[rows].to(head.dtype)
         self.logits = as_tile(memory, self.states.shape[0], slice(0, head.vocab))
         head.whole_logits(self.states, self.logits)
-        stats = head.ops.token_logprobs(self.logits, self.ids, *self.transform(), [], False)
-        self.logp, self.entropy, self.lse, self.lse_rest, *_ = stats
 
     def transform(self) -> tuple[Any, ...]:
         return self.head.transform(self.rows, self.states.shape[0], slice(0, self.head.vocab))
+
+    def accumulate(self, by: float, weight_sum: ProductSum | None, grads: Gradients) -> None:
+        """Adds what the gradients of the logits, in their place, make of hidden, weight and bias, times `by`."""
+        if grads.hidden is not None:
+            grads.hidden[self.rows] = self._hidden_gradient(by, grads.hidden.dtype)
+        if weight_sum is not None:
+            weight_sum.add(self.logits.t(), self.states, by)
+        if grads.bias is not None:
+            grads.bias.add_(column_sums(self.logits), alpha=by)
+
+    def _hidden_gradient(self, by: float, dtype: torch.dtype) -> Tensor:
+        if not self.head.cast_columns and dtype == self.head.dtype:
+            return torch.mm(self.logits, self.head.weight)
+        total = self.states.new_zeros(self.states.shape, dtype=sum_dtype(self.head.dtype))
+        for at in self.head.pieces():
+            add_product(total, self.logits[:, at], self.head.columns(at), by)
+        return total.to(dtype)
+
+
+class Chunk(LogitChunk):
+    """And their log-probs [n] and entropies [n]."""
+
+    def __init__(self, head: Head, hidden: Tensor, ids: Tensor, rows: Rows, memory: Tensor):
+        super().__init__(head, hidden, rows, memory)
+        self.ids = ids[rows]
+        stats = head.ops.token_logprobs(self.logits, self.ids, *self.transform(), [], False)
+        self.logp, self.entropy, self.lse, self.lse_rest, *_ = stats
 
     def backward(
         self, coef: Tensor, grad_entropy: Tensor | None, weight_sum: ProductSum | None, grads: Gradients
@@ -43,15 +68,6 @@ class Chunk:
         )  # fmt: skip
         self.accumulate(by, weight_sum, grads)
 
-    def accumulate(self, by: float, weight_sum: ProductSum | None, grads: Gradients) -> None:
-        """Adds what the gradients of the logits, in their place, make of hidden, weight and bias, times `by`."""
-        if grads.hidden is not None:
-            grads.hidden[self.rows] = self._hidden_gradient(by, grads.hidden.dtype)
-        if weight_sum is not None:
-            weight_sum.add(self.logits.t(), self.states, by)
-        if grads.bias is not None:
-            grads.bias.add_(column_sums(self.logits), alpha=by)
-
     def _keep(self, index: Tensor) -> None:
         """Leaves out the other tokens; logits move up in their own memory, in order, an eighth at a time."""
         self.rows = index + self.rows.start if isinstance(self.rows, slice) else self.rows[index]
@@ -60,11 +76,3 @@ class Chunk:
         self.logits = self.logits[: index.numel()]
         self.states, self.ids, self.entropy = self.states[index], self.ids[index], self.entropy[index]
         self.lse, self.lse_rest = self.lse[index], self.lse_rest[index]
-
-    def _hidden_gradient(self, by: float, dtype: torch.dtype) -> Tensor:
-        if not self.head.cast_columns and dtype == self.head.dtype:
-            return torch.mm(self.logits, self.head.weight)
-        total = self.states.new_zeros(self.states.shape, dtype=sum_dtype(self.head.dtype))
-        for at in self.head.pieces():
-            add_product(total, self.logits[:, at], self.head.columns(at), by)
-        return total.to(dtype)

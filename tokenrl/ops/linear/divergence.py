@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import OpArguments
 from ..divergence_ops import OtherTransform
 from ..kernel_ops import IGNORED
-from .chunk import Chunk
+from .chunk import LogitChunk
 from .gemm import ProductSum, empty, sum_dtype
 from .head import Head, HeadInputs, compacted, rows_at, split, whole_rows_of
 from .token_logprobs import Gradients
@@ -49,27 +49,27 @@ class LinearDivergenceInputs(_Weighed, OtherTransform, _OtherTensors, HeadInputs
         )  # fmt: skip
 
 
-def run(ops: Any, inputs: LinearDivergenceInputs, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """(the divergences [N], the ids' log-probs of both heads [N]), 0 of ids that are ignored; fills grads."""
-    head, other, ids = inputs.head(ops), inputs.other_head(ops), inputs.ids.squeeze(1)
-    index, count = compacted(ids != IGNORED)
-    value, logp, other_logp = (inputs.hidden.new_zeros(len(ids), dtype=sum_dtype(head.dtype)) for _ in range(3))
+def run(ops: Any, inputs: LinearDivergenceInputs, grads: Gradients) -> Tensor:
+    """The divergences [N], 0 of ids that are ignored; fills grads."""
+    head, other = inputs.head(ops), inputs.other_head(ops)
+    used = (inputs.ids != IGNORED).squeeze(1)
+    index, count = compacted(used)
+    value = inputs.hidden.new_zeros(len(used), dtype=sum_dtype(head.dtype))
     rows = min(whole_rows_of(one, count, inputs.memory_budget // TILES).rows for one in (head, other))
     memory, other_memory = (empty(rows * one.vocab, inputs.hidden, head.dtype) for one in (head, other))
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
     for at in split(count, rows):
-        own = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
-        beside = Chunk(other, inputs.other_hidden, ids, own.rows, other_memory)
-        statistics = (own.lse, own.lse_rest, beside.lse, beside.lse_rest, None)
-        given = (*statistics, *own.transform(), *beside.transform(), inputs.kind, inputs.params)  # DivergenceInputs
-        found, by_p, _ = ops.divergence(own.logits, beside.logits, *given)
-        value[own.rows], logp[own.rows], other_logp[own.rows] = found, own.logp, beside.logp
+        own = LogitChunk(head, inputs.hidden, rows_at(index, at), memory)
+        beside = LogitChunk(other, inputs.other_hidden, own.rows, other_memory)
+        given = (None, *own.transform(), *beside.transform(), inputs.kind, inputs.params)  # DivergenceInputs
+        found, by_p, _, statistics = ops.divergence(own.logits, beside.logits, None, *given)
+        value[own.rows] = found
         if inputs.weights is not None and any(inputs.wanted):
             weights = inputs.weights[own.rows]
-            own.logits = ops.divergence_backward(weights, own.logits, beside.logits, by_p, "logits", *given)
+            own.logits = ops.divergence_backward(weights, own.logits, beside.logits, by_p, "logits", statistics, *given)
             own.accumulate(1.0, weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
-    return value, logp, other_logp
+    return value

@@ -96,13 +96,12 @@ def _backward_of_both(
 ) -> None:  # fmt: skip
     """Turns the policy's logits into their gradient."""
     ops, at = own.head.ops, own.rows
-    statistics = (own.lse, own.lse_rest, beside.lse, beside.lse_rest, rows)
-    given = (*statistics, *own.transform(), *beside.transform(), "forward_kl", [])  # DivergenceInputs
-    value, by_p, _ = ops.divergence(own.logits, beside.logits, *given)
+    given = (rows, *own.transform(), *beside.transform(), "forward_kl", [])  # DivergenceInputs
+    value, by_p, _, statistics = ops.divergence(own.logits, beside.logits, None, *given)
     found.divergence[at], found.other_logp[at] = value, beside.logp
     by_logp, by_value = evaluate(found)
     assert by_value is not None
-    of_divergence = ops.divergence_backward(by_value[at], own.logits, beside.logits, by_p, "logits", *given)
+    of_divergence = ops.divergence_backward(by_value[at], own.logits, beside.logits, by_p, "logits", statistics, *given)
     ops.token_logprobs_backward_(
         by_logp[at], None, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy, own.lse.new_empty(0),
         *own.transform(),
