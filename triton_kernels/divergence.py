@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.divergence_ops import divergence_results
 from . import launch
 from .divergences import WEIGHT
-from .pair_row import arguments, diverged, load_z, log_prob, lse_of, row_of
+from .pair_row import Call, call_of, diverged, load_z, log_prob, lse_of, row_of
 from .vocabulary import STAGES, aligned_rows, lanes_of, lse_and_rest, part_to_sum
 
 SWEPT = tl.constexpr(5)  # numbers per part that a sweep leaves
@@ -106,9 +106,8 @@ def _store_swept(out, statistics, row, rows, m_p, m_r, sum_p, sum_r, value, KIND
 @triton.jit
 def sweep_kernel(
     heads, counted, out, statistics, scratch, rows, vocab, time, parts, scale: tl.float64, inner: tl.float64,
-    other_scale: tl.float64, other_inner: tl.float64, first: tl.float64, second: tl.float64, KIND: tl.constexpr,
-    WEIGHT: tl.constexpr, NUM_PARAMS: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, VEC: tl.constexpr,
+    other_scale: tl.float64, other_inner: tl.float64, KIND: tl.constexpr, WEIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The lse of both rows and the sums of a kind that weighs logs, or what a part of the rows has of them."""
     T: tl.constexpr = statistics.dtype.element_ty
@@ -237,30 +236,45 @@ def divergence_merge_kernel(of_parts, out, parts, PARTS: tl.constexpr):
         tl.store(out[k] + row, tl.sum(found, 0))
 
 
+def _sweep(call: Call, out: tuple[Tensor, ...], statistics: Tensor, kind: dict) -> None:
+    rows, parts = out[0].numel(), call.sizes[-1]
+    scratch = statistics.new_empty(rows * SWEPT.value * parts) if parts > 1 else None
+    sweep_kernel[(rows * parts,)](
+        call.heads, call.counted, out, statistics, scratch, rows, *call.sizes, *call.scales, **kind, **call.launch
+    )
+    if parts > 1:
+        sweep_merge_kernel[(rows,)](
+            call.counted, out, statistics, scratch, rows, parts, **kind, PARTS=triton.next_power_of_2(parts),
+            num_warps=1,
+        )  # fmt: skip
+
+
+def _sum(call: Call, out: tuple[Tensor, ...], statistics: Tensor) -> None:
+    rows, parts = out[0].numel(), call.sizes[-1]
+    sums = out if parts == 1 else tuple(x.new_empty(rows * parts) for x in out)
+    divergence_kernel[(rows * parts,)](
+        call.heads, call.counted, sums, statistics, rows, *call.sizes, *call.scales, *call.params, **call.kind,
+        **call.launch,
+    )  # fmt: skip
+    if parts > 1:
+        divergence_merge_kernel[(rows,)](sums, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+
+
 def divergence(
     logits: Tensor, other_logits: Tensor, statistics: Tensor | None, *given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(the divergence, by_p, by_r of each row, 0 where rows is false; the statistics, as they are given)."""
+    """(the divergence, by_p, by_r of each row, 0 where rows is false; the statistics, made or as they are given)."""
     *out, found = divergence_results(logits)
-    rows = out[0].numel()
     if statistics is not None:
         found.copy_(statistics)
-    if not rows:
-        return *out, found
-    (heads, counted), sizes, numbers, parts, how = arguments(logits, other_logits, given)
-    weight = WEIGHT.get(given[-2])
-    with launch.on_device_of(logits):
-        how["ALIGNED"] = (aligned_rows(logits), aligned_rows(other_logits))
-        common, merged = (heads, counted, tuple(out), found), {"PARTS": triton.next_power_of_2(parts), "num_warps": 1}
-        if weight is not None or statistics is None:
-            scratch = found.new_empty(rows * SWEPT.value * parts) if parts > 1 else None
-            sweep_kernel[(rows * parts,)](*common, scratch, rows, *sizes, *numbers, WEIGHT=weight, **how)
-            if parts > 1:
-                of = {"KIND": how["KIND"], "WEIGHT": weight}
-                sweep_merge_kernel[(rows,)](counted, tuple(out), found, scratch, rows, parts, **of, **merged)
-        if weight is None:
-            sums = tuple(x.new_empty(rows * parts) if parts > 1 else x for x in out)
-            divergence_kernel[(rows * parts,)](heads, counted, sums, found, rows, *sizes, *numbers, **how)
-            if parts > 1:
-                divergence_merge_kernel[(rows,)](sums, tuple(out), parts, **merged)
+    if out[0].numel():
+        call, weight = call_of(logits, other_logits, given), WEIGHT.get(given[-2])
+        call.launch["ALIGNED"] = (aligned_rows(logits), aligned_rows(other_logits))
+        with launch.on_device_of(logits):
+            if weight is not None or statistics is None:
+                # What no kind asks about compiles once for all that have no weight.
+                kind = {"KIND": call.kind["KIND"] if weight is not None else None, "WEIGHT": weight}
+                _sweep(call, tuple(out), found, kind)
+            if weight is None:
+                _sum(call, tuple(out), found)
     return *out, found

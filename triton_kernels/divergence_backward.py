@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .pair_row import arguments, diverged, load_z, log_prob, lse_of, row_of
+from .pair_row import call_of, diverged, load_z, log_prob, lse_of, row_of
 from .vocabulary import STAGES, blocks_of, lanes_of, part_of, row_begin, row_strides, store_zeros
 
 
@@ -86,11 +86,11 @@ def divergence_backward(
     """The gradient of the logits named `of`, contiguous, of their shape and dtype."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if by.numel():
-        heads, sizes, numbers, parts, how = arguments(logits, other_logits, given)
+        call = call_of(logits, other_logits, given)
         same = tuple(row_strides(x) == row_strides(out) for x in (logits, other_logits))
         with launch.on_device_of(logits):
-            divergence_backward_kernel[(by.numel() * parts,)](
-                *heads, statistics, grad, by, out, by.numel(), *sizes, *row_strides(out), *numbers,
-                OF_OTHER=of == "other_logits", SAME=same, **how,
+            divergence_backward_kernel[(by.numel() * call.sizes[-1],)](
+                call.heads, call.counted, statistics, grad, by, out, by.numel(), *call.sizes, *row_strides(out),
+                *call.scales, *call.params, OF_OTHER=of == "other_logits", SAME=same, **call.kind, **call.launch,
             )  # fmt: skip
     return out

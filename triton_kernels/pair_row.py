@@ -104,8 +104,20 @@ def _head(
     return Head(logits, kept, temperatures, *row_strides(logits), *keep_strides), (scale, inner), capped
 
 
-def arguments(logits: Tensor, other: Tensor, given: tuple) -> tuple[tuple, tuple, tuple, int, dict]:
-    """(heads and which rows count; vocab, time and parts; numbers; parts; options of a launch) of an op's arguments."""
+class Call(NamedTuple):
+    """An op's arguments as its kernels take them. counted: which rows do. sizes: vocab, time, parts. scales: of both
+    heads. kind, launch: options of a launch."""
+
+    heads: tuple[Head, Head]
+    counted: Tensor | None
+    sizes: tuple[int, int, int]
+    scales: tuple[float, ...]
+    params: tuple[float, ...]
+    kind: dict
+    launch: dict
+
+
+def call_of(logits: Tensor, other: Tensor, given: tuple) -> Call:
     rows, *transforms, kind, params = given
     of, own, capped = _head(logits, *transforms[:5])
     of_other, others, other_capped = _head(other, *transforms[5:])
@@ -113,9 +125,9 @@ def arguments(logits: Tensor, other: Tensor, given: tuple) -> tuple[tuple, tuple
     parts = launch.vocab_parts(logits.shape[:-1].numel(), vocab, logits.device)
     block = launch.vocab_block(vocab, logits.dtype, parts, heavy=True)
     how = {
-        "KIND": DIVERGENCES[kind], "NUM_PARAMS": len(params), "SOFTCAP": (capped, other_capped), "SPLIT": parts > 1,
-        "BLOCK": block, "VEC": vector(logits), "num_warps": launch.vocab_warps(block, heavy=True),
+        "SOFTCAP": (capped, other_capped), "SPLIT": parts > 1, "BLOCK": block, "VEC": vector(logits),
+        "num_warps": launch.vocab_warps(block, heavy=True),
     }  # fmt: skip
-    numbers = (*own, *others, *[*params, 0.0, 0.0][:MOST_PARAMS])
-    heads = ((of, of_other), None if rows is None else rows.view(torch.uint8))
-    return heads, (vocab, time, parts), numbers, parts, how
+    counted, numbers = None if rows is None else rows.view(torch.uint8), (*params, 0.0, 0.0)[:MOST_PARAMS]
+    of_kind = {"KIND": DIVERGENCES[kind], "NUM_PARAMS": len(params)}
+    return Call((of, of_other), counted, (vocab, time, parts), (*own, *others), numbers, of_kind, how)
