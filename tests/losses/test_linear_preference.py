@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import backends_to_test, device_of, kernel_backends
+from linear_cases import pair_budget
 
 import tokenrl
 from tokenrl.losses import linear_preference
@@ -77,8 +78,9 @@ def poisoned(x, read):
 
 def budget_of(rows, name, size=8):
     """For chunks of so many rows, of both heads where there is a divergence."""
-    per_row = V * size + D * size + 128
-    return None if rows is None else rows * per_row * (3 if tokenrl.PREFERENCES[name].divergence else 1)
+    if rows is None or tokenrl.PREFERENCES[name].divergence:
+        return None if rows is None else pair_budget(rows, D, V, size)
+    return rows * (V * size + D * size + 128)
 
 
 def alike(found, truth, at, rtol=1e-9):
@@ -226,7 +228,6 @@ ERRORS = {
     "grad": ({"ref_weight": torch.ones(V, E).double().requires_grad_()}, "ref_weight: got a tensor that requires grad"),
     "width": ({"ref_weight": MORE["ref_weight"][:, :2]}, r"ref_weight: got shape \[31, 2\]"),
     "vocabulary": ({"ref_weight": MORE["ref_weight"][:9], "ref_bias": None}, r"ref_hidden: got a head of logits \[33"),
-    "fp16": ({"compute_dtype": torch.float16}, "compute_dtype: got float16 of a head"),
     "ids": ({"ids": MORE["ids"][..., None]}, r"ids: got shape \[33, 9, 1\], accepted: one id per token"),
     "vocab": ({"ids": MORE["ids"] + V}, "ids: got values from"),
     "mask": ({"nll_mask": MORE["mask"]}, "nll_mask: got one, accepted: None; objective 'tdpo2'"),

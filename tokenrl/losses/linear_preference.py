@@ -84,7 +84,7 @@ def linear_preference_loss(
     ref_logp: of the shape of ids; or ref_hidden, [B, T, D'] or [N, D'], of which it is made here, with ref_weight
     [V, D'], ref_bias and the options and dtype of the trained head. ref_weight None: weight and bias, then frozen
     (an adapter's base model). Rows with a divergence, KL of the reference to the policy, need ref_hidden and make that
-    here too; there compute_dtype may not be fp16. The reference gets no gradient: a tensor of it that requires grad
+    here too. The reference gets no gradient: a tensor of it that requires grad
     raises.
 
     The loss carries the gradients of hidden, weight, bias, token_weight and divergence_weight, each computed in the

@@ -19,7 +19,7 @@ from ..ops.kernel_ops import IGNORED
 from ..ops.linear import one_pass
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs, Rows
-from ..ops.linear_ops import dtypes_of, gradients_of
+from ..ops.linear_ops import gradients_of, waiting_dtypes
 from .distillation import Temperature, weights_of
 
 
@@ -51,7 +51,7 @@ def linear_topk_distillation_loss(
 
     hidden: [B, T, D], or packed [N, D] with cu_seqlens; weight [V, D]; ids: integers [B, T, K] or [N, K];
     other_logp_topk: fp32 or fp64 of their shape, the teacher's log-probs of these ids, a constant. temperature,
-    softcap, logit_scale, keep_mask, compute_dtype (fp16 excepted), memory_budget: as for linear_token_logprobs. lists:
+    softcap, logit_scale, keep_mask, compute_dtype, memory_budget: as for linear_token_logprobs. lists:
     rest, limits, tail_floor, logp_floor, outside_logp of topk_token_divergence; the entropy of "zero_outside" is made
     here.
 
@@ -65,7 +65,7 @@ def linear_topk_distillation_loss(
     options = (temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, None)
     head = head_arguments(hidden, weight, bias, *options)
     check_ids(head.like, ids, ["logp"])
-    _check(ids, other_logp_topk, topk_mask, head.compute_dtype, lists)
+    _check(ids, other_logp_topk, topk_mask, lists)
     chosen, dtype = backends.choose(backend, hidden.device), sum_dtype(head.like.dtype)
     transform = as_transform(temperature, None, 1.0, None, hidden[..., :1])
     weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
@@ -115,7 +115,7 @@ def _one_pass(
         return values.detach(), *by
 
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):  # as eager_numbers of the ops
-        dtypes = dtypes_of(inputs)
+        dtypes = waiting_dtypes(inputs)
         grads = gradients_of(inputs, wanted, dtypes)
         values = one_pass.run(ops, inputs, differentiated, grads)
         loss = torch.where(weights != 0, weights * values, 0).sum()
@@ -126,9 +126,7 @@ def _one_pass(
     return carrying.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
 
 
-def _check(
-    ids: Tensor, other: Tensor, topk_mask: Tensor | None, compute_dtype: str, lists: dict[str, Any]
-) -> None:  # fmt: skip
+def _check(ids: Tensor, other: Tensor, topk_mask: Tensor | None, lists: dict[str, Any]) -> None:
     check_constant("other_logp_topk", other)
     if other.shape != ids.shape or ids.dim() < 2 or not other.is_floating_point():
         raise wrong("other_logp_topk", f"{other.dtype} {list(other.shape)}", f"float32 or float64 {list(ids.shape)}")
@@ -136,7 +134,5 @@ def _check(
         check_tensor("topk_mask", topk_mask)
         if topk_mask.dtype != torch.bool or topk_mask.shape != ids.shape:
             raise wrong("topk_mask", f"{topk_mask.dtype} {list(topk_mask.shape)}", f"bool {list(ids.shape)}")
-    if compute_dtype == "float16":
-        raise wrong("compute_dtype", "float16", "bfloat16, float32 or float64")
     if "entropy" in lists:
         raise wrong("entropy", "a tensor", "none: it is made here")

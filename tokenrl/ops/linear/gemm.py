@@ -32,6 +32,12 @@ def empty(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def _is_last_use() -> bool:
+    """Of what a backward has saved: its graph is gone after it, and nobody traces."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not (values_known(x) and x.is_contiguous()):
         return torch.empty_like(x, dtype=dtype)
@@ -102,6 +108,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, by: float = 1.0) -> None:
             some.add_(torch.mm(rows, b), alpha=by)
 
 
+def sum_bytes(out: Tensor | None, dtype: torch.dtype) -> int:
+    """What several products in that dtype take for their sum beside `out`, and one does not."""
+    if out is None or out.dtype != dtype or dtype == sum_dtype(dtype):
+        return 0
+    return out.numel() * sum_dtype(dtype).itemsize
+
+
 class ProductSum:
     """out = the sum of products, in sum_dtype until finish().
 
@@ -141,8 +154,10 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times a number, in sum_dtype and rounded once to dtype, in new memory."""
-    by, out = by.to(sum_dtype(x.dtype)), empty_like(x, dtype)
+    """x, which a forward has saved, times a number, in sum_dtype and rounded once to dtype: in its own memory where
+    nobody will ask for it again, else in new."""
+    by = by.to(sum_dtype(x.dtype))
+    out = x if dtype == x.dtype and _is_last_use() else empty_like(x, dtype)
     if values_known(by) and dtype == x.dtype:  # a product with a number, 60x quicker than one with a wider tensor
         return torch.mul(x, by.item(), out=out)
     by = by.reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first

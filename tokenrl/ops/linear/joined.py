@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import divergence
+from . import pair
 from .chunk import Chunk
-from .gemm import ProductSum, empty, sum_dtype
-from .head import Head, HeadInputs, Rows, compacted, rows_at
-from .policy_loss import rows_of_chunk, sum_bytes
+from .gemm import ProductSum, empty, sum_bytes, sum_dtype
+from .head import FEWEST_TOKENS, Head, HeadInputs, Rows, compacted, rows_at
+from .pair import Pair
 from .token_logprobs import Gradients
 
 
@@ -59,8 +59,9 @@ def chunks_of(
 
 def most_rows(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
     """How many of so many tokens fit into a chunk of the logits of these heads; 0 where too few do."""
-    share = budget if len(heads) == 1 else budget // divergence.TILES
-    return min(rows_of_chunk(head, count, share, sum_bytes(grads.weight, head.dtype)) for head in heads)
+    sums = sum_bytes(grads.weight, heads[0].dtype)
+    fit = pair.most_rows(heads, count, budget, sums)
+    return 0 if fit < min(count, FEWEST_TOKENS) else fit
 
 
 def run(
@@ -73,38 +74,20 @@ def run(
     head, ids, count = heads[0], inputs.ids.squeeze(1), inputs.ids.shape[0]
     found = PerToken(*(inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(3)))
     sizes = [at.stop - at.start if isinstance(at, slice) else at.numel() for at in chunks]
-    memory = [empty(max(sizes) * head.vocab, inputs.hidden, head.dtype) for _ in heads]
+    memory = empty(len(heads) * max(sizes) * head.vocab, inputs.hidden, head.dtype)
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at in chunks:
-        own = Chunk(head, inputs.hidden, ids, at, memory[0])
-        found.logp[at] = own.logp
         if other_hidden is None:
+            own = Chunk.of(head, inputs.hidden, ids, at, memory)
+            found.logp[at] = own.logp
             own.backward(evaluate(found)[0], None, weight_sum, grads)
         else:
-            beside = Chunk(heads[1], other_hidden, ids, at, memory[1])
-            _backward_of_both(own, beside, rows[at], found, evaluate)
-            own.accumulate(1.0, weight_sum, grads)
+            both = Pair(heads, (inputs.hidden, other_hidden), ids, at, memory, "forward_kl", [], rows[at])
+            found.logp[at], found.other_logp[at], found.divergence[at] = both.own.logp, both.other.logp, both.value
+            by_logp, by_value = evaluate(found)
+            assert by_value is not None
+            both.own.accumulate(both.differentiate(by_value[at], by_logp[at]), weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
-
-
-def _backward_of_both(
-    own: Chunk, beside: Chunk, rows: Tensor, found: PerToken,
-    evaluate: Callable[[PerToken], tuple[Tensor, Tensor | None]],
-) -> None:  # fmt: skip
-    """Turns the policy's logits into their gradient."""
-    ops, at = own.head.ops, own.rows
-    statistics = (own.lse, own.lse_rest, beside.lse, beside.lse_rest, rows)
-    given = (*statistics, *own.transform(), *beside.transform(), "forward_kl", [])  # DivergenceInputs
-    value, by_p, _ = ops.divergence(own.logits, beside.logits, *given)
-    found.divergence[at], found.other_logp[at] = value, beside.logp
-    by_logp, by_value = evaluate(found)
-    assert by_value is not None
-    of_divergence = ops.divergence_backward(by_value[at], own.logits, beside.logits, by_p, "logits", *given)
-    ops.token_logprobs_backward_(
-        by_logp[at], None, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy, own.lse.new_empty(0),
-        *own.transform(),
-    )  # fmt: skip
-    own.logits.add_(of_divergence)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..derivatives import once
 from ..kernel_ops import IGNORED
 from .chunk import Chunk
-from .gemm import ProductSum, empty, scaled, sum_dtype
+from .gemm import ProductSum, empty, scaled, sum_bytes, sum_dtype
 from .head import HeadInputs, Rows, compacted, rows_at, split, whole_rows_of
+from .lift import lifted
 from .token_logprobs import Gradients
 
 # Of some rows, their log-probs [n, K] and entropies [n]: the tokens' values [n], the loss's gradients by both, or None.
@@ -28,19 +29,17 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
     head, ids = inputs.head(ops), inputs.ids
     index, count = compacted((ids != IGNORED).any(-1))
     values = inputs.hidden.new_zeros(len(ids), dtype=sum_dtype(head.dtype))
-    rows = whole_rows_of(head, count, inputs.memory_budget).rows
+    rows = whole_rows_of(head, count, inputs.memory_budget, sum_bytes(grads.weight, head.dtype)).rows
     memory, weight_sum = empty(rows * head.vocab, inputs.hidden, head.dtype), None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
     for at in split(count, rows):
-        own = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
+        own = Chunk.of(head, inputs.hidden, ids, rows_at(index, at), memory)
         values[own.rows], by_logp, by_entropy = terms(own.rows, own.logp, own.entropy)
         if grads != Gradients(None, None, None):
-            ops.token_logprobs_backward_(
-                by_logp, by_entropy, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy,
-                own.lse.new_empty(0), *own.transform(),
-            )  # fmt: skip
-            own.accumulate(1.0, weight_sum, grads)
+            upstream, by = lifted(head, own.rows, (by_logp, by_entropy, None, None), own.states)
+            own.differentiate(upstream)
+            own.accumulate(by, weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
     return values
