@@ -108,12 +108,66 @@ def test_one_head_of_both_is_multiplied_once(dtype, backend, monkeypatch):
 
 
 @FAST
+def test_a_divergence_whose_pairs_fit_into_no_chunk_makes_both_logits_twice(backend, monkeypatch):
+    case, rows = batch(backend, torch.float64), []
+    real = Head.whole_logits
+    monkeypatch.setattr(Head, "whole_logits", lambda head, x, out: rows.append(len(x)) or real(head, x, out))
+    ids = torch.arange(N, device=case["hidden"].device) % V
+    reference = {"ref_hidden": case.pop("other_hidden"), "ref_weight": case.pop("other_weight")}
+    at = [case[name].requires_grad_() for name in TRAINED]
+    cu_seqlens = torch.tensor([0, N // 2, N], device=ids.device)
+
+    def called(rows=None):
+        budget = None if rows is None else pair_budget(rows, D, V, 8)
+        return tokenrl.linear_preference_loss(
+            "tdpo2", **case, **reference, ids=ids, cu_seqlens=cu_seqlens, memory_budget=budget, backend=backend
+        )
+
+    whole, few = called(), called(30)
+    assert (whole[1].passes, few[1].passes) == (1, 2) and rows == [N, N, *[25] * 16]
+    torch.testing.assert_close(few[0], whole[0])
+    for got, wanted in zip(*(torch.autograd.grad(loss, at) for loss, _ in (few, whole)), strict=True):
+        assert wanted.any()
+        torch.testing.assert_close(got, wanted)
+    rows.clear()
+    with torch.no_grad():
+        again, metrics = called(30)
+    assert metrics.passes == 1 and rows == [25] * 8 and again == few[0].detach()
+
+
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF], ids=str)
+@pytest.mark.parametrize("row,fits", [("dpo", 30), ("dpo", 70), ("dpo", N), ("tdpo2", 30), ("tdpo2", N)])
+def test_main_grad_of_a_preference_gets_what_weight_grad_does_not(row, fits, dtype, backend):
+    """In one pass over one chunk, over several, and in two passes."""
+    case = batch(backend, dtype)
+    ids, divergence = torch.arange(N, device=case["hidden"].device) % V, tokenrl.PREFERENCES[row].divergence
+    case |= {"ref_hidden": case.pop("other_hidden"), "ref_weight": case.pop("other_weight"), "ids": ids}
+    case["cu_seqlens"] = torch.arange(0, N + 1, 25, device=ids.device)
+    size = dtype.itemsize
+    budget = pair_budget(fits, D, V, size) if divergence else fits * (V * size + D * size + 128)
+    how = {"memory_budget": budget, "backend": backend}
+    at = [case[name].requires_grad_() for name in TRAINED]
+    expected = torch.autograd.grad(tokenrl.linear_preference_loss(row, **case, **how)[0], at)
+    main_grad = torch.ones(V, D, device=ids.device)
+    loss, metrics = tokenrl.linear_preference_loss(row, **case, **how, main_grad=main_grad)
+    assert metrics.passes == (2 if fits == 30 else 1)
+    for times in (1, 2):
+        (0.5 * loss).backward(retain_graph=times == 1)
+        far = 2e-2 if dtype != torch.float32 else 1e-5
+        torch.testing.assert_close(main_grad - 1, times * 0.5 * expected[1].float(), rtol=far, atol=far)
+    hidden, weight, bias = at
+    assert weight.grad is None and bias.grad.any()
+    torch.testing.assert_close(hidden.grad, expected[0], rtol=far, atol=1e-3)
+
+
+@FAST
 def test_a_gradient_stays_where_it_was_made_unless_the_graph_is_kept(backend, monkeypatch):
     case, places = batch(backend, torch.float32), []
     real = gemm.scaled
 
-    def watched(x, by, dtype):
-        found = real(x, by, dtype)
+    def watched(x, *how):
+        found = real(x, *how)
         places.append(found.data_ptr() == x.data_ptr())
         return found
 

@@ -158,9 +158,9 @@ def linear_token_divergence(
     token_divergence; rows that row_mask leaves out enter no GEMM.
 
     The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
-    weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both heads
-    are one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and
-    one's gradient must fit.
+    weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both are
+    one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's
+    gradient must fit.
     """
     row, heads = divergence(kind), head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),

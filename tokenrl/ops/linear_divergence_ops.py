@@ -8,10 +8,10 @@ from torch import Tensor
 
 from . import ranges
 from .arguments import schema
-from .derivatives import register_derivative
+from .derivatives import is_last_use, register_derivative
 from .linear import divergence
 from .linear.divergence import LinearDivergenceInputs
-from .linear.gemm import scaled, sum_dtype
+from .linear.gemm import scaled, sum_dtype, weighed_sum
 from .linear_ops import GRADS, dtypes_of, eager_numbers, fake_results, gradients_of, results_of, waiting_dtypes
 
 OP = "linear_divergence"
@@ -24,13 +24,8 @@ def _run(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     dtypes = waiting_dtypes(inputs)
     grads = gradients_of(inputs, wanted, dtypes)
     value = divergence.run(ops, inputs, grads)
-    loss = value.new_zeros(()) if inputs.weights is None else _weighed_sum(value, inputs.weights)
+    loss = value.new_zeros(()) if inputs.weights is None else weighed_sum(inputs.weights, value)
     return loss, value, *results_of(grads, inputs.hidden, dtypes)
-
-
-def _weighed_sum(value: Tensor, weights: Tensor) -> Tensor:
-    """A weight of 0 hides even an infinite divergence."""
-    return torch.where(weights != 0, weights * value, 0).sum()
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -64,8 +59,8 @@ def _backward(namespace: str) -> Callable[..., Any]:
                 return None, None, None
             *grads, hidden, weight, bias = ctx.saved_tensors
             with ranges.around_backward(namespace, OP, hidden, weight):
-                found = zip(grads, (hidden, weight, bias), ctx.wanted, strict=True)
-                return tuple(scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
+                found, last = zip(grads, (hidden, weight, bias), ctx.wanted, strict=True), is_last_use(ctx)
+                return tuple(scaled(g, grad_loss, x.dtype, last) if want else None for g, x, want in found)
         if grad_value is None:
             return None, None, None
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))

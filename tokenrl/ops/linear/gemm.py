@@ -32,12 +32,6 @@ def empty(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _is_last_use() -> bool:
-    """Of what a backward has saved: its graph is gone after it, and nobody traces."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not (values_known(x) and x.is_contiguous()):
         return torch.empty_like(x, dtype=dtype)
@@ -153,11 +147,15 @@ def column_sums(x: Tensor) -> Tensor:
     return total
 
 
-def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """x, which a forward has saved, times a number, in sum_dtype and rounded once to dtype: in its own memory where
-    nobody will ask for it again, else in new."""
+def weighed_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_t w_t x_t; a weight of 0 hides even an infinite number."""
+    return torch.where(weights != 0, weights * values, 0).sum()
+
+
+def scaled(x: Tensor, by: Tensor, dtype: torch.dtype, reuse: bool = False) -> Tensor:
+    """x times a number, in sum_dtype and rounded once to dtype. reuse: in x's own memory where the dtype is its own."""
     by = by.to(sum_dtype(x.dtype))
-    out = x if dtype == x.dtype and _is_last_use() else empty_like(x, dtype)
+    out = x if reuse and dtype == x.dtype else empty_like(x, dtype)
     if values_known(by) and dtype == x.dtype:  # a product with a number, 60x quicker than one with a wider tensor
         return torch.mul(x, by.item(), out=out)
     by = by.reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first

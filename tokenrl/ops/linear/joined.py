@@ -2,7 +2,8 @@
 
 A chunk holds whatever meets each other whole: so all it does to the loss is known as soon as its log-probs are, and
 6 N D V flops make the gradients too, where linear_token_logprobs needs 8 unless all logits fit. Where a row has a
-divergence from a reference, the logits of both heads lie side by side, with 2 N D' V flops more.
+divergence from a reference, the logits of both heads lie side by side, with 2 N D' V flops more. Where what meets
+does not fit into a chunk, two passes over chunks cut anywhere take 8 N D V and 4 N D' V.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ from torch import Tensor
 from . import pair
 from .chunk import Chunk
 from .gemm import ProductSum, empty, sum_bytes, sum_dtype
-from .head import FEWEST_TOKENS, Head, HeadInputs, Rows, compacted, rows_at
+from .head import FEWEST_TOKENS, Head, HeadInputs, Rows, compacted, even, rows_at, split, too_small
 from .pair import Pair
 from .token_logprobs import Gradients
+
+ByToken = tuple[Tensor, Tensor | None]  # the loss's gradients by log-probs and divergences [N]
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,34 @@ def chunks_of(
 
 def most_rows(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
     """How many of so many tokens fit into a chunk of the logits of these heads; 0 where too few do."""
-    sums = sum_bytes(grads.weight, heads[0].dtype)
-    fit = pair.most_rows(heads, count, budget, sums)
+    fit = _fitting(heads, budget, grads, count)
     return 0 if fit < min(count, FEWEST_TOKENS) else fit
+
+
+def _fitting(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
+    return pair.most_rows(heads, count, budget, sum_bytes(grads.weight, heads[0].dtype))
+
+
+def even_chunks(used: Tensor, heads: Sequence[Head], budget: int, grads: Gradients) -> list[Rows]:
+    """The tokens of chunks that are cut anywhere, for two passes."""
+    index, count = compacted(used)
+    fit = _fitting(heads, budget, grads, count)
+    if fit < min(count, 1):
+        raise too_small(budget, len(heads) * heads[0].vocab)
+    return [rows_at(index, at) for at in split(count, even(count, max(fit, 1)))]
 
 
 def run(
     inputs: HeadInputs, heads: Sequence[Head], other_hidden: Tensor | None, rows: Tensor, chunks: list[Rows],
-    evaluate: Callable[[PerToken], tuple[Tensor, Tensor | None]], grads: Gradients,
-) -> None:  # fmt: skip
+    evaluate: Callable[[PerToken], ByToken] | None, grads: Gradients,
+) -> PerToken:  # fmt: skip
     """Fills grads. heads: of the policy and, with other_hidden, of the reference. rows: bool [N], where there is a
     divergence, KL of the reference to the policy. evaluate: from what is there by now to the gradients by log-probs and
-    divergences [N], of which those of the chunk's tokens are final."""
+    divergences [N], of which those of the chunk's tokens are final; None: no gradients are made."""
     head, ids, count = heads[0], inputs.ids.squeeze(1), inputs.ids.shape[0]
     found = PerToken(*(inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(3)))
     sizes = [at.stop - at.start if isinstance(at, slice) else at.numel() for at in chunks]
-    memory = empty(len(heads) * max(sizes) * head.vocab, inputs.hidden, head.dtype)
+    memory = empty(len(heads) * max(sizes, default=0) * head.vocab, inputs.hidden, head.dtype)
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
@@ -82,12 +97,15 @@ def run(
         if other_hidden is None:
             own = Chunk.of(head, inputs.hidden, ids, at, memory)
             found.logp[at] = own.logp
-            own.backward(evaluate(found)[0], None, weight_sum, grads)
+            if evaluate is not None:
+                own.backward(evaluate(found)[0], None, weight_sum, grads)
         else:
             both = Pair(heads, (inputs.hidden, other_hidden), ids, at, memory, "forward_kl", [], rows[at])
             found.logp[at], found.other_logp[at], found.divergence[at] = both.own.logp, both.other.logp, both.value
-            by_logp, by_value = evaluate(found)
-            assert by_value is not None
-            both.own.accumulate(both.differentiate(by_value[at], by_logp[at]), weight_sum, grads)
+            if evaluate is not None:
+                by_logp, by_value = evaluate(found)
+                assert by_value is not None
+                both.own.accumulate(both.differentiate(by_value[at], by_logp[at]), weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
+    return found
