@@ -6,7 +6,7 @@ from cases import backends_to_test, device_of, kernel_backends
 from linear_cases import pair_budget
 
 import tokenrl
-from tokenrl.losses import linear_preference
+from tokenrl.ops.linear import joined
 from tokenrl.ops.linear.head import FEWEST_TOKENS
 
 T, D, E, V = 9, 5, 3, 31
@@ -131,14 +131,14 @@ def test_packed_is_padded(name):
 def test_only_what_is_wanted_is_made(backend, monkeypatch):
     leaves, more, read = batch("dpo", backend)
     hidden = leaves["hidden"].requires_grad_()
-    seen, run = [], linear_preference.joined.run
+    seen, run = [], joined.run
 
     def watched(inputs, heads, other, rows, chunks, evaluate, grads):
         assert grads.weight is None and grads.bias is None and grads.hidden is not None and other is None
         seen.extend(chunks)
         return run(inputs, heads, other, rows, chunks, evaluate, grads)
 
-    monkeypatch.setattr(linear_preference.joined, "run", watched)
+    monkeypatch.setattr(joined, "run", watched)
     loss, metrics = tokenrl.linear_preference_loss(
         "dpo", **leaves, **more, memory_budget=budget_of(100, "dpo"), backend=backend
     )
