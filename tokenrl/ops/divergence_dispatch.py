@@ -9,7 +9,6 @@ from ..objectives.divergences import Divergence
 from . import reference
 from .backends import Backend
 from .derivatives import call
-from .divergence_ops import DivergenceInputs
 from .kernel_ops import IGNORED, Transform
 from .linear.gemm import weighed_sum
 from .linear.head import HeadInputs
@@ -24,7 +23,7 @@ def divergences(
         return [reference.divergence(logits, other_logits, rows, transform, other, kind) for kind in kinds]
     values, statistics = [], None
     for kind in kinds:
-        given = DivergenceInputs(rows, *transform, *other, kind.name, kind.params())
+        given = (rows, *transform, *other, kind.name, kind.params())  # DivergenceInputs
         value, _, _, statistics = call(chosen.namespace, "divergence", logits, other_logits, statistics, *given)
         values.append(value)
     return values
