@@ -252,8 +252,9 @@ class BcoUnpaired(OfLabels):
     compared = "reward_shift"
 
     def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        v = torch.where(desirable, 1.0, -1.0) * self.beta * (x - base)
-        return -logsigmoid(v), torch.where(desirable, -self.beta, self.beta) * (-v).sigmoid()
+        sign = torch.where(desirable, 1.0, -1.0).to(x.dtype)  # in fp32 beta would be rounded to it
+        v = sign * self.beta * (x - base)
+        return -logsigmoid(v), -sign * self.beta * (-v).sigmoid()
 
 
 @parametrised
