@@ -252,9 +252,8 @@ class BcoUnpaired(OfLabels):
     compared = "reward_shift"
 
     def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        sign = torch.where(desirable, 1.0, -1.0).to(x.dtype)  # in fp32 beta would be rounded to it
-        v = sign * self.beta * (x - base)
-        return -logsigmoid(v), -sign * self.beta * (-v).sigmoid()
+        beta = torch.where(desirable, 1.0, -1.0).to(x.dtype) * self.beta  # in fp32 it would be rounded
+        return -logsigmoid(beta * (x - base)), -beta * (beta * (base - x)).sigmoid()
 
 
 @parametrised
