@@ -69,9 +69,9 @@ float sum_exponentials(const float* values, int64_t n, int64_t rounds) {
 
 template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);
 template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, const Threads&);
-#define TOKENRL_INSTANTIATE(Logit, T)                                                  \
-  template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&);          \
-  template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&); \
+#define TOKENRL_INSTANTIATE(Logit, T)                                                     \
+  template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&);             \
+  template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&);    \
   template bool divergence(const DivergenceArgs<Logit, T>&, const char*, const Threads&); \
   template bool divergence_backward(const DivergenceArgs<Logit, T>&, const char*, const Threads&);
 TOKENRL_INSTANTIATE(float, float)
