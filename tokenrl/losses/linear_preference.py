@@ -17,15 +17,17 @@ from ..logprobs.from_hidden import HeadArguments, head_arguments, linear_token_l
 from ..logprobs.from_logits import IGNORED, check_ids
 from ..objectives.preference import Preference, preference
 from ..observed import observed
-from ..ops import backends, ranges
+from ..ops import ranges
 from ..ops.backends import Backend
 from ..ops.linear import joined
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
 from ..ops.linear.one_pass import with_gradients
 from ..ops.linear_ops import gradients_of, waiting_dtypes
+from ..ops.preference_dispatch import backend_of
+from ..ops.preference_reference import PreferenceInputs
 from .preference import PreferenceMetrics, evaluate
-from .preference_arguments import PreferenceInputs, check_needed, check_used, preference_inputs
+from .preference_arguments import check_needed, check_used, preference_inputs
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
 WEIGHTS = ("token_weight", "divergence_weight")
@@ -122,7 +124,7 @@ def linear_preference_loss(
         nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
     )  # fmt: skip
     call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend)
-    return call.loss(inputs, head, backends.choose(backend, hidden.device))
+    return call.loss(inputs, head, backend_of(backend, hidden.device, row))
 
 
 def _reference(
@@ -169,8 +171,8 @@ def _named(nll_mask: Tensor | None, named: Tensor, layout: Layout) -> Tensor | N
 
 def _scored(inputs: PreferenceInputs) -> Tensor:
     """bool [N]: the tokens of sequences that some link meets."""
-    valid = inputs.layout.valid()
-    return valid if inputs.pairs is None else valid & inputs.layout.spread(sides(inputs.pairs, inputs.layout) != 0)
+    valid, pairs = inputs.layout.valid(), inputs.sides
+    return valid if pairs is None else valid & inputs.layout.spread(sides(pairs, inputs.layout) != 0)
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,16 @@ class _Call:
         self, inputs: PreferenceInputs, head: HeadArguments, chosen: Backend
     ) -> tuple[Tensor, LinearPreferenceMetrics]:
         scored = _scored(inputs)
-        read = scored if inputs.nll_tokens is None else scored | inputs.nll_tokens
+        nll_tokens = inputs.nll_tokens()
+        read = scored if nll_tokens is None else scored | nll_tokens
         if self.reference is not None and inputs.row.divergence == 0:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
         leaves = (*self.tensors, inputs.token_weight, inputs.divergence_weight)
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
         if any(wanted) and not chosen.is_reference and not torch.compiler.is_compiling():
             flat = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index)
-            ops = ranges.kernels(str(chosen.namespace))
-            found = _one_pass(ops, inputs, flat, self._other_inputs(inputs.row, scored), scored, read, leaves, wanted)
+            other = self._other_inputs(inputs.row, scored)
+            found = _one_pass(chosen, inputs, flat, other, scored, read, leaves, wanted)
             if found is not None:
                 loss, metrics, logp = found
                 return loss, LinearPreferenceMetrics(*metrics, logp.view(self.ids.shape), 1)
@@ -205,7 +208,7 @@ class _Call:
         if inputs.row.divergence > 0:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
             divergence = self._divergence(scored)
-        loss, metrics = evaluate(inputs, logp, divergence)
+        loss, metrics = evaluate(chosen, inputs, logp, divergence)
         return loss, LinearPreferenceMetrics(*metrics, logp.detach().view(self.ids.shape), 2 if any(wanted) else 1)
 
     def _other_inputs(self, row: Preference, rows: Tensor) -> HeadInputs | None:
@@ -240,11 +243,12 @@ class _Call:
 
 
 def _one_pass(
-    ops: Any, inputs: PreferenceInputs, flat: HeadInputs, other: HeadInputs | None, scored: Tensor, read: Tensor,
+    chosen: Backend, inputs: PreferenceInputs, flat: HeadInputs, other: HeadInputs | None, scored: Tensor, read: Tensor,
     leaves: Sequence[Tensor | None], wanted: Sequence[bool],
 ) -> tuple[Tensor, PreferenceMetrics, Tensor] | None:  # fmt: skip
     """(the loss with the gradients of its leaves, the metrics, the log-probs [N]); None where the tokens that meet do
     not fit into a chunk. leaves: hidden, weight, bias, token_weight, divergence_weight."""
+    ops = ranges.kernels(str(chosen.namespace))
     heads = [one.head(ops) for one in (flat, other) if one is not None]
     last: list[Any] = []
 
@@ -257,7 +261,7 @@ def _one_pass(
             ref_logp = inputs.ref_logp if other is None else found.other_logp
             of_tokens: dict[str, Any] = {name: at.get(name) for name in WEIGHTS}
             made = dataclasses.replace(inputs, ref_logp=ref_logp, **of_tokens)
-            loss, metrics = evaluate(made, at["logp"], at.get("divergence"))
+            loss, metrics = evaluate(chosen, made, at["logp"], at.get("divergence"))
             names = [name for name in at if name in want]
             by = dict(zip(names, torch.autograd.grad(loss, [at[name] for name in names]), strict=True))
         last[:] = loss.detach(), metrics, found.logp, *(by.get(name) for name in WEIGHTS)
@@ -280,7 +284,7 @@ def _one_pass(
 
 def _parts(inputs: PreferenceInputs) -> list[int]:
     """For each sequence the same number where the loss lets them meet."""
-    number, row = inputs.layout.num_sequences, inputs.row
-    if row.coupling.startswith("sorted") or (inputs.pairs is None and inputs.base is None):
+    number, row, pairs = inputs.layout.num_sequences, inputs.row, inputs.sides
+    if row.coupling.startswith("sorted") or (pairs is None and inputs.base is None):
         return [0] * number
-    return list(range(number)) if inputs.pairs is None else connected(inputs.pairs, number)
+    return list(range(number)) if pairs is None else connected(pairs, number)
