@@ -8,6 +8,7 @@
 #include "divergences.h"
 #include "gates/table.h"
 #include "introspection.h"
+#include "links.h"
 #include "statistics.h"
 
 namespace py = pybind11;
@@ -65,7 +66,8 @@ double measured(int64_t size, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_bindings, m) {
-  m.doc() = "Build information, the tables of gates and divergences and the attributes of the CUDA kernels.";
+  m.doc() =
+      "Build information, the tables of gates, divergences, links and scores and the attributes of the CUDA kernels.";
   m.def("build_info", &build_info,
         "Compiler, instruction sets built and the one in use, CUDA version (None without) and its architectures.");
   m.def(
@@ -74,6 +76,12 @@ PYBIND11_MODULE(_bindings, m) {
   m.def(
       "divergences", [] { return table_of(static_cast<tokenrl::Divergences*>(nullptr)); },
       "(name, names of the parameters) of each divergence.");
+  m.def(
+      "links", [] { return table_of(static_cast<tokenrl::Links*>(nullptr)); },
+      "(name, names of the parameters) of each link of preferences.");
+  m.def(
+      "scores", [] { return table_of(static_cast<tokenrl::Scores*>(nullptr)); },
+      "(name, names of the parameters) of each score of preferences.");
   m.def(
       "statistics",
       [] { return std::vector<std::string>(std::begin(tokenrl::kStatistics), std::end(tokenrl::kStatistics)); },

@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/preference.h"
 #if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
 #include "cuda/launch.h"
+#include "cuda/preference.h"
 #endif
 
 namespace tokenrl {
@@ -69,6 +71,14 @@ struct CpuDevice {
   template <class Args>
   void divergence_backward(const Args& args, const char* kind) const {
     cpu::divergence_backward(args, kind, kTorchThreads);
+  }
+  template <class T>
+  void preference(const PreferenceTokens<T>& tokens, const char* score, const char* link, const LinkArgs& links) const {
+    cpu::preference(tokens, score, link, links, kTorchThreads);
+  }
+  template <class T>
+  void preference_backward(const TokenGradients<T>& args) const {
+    cpu::preference_backward(args, kTorchThreads);
   }
 };
 
@@ -152,6 +162,15 @@ struct CudaDevice {
   template <class Args>
   void divergence_backward(const Args& args, const char* kind) const {
     check(cuda::divergence_backward(args, kind, stream()));
+  }
+  template <class T>
+  void preference(const PreferenceTokens<T>& tokens, const char* score, const char* link, const LinkArgs& links) const {
+    const auto memory = scratch(cuda::preference_scratch_bytes(links));
+    check(cuda::preference(tokens, score, link, links, memory.data_ptr(), stream()));
+  }
+  template <class T>
+  void preference_backward(const TokenGradients<T>& args) const {
+    check(cuda::preference_backward(args, stream()));
   }
 };
 #endif

@@ -1,4 +1,4 @@
-// The ops by schema, once for both devices, on LibTorch's stable ABI: objective_ops.h and logprob_ops.h implement them.
+// The ops by schema, once for both devices, on LibTorch's stable ABI: the headers *_ops.h implement them.
 // With -DTOKENRL_SIM the CPU key runs the CUDA kernels, compiled for the host (csrc/host/): the test-only library
 // tokenrl_sim.
 #include <torch/csrc/stable/library.h>
@@ -6,6 +6,7 @@
 #include "divergence_ops.h"
 #include "logprob_ops.h"
 #include "objective_ops.h"
+#include "preference_ops.h"
 
 #ifdef TOKENRL_SIM
 #include "host/fibres.h"
@@ -29,7 +30,9 @@ TOKENRL_EXPORT int64_t tokenrl_launches() { return tokenrl::host::launches(); }
   m.impl("token_logprobs_backward", TORCH_BOX(&tokenrl::token_logprobs_backward));   \
   m.impl("token_logprobs_backward_", TORCH_BOX(&tokenrl::token_logprobs_backward_)); \
   m.impl("divergence", TORCH_BOX(&tokenrl::divergence));                             \
-  m.impl("divergence_backward", TORCH_BOX(&tokenrl::divergence_backward))
+  m.impl("divergence_backward", TORCH_BOX(&tokenrl::divergence_backward));           \
+  m.impl("preference", TORCH_BOX(&tokenrl::preference));                             \
+  m.impl("preference_backward", TORCH_BOX(&tokenrl::preference_backward))
 
 // One more step of expansion: torch's macros paste their argument.
 #define TOKENRL_DEFINE(ns, m) STABLE_TORCH_LIBRARY(ns, m)
@@ -70,6 +73,15 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
   m.def(
       "divergence_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of, Tensor "
       "statistics, " TRL_PAIR ") -> Tensor");
+#define TRL_TRAINED "Tensor logp, Tensor? divergence, Tensor? token_weight, Tensor? divergence_weight, "
+  m.def("preference(" TRL_TRAINED
+        "Tensor? ref_logp, Tensor? mask, Tensor cu_seqlens, Tensor? pairs, Tensor? desirable, Tensor? base, Tensor? "
+        "pair_weight, Tensor? normalizer, Tensor? nll_mask, Tensor? nll_normalizer, str link, float[] link_params, "
+        "str score, float[] score_params, str statistic, str coupling, float divergence_factor, str divergence_flow, "
+        "float length, float nll) -> (Tensor loss, Tensor slopes, Tensor rewards, Tensor accuracy)");
+  m.def("preference_backward(Tensor grad, Tensor slopes, " TRL_TRAINED
+        "Tensor? ref_logp, Tensor? mask, Tensor cu_seqlens, Tensor? nll_mask, bool nll, bool[] wanted) -> (Tensor "
+        "of_logp, Tensor of_divergence, Tensor of_token_weight, Tensor of_divergence_weight)");
 }
 
 TOKENRL_IMPL_FOR(TOKENRL_LIBRARY, CPU, m) { TOKENRL_IMPLEMENT(m); }

@@ -72,9 +72,9 @@ def fill_outside(spans, i, begin, end, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def without_padding(spans, begin, end, out, BLOCK: tl.constexpr):
-    """begin and end of the tokens from the first valid one to the last, and zeros around them: whatever padding there
-    is, each falls into the same lane of a block."""
+def hull(spans, begin, end, BLOCK: tl.constexpr):
+    """begin and end of the tokens from the first valid one to the last: whatever padding there is, each falls into the
+    same lane of a block."""
     if spans.mask is None:
         return begin, end
     else:
@@ -88,7 +88,17 @@ def without_padding(spans, begin, end, out, BLOCK: tl.constexpr):
                 tl.maximum(lasts, tl.where(valid, at + 1, begin)),
             )
         first = tl.min(firsts, 0)
-        last = tl.maximum(tl.max(lasts, 0), first)
+        return first, tl.maximum(tl.max(lasts, 0), first)
+
+
+@triton.jit
+def without_padding(spans, begin, end, out, BLOCK: tl.constexpr):
+    """The same, and zeros around them."""
+    if spans.mask is None:
+        return begin, end
+    else:
+        lanes = tl.arange(0, BLOCK)
+        first, last = hull(spans, begin, end, BLOCK)
         for block in range(begin, first, BLOCK):
             tl.store(out + block + lanes, tl.zeros((BLOCK,), out.dtype.element_ty), mask=block + lanes < first)
         for block in range(last, end, BLOCK):

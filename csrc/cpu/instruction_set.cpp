@@ -4,6 +4,7 @@
 
 #include "../introspection.h"
 #include "kernels.h"
+#include "preference.h"
 
 namespace tokenrl::cpu {
 namespace {
@@ -62,6 +63,14 @@ template <class Logit, class T>
 bool divergence_backward(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads) {
   TOKENRL_BY_ISA(divergence_backward(args, kind, threads));
 }
+template <class T>
+void sequence_sums(const PreferenceTokens<T>& tokens, SequenceSums* sums, const Threads& threads) {
+  TOKENRL_BY_ISA(sequence_sums(tokens, sums, threads));
+}
+template <class T>
+void preference_backward(const TokenGradients<T>& args, const Threads& threads) {
+  TOKENRL_BY_ISA(preference_backward(args, threads));
+}
 uint64_t sum_words(const uint64_t* words, int64_t n) { TOKENRL_BY_ISA(sum_words(words, n)); }
 float sum_exponentials(const float* values, int64_t n, int64_t rounds) {
   TOKENRL_BY_ISA(sum_exponentials(values, n, rounds));
@@ -69,6 +78,10 @@ float sum_exponentials(const float* values, int64_t n, int64_t rounds) {
 
 template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);
 template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, const Threads&);
+template void sequence_sums(const PreferenceTokens<float>&, SequenceSums*, const Threads&);
+template void sequence_sums(const PreferenceTokens<double>&, SequenceSums*, const Threads&);
+template void preference_backward(const TokenGradients<float>&, const Threads&);
+template void preference_backward(const TokenGradients<double>&, const Threads&);
 #define TOKENRL_INSTANTIATE(Logit, T)                                                     \
   template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&);             \
   template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&);    \

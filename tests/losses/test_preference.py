@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenrl
 from tokenrl import preference_weights
-from tokenrl.objectives.links import AlphaScore, ForwardKlScore, JsScore, OfLabels, Score
+from tokenrl.objectives.links import OfLabels
+from tokenrl.objectives.scores import AlphaScore, ForwardKlScore, JsScore, Score
 
 ROWS = list(tokenrl.PREFERENCES)
 PAIRED = [name for name, row in tokenrl.PREFERENCES.items() if row.coupling == "pairs"]

@@ -7,7 +7,7 @@ import torch
 from preference_cases import P, T, batch
 
 import tokenrl
-from tokenrl.objectives.links import JsScore
+from tokenrl.objectives.scores import JsScore
 
 WRONG = [
     ("dpo", {"ref_logp": None}, "^ref_logp: got None, accepted: one; objective 'dpo' needs it"),

@@ -8,22 +8,34 @@ from .checks import as_saved, check_integers, values_known
 from .layout import Layout
 
 
-def as_pairs(pairs: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """int64 [P] each: the chosen and the rejected sequence of each pair, from integers [P, 2]. None: halves, sequence i
-    of the first half is chosen and meets sequence i of the second."""
+def checked_pairs(pairs: Tensor | None, layout: Layout) -> Tensor | None:
+    """int64 [P, 2], of each the chosen and the rejected sequence, from integers. None: halves, sequence i of the first
+    half is chosen and meets sequence i of the second."""
     number, device = layout.num_sequences, layout.cu_seqlens.device
     if pairs is None:
         if number % 2:
             raise wrong("pairs", None, f"integers [P, 2]; {number} sequences have no halves")
-        everyone = torch.arange(number, device=device)
-        return everyone[: number // 2], everyone[number // 2 :]
+        return None
     check_integers("pairs", pairs)
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.device != device:
         raise wrong("pairs", f"shape {list(pairs.shape)} on {pairs.device}", f"integers [P, 2] on {device}")
     if values_known(pairs) and ((pairs < 0) | (pairs >= number)).any():
         raise wrong("pairs", f"{pairs.min()} to {pairs.max()}", f"numbers of sequences, 0 to {number - 1}")
-    chosen, rejected = as_saved(pairs).long().unbind(1)
+    return as_saved(pairs).long().contiguous()
+
+
+def sides_of(pairs: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """int64 [P] each: the chosen and the rejected sequence of each pair, of what checked_pairs returns."""
+    if pairs is None:
+        everyone = torch.arange(layout.num_sequences, device=layout.cu_seqlens.device)
+        return everyone[: len(everyone) // 2], everyone[len(everyone) // 2 :]
+    chosen, rejected = pairs.unbind(1)
     return chosen, rejected
+
+
+def as_pairs(pairs: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The same, of an argument."""
+    return sides_of(checked_pairs(pairs, layout), layout)
 
 
 def sides(pairs: tuple[Tensor, Tensor], layout: Layout) -> Tensor:

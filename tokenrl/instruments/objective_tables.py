@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..objectives.forms.base import Form
 from ..objectives.gates.base import INF, Gate
-from ..objectives.links import Link, Score
+from ..objectives.links import Link
 from ..objectives.policy import CERTAINTY, OBJECTIVES, Objective, objective
 from ..objectives.preference import PREFERENCES, Preference
+from ..objectives.scores import Score
 from ..objectives.statistics import STATISTICS
 from ..objectives.unlearning import COEFS, UNLEARNINGS, Forget
 from ..ops.backends import BACKENDS, PACKAGED

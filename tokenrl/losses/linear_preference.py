@@ -21,8 +21,10 @@ from ..ops.backends import Backend
 from ..ops.derivatives import transformed
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
+from ..ops.preference_dispatch import backend_of
+from ..ops.preference_reference import PreferenceInputs
 from .preference import evaluate
-from .preference_arguments import PreferenceInputs, check_needed, check_used, preference_inputs
+from .preference_arguments import check_needed, check_used, preference_inputs
 from .preference_chunks import ChunkedLoss
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
@@ -121,7 +123,8 @@ def linear_preference_loss(
         token_weight=token_weight, divergence_weight=divergence_weight, pair_weight=pair_weight,
         nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
     )  # fmt: skip
-    call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend)
+    links = backend_of(backend, inputs)
+    call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend, links)
     return call.loss(inputs, head, chosen)
 
 
@@ -169,13 +172,13 @@ def _named(nll_mask: Tensor | None, named: Tensor, layout: Layout) -> Tensor | N
 
 def _scored(inputs: PreferenceInputs) -> Tensor:
     """bool [N]: the tokens of sequences that some link meets."""
-    valid = inputs.layout.valid()
-    return valid if inputs.pairs is None else valid & inputs.layout.spread(sides(inputs.pairs, inputs.layout) != 0)
+    valid, pairs = inputs.layout.valid(), inputs.sides
+    return valid if pairs is None else valid & inputs.layout.spread(sides(pairs, inputs.layout) != 0)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What both ways to compute it take. how: the options of both heads."""
+    """What both ways to compute it take. how: the options of both heads. links: what computes the loss of log-probs."""
 
     tensors: Tensors
     reference: Tensors | None
@@ -183,12 +186,14 @@ class _Call:
     ignore_index: int
     how: dict[str, Any]
     backend: str | None
+    links: Backend
 
     def loss(
         self, inputs: PreferenceInputs, head: HeadArguments, chosen: Backend
     ) -> tuple[Tensor, LinearPreferenceMetrics]:
         scored = _scored(inputs)
-        read = scored if inputs.nll_tokens is None else scored | inputs.nll_tokens
+        nll_tokens = inputs.nll_tokens()
+        read = scored if nll_tokens is None else scored | nll_tokens
         if self.reference is not None and inputs.row.divergence == 0:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
         leaves = (*self.tensors, inputs.token_weight, inputs.divergence_weight)
@@ -198,7 +203,7 @@ class _Call:
             flat, other = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index), None
             if inputs.row.divergence > 0:
                 other = self._other_inputs(scored)
-            chunked = ChunkedLoss(inputs, flat, other, read, scored, leaves, wanted, head.main_grad)
+            chunked = ChunkedLoss(self.links, inputs, flat, other, read, scored, leaves, wanted, head.main_grad)
             if (found := chunked.find(ranges.kernels(str(chosen.namespace)))) is not None:
                 shaped = found.logp.view(self.ids.shape)
                 return found.loss, LinearPreferenceMetrics(*found.metrics, shaped, found.passes)
@@ -207,7 +212,7 @@ class _Call:
         if inputs.row.divergence > 0:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
             divergence = self._divergence(scored)
-        loss, metrics = evaluate(inputs, logp, divergence)
+        loss, metrics = evaluate(self.links, inputs, logp, divergence)
         return loss, LinearPreferenceMetrics(*metrics, logp.detach().view(self.ids.shape), 2 if any(wanted) else 1)
 
     def _other_inputs(self, rows: Tensor) -> HeadInputs:

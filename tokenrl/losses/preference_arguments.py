@@ -1,42 +1,15 @@
 """The checking half of the preference losses: all checks of a call, once, for both fronts."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..batch.checks import as_saved, as_scalar, check_constant, check_floats, check_number, check_tensor
 from ..batch.layout import Layout
-from ..batch.pairs import as_pairs
+from ..batch.pairs import checked_pairs
 from ..errors import wrong
 from ..objectives.links import OfLabels
 from ..objectives.preference import Preference
-
-Number = float | Tensor
-
-
-@dataclass(frozen=True)
-class PreferenceInputs:
-    """What evaluate (tokenrl/losses/preference.py) takes beside log-probs and divergences. Of tokens: flat, [N].
-
-    token_weight, divergence_weight: 0 in masked cells. pairs: int64 [P] of chosen and of rejected sequences; halves:
-    whether these are the first and the second half. Or desirable: bool [S] of labelled ones, and base, 0-d fp64, what a
-    score is compared with; None: their mean. pair_weight: fp64, one per loss. nll_tokens: bool, None without that term.
-    """
-
-    row: Preference
-    layout: Layout
-    ref_logp: Tensor | None
-    token_weight: Tensor | None
-    divergence_weight: Tensor | None
-    pairs: tuple[Tensor, Tensor] | None
-    halves: bool
-    desirable: Tensor | None
-    base: Tensor | None
-    pair_weight: Tensor | None
-    normalizer: Number
-    nll_tokens: Tensor | None
-    nll_normalizer: Number
+from ..ops.preference_reference import Number, PreferenceInputs
 
 
 def preference_inputs(
@@ -61,17 +34,15 @@ def preference_inputs(
         check_constant("ref_logp", ref_logp)
         ref_logp = layout.flat_tokens("ref_logp", ref_logp)
     labels = None if desirable is None else _labels(desirable, layout)
-    both = as_pairs(pairs, layout) if labels is None else None
-    count = layout.num_sequences if both is None else both[0].numel()
-    like = torch.zeros((), dtype=torch.float64, device=layout.cu_seqlens.device)
-    nll_tokens = _nll_tokens(layout, nll_mask, _chosen(layout, both, labels)) if row.nll > 0 else None
-    nll_count = 1 if nll_tokens is None else nll_tokens.sum().clamp(min=1)
+    both = checked_pairs(pairs, layout) if labels is None else None
+    count = layout.num_sequences if labels is not None else layout.num_sequences // 2 if both is None else len(both)
     return PreferenceInputs(
-        row, layout, ref_logp, _flat_weight("token_weight", token_weight, layout),
-        _flat_weight("divergence_weight", divergence_weight, layout), both, both is not None and pairs is None, labels,
-        _base(row, kl, reward_shift, like), None if pair_weight is None else _pair_weight(pair_weight, count, like),
-        as_count("normalizer", normalizer, max(count, 1), like), nll_tokens,
-        as_count("nll_normalizer", nll_normalizer, nll_count, like),
+        row, layout, ref_logp, _weight("token_weight", token_weight, layout),
+        _weight("divergence_weight", divergence_weight, layout), both, labels,
+        _base(row, kl, reward_shift, layout.cu_seqlens.device),
+        None if pair_weight is None else _pair_weight(pair_weight, count, layout.cu_seqlens.device),
+        _count("normalizer", normalizer, layout), _nll_mask(nll_mask, layout), 
+        _count("nll_normalizer", nll_normalizer, layout),
     )  # fmt: skip
 
 
@@ -87,11 +58,11 @@ def check_used(row: Preference, name: str, given: object, used: bool) -> None:
         raise wrong(name, "one", f"None; objective {row.name!r} has no use for it")
 
 
-def _flat_weight(name: str, weight: Tensor | None, layout: Layout) -> Tensor | None:
+def _weight(name: str, weight: Tensor | None, layout: Layout) -> Tensor | None:
     if weight is None:
         return None
     check_floats(name, weight)
-    return torch.where(layout.valid(), layout.flat_tokens(name, weight), 0)
+    return layout.flat_tokens(name, weight)
 
 
 def _labels(desirable: Tensor, layout: Layout) -> Tensor:
@@ -101,49 +72,50 @@ def _labels(desirable: Tensor, layout: Layout) -> Tensor:
     return layout.flat_sequences("desirable", desirable, torch.bool)
 
 
-def _base(row: Preference, kl: Number | None, reward_shift: Number | None, like: Tensor) -> Tensor | None:
+def _base(row: Preference, kl: Number | None, reward_shift: Number | None, device: torch.device) -> Tensor | None:
     """In the units of a score; a kl is at least 0."""
-    if isinstance(row.link, OfLabels) and row.link.compared == "reward_shift":
-        return None if reward_shift is None else _mean("reward_shift", reward_shift, like) / row.link.beta
-    return like if kl is None else _mean("kl", kl, like).clamp(min=0)
+    if not isinstance(row.link, OfLabels):
+        return None
+    if row.link.compared == "reward_shift":
+        return None if reward_shift is None else _mean("reward_shift", reward_shift, device) / row.link.beta
+    if kl is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return _mean("kl", kl, device).clamp(min=0)
 
 
-def _mean(name: str, x: Number, like: Tensor) -> Tensor:
+def _mean(name: str, x: Number, device: torch.device) -> Tensor:
     if not isinstance(x, Tensor):
         check_number(name, x)
-        return torch.full_like(like, x)
+        return torch.full((), x, dtype=torch.float64, device=device)
     check_constant(name, x)
     if x.dim() > 1 or x.numel() == 0:
         accepted = "a number, a 0-d tensor, or the [K] of other sequences, of which the mean counts"
         raise wrong(name, f"shape {list(x.shape)}", accepted)
-    return x.to(like).mean()
+    return x.to(device, torch.float64).mean()
 
 
-def _pair_weight(weight: Tensor, count: int, like: Tensor) -> Tensor:
+def _pair_weight(weight: Tensor, count: int, device: torch.device) -> Tensor:
     check_floats("pair_weight", weight)
     check_constant("pair_weight", weight)
-    if weight.shape != (count,) or weight.device != like.device:
+    if weight.shape != (count,) or weight.device != device:
         given = f"{list(weight.shape)} on {weight.device}"
-        raise wrong("pair_weight", given, f"[{count}] on {like.device}, one per loss")
-    return as_saved(weight).double()
+        raise wrong("pair_weight", given, f"[{count}] on {device}, one per loss")
+    return as_saved(weight).double().contiguous()
 
 
-def _chosen(layout: Layout, pairs: tuple[Tensor, Tensor] | None, desirable: Tensor | None) -> Tensor:
-    """bool [S]"""
-    if pairs is None:
-        assert desirable is not None
-        return desirable
-    nobody = torch.zeros(layout.num_sequences, dtype=torch.bool, device=layout.cu_seqlens.device)
-    return nobody.index_fill(0, pairs[0], True)
-
-
-def _nll_tokens(layout: Layout, nll_mask: Tensor | None, chosen: Tensor) -> Tensor:
+def _nll_mask(nll_mask: Tensor | None, layout: Layout) -> Tensor | None:
     if nll_mask is None:
-        return layout.valid() & layout.spread(chosen)
+        return None
     check_tensor("nll_mask", nll_mask)
     if nll_mask.dtype != torch.bool:
         raise wrong("nll_mask", f"dtype {nll_mask.dtype}", "torch.bool (nll_mask.bool() if it holds zeros and ones)")
     return layout.flat_tokens("nll_mask", nll_mask)
+
+
+def _count(name: str, given: Number | None, layout: Layout) -> Number | None:
+    if given is None:
+        return None
+    return as_count(name, given, 1, torch.zeros((), dtype=torch.float64, device=layout.cu_seqlens.device))
 
 
 def as_count(name: str, given: Number | None, own: int | Tensor, like: Tensor) -> Number:

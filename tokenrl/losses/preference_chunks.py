@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..batch.pairs import connected
+from ..ops.backends import Backend
 from ..ops.linear import joined
 from ..ops.linear.head import HeadInputs
 from ..ops.linear.one_pass import with_gradients
 from ..ops.linear.token_logprobs import Gradients
 from ..ops.linear_ops import gradients_of, waiting_dtypes
+from ..ops.preference_reference import PreferenceInputs
 from .preference import PreferenceMetrics, evaluate
-from .preference_arguments import PreferenceInputs
 
 OF_HEAD, WEIGHTS = 3, ("token_weight", "divergence_weight")
 
@@ -32,10 +33,11 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """head, other: of the policy and, where its logits are needed beside them, of the reference. read, scored: bool
+    """links: what computes the loss of log-probs. head, other: of the policy and, where its logits are needed beside them, of the reference. read, scored: bool
     [N], the tokens, and those with a divergence. leaves: hidden, weight, bias, token_weight, divergence_weight; wanted:
     which of them get a gradient."""
 
+    links: Backend
     inputs: PreferenceInputs
     head: HeadInputs
     other: HeadInputs | None
@@ -98,7 +100,8 @@ class ChunkedLoss:
             of_tokens: dict[str, Any] = {name: at.get(name) for name in WEIGHTS}
             if self.other is not None:
                 of_tokens["ref_logp"] = found.other_logp
-            loss, metrics = evaluate(dataclasses.replace(self.inputs, **of_tokens), at["logp"], at.get("divergence"))
+            inputs = dataclasses.replace(self.inputs, **of_tokens)
+            loss, metrics = evaluate(self.links, inputs, at["logp"], at.get("divergence"))
             names = [name for name in at if at[name].requires_grad]
             by = dict(zip(names, torch.autograd.grad(loss, [at[name] for name in names]), strict=True))
         return _Evaluated(loss.detach(), metrics, found.logp, by)
@@ -120,7 +123,7 @@ class _Evaluated(NamedTuple):
 
 def _parts(inputs: PreferenceInputs) -> list[int]:
     """For each sequence the same number where the loss lets them meet."""
-    number, row = inputs.layout.num_sequences, inputs.row
-    if row.coupling.startswith("sorted") or (inputs.pairs is None and inputs.base is None):
+    number, row, pairs = inputs.layout.num_sequences, inputs.row, inputs.sides
+    if row.coupling.startswith("sorted") or (pairs is None and inputs.base is None):
         return [0] * number
-    return list(range(number)) if inputs.pairs is None else connected(inputs.pairs, number)
+    return list(range(number)) if pairs is None else connected(pairs, number)

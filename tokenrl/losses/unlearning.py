@@ -13,7 +13,7 @@ from ..errors import wrong
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 from ..objectives.unlearning import Unlearning, unlearning
 from ..observed import observed
-from .preference import known
+from ..ops.preference_reference import known
 from .preference_arguments import as_count
 
 TARGETS = ("detached", "attached")

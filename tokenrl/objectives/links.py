@@ -2,7 +2,7 @@
 
 A score x is a sequence's log-prob, or its log ratio to a reference, summed or a mean over its tokens. Every link gives
 its loss and, on the next line, the derivative in each score; all arguments are fp64, [P] of pairs or [S] of sequences.
-sigma is the logistic function, log sigma its logarithm.
+sigma is the logistic function, log sigma its logarithm. csrc/links.h and triton_kernels/links.py have the same.
 """
 
 import math
@@ -21,8 +21,10 @@ Slopes = tuple[Tensor, Tensor, Tensor]  # loss, its derivative in the chosen sco
 
 @parametrised
 class Link:
-    """Base of all links. beta: the temperature of the scores; beta times a score is its reward."""
+    """Base of all links. beta: the temperature of the scores; beta times a score is its reward. name finds the kernels'
+    functor; params() are its parameters in the functor's order."""
 
+    name: ClassVar[str] = ""
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
@@ -33,6 +35,9 @@ class Link:
     def __post_init__(self) -> None:
         check_params(self)
         check_number("beta", self.beta, above=0)
+
+    def params(self) -> list[float]:
+        return [float(getattr(self, name)) for name in self.names]
 
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         raise TypeError(f"{type(self).__name__} is no link of pairs: it defines no of")
@@ -54,6 +59,7 @@ class MarginLink(Link):
 class Sigmoid(MarginLink):
     """-(1 - e) log sigma(u) - e log sigma(-u), u = beta d - gamma, e the label smoothing."""
 
+    name = "sigmoid"
     label_smoothing: float = 0.0
     gamma: float = 0.0
 
@@ -71,6 +77,7 @@ class Sigmoid(MarginLink):
 class AlphaPo(Sigmoid):
     """The sigmoid link of (1 - exp(-alpha x)) / alpha, which is x as alpha falls to 0."""
 
+    name = "alphapo"
     alpha: float = 0.25
 
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
@@ -83,6 +90,8 @@ class AlphaPo(Sigmoid):
 class Hinge(MarginLink):
     """max(0, 1 - beta d)."""
 
+    name = "hinge"
+
     def of_margin(self, d: Tensor) -> tuple[Tensor, Tensor]:
         value = (1 - self.beta * d).relu()
         return value, -self.beta * (value > 0).to(d.dtype)
@@ -91,6 +100,8 @@ class Hinge(MarginLink):
 @parametrised
 class Squared(MarginLink):
     """(d - 1 / (2 beta))^2."""
+
+    name = "squared"
 
     def of_margin(self, d: Tensor) -> tuple[Tensor, Tensor]:
         distance = d - 1 / (2 * self.beta)
@@ -102,6 +113,7 @@ class Robust(MarginLink):
     """(-(1 - e) log sigma(u) + e log sigma(-u)) / (1 - 2 e), u = beta d: unbiased where labels are flipped with
     probability e < 1/2."""
 
+    name = "robust"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -120,6 +132,7 @@ class Robust(MarginLink):
 class Exo(MarginLink):
     """D(q || (1 - e, e)), q = (sigma(u), sigma(-u)), u = beta d, e the label smoothing, 0 < e < 1."""
 
+    name = "exo"
     label_smoothing: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -138,6 +151,7 @@ class Exo(MarginLink):
 class Discopop(MarginLink):
     """-(1 - m) log sigma(u) + m e^-u, u = beta d, m = sigma(u / tau)."""
 
+    name = "discopop"
     tau: float = 0.05
 
     def __post_init__(self) -> None:
@@ -156,6 +170,8 @@ class Discopop(MarginLink):
 class Nca(Link):
     """-log sigma(a) - (log sigma(-a) + log sigma(-b)) / 2, a = beta x_w, b = beta x_l."""
 
+    name = "nca"
+
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         a, b = self.beta * chosen, self.beta * rejected
         value = -logsigmoid(a) - (logsigmoid(-a) + logsigmoid(-b)) / 2
@@ -165,6 +181,8 @@ class Nca(Link):
 @parametrised
 class Bco(Link):
     """-log sigma(a) - log sigma(-b), a = beta x_w, b = beta x_l."""
+
+    name = "bco"
 
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         a, b = self.beta * chosen, self.beta * rejected
@@ -176,6 +194,8 @@ class Bco(Link):
 class Sppo(Link):
     """(x_w - 1 / (2 beta))^2 + (x_l + 1 / (2 beta))^2."""
 
+    name = "sppo"
+
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         won, lost = chosen - 1 / (2 * self.beta), rejected + 1 / (2 * self.beta)
         return won**2 + lost**2, 2 * won, 2 * lost
@@ -184,6 +204,8 @@ class Sppo(Link):
 @parametrised
 class ApoZero(Link):
     """1 - sigma(beta x_w) + sigma(beta x_l): raises the chosen, lowers the rejected."""
+
+    name = "apo_zero"
 
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         a, b = (self.beta * chosen).sigmoid(), (self.beta * rejected).sigmoid()
@@ -194,6 +216,8 @@ class ApoZero(Link):
 class ApoDown(Link):
     """sigma(beta x_w) + 1 - sigma(beta (x_w - x_l)): lowers both, the rejected more."""
 
+    name = "apo_down"
+
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         a, d = (self.beta * chosen).sigmoid(), (self.beta * (chosen - rejected)).sigmoid()
         return a + 1 - d, self.beta * (a * (1 - a) - d * (1 - d)), self.beta * d * (1 - d)
@@ -202,6 +226,8 @@ class ApoDown(Link):
 @parametrised
 class OddsRatio(Link):
     """-beta log sigma(o_w - o_l), o = x - log(1 - e^x) the log odds of a mean log-prob x < 0; singular at 0."""
+
+    name = "odds_ratio"
 
     def of(self, chosen: Tensor, rejected: Tensor) -> Slopes:
         u = chosen - _log1mexp(chosen) - rejected + _log1mexp(rejected)
@@ -228,6 +254,7 @@ class OfLabels(Link):
 class Kto(OfLabels):
     """Of one sequence: w_D (1 - sigma(v)) where it is desirable, w_U sigma(v) where not, v = beta (x - kl)."""
 
+    name = "kto"
     compared = "kl"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -242,6 +269,7 @@ class Kto(OfLabels):
 class ApoZeroUnpaired(Kto):
     """Kto's with kl = 0."""
 
+    name = "apo_zero_unpaired"
     compared = ""
 
 
@@ -249,6 +277,7 @@ class ApoZeroUnpaired(Kto):
 class BcoUnpaired(OfLabels):
     """Of one sequence: -log sigma(v) where it is desirable, -log sigma(-v) where not, v = beta x - reward_shift."""
 
+    name = "bco_unpaired"
     compared = "reward_shift"
 
     def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,44 +285,8 @@ class BcoUnpaired(OfLabels):
         return -logsigmoid(beta * (x - base)), -beta * (beta * (base - x)).sigmoid()
 
 
-@parametrised
-class Score:
-    """f'(e^x) of an f-divergence at a log ratio x, with its derivative: here x itself, of the reverse KL."""
-
-    names: ClassVar[tuple[str, ...]]
-    words: ClassVar[tuple[str, ...]]
-    optional: ClassVar[tuple[str, ...]]
-    ranges: ClassVar[Mapping[str, Range]]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.ones_like(x)
-
-
-@parametrised
-class ForwardKlScore(Score):
-    """1 - e^-x."""
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return -(-x).expm1(), (-x).exp()
-
-
-@parametrised
-class JsScore(Score):
-    """log 2 + log sigma(x)."""
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return math.log(2) + logsigmoid(x), (-x).sigmoid()
-
-
-@parametrised
-class AlphaScore(Score):
-    """(e^((alpha - 1) x) - 1) / (alpha - 1), x where alpha is 1."""
-
-    alpha: float = 0.5
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.alpha == 1:
-            return x, torch.ones_like(x)
-        power = (self.alpha - 1) * x
-        return power.expm1() / (self.alpha - 1), power.exp()
+_OWN = (
+    Sigmoid, AlphaPo, Hinge, Squared, Robust, Exo, Discopop, Nca, Bco, Sppo, ApoZero, ApoDown, OddsRatio, Kto,
+    ApoZeroUnpaired, BcoUnpaired,
+)  # fmt: skip
+LINKS: dict[str, type[Link]] = {link.name: link for link in _OWN}

@@ -7,7 +7,6 @@ from ..errors import described, wrong
 from .changes import changed
 from .links import (
     AlphaPo,
-    AlphaScore,
     ApoDown,
     ApoZero,
     ApoZeroUnpaired,
@@ -15,9 +14,7 @@ from .links import (
     BcoUnpaired,
     Discopop,
     Exo,
-    ForwardKlScore,
     Hinge,
-    JsScore,
     Kto,
     Link,
     MarginLink,
@@ -25,11 +22,11 @@ from .links import (
     OddsRatio,
     OfLabels,
     Robust,
-    Score,
     Sigmoid,
     Sppo,
     Squared,
 )
+from .scores import AlphaScore, ForwardKlScore, JsScore, Score
 
 STATISTICS = {
     "sum": "x = sum_t w_t (logp_t - ref_logp_t)",
@@ -51,7 +48,7 @@ DIVERGENCE_FLOWS = {
 class Preference:
     """One preference objective: the mean over pairs of link(x_w, x_l), and nll times the mean of -logp.
 
-    link, score: see tokenrl/objectives/links.py; score is applied to the sum, before a mean divides. statistic,
+    link, score: see tokenrl/objectives/links.py and scores.py; a score is of the sum, before a mean divides. statistic,
     coupling, divergence_flow: names of the tables above. reference: "given", log ratios to it, or "none", log-probs
     alone. divergence: the factor of sum_t v_t D_t that is added to a score, D_t a divergence per token, 0 for none.
     length: the factor of its number of tokens that is added to beta times a score, so that what is long wins less.
@@ -81,7 +78,7 @@ class Preference:
             check_number(name, getattr(self, name), 0)
         for name, kind in (("link", Link), ("score", Score)):
             if not isinstance(getattr(self, name), kind):
-                raise wrong(name, described(getattr(self, name)), f"a {name} of tokenrl/objectives/links.py")
+                raise wrong(name, described(getattr(self, name)), f"a {name} of tokenrl/objectives/{name}s.py")
         if isinstance(self.link, OfLabels) != (self.coupling == "labels"):
             raise wrong("coupling", repr(self.coupling), "'labels' with the links of one sequence, and with no other")
         plain = isinstance(self.link, MarginLink) and self.coupling == "pairs"

@@ -13,7 +13,7 @@ from ..batch.checks import check_name
 from ..errors import wrong
 from ..objectives.gates import GATES
 from ..objectives.gates.base import Gate
-from . import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops
+from . import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, preference_ops
 
 _BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates/table.h; more may be registered
 
@@ -40,32 +40,37 @@ class Backend:
             return None
         return f"it has no kernel of the gate {gate!r}"
 
+    def why_not_call(self, device: torch.device, gate: str | None, own: str | None) -> str | None:
+        """Why it cannot run on a device what choose() describes, or None."""
+        no_kernel = f"it has no kernel of {own}" if own is not None and not self.is_reference else None
+        return self.why_not(device) or self.why_not_gate(gate) or no_kernel
+
     @property
     def ops(self) -> Any:
         return getattr(torch.ops, self.namespace or "")
 
 
-def choose(name: str | None, device: torch.device, gate: str | None = None) -> Backend:
-    """The backend for a call on `device`, of an objective with that gate: the named one, else TOKENRL_BACKEND, else the
-    first that can run it."""
+def choose(name: str | None, device: torch.device, gate: str | None = None, own: str | None = None) -> Backend:
+    """The backend for a call on `device`, of an objective with that gate, or with a part of its own that no kernel
+    knows: the named one, else TOKENRL_BACKEND, else the first that can run it."""
     argument = "backend"
     if name is None and (name := os.environ.get("TOKENRL_BACKEND") or None):
         argument = "TOKENRL_BACKEND, the environment's backend"
     if name is not None:
         check_name(argument, name, BACKENDS)
-        reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_gate(gate)
+        reason = BACKENDS[name].why_not_call(device, gate, own)
         if reason is None:
             return BACKENDS[name]
-        raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}\n{reasons(device, gate)}")
+        raise RuntimeError(f"backend {name!r} cannot run on {device.type}: {reason}\n{reasons(device, gate, own)}")
     for backend in BACKENDS.values():
-        if backend.automatic(device) and backend.why_not(device) is None and backend.why_not_gate(gate) is None:
+        if backend.automatic(device) and backend.why_not_call(device, gate, own) is None:
             return backend
-    raise RuntimeError(f"no backend can run on {device.type}:\n{reasons(device, gate)}")
+    raise RuntimeError(f"no backend can run on {device.type}:\n{reasons(device, gate, own)}")
 
 
-def reasons(device: torch.device, gate: str | None = None) -> str:
+def reasons(device: torch.device, gate: str | None = None, own: str | None = None) -> str:
     """One line per backend: whether it can run on `device`, or why not."""
-    found = {name: b.why_not(device) or b.why_not_gate(gate) for name, b in BACKENDS.items()}
+    found = {name: b.why_not_call(device, gate, own) for name, b in BACKENDS.items()}
     return "\n".join(f"  {name}: {reason or 'can run'}" for name, reason in found.items())
 
 
@@ -137,7 +142,7 @@ PACKAGED = tuple(BACKENDS)
 
 def register(namespace: str) -> None:
     """Gives the kernels of a namespace their fakes and derivatives, and the ops that are made of them."""
-    for ops in (kernel_ops, divergence_ops, linear_ops, linear_divergence_ops):
+    for ops in (kernel_ops, divergence_ops, preference_ops, linear_ops, linear_divergence_ops):
         ops.register(namespace)
 
 
