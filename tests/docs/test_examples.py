@@ -52,7 +52,7 @@ RUN = [path for path in RUN if path.parent != TRAINERS and blocks(path)]
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_examples_run(path, tables, tmp_path, monkeypatch, capsys):
+def test_the_examples_run(path, tables, known_limits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict = {"__name__": "example"}
