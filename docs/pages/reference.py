@@ -66,12 +66,15 @@ def listed(paths: list[str]) -> str:
 
 
 def described(path: str) -> str:
-    thing = public_names()[path]
+    thing, (module, _, name) = public_names()[path], path.rpartition(".")
     if inspect.isclass(thing):
         return f".. autoclass:: {path}\n   :members:"
+    if callable(thing):
+        return f".. autofunction:: {path}"
+    head = f".. py:data:: {name}\n   :module: {module}"
     if isinstance(thing, dict):
-        return f".. py:data:: {path}\n\n   A table: name -> row, {', '.join(f'``{name}``' for name in thing)}."
-    return f".. autofunction:: {path}" if callable(thing) else f".. py:data:: {path}\n   :value: {thing!r}"
+        return f"{head}\n\n   A table: name -> row, {', '.join(f'``{row}``' for row in thing)}."
+    return f"{head}\n   :value: {thing!r}"
 
 
 def directive(text: str) -> str:
