@@ -33,9 +33,9 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """links: what computes the loss of log-probs. head, other: of the policy and, where its logits are needed beside them, of the reference. read, scored: bool
-    [N], the tokens, and those with a divergence. leaves: hidden, weight, bias, token_weight, divergence_weight; wanted:
-    which of them get a gradient."""
+    """links: what computes the loss of log-probs. head, other: of the policy and, where its logits are needed beside
+    them, of the reference. read, scored: bool [N], the tokens, and those with a divergence. leaves: hidden, weight,
+    bias, token_weight, divergence_weight; wanted: which of them get a gradient."""
 
     links: Backend
     inputs: PreferenceInputs
