@@ -9,10 +9,11 @@ from cases import backends_to_test, batch, device_of, interpreted, kernel_backen
 
 import tokenrl
 from tokenrl.logprobs.from_logits import OUTPUTS
-from tokenrl.ops import backends, divergence_ops, kernel_ops, linear_divergence_ops, linear_ops
+from tokenrl.ops import backends, divergence_ops, kernel_ops, linear_divergence_ops, linear_ops, preference_ops
 
 KERNELS = kernel_backends()
-SCHEMAS = kernel_ops.SCHEMAS | linear_ops.SCHEMAS | divergence_ops.SCHEMAS | linear_divergence_ops.SCHEMAS
+OPS = (kernel_ops, linear_ops, divergence_ops, linear_divergence_ops, preference_ops)
+SCHEMAS = {name: text for ops in OPS for name, text in ops.SCHEMAS.items()}
 
 
 def size(backend) -> tuple[int, int]:
