@@ -231,7 +231,7 @@ def _arguments(logits: Tensor, other: Tensor, given: tuple) -> tuple[tuple, tupl
     block = launch.vocab_block(vocab, logits.dtype, parts, heavy=True)
     how = {
         "KIND": DIVERGENCES[kind], "NUM_PARAMS": len(params), "SOFTCAP": (capped, other_capped), "SPLIT": parts > 1,
-        "BLOCK": block, "VEC": vector(logits), "num_warps": launch.vocab_warps(block, heavy=True),
+        "BLOCK": block, "VEC": vector(logits), "num_warps": launch.vocab_warps(block, 8),
     }  # fmt: skip
     numbers = (*own, *others, *[*params, 0.0, 0.0][:MOST_PARAMS])
     heads = ((of, of_other), None if rows is None else rows.view(torch.uint8))
