@@ -90,9 +90,9 @@ struct Run {
     int64_t longest = kBlock;
     for (const Tile* tile = begin; tile < end; ++tile) longest = larger(longest, length(*tile));
     const Scratch<T> memory(Lanes<T>::room(longest) * Lanes<T>::kArrays);
-    Carry carry = carry_to(*begin, memory.at);
+    Carry carry;
     for (const Tile* tile = begin; tile < end; ++tile, ++totals) {
-      if (!tile->earlier) carry = Carry{};
+      if (tile == begin || !tile->earlier) carry = carry_to(*tile, memory.at);
       for (int64_t token = tile->cells.begin; token < tile->q.begin; ++token) args.coef[token] = 0;
       for (int64_t token = tile->q.end; token < tile->cells.end; ++token) args.coef[token] = 0;
       *totals = Totals::nothing();
