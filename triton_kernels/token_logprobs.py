@@ -21,6 +21,7 @@ from .vocabulary import (
     ids_per_row,
     keep_arguments,
     load_own,
+    lse_and_rest,
     part_to_sum,
     row_begin,
     row_scale,
@@ -58,13 +59,12 @@ def _store_row(
     out, row, at, real, used, known, y_own, scale, m, mass, weighted, squares, mean, kept, above, tied, T: tl.constexpr
 ):
     """Results of a row from its sums; y_own, above and tied are one per id."""
-    log_mass, top = tl.log(mass), m * scale
+    log_mass = tl.log(mass)
     tl.store(out[0] + at, tl.where(used, (y_own - m) * scale - log_mass, 0.0), mask=real)
     tl.store(out[1] + row, log_mass - weighted / mass * LN_2)
-    lse = top + log_mass
+    lse, rest = lse_and_rest(m * scale, mass)
     tl.store(out[2] + row, lse)
-    rest = tl.where(tl.abs(top) > log_mass, log_mass - (lse - top), top - (lse - log_mass))
-    tl.store(out[3] + row, tl.where(mass > 0, rest, 0.0))
+    tl.store(out[3] + row, rest)
     if out[4] is not None:
         tl.store(out[4] + row, tl.log(squares) - 2 * log_mass)
     if out[5] is not None:
