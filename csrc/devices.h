@@ -1,6 +1,7 @@
 // Where an op's arguments go: the CPU kernels, or the CUDA launchers with their stream and scratch memory.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -148,11 +149,14 @@ struct CudaDevice {
 };
 #endif
 
-// f(device) for the device of x.
+// f(device) for the device of x, which is the current one meanwhile: a kernel is launched on that.
 template <class F>
 void on_device_of([[maybe_unused]] const torch::stable::Tensor& x, F&& f) {
 #ifdef TOKENRL_WITH_CUDA
-  if (x.is_cuda()) return f(CudaDevice{x});
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard current(x.get_device_index());
+    return f(CudaDevice{x});
+  }
 #endif
 #ifdef TOKENRL_SIM
   f(CudaDevice{x});
