@@ -115,14 +115,13 @@ struct CudaDevice {
 
   template <class T>
   void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
-    const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences));
+    const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans));
     check(cuda::objective(args, statistic, through, gate, memory.data_ptr(), ticket().at, stream()));
   }
   template <class T>
   void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint) const {
-    const bool spans = statistic == Statistic::span_sum || statistic == Statistic::span_mean;
-    const auto memory = scratch(spans ? sizeof(int32_t) * static_cast<size_t>(args.spans.num_tokens) : 0);
-    check(cuda::statistic(args, statistic, adjoint, static_cast<int32_t*>(memory.data_ptr()), stream()));
+    const auto memory = scratch(cuda::statistic_scratch_bytes(args));
+    check(cuda::statistic(args, statistic, adjoint, memory.data_ptr(), stream()));
   }
   template <class T>
   void position_adaptive_clip(const ClipArgs<T>& args) const {

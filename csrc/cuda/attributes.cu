@@ -32,8 +32,7 @@ cudaError_t code_on(int device) {
   cudaError_t error = cudaGetDevice(&current);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   cudaFuncAttributes attributes{};
-  if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, tokenrl::cuda::named_kernels().front().function);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, tokenrl::cuda::named_kernels().front().function);
   cudaSetDevice(current);
   cudaGetLastError();  // or the next launch would report it
   return error;
