@@ -110,10 +110,8 @@ struct Total {
   }
   __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
     tokens.x.of[k] = statistic == Statistic::span_mean ? after.value / T(larger(after.count, 1)) : after.value;
-    tokens.count.of[k] = after.count;
   }
   __device__ __forceinline__ void store(int64_t first, int live) const {
-    store_items(run.counts + first, live, tokens.count);
     store_adjoint(run, first, live, tokens.valid, tokens.x);
   }
 };
@@ -170,10 +168,8 @@ __device__ __forceinline__ void spread(const StatisticRun<T>& run, Statistic sta
   for (int64_t first = tile.begin + threadIdx.x * kItems; first < tile.end; first += kChunk) {
     const int live = static_cast<int>(smaller(tile.end - first, int64_t{kItems}));
     Items<T> values;
-    Items<int32_t> counts;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) values.of[k] = value, counts.of[k] = total.count;
-    store_items(run.counts + first, live, counts);
+    for (int k = 0; k < kItems; ++k) values.of[k] = value;
     store_adjoint(run, first, live, valid_bits(run.args.spans, first, live), values);
   }
 }
@@ -222,10 +218,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     Prefix<T, Fold::least> pass{run, statistic, true, 0, nullptr};
     return walk<false>(share, sums, Combine<T, Fold::least>{}, pass, memory);
   }
-  if (apart && is_over_span(statistic)) return spread(run, statistic, share);
+  if (apart && adjoint) return spread(run, statistic, share);
   Prefix<T, Fold::add> pass{run, statistic, true, 0, nullptr};
   walk<false>(share, sums, Combine<T, Fold::add>{}, pass, memory);
   if (!is_over_span(statistic)) return;
+  if (apart) return spread(run, statistic, share);
   Total<T> total{run, statistic, share.end};
   walk<true>(share, sums, Combine<T, Fold::copy>{}, total, memory);
 }

@@ -4,6 +4,8 @@ code: all ways through a loop together, so more than any token takes.
 A multiprocessor of an H200 issues 128 thread instructions in the cycle in which it reads about one token's 13 bytes.
 """
 
+import functools
+
 import account
 import pytest
 from nvcc import needs_nvcc, sass
@@ -29,6 +31,7 @@ def kernel_of(source: str, *names: str) -> str:
     return sass(source)[name]
 
 
+@functools.cache
 def gate_loops(gate: str) -> tuple[Loop, Loop]:
     """That of a token, with the gate's exponentials, and that of a thread's tokens."""
     found = loops(kernel_of("objective_float", f"{gate}E"))
@@ -73,4 +76,4 @@ def test_valid_tokens_are_counted_16_at_a_time():
 def test_what_is_counted_is_the_gate(gate):
     """Its exponential, and the wide ones of the metrics: a smaller loop would be another."""
     token, items = gate_loops(gate)
-    assert count(token, "MUFU.EX2") >= 3 and count(token, "DADD") >= 3 and len(items.every) > len(token.every)
+    assert count(token, "MUFU.EX2") >= 3 and count(token, "DADD", "DFMA") >= 3 and len(items.every) > len(token.every)

@@ -131,6 +131,7 @@ void check_all(std::tuple<Gate...>*) {
       gates[(turn++ * 3) % sizeof...(Gate)](
           batch, {pair, true, segments, turn % 2 == 0, 0.15, turn % 3 == 0 ? 0.2 : INFINITY});
   gates[0](batch, {{Statistic::prefix_mean, true}, true, true, true, 0.15, INFINITY});
+  check<T, LogBand>(batch, {{Statistic::span_mean, true}, true, true, false, 0.15, INFINITY});  // by the position
   gates[1](batch, {{Statistic::prefix_sum, false}, true, false, false, INFINITY, INFINITY});
 }
 
