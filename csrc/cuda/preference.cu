@@ -5,6 +5,7 @@
 #include "spans.cuh"
 
 namespace tokenrl::cuda {
+namespace {
 
 struct AddNumbers {
   template <class T>
@@ -24,7 +25,7 @@ struct AddSums {
 };
 
 __device__ __forceinline__ Sequence hull_of(const Spans& spans, int64_t i) {
-  return without_padding(spans, sequence_of(spans, i), [](int64_t) {});
+  return without_padding(spans, sequence_of(spans, i));
 }
 
 template <class T>
@@ -148,6 +149,17 @@ __global__ void __launch_bounds__(kThreads, 1) link_kernel(LinkArgs args) {
   write_loss(args, loss / normalizer + nll);
 }
 
+// The tokens before the first sequence and behind the last, by the first block.
+template <class Clear>
+__device__ __forceinline__ void clear_around(const Spans& spans, Clear clear) {
+  const int64_t count = spans.num_sequences;
+  const int64_t first = count > 0 ? sequence_of(spans, 0).begin : spans.num_tokens;
+  const int64_t last = count > 0 ? sequence_of(spans, count - 1).end : spans.num_tokens;
+  if (blockIdx.x > 0) return;
+  for (int64_t token = threadIdx.x; token < first; token += kThreads) clear(token);
+  for (int64_t token = last + threadIdx.x; token < spans.num_tokens; token += kThreads) clear(token);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) token_gradients_kernel(TokenGradients<T> args) {
   const PreferenceTokens<T>& tokens = args.tokens;
@@ -167,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) token_gradients_kernel(TokenGradient
     if (args.of_token_weight) args.of_token_weight[token] = 0;
     if (args.of_divergence_weight) args.of_divergence_weight[token] = 0;
   };
-  clear_outside(tokens.spans, i, [&](int64_t token) { clear(token, T(0)); });
+  clear_around(tokens.spans, [&](int64_t token) { clear(token, T(0)); });
   if (i >= tokens.spans.num_sequences) return;
   const double upstream = double(args.upstream[0]);
   const T by_sum = T(upstream * args.slopes.log_ratio[i]), by_divergence = T(upstream * args.slopes.divergence[i]);
@@ -180,6 +192,8 @@ __global__ void __launch_bounds__(kThreads) token_gradients_kernel(TokenGradient
     else clear(token, pays ? by_nll : T(0));
   }
 }
+
+}  // namespace
 
 size_t preference_scratch_bytes(const LinkArgs& args) {
   const size_t orders = is_sorted(args.row.coupling) ? 2 * sizeof(int64_t) : 0;
@@ -225,7 +239,7 @@ template const char* preference(const PreferenceTokens<double>&, const char*, co
 
 template <class T>
 const char* preference_backward(const TokenGradients<T>& args, void* stream) {
-  TRL_LAUNCH((token_gradients_kernel<T>), blocks_of(args.tokens.spans), kThreads, 0, stream, args);
+  TRL_LAUNCH((token_gradients_kernel<T>), blocks_of(args.tokens.spans, false), kThreads, 0, stream, args);
   return launch_error();
 }
 template const char* preference_backward(const TokenGradients<float>&, void*);

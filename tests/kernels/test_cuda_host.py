@@ -22,6 +22,7 @@ DRIVERS = {
     "position_adaptive_clip": ["position_adaptive_clip.cu"],
     "aggregation_weights": ["aggregation_weights.cu"],
     "divergence": ["divergence.cu", "divergence_backward.cu"],
+    "preference": ["preference.cu"],
     "token_logprobs": ["token_logprobs.cu", "token_logprobs_backward.cu"],
 }
 # Which driver notices that a barrier of a file is missing.

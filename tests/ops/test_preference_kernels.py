@@ -31,8 +31,7 @@ def poisoned(x, mask):
 
 
 def whole(name, packed):
-    """A batch with everything that the row takes, NaN where no token counts; packed: the same, with tokens before the
-    first sequence."""
+    """A batch with everything that the row takes, NaN where no token counts; packed: in sequences of many lengths."""
     row, case, g = tokenrl.PREFERENCES[name], batch(name), torch.Generator().manual_seed(3)
     case["token_weight"] = torch.rand(2 * P, T, generator=g) + 0.2
     if row.divergence:
@@ -45,8 +44,8 @@ def whole(name, packed):
     if row.coupling == "pairs":
         case |= {"pairs": torch.tensor([[0, 3], [4, 1], [5, 2]]), "pair_weight": torch.tensor([0.5, 1.0, 2.0])}
     if packed:
-        case |= {key: torch.nn.functional.pad(x.flatten(), (2, 1)) for key, x in case.items() if x.shape == (2 * P, T)}
-        case["cu_seqlens"] = torch.arange(2 * P + 1) * T + 2
+        case = {key: x.flatten() if x.shape == (2 * P, T) else x for key, x in case.items()}
+        case["cu_seqlens"] = torch.tensor([0, 5, 14, 21, 26, 34, 2 * P * T])
     return case
 
 
