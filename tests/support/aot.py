@@ -214,6 +214,30 @@ def divergences():
         yield from divergence_cases(label, torch.empty(1, 1, 151936, dtype=dtype), kind, False)
 
 
+def preferences():
+    """Every link, every score and every coupling, with everything or plain in turns."""
+    from tokenrl.objectives.preference import PREFERENCES
+    from tokenrl.ops.preference_ops import PreferenceOpInputs
+
+    x, mask, cu = torch.zeros(4096), torch.ones(4096, dtype=torch.bool), torch.arange(5) * 1024
+    two_pairs, one = cu[:4].view(2, 2), torch.ones((), dtype=torch.float64)
+    for k, row in enumerate(PREFERENCES.values()):
+        everything, labelled = k % 2 == 1, row.coupling == "labels"
+        given = PreferenceOpInputs(
+            x, x if row.divergence else None, x if everything else None, x if everything and row.divergence else None,
+            x if row.reference == "given" else None, mask, cu, two_pairs if everything and not labelled else None,
+            mask[:4] if labelled else None, one if labelled else None, None, one if everything else None,
+            mask if everything else None, None, row.link.name, row.link.params(), row.score.name, row.score.params(),
+            row.statistic, row.coupling, float(row.divergence), row.divergence_flow, float(row.length),
+            1.0 if everything else row.nll,
+        )  # fmt: skip
+        yield f"float32 {row.name}", "preference", tuple(given)
+    slopes = torch.zeros(3, 4, dtype=torch.float64)
+    for everything in (False, True):
+        tokens = (x, *[x if everything else None] * 4, mask, cu, mask if everything else None)
+        yield "float32", "preference_backward", (x[0], slopes, *tokens, everything, [True, *[everything] * 3])
+
+
 def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
@@ -222,12 +246,15 @@ def canary():
     yield from list(logprobs())[:1]
 
 
+MAKERS = (objectives, parts, gates, logprobs, divergences, preferences)
+
+
 def main(arch: int, which: str) -> None:
     from tokenrl import triton_kernels
 
     found = []
     compile_only(arch, found)
-    everything = [case for make in (objectives, parts, gates, logprobs, divergences) for case in make()]
+    everything = [case for make in MAKERS for case in make()]
     chosen = {"all": everything, "fifth": everything[arch // 20 % 5 :: 5], "canary": canary()}  # 80: 4, 100: 0
     for label, op, args in chosen[which]:
         (op if callable(op) else triton_kernels.OPS[op])(*args)

@@ -21,7 +21,7 @@ from ..ops.backends import Backend
 from ..ops.derivatives import transformed
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
-from ..ops.preference_dispatch import backend_of
+from ..ops.preference_dispatch import of_logp_by
 from ..ops.preference_reference import PreferenceInputs
 from .preference import evaluate
 from .preference_arguments import check_needed, check_used, preference_inputs
@@ -93,6 +93,7 @@ def linear_preference_loss(
     second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is without a divergence
     where fewer than 64 tokens fit into a chunk, and under torch.func and in a trace by torch.compile, where a
     divergence takes those of linear_token_divergence on top.
+    backend: as for linear_token_logprobs; what it has no kernel of once there are log-probs is the reference's.
     main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
     coefficient is zero enter none of the backward where there is no divergence.
@@ -123,7 +124,7 @@ def linear_preference_loss(
         token_weight=token_weight, divergence_weight=divergence_weight, pair_weight=pair_weight,
         nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
     )  # fmt: skip
-    links = backend_of(backend, inputs)
+    links = of_logp_by(chosen, inputs)
     call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend, links)
     return call.loss(inputs, head, chosen)
 

@@ -80,12 +80,16 @@ def preference_loss(
         nll_mask: bool of the tokens of the nll term; None: those of chosen sequences.
         normalizer: what to divide by instead of P.
         nll_normalizer: what to divide by instead of the number of tokens of the nll term.
+        backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run. Kernels
+            differentiate once, and have no links of one's own and no gradient of the token_weight of an "aot" row with
+            ref_logp.
 
     Returns:
         (loss 0-d in the dtype of logp, PreferenceMetrics).
 
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
+        RuntimeError: with every backend's reason, when none can run the call.
     """
     row = preference(objective)
     check_floats("logp", logp)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..objectives.links import LINKS
 from ..objectives.scores import SCORES
 from . import preference_reference
-from .backends import Backend, choose
+from .backends import BACKENDS, Backend, choose
 from .derivatives import call
 from .preference_ops import PreferenceOpInputs
 from .preference_reference import Number, PreferenceInputs, Result
@@ -15,6 +15,11 @@ from .preference_reference import Number, PreferenceInputs, Result
 def backend_of(name: str | None, inputs: PreferenceInputs) -> Backend:
     """The one for a call."""
     return choose(name, inputs.layout.cu_seqlens.device, own=_without_kernel(inputs))
+
+
+def of_logp_by(head: Backend, inputs: PreferenceInputs) -> Backend:
+    """The one for log-probs that `head` makes: the same, or the reference of what no kernel knows."""
+    return head if _without_kernel(inputs) is None else BACKENDS["reference"]
 
 
 def _without_kernel(inputs: PreferenceInputs) -> str | None:
