@@ -24,8 +24,8 @@ WHOLE = 90  # of which everything is compiled, a minute and more; of the others 
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
     "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
-    "divergence_merge_kernel", "divergence_backward_kernel", "sweep_kernel", "sweep_merge_kernel", "score_kernel", "link_kernel",
-    "token_gradients_kernel",
+    "divergence_merge_kernel", "divergence_backward_kernel", "sweep_kernel", "sweep_merge_kernel",
+    "score_kernel", "link_kernel", "token_gradients_kernel",
 }  # fmt: skip
 
 
