@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 import vocab_cases
 import vocab_linear_cases
+import vocab_policy_cases
 
 WORLDS = (2, 3, 4)
 
 
 def of_world(world: int) -> dict:
     """All of them on two ranks; on more one dtype and the CPU's kernels, as which run is the same to the exchange."""
-    every = vocab_cases.CASES | vocab_linear_cases.CASES | context_cases.CASES
-    left_out = ("reference", "triton", "sim", "one_graph"), ("float32", "bfloat16")
+    every = vocab_cases.CASES | vocab_linear_cases.CASES | vocab_policy_cases.CASES | context_cases.CASES
+    left_out = ("reference", "triton", "sim", "one_graph", "their_contract"), ("float32", "bfloat16")
     return {
         name: case
         for name, case in every.items()

@@ -22,7 +22,7 @@ from ..ops.kernel_ops import RESULTS, STATISTICS, Transform
 from ..ops.linear.token_logprobs import ELSEWHERE
 from . import order, wire
 from .agreement import Agreement
-from .exchange import Part, of_vocabulary, shard_ids
+from .exchange import Part, in_order, of_vocabulary, shard_ids
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -131,12 +131,6 @@ def _run(logits: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     local = shard_ids(ids, sizes, group.rank())
     own = dict(zip(RESULTS, ops.token_logprobs(logits, local, *transform, outputs, False), strict=True))
     return in_order(of_vocabulary(own, ids, transform.keep_mask, outputs, group, sizes))
-
-
-def in_order(found: Part) -> tuple[Tensor, ...]:
-    """The results of an op; those of an order are made elsewhere."""
-    orders = {"is_top1": torch.bool, "rank": torch.int64}
-    return tuple(found[name].to(orders.get(name, found[name].dtype)) for name in RESULTS)
 
 
 def _fake(logits: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:

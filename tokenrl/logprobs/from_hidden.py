@@ -138,7 +138,7 @@ def linear_token_logprobs(
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
     if vocab is not None:
-        from_logits.refuse_beside_vocab(keep_mask_for=keep_mask_for, main_grad=main_grad)
+        from_logits.refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, main_grad=main_grad)
         return vocab.linear_token_logprobs(
             hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,

@@ -1,8 +1,9 @@
 """token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,11 +37,16 @@ class TokenStats:
         return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What lies on several ranks: tokenrl.distributed.VocabShard."""
 
     def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
     def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
+    def agreement(self, what: str, like: Tensor, check: bool) -> AbstractContextManager[Any]: ...
+    def head_arguments(self, *head: Any) -> Any: ...
+    def agree(self, agreed: Any, *call: Any) -> None: ...
+    def linear_policy_loss(self, reduce_hidden_grad: bool, *call: Any) -> tuple[Tensor, ...]: ...
 
 
 @observed
@@ -94,7 +100,7 @@ def token_logprobs(
     kernel than the others). On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
     """
     if vocab is not None:
-        refuse_beside_vocab(keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
+        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
         return vocab.token_logprobs(
             logits, ids, temperature=temperature, softcap=softcap, logit_scale=logit_scale, keep_mask=keep_mask,
             row_mask=row_mask, ignore_index=ignore_index, outputs=outputs, backend=backend, check=check,
@@ -124,7 +130,9 @@ def token_logprobs(
     return TokenStats({name: found[name] for name in outputs})
 
 
-def refuse_beside_vocab(**options: Any) -> None:
+def refuse_beside_vocab(vocab: object, **options: Any) -> None:
+    if not isinstance(vocab, Vocabulary):
+        raise wrong("vocab", described(vocab), "a tokenrl.distributed.VocabShard")
     for name, option in options.items():
         if option is not None and option is not False:
             raise wrong(name, "one beside vocab", "none")

@@ -1,6 +1,8 @@
 """linear_policy_loss: policy_loss from hidden states and the head, without the logits."""
 
 import dataclasses
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from ..batch.checks import check_name
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
-from ..logprobs.from_logits import IGNORED, check_ids
+from ..logprobs.from_logits import IGNORED, Vocabulary, check_ids, refuse_beside_vocab
 from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..observed import observed
@@ -56,6 +58,9 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     on_policy: bool = False,
     without_advantage: str = "skip",
+    vocab: Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, LinearMetrics]:
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
@@ -91,45 +96,65 @@ def linear_policy_loss(
     without_advantage="compute" asks for their metrics. Tokens whose coefficient is zero enter no GEMM of the backward.
     main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
     weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
+    vocab, check: as for linear_token_logprobs: weight, bias, keep_mask and main_grad are this rank's rows of the head,
+    all else is the same on all ranks, hidden too unless the VocabShard says sequence_parallel; so are loss and metrics.
+    One exchange a chunk, 16 bytes a token, while the logits of the next chunk are made (each takes half of
+    memory_budget then); the ranks' shares of hidden's gradient are summed in the forward, a chunk at a time, and the
+    backward has no collective. reduce_hidden_grad=False leaves that sum to the caller.
 
     Returns (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
     made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
     naming the argument, what was given and what is accepted.
     """
-    check_name("without_advantage", without_advantage, ("skip", "compute"))
-    row, head = find_objective(objective), head_arguments(
-        hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
-    )  # fmt: skip
-    check_ids(head.like, ids, ())
-    if ids.dim() != hidden.dim() - 1:
-        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
-    chosen = backends.choose(backend, hidden.device, row.gate.name)
-    check_main_grad_backend(main_grad, chosen)
-    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
-    named = ids.reshape(-1) != ignore_index
-    layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
-    dtype = sum_dtype(head.like.dtype)
-    old_logp = None if on_policy else old_logp
-    old_logp, token_weight = corrected(
-        row, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction, kl_ratio
-    )
-    regularizers = regularizers_of(
-        layout, dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
-        entropy_coef=entropy_coef, entropy_weight=entropy_weight,
-    )  # fmt: skip
-    inputs = policy_loss_inputs(
-        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
-        token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
-        normalizer=normalizer, regularizers=regularizers,
-    )  # fmt: skip
-    valid = layout.valid()
-    flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
-    silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
-    if silent and without_advantage == "skip" and inputs.advantages is not None:
-        layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
-    loss, raw, *per_token = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
+    if vocab is not None:
+        refuse_beside_vocab(vocab)
+    ranks: Any = nullcontext() if vocab is None else vocab.agreement("linear_policy_loss", hidden, check)
+    with ranks as agreed:
+        check_name("without_advantage", without_advantage, ("skip", "compute"))
+        row, head = find_objective(objective), (head_arguments if vocab is None else vocab.head_arguments)(
+            hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+        )  # fmt: skip
+        layout = _layout(head.like, ids, mask, cu_seqlens, ignore_index)
+        chosen = backends.choose(backend, hidden.device, row.gate.name)
+        check_main_grad_backend(main_grad, chosen)
+        dtype = sum_dtype(head.like.dtype)
+        old_logp = None if on_policy else old_logp
+        old_logp, token_weight = corrected(
+            row, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction, kl_ratio
+        )
+        regularizers = regularizers_of(
+            layout, dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
+            entropy_coef=entropy_coef, entropy_weight=entropy_weight,
+        )  # fmt: skip
+        inputs = policy_loss_inputs(
+            row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
+            token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
+            normalizer=normalizer, regularizers=regularizers,
+        )  # fmt: skip
+        valid = layout.valid()
+        flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
+        silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
+        if silent and without_advantage == "skip" and inputs.advantages is not None:
+            layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
+        call = chosen, layout, flat, head.main_grad, inputs
+        if vocab is not None:
+            vocab.agree(agreed, *call)
+    if vocab is None:
+        loss, raw, *per_token = dispatch.linear_policy_loss(*call)
+    else:
+        loss, raw, *per_token = vocab.linear_policy_loss(reduce_hidden_grad, *call)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]), *(x.view(ids.shape) for x in per_token))
+
+
+def _layout(like: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
+    """Of the ids, those that are ignored left out. like: logits [.., V]."""
+    check_ids(like, ids, ())
+    if ids.dim() != like.dim() - 1:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(like.shape[:-1])}")
+    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
+    named = ids.reshape(-1) != ignore_index
+    return dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
 
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:

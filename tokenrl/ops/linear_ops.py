@@ -23,7 +23,7 @@ from .linear.gemm import empty_like, multiples, scaled, sum_dtype
 from .linear.head import HeadInputs
 from .linear.kept import kept_memory
 
-_LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
+LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
@@ -37,7 +37,7 @@ SCHEMAS = {
         "Tensor? logits, bool[] wanted, Tensor(a!)? main_grad",
         returns=f"({GRADS})",
     ),
-    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {GRADS})"),
+    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({LOSS}, {GRADS})"),
 }
 
 
@@ -67,7 +67,7 @@ def _linear_token_logprobs_backward(ops, *args):
 
 def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
-    dtypes = _waiting_beside(inputs)
+    dtypes = waiting_beside(inputs)
     grads = gradients_of(inputs, inputs.wanted, dtypes)
     return *policy_loss.run(ops, inputs, grads), *results_of(grads, inputs.hidden, dtypes)
 
@@ -82,7 +82,7 @@ def waiting_dtypes(inputs: HeadInputs) -> list[torch.dtype]:
     return [torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs)]
 
 
-def _waiting_beside(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
+def waiting_beside(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
     """With that of main_grad, where one waits for it."""
     hidden, weight, bias = waiting_dtypes(inputs)
     return [hidden, weight if inputs.main_grad is None else inputs.main_grad.dtype, bias]
@@ -130,28 +130,34 @@ def _fake_backward(*args):
     return tuple(fake_results(inputs, wanted, dtypes_of(inputs)))
 
 
-def _fake_policy_loss(*args):
-    inputs = LinearPolicyLossInputs(*args)
+def fake_policy_loss(*args):
+    inputs, _ = LinearPolicyLossInputs.read(args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
     metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
-    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, _waiting_beside(inputs))
+    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, waiting_beside(inputs))
 
 
 def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    """The parameter, where a hook of Megatron's DDP reads on it whether its gradient went to main_grad. Kept beside
-    what is saved, as a checkpoint gives back a copy without attributes."""
-    told = main_grad is not None and weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
-    return weight if told else None
+    """Rows of the parameter, where a hook of Megatron's DDP reads on it whether its gradient went to main_grad. Kept
+    beside what is saved, as a checkpoint gives back a copy without attributes."""
+    told = main_grad is not None and hasattr(_parameter(weight), "grad_added_to_main_grad")
+    return weight if told and _parameter(weight).is_leaf else None
 
 
-def _beside_main_grad(weight: Any) -> Tensor | None:
+def _parameter(weight: Tensor) -> Tensor:
+    """That of which these are rows, without padding, or all."""
+    return weight if weight._base is None else weight._base
+
+
+def _beside_main_grad(weight: Tensor | None) -> Tensor | None:
     """The gradient of a weight whose own was added to main_grad: none. Megatron's hook asserts that there is one, of
     any memory, and leaves it out by the flag; with zero_out_wgrad it adds it all the same."""
     if weight is None:
         return None
-    weight.grad_added_to_main_grad = True
-    return (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
+    parameter: Any = _parameter(weight)
+    parameter.grad_added_to_main_grad = True
+    return (torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like)(weight)
 
 
 def _save_statistics(ctx, inputs, output):
@@ -193,9 +199,10 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
     return backward
 
 
-def _save_policy_loss(ctx, inputs, output):
+def save_policy_loss(ctx, inputs, output):
+    """inputs: those of the op; others may follow."""
     loss, metrics, logp, entropy, *grads = output
-    given = LinearPolicyLossInputs(*inputs)
+    given, _ = LinearPolicyLossInputs.read(inputs)
     ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
     ctx.told = _told_of_main_grad(given.main_grad, given.weight)
     ctx.mark_non_differentiable(metrics, logp, entropy, *grads)
@@ -203,7 +210,7 @@ def _save_policy_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _policy_loss_backward(namespace: str) -> Callable[..., Any]:
+def policy_loss_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return None, None, None
@@ -243,7 +250,7 @@ def eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[...,
 _IMPLEMENTATIONS = {
     "linear_token_logprobs": (_linear_token_logprobs, _fake_statistics),
     "linear_token_logprobs_backward": (_linear_token_logprobs_backward, _fake_backward),
-    "linear_policy_loss": (_linear_policy_loss, _fake_policy_loss),
+    "linear_policy_loss": (_linear_policy_loss, fake_policy_loss),
 }
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
@@ -257,4 +264,4 @@ def register(namespace: str) -> None:
             library.impl(op, eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)
     register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace), 3)
-    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward(namespace), 3)
+    register_derivative(namespace, "linear_policy_loss", save_policy_loss, policy_loss_backward(namespace), 3)
