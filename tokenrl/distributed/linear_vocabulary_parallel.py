@@ -26,8 +26,9 @@ from ..ops.linear.kept import gradient_sums
 from . import order
 from .agreement import Agreement
 from .exchange import Part, of_vocabulary
+from .said import said_of
 from .vocab_ranks import ShardInputs, VocabRanks
-from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, differentiable, said_of
+from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, differentiable
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard

@@ -22,8 +22,9 @@ from ..ops.linear.evaluation import LinearPolicyLossInputs
 from ..ops.linear.head import HeadInputs
 from . import linear_vocabulary_parallel
 from .agreement import Agreement
+from .said import said_of_loss
 from .vocab_ranks import ShardInputs, VocabRanks
-from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, said_of
+from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -38,36 +39,14 @@ def agree(
     """That all ranks compute the same loss of the same tokens; and that what the first chunk needs fits into memory."""
     if main_grad is not None and not dispatch.in_one_op(chosen, inputs):
         raise wrong("main_grad", f"one beside vocab and {inputs.row.name!r}, which has a form", "none")
-    extra = inputs.regularizers
-    wanted = dispatch.wanted(head)
+    per_row = head.keep_mask is not None and head.keep_mask.shape[0] > 1
     agreed.same(
-        tokens=layout.num_tokens, dtype=head.dtype, sizes=shard.sizes, transform=said_of(head), gradients=wanted,
-        memory_budget=head.memory_budget, keep_mask="per row" if _per_row(head) else "of the vocabulary",
-        objective=f"{inputs.row.name} {inputs.aggregation} {_numbers(inputs)}",
-        terms=f"{extra.kl.name} {extra.kl_coef} {extra.kl_ratio} {extra.entropy_coef}",
-        optional=[name for name, x in _optional(inputs).items() if x is not None],
+        sizes=shard.sizes, memory_budget=head.memory_budget, keep_mask="per row" if per_row else "of the vocabulary",
+        **said_of_loss(layout, head, inputs),
     )  # fmt: skip
     agreed.contents(ids=head.ids, mask=layout.valid(), cu_seqlens=layout.cu_seqlens)
     if not chosen.is_reference:
-        linear_vocabulary_parallel.check_budget(head, any(wanted))
-
-
-def _per_row(head: HeadInputs) -> bool:
-    return head.keep_mask is not None and head.keep_mask.shape[0] > 1
-
-
-def _numbers(inputs: PolicyLossInputs) -> list[float]:
-    return [p for p in inputs.gate.params() if not isinstance(p, Tensor)]
-
-
-def _optional(inputs: PolicyLossInputs) -> dict[str, Tensor | None]:
-    """Of which a rank without would compute another loss."""
-    extra = inputs.regularizers
-    return {
-        "old_logp": inputs.old_logp, "advantages": inputs.advantages, "token_weight": inputs.token_weight,
-        "segment_ids": inputs.starts, "ref_logp": extra.ref_logp, "kl_weight": extra.kl_weight,
-        "entropy_weight": extra.entropy_weight,
-    }  # fmt: skip
+        linear_vocabulary_parallel.check_budget(head, any(dispatch.wanted(head)))
 
 
 def linear_policy_loss(
@@ -81,7 +60,7 @@ def linear_policy_loss(
         one_op = dispatch.one_op_inputs(layout, head, main_grad, inputs)
         return call(NAMESPACE, OP, *one_op, *given)[:4]
     found = linear_vocabulary_parallel.results(chosen, given, dispatch.of_valid_tokens(layout, head), [])
-    return dispatch.of_statistics(chosen, layout, found["logp"], found["entropy"], inputs, again=True)
+    return dispatch.of_statistics(chosen, layout, found["logp"].squeeze(1), found["entropy"], inputs, again=True)
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:

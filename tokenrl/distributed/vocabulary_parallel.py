@@ -23,6 +23,7 @@ from ..ops.linear.token_logprobs import ELSEWHERE
 from . import order, wire
 from .agreement import Agreement
 from .exchange import Part, in_order, of_vocabulary, shard_ids
+from .said import said_of
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -57,12 +58,6 @@ def token_logprobs(
     found = _results(chosen, shard, *flat, _flat(transform, logits), names)
     shape = {name: ids.shape if name in kernel_ops.PER_ID else rows for name in names}
     return TokenStats({name: found[name].view(shape[name]) for name in outputs})
-
-
-def said_of(transform: Transform) -> str:
-    """What ranks compare; temperatures per row and masks are theirs to keep alike."""
-    per_row = "" if transform.temperatures is None else " per row"
-    return f"{transform.temperature}{per_row} {transform.softcap} {transform.logit_scale}"
 
 
 def _flat(transform: Transform, logits: Tensor) -> Transform:

@@ -1,13 +1,13 @@
 """linear_policy_loss: policy_loss from hidden states and the head, without the logits."""
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name
+from ..batch.checks import as_saved, check_name
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
@@ -17,7 +17,7 @@ from ..objectives.policy import Objective, find_objective
 from ..observed import observed
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
-from .policy_arguments import corrected, policy_loss_inputs
+from .policy_arguments import BatchOnRanks, as_batch_on_ranks, corrected, policy_loss_inputs
 from .regularizers import regularizers_of
 
 
@@ -59,6 +59,7 @@ def linear_policy_loss(
     on_policy: bool = False,
     without_advantage: str = "skip",
     vocab: Vocabulary | None = None,
+    context: BatchOnRanks | None = None,
     reduce_hidden_grad: bool = True,
     check: bool = True,
     backend: str | None = None,
@@ -101,6 +102,10 @@ def linear_policy_loss(
     One exchange a chunk, 16 bytes a token, while the logits of the next chunk are made (each takes half of
     memory_budget then); the ranks' shares of hidden's gradient are summed in the forward, a chunk at a time, and the
     backward has no collective. reduce_hidden_grad=False leaves that sum to the caller.
+    context: as for policy_loss: hidden is [n, D] of this rank's tokens, all else of the whole batch, weight's gradient
+    the own tokens' share. The log-probs of all tokens are needed before a coefficient is known: linear_token_logprobs
+    makes them, 8 N D V flops unless the own logits fit into memory_budget. Without main_grad, and beside vocab without
+    its sequence_parallel.
 
     Returns (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
     made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
@@ -108,12 +113,17 @@ def linear_policy_loss(
     """
     if vocab is not None:
         refuse_beside_vocab(vocab)
-    ranks: Any = nullcontext() if vocab is None else vocab.agreement("linear_policy_loss", hidden, check)
-    with ranks as agreed:
+    on_ranks: list[Any] = [vocab] if vocab is not None else []
+    on_ranks += [as_batch_on_ranks(context)] if context is not None else []
+    with ExitStack() as checks:
+        agreements = [checks.enter_context(x.agreement("linear_policy_loss", hidden, check)) for x in on_ranks]
         check_name("without_advantage", without_advantage, ("skip", "compute"))
         row, head = find_objective(objective), (head_arguments if vocab is None else vocab.head_arguments)(
-            hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+            hidden if context is None else context.hidden_of_batch(hidden), weight, bias, temperature, softcap,
+            logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
         )  # fmt: skip
+        if context is not None:
+            head = dataclasses.replace(head, hidden=as_saved(hidden))
         layout = _layout(head.like, ids, mask, cu_seqlens, ignore_index)
         chosen = backends.choose(backend, hidden.device, row.gate.name)
         check_main_grad_backend(main_grad, chosen)
@@ -137,9 +147,11 @@ def linear_policy_loss(
         if silent and without_advantage == "skip" and inputs.advantages is not None:
             layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
         call = chosen, layout, flat, head.main_grad, inputs
-        if vocab is not None:
-            vocab.agree(agreed, *call)
-    if vocab is None:
+        for some, agreed in zip(on_ranks, agreements, strict=True):
+            some.agree(agreed, *call)
+    if context is not None:
+        loss, raw, *per_token = context.linear_policy_loss(vocab, reduce_hidden_grad, *call)
+    elif vocab is None:
         loss, raw, *per_token = dispatch.linear_policy_loss(*call)
     else:
         loss, raw, *per_token = vocab.linear_policy_loss(reduce_hidden_grad, *call)

@@ -281,7 +281,7 @@ def _two_ops(
     head = of_valid_tokens(layout, head)
     keep = to_keep(chosen, head, logp_alone=inputs.regularizers.entropy_coef == 0)
     logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad, keep)
-    return of_statistics(chosen, layout, logp, entropy, inputs, again=keep == "nothing")
+    return of_statistics(chosen, layout, logp.squeeze(1), entropy, inputs, again=keep == "nothing")
 
 
 def of_valid_tokens(layout: Layout, head: HeadInputs) -> HeadInputs:
@@ -292,9 +292,8 @@ def of_valid_tokens(layout: Layout, head: HeadInputs) -> HeadInputs:
 def of_statistics(
     chosen: Backend, layout: Layout, logp: Tensor, entropy: Tensor, inputs: PolicyLossInputs, *, again: bool
 ) -> tuple[Tensor, ...]:
-    """linear_policy_loss of log-probs [N, 1] and entropies [N], in differentiable torch around the ops. again: whether
+    """linear_policy_loss of log-probs [N] and entropies [N], in differentiable torch around the ops. again: whether
     their backward computes the logits a second time."""
-    logp = logp.squeeze(1)
     loss, raw = policy_loss(chosen, layout, logp, entropy, inputs)
     passes = 2 if loss.requires_grad and not chosen.is_reference and again else 1
     return loss, torch.cat([raw, raw.new_full((1,), passes)]), logp.detach(), entropy.detach()
