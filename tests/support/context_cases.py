@@ -6,11 +6,12 @@ import linear_policy_cases
 import pytest
 import torch
 from cases import batch, packed
+from torch.distributed.device_mesh import DeviceMesh
 from vocab_cases import said
-from vocab_policy_cases import called
+from vocab_policy_cases import called, own_part
 
 import tokenrl
-from tokenrl.distributed import ContextShard, wire
+from tokenrl.distributed import ContextShard, VocabShard, wire
 
 
 def layouts(cu_seqlens, world):
@@ -87,6 +88,27 @@ def from_hidden(group):
     said(lambda: call(context="x"), "context: got 'x', a str, accepted: a tokenrl.distributed.ContextShard")
 
 
+def on_a_mesh(group):
+    """The head's rows on one dimension, the tokens on the other."""
+    if group.size() < 4:
+        return
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("cp", "tp"))
+    case = linear_policy_cases.packed(linear_policy_cases.make(2, rows=6, width=11))
+    del case["logp"]
+    context, shard = ContextShard(mesh["cp"], case["cu_seqlens"], "zigzag"), VocabShard.even(50, mesh["tp"])
+    for objective, backend in (("ctpo", "cpu"), ("gspo", "reference")):
+        expected, metrics, truth = called(objective, case, ("hidden", "weight"), backend=backend)
+        own, at = own_part(case, shard.sizes, shard.rank)
+        own["hidden"] = context.take(own["hidden"])
+        how = {"context": context, "vocab": shard, "backend": backend}
+        found, merged, grads = called(objective, own, ("hidden", "weight"), **how)
+        near = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        near(found, expected)
+        near(merged.raw[:-2], metrics.raw[:-2])
+        near(grads["hidden"], context.take(truth["hidden"]))
+        near(wire.all_reduce(grads["weight"].clone(), context.group), truth["weight"][at])
+
+
 def check_linear(group, context, objective, case, **how):
     """Loss and metrics of one process; hidden's gradient its part, weight's a share of it."""
     wanted = ("hidden", "weight", "bias")
@@ -131,4 +153,4 @@ def errors(group):
 
 CASES = {f"context, {layout}": functools.partial(every_objective, layout) for layout in
          ("contiguous", "zigzag", "per sequence", "blocks")}  # fmt: skip
-CASES |= {f"context, {case.__name__}": case for case in (with_entropy, from_hidden, exchanges, errors)}
+CASES |= {f"context, {case.__name__}": case for case in (with_entropy, from_hidden, on_a_mesh, exchanges, errors)}
