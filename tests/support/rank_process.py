@@ -9,6 +9,7 @@ import os
 import sys
 
 import context_cases
+import data_cases
 import torch
 import torch.distributed as dist
 import vocab_cases
@@ -20,7 +21,9 @@ WORLDS = (2, 3, 4)
 
 def of_world(world: int) -> dict:
     """All of them on two ranks; on more one dtype and the CPU's kernels, as which run is the same to the exchange."""
-    every = vocab_cases.CASES | vocab_linear_cases.CASES | vocab_policy_cases.CASES | context_cases.CASES
+    every = (
+        vocab_cases.CASES | vocab_linear_cases.CASES | vocab_policy_cases.CASES | context_cases.CASES | data_cases.CASES
+    )
     left_out = ("reference", "triton", "sim", "one_graph", "their_contract"), ("float32", "bfloat16")
     return {
         name: case
