@@ -46,7 +46,7 @@ def run(world: int, group: dist.ProcessGroup) -> None:
 
 def main(store: str, rank: int) -> None:
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=120)
+    wait = datetime.timedelta(minutes=15)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(WORLDS), timeout=wait)
     groups = {world: dist.new_group([*range(world)], timeout=wait) for world in WORLDS}
     for world, group in groups.items():
