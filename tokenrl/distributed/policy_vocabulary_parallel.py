@@ -66,7 +66,7 @@ def linear_policy_loss(
 def _run(*args: Any) -> tuple[Tensor, ...]:
     inputs, rest = LinearPolicyLossInputs.read(args)
     given, _ = ShardInputs.read(rest)
-    ranks, dtypes = VocabRanks(given), linear_ops.waiting_beside(inputs)
+    ranks, dtypes = VocabRanks(given), linear_ops.waiting_dtypes(inputs, inputs.main_grad)
     with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
         whole = ranks.of_all_tokens(inputs)
         grads = linear_ops.gradients_of(whole, inputs.wanted, [given.wire_dtype, *dtypes[1:]])

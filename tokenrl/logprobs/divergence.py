@@ -11,10 +11,8 @@ from ..batch.checks import as_saved, check_tensor, made_in_inference_mode, unit_
 from ..errors import described, renamed, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
-from ..ops import backends, dispatch
+from ..ops import backends
 from ..ops import divergence_dispatch as pairs
-from ..ops.backends import Backend
-from ..ops.divergence_ops import PairStatistics
 from ..ops.kernel_ops import IGNORED, Transform
 from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
@@ -57,8 +55,9 @@ def token_divergence(
     each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the
     argument, what was given and what is accepted.
 
-    The forward keeps four numbers per row and reads the logits of both twice; the backward reads both once and writes
-    one. Source: see tokenrl.DIVERGENCES.
+    The forward keeps six numbers per row. It reads the logits of both once for "forward_kl", "reverse_kl" and
+    "cross_entropy", and twice for any other kind, of which the first of several finds what the rest need; the backward
+    reads both once and writes one. Source: see tokenrl.DIVERGENCES.
     """
     kinds = _kinds(kind)
     for name, x in (("logits", logits), ("other_logits", other_logits)):
@@ -78,8 +77,8 @@ def token_divergence(
     pair = (logits, other_logits)
     own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
     logits, other_logits = map(unit_stride, pair)
-    statistics = _statistics(chosen, (logits, other_logits), (own, other), ids, rows)
-    values = {row.name: pairs.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
+    found = pairs.divergences(chosen, logits, other_logits, rows, own, other, kinds)
+    values = {kind.name: value for kind, value in zip(kinds, found, strict=True)}
     return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
 
 
@@ -110,22 +109,6 @@ def _expanded(transform: Transform, logits: Tensor) -> Transform:
     return replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
 
 
-def _statistics(
-    chosen: Backend, pair: tuple[Tensor, Tensor], transforms: tuple[Transform, Transform], ids: Tensor,
-    rows: Tensor | None,
-) -> PairStatistics:  # fmt: skip
-    """lse and lse_rest of both heads, without gradients: those of a divergence hold theirs. The reference makes its
-    own."""
-    if chosen.is_reference:
-        nothing = ids.new_empty(0)
-        return PairStatistics(nothing, nothing, nothing, nothing, rows)
-    with torch.no_grad():
-        (_, _, lse, rest, *_), (_, _, other_lse, other_rest, *_) = (
-            dispatch.token_logprobs(chosen, x, ids, *how, [], False) for x, how in zip(pair, transforms, strict=True)
-        )
-    return PairStatistics(lse, rest, other_lse, other_rest, rows)
-
-
 @observed
 def linear_token_divergence(
     hidden: Tensor,
@@ -154,12 +137,13 @@ def linear_token_divergence(
 
     hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
     go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
-    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs, fp16 excepted. The rest as for
+    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs. The rest as for
     token_divergence; rows that row_mask leaves out enter no GEMM.
 
     The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
-    weight of each token, needs 6 and 2. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both
-    heads' logits and one's gradient must fit.
+    weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both are
+    one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's
+    gradient must fit.
     """
     row, heads = divergence(kind), head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
@@ -185,8 +169,8 @@ def head_pair(
     shapes = [list(head.like.shape) for head in heads]
     if shapes[0] != shapes[1]:
         raise wrong("other_hidden", f"a head of logits {shapes[1]}", f"those of the trained one, {shapes[0]}")
-    for dtype in {head.compute_dtype for head in heads}:
-        if dtype == "float16" or dtype != heads[0].compute_dtype:
-            raise wrong("compute_dtype", f"{dtype} of a head", "bfloat16, float32 or float64, the same for both")
+    if heads[0].compute_dtype != heads[1].compute_dtype:
+        dtypes = " and ".join(head.compute_dtype for head in heads)
+        raise wrong("compute_dtype", f"None of heads in {dtypes}", "one of these")
     ids = heads[0].like.new_zeros(shapes[0][:-1], dtype=torch.int64)
     return heads[0].inputs(ids, row_mask, IGNORED), heads[1].inputs(ids, row_mask, IGNORED)

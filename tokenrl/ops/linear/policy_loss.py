@@ -19,8 +19,8 @@ from ..kernel_ops import IGNORED
 from . import token_logprobs
 from .directions import directions, has_directions
 from .evaluation import Evaluated, LinearPolicyLossInputs
-from .gemm import ProductSum, multiples, sum_dtype
-from .head import FEWEST_TOKENS, Head, compacted, even, fitting_whole_rows, rows_at, split
+from .gemm import ProductSum, multiples, sum_bytes, sum_dtype
+from .head import FEWEST_TOKENS, Head, compacted, even, most_whole_rows, rows_at, split
 from .ranks import ONE, OneRank, chunks_of
 from .token_logprobs import Gradients
 
@@ -53,27 +53,17 @@ def run(
     return evaluated.loss, raw, evaluated.logp, evaluated.entropy
 
 
-def sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
-    """What several chunks take for the sum of their weight gradients, and one chunk does not."""
-    if grad_weight is None or grad_weight.dtype != dtype or dtype == sum_dtype(dtype):
-        return 0
-    return grad_weight.numel() * sum_dtype(dtype).itemsize
-
-
-def rows_of_chunk(head: Head, count: int, budget: int, sum_bytes: int) -> int:
-    """The most tokens of a chunk of so many; 0 where too few fit."""
-    # One chunk needs no sum: its logits may take that memory.
-    if count <= fitting_whole_rows(head, budget + sum_bytes):
-        return count
-    fit = fitting_whole_rows(head, budget)
+def rows_of_chunk(head: Head, count: int, budget: int, sums: int) -> int:
+    """The most tokens of a chunk of so many; 0 where too few fit. sums: of the weight's gradients."""
+    fit = most_whole_rows(head, count, budget, sums)
     return 0 if fit < min(count, FEWEST_TOKENS) else fit
 
 
-def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: int, at_once: int) -> list[slice] | None:
+def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sums: int, at_once: int) -> list[slice] | None:
     """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
     if count == 0:
         return []
-    alone = rows_of_chunk(head, count, inputs.memory_budget, sum_bytes)
+    alone = rows_of_chunk(head, count, inputs.memory_budget, sums)
     fits = [alone]
     if at_once > 1:
         several = rows_of_chunk(head, count, inputs.memory_budget // at_once, 0)

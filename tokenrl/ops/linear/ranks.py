@@ -50,5 +50,5 @@ def chunks_of(head: Head, hidden: Tensor, ids: Tensor, rows: Sequence[Rows], ran
     most = max((at.stop - at.start if isinstance(at, slice) else at.numel() for at in rows), default=0)
     memory = [empty(most * head.vocab, hidden, head.dtype) for _ in range(min(ranks.at_once, len(rows)))]
     own = ranks.own_ids(ids)
-    made = (Chunk(head, hidden, own, at, memory[k % len(memory)]) for k, at in enumerate(rows))
+    made = (Chunk.of(head, hidden, own, at, memory[k % len(memory)]) for k, at in enumerate(rows))
     return ranks.whole(made, ids)
