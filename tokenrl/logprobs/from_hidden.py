@@ -15,6 +15,7 @@ from ..ops.kernel_ops import Transform
 from ..ops.linear.head import HeadInputs
 from . import from_logits
 from .from_logits import DTYPES, IGNORED, TokenStats
+from .vocabulary import Vocabulary, refuse_beside_vocab
 
 # Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.
 DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -101,7 +102,7 @@ def linear_token_logprobs(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
-    vocab: from_logits.Vocabulary | None = None,
+    vocab: Vocabulary | None = None,
     reduce_hidden_grad: bool = True,
     check: bool = True,
     backend: str | None = None,
@@ -138,7 +139,7 @@ def linear_token_logprobs(
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
     if vocab is not None:
-        from_logits.refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, main_grad=main_grad)
+        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, main_grad=main_grad)
         return vocab.linear_token_logprobs(
             hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,

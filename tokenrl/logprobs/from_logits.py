@@ -1,9 +1,7 @@
 """token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from ..errors import described, wrong
 from ..observed import observed
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import IGNORED, Transform
+from .vocabulary import Vocabulary, refuse_beside_vocab
 
 OUTPUTS = tuple(name for name in kernel_ops.RESULTS if name != "lse_rest")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -35,18 +34,6 @@ class TokenStats:
 
     def __repr__(self) -> str:
         return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
-
-
-@runtime_checkable
-class Vocabulary(Protocol):
-    """What lies on several ranks: tokenrl.distributed.VocabShard."""
-
-    def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
-    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
-    def agreement(self, what: str, like: Tensor, check: bool) -> AbstractContextManager[Any]: ...
-    def head_arguments(self, *head: Any) -> Any: ...
-    def agree(self, agreed: Any, *call: Any) -> None: ...
-    def linear_policy_loss(self, reduce_hidden_grad: bool, *call: Any) -> tuple[Tensor, ...]: ...
 
 
 @observed
@@ -128,14 +115,6 @@ def token_logprobs(
         )
         found |= {name: results[kernel_ops.RESULTS.index(name)] for name in names}
     return TokenStats({name: found[name] for name in outputs})
-
-
-def refuse_beside_vocab(vocab: object, **options: Any) -> None:
-    if not isinstance(vocab, Vocabulary):
-        raise wrong("vocab", described(vocab), "a tokenrl.distributed.VocabShard")
-    for name, option in options.items():
-        if option is not None and option is not False:
-            raise wrong(name, "one beside vocab", "none")
 
 
 def by_mask(

@@ -11,7 +11,8 @@ from ..batch.checks import as_saved, check_name
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
-from ..logprobs.from_logits import IGNORED, Vocabulary, check_ids, refuse_beside_vocab
+from ..logprobs.from_logits import IGNORED, check_ids
+from ..logprobs.vocabulary import Vocabulary, refuse_beside_vocab
 from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..observed import observed
