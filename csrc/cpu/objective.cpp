@@ -4,6 +4,10 @@
 #include "scratch.h"
 #include "totals.h"
 
+#ifndef TOKENRL_GATES  // csrc/fused/library.cpp compiles this for another tuple of gates
+#define TOKENRL_GATES Gates
+#endif
+
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
@@ -237,7 +241,7 @@ bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
                const Threads& threads) {
   clear_outside(args.spans, args.coef);
   const Scratch<Totals> totals(args.spans.num_sequences);  // one per sequence
-  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, totals.at, threads);
+  const bool known = run_named(static_cast<TOKENRL_GATES*>(nullptr), gate, args, statistic, through, totals.at, threads);
   if (known) add_up_sequences(args, totals.at);
   return known;
 }
