@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objectives.gates import MAX_PARAMS
 from . import launch
 
-BLOCK = 128
+BLOCK = 4096 if launch.INTERPRETED else 128  # the interpreter pays per operation, not per element
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 // tokenrl::fused::Gate.
 #include "../gates/table.h"
 #include "functions.h"
+#include "values.h"
 #include TOKENRL_FUSED_GATE
 
 namespace tokenrl {
@@ -29,18 +30,6 @@ TRL_HD double position_power<fused::Gate>(double t, const fused::Gate::Params<do
 namespace tokenrl::fused {
 namespace {
 
-// The gate of n single tokens. given: s, x, logp, advantages, t; out: value, d_s, d_logp, low, high, dual; [n] each.
-template <class T>
-void gate_values(const T* const* given, const double* params, int64_t n, T* const* out) {
-  const auto of_gate = params_from<Gate, T>([&](size_t k) { return static_cast<T>(params[k]); });
-  for (int64_t i = 0; i < n; ++i) {
-    const GateInput<T> in{given[0][i], given[1][i], given[2][i], given[3][i], given[4][i]};
-    const Gated<T> g = Gate::eval(in, of_gate);
-    const T row[] = {g.value, g.d_s, g.d_logp, g.low, g.high, g.dual};
-    for (int k = 0; k < 6; ++k) out[k][i] = row[k];
-  }
-}
-
 const cpu::AddedGate kGate{Gate::name, Gate::num_params, cpu::kBytesOfArguments, &cpu::TOKENRL_ISA::objective<float>,
                            &cpu::TOKENRL_ISA::objective<double>};
 
@@ -50,9 +39,9 @@ const cpu::AddedGate kGate{Gate::name, Gate::num_params, cpu::kBytesOfArguments,
 TOKENRL_EXPORT const void* tokenrl_fused_gate() { return &tokenrl::fused::kGate; }
 TOKENRL_EXPORT void tokenrl_fused_values_float(const float* const* given, const double* params, int64_t n,
                                                float* const* out) {
-  tokenrl::fused::gate_values(given, params, n, out);
+  tokenrl::fused::gate_values<tokenrl::fused::Gate>(given, params, n, out);
 }
 TOKENRL_EXPORT void tokenrl_fused_values_double(const double* const* given, const double* params, int64_t n,
                                                 double* const* out) {
-  tokenrl::fused::gate_values(given, params, n, out);
+  tokenrl::fused::gate_values<tokenrl::fused::Gate>(given, params, n, out);
 }

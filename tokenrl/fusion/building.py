@@ -71,8 +71,7 @@ def _built() -> ModuleType:
 def sources() -> Path | None:
     """csrc as it is installed; None where it is not."""
     spec = importlib.util.find_spec("tokenrl.csrc")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    return next((place for place in places if (place / KERNELS[0]).exists()), None)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def compiler() -> list[str] | None:

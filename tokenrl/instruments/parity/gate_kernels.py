@@ -1,6 +1,7 @@
 """A gate's kernels on single tokens, held to its torch value and autograd by the tolerance rule."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def held_at_edges(of: str, values: Values, gate: Gate, dtype: torch.dtype) -> It
     for size in (0.125, 20.0):
         axes = ((-size, 0.0, size), (-size, 0.0, size), (-20.0, -1.0, 0.0), (-1.0, 0.0, 1.0), (1.0, 2.0, 1000.0))
         grid = torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.float64) for axis in axes))
-        given = dict(zip(ARGUMENTS, grid.unbind(1), strict=True))
+        given = dict(zip(ARGUMENTS, grid.T.contiguous(), strict=True))
         yield from _held(f"{of} at edges", values, gate, given, dtype)
 
 
@@ -62,14 +63,22 @@ def _held(of: str, values: Values, gate: Gate, given: dict[str, Tensor], dtype: 
     """d_logp holds the part of x."""
     inputs = {name: x.to(dtype) for name, x in given.items()}
     found = values(*(inputs[name] for name in ARGUMENTS), [float(parameter) for parameter in gate.params()])
+    exact = _exact(gate)
     for row, name in enumerate(("value", "d_s", "d_logp")):
-        truth, base = (_torch_value(gate, at, name) for at in (given, inputs))
+        truth = _torch_value(exact, given, name)
+        base = truth if dtype == torch.float64 else _torch_value(gate, inputs, name)
         norm, error, allowed = max(errors(found[row], truth, base), key=lambda found: found[1] / max(found[2], 1e-300))
         at = int((found[row].double() - truth).abs().argmax())
         point = {key: x[at].item() for key, x in given.items()}
         yield GateError(f"{of}'s {name}, {norm}", error, allowed, point if error else None)
     for row, (name, bound) in enumerate(zip(("low", "high", "dual"), gate.clipped(**given), strict=True), start=3):
         yield worst(f"{of}'s {name}", (found[row].double() - bound.double()).abs(), 0.0, given)
+
+
+def _exact(gate: Gate) -> Gate:
+    """With numbers in fp64: torch makes fp32 of where(condition, 0.1, 0.2)."""
+    numbers = {name: getattr(gate, name) for name in gate.names if type(getattr(gate, name)) is float}
+    return replace(gate, **{name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()})
 
 
 def _torch_value(gate: Gate, given: dict[str, Tensor], name: str) -> Tensor:
