@@ -14,7 +14,7 @@ from tokenrl.instruments.parity.gate_tokens import tokens
 from tokenrl.ops import backends
 
 NO_TRITON = backends.BACKENDS["triton"].why_not(triton_device())
-DTYPES = (torch.float32, torch.float64)
+SINGLE, DOUBLE = torch.float32, torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -23,34 +23,42 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(params=["C++", "Triton"])
-def values_of(request):
-    """What makes a kernel's values of a gate's name."""
+def language(request):
     if reason := host_build.why_not() if request.param == "C++" else NO_TRITON:
         pytest.skip(reason)
-    if request.param == "C++":
-        return cpp_values
-    return lambda name: triton_values(building.triton_function(name, triton_source(traced(every_gate()[name]))))
+    return request.param
+
+
+def values_of(language, name):
+    if language == "C++":
+        return cpp_values(name)
+    return triton_values(building.triton_function(name, triton_source(traced(every_gate()[name]))))
+
+
+def precisions(language, interpreted):
+    """The interpreter is slow and takes one of them."""
+    return (SINGLE, DOUBLE) if language == "C++" else (interpreted,)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_formula_retyped_has_the_numbers_of_the_built_in_gate(name, values_of):
+def test_a_formula_retyped_has_the_numbers_of_the_built_in_gate(name, language):
     _, built_in = PLAIN[name]
-    for dtype in DTYPES:
-        errors = list(held_kernel(name, values_of(name), built_in, tokens(), dtype))
+    for dtype in precisions(language, SINGLE):
+        errors = list(held_kernel(name, values_of(language, name), built_in, tokens(), dtype))
         assert len(errors) == 6 and all(error.held for error in errors), errors
 
 
 @pytest.mark.parametrize("name", every_gate())
-def test_at_its_edges_it_has_the_conventions_of_torch(name, values_of):
-    for dtype in DTYPES:
-        errors = list(held_at_edges(name, values_of(name), every_gate()[name], dtype))
+def test_at_its_edges_it_has_the_conventions_of_torch(name, language):
+    for dtype in precisions(language, DOUBLE):
+        errors = list(held_at_edges(name, values_of(language, name), every_gate()[name], dtype))
         assert len(errors) == 12 and all(error.held for error in errors), [e for e in errors if not e.held]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name, values_of):
-    for dtype in DTYPES:
-        errors = list(held_kernel(name, values_of(name), every_gate()[name], tokens(), dtype))
+def test_functions(name, language):
+    for dtype in precisions(language, SINGLE):
+        errors = list(held_kernel(name, values_of(language, name), every_gate()[name], tokens(), dtype))
         assert all(error.held for error in errors), [error for error in errors if not error.held]
 
 

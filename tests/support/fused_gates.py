@@ -219,11 +219,16 @@ def every_gate() -> dict[str, tokenrl.Gate]:
 
 
 @cache
-def functors() -> ctypes.CDLL:
-    """The C++ of every gate, without the objective around it, in one library."""
+def sources() -> dict[str, str]:
+    """The C++ of every gate."""
+    return {name: cpp_source(traced(gate)) for name, gate in every_gate().items()}
+
+
+def functors(of: dict[str, str]) -> ctypes.CDLL:
+    """Gates without the objective around them, in one library."""
     text = '#include "gates/table.h"\n#include "fused/functions.h"\n#include "fused/values.h"\n'
-    for name, gate in every_gate().items():
-        text += f"#define Gate Gate_{name}\n{cpp_source(traced(gate))}#undef Gate\n".replace("#pragma once", "")
+    for name, source in of.items():
+        text += f"#define Gate Gate_{name}\n{source}#undef Gate\n".replace("#pragma once", "")
         for kind in ("float", "double"):
             text += (
                 f'extern "C" void {name}_{kind}(const {kind}* const* given, const double* params, int64_t n, '
@@ -237,12 +242,13 @@ def functors() -> ctypes.CDLL:
     return ctypes.CDLL(str(host_build.link("fused_gates.so", host_build.compile_all([source], flags), ["-shared"])))
 
 
-def cpp_values(name: str):
-    """As tokenrl.fusion.building.Library.values."""
+def cpp_values(name: str, of: dict[str, str] | None = None):
+    """As tokenrl.fusion.building.Library.values. of: the sources, else those of every gate."""
+    library = functors(sources() if of is None else of)
 
     def values(s, x, logp, advantages, t, params):
         given, out = [s, x, logp, advantages, t], torch.empty(6, s.numel(), dtype=s.dtype)
-        run = getattr(functors(), f"{name}_{'double' if s.dtype == torch.float64 else 'float'}")
+        run = getattr(library, f"{name}_{'double' if s.dtype == torch.float64 else 'float'}")
         pointers = [(ctypes.c_void_p * len(rows))(*(row.data_ptr() for row in rows)) for rows in (given, list(out))]
         run(pointers[0], (ctypes.c_double * 8)(*params), ctypes.c_int64(s.numel()), pointers[1])
         return out

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import wrong
-from ..instruments.parity.gate_check import as_gate
+from ..instruments.parity.gate_check import as_gate, without_advantage
 from ..instruments.parity.gate_kernels import Values, held_at_edges, held_kernel, triton_device, triton_values
 from ..instruments.parity.gate_tokens import tokens
 from ..objectives.gates import GATES, MAX_PARAMS
@@ -47,6 +47,10 @@ def fuse(gate: AnyGate) -> AnyGate:
     cls, name = type(given), given.name
     _check_name(cls, name)
     found = traced(given)
+    for error in without_advantage(given, tokens()):
+        if not error.held:
+            accepted = "uses_advantages and vanishes of the class as its value has them"
+            raise wrong("gate", f"{name!r}, whose {error.of} is off by {error.error:.1e}", accepted)
     if len(found.parameters) > MAX_PARAMS:
         raise wrong("gate", f"{len(found.parameters)} parameters", f"at most {MAX_PARAMS} in a kernel")
     function = library = None

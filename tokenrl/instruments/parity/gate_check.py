@@ -55,7 +55,7 @@ def checked_gate(gate: Gate) -> GateReport:
     """Every check of a gate."""
     given = tokens()
     _check_form(gate, given)
-    found, kinks = [_by_token(gate, given), *_without_advantage(gate, given)], torch.zeros(POINTS, dtype=torch.bool)
+    found, kinks = [_by_token(gate, given), *without_advantage(gate, given)], torch.zeros(POINTS, dtype=torch.bool)
     for name in ("s", "x", "logp"):
         error, at_kinks = _derivative(gate, given, name)
         found.append(error)
@@ -87,7 +87,8 @@ def _by_token(gate: Gate, given: dict[str, Tensor]) -> GateError:
     return worst("value without the other tokens", (whole[order] - alone).abs(), allowed, given, order)
 
 
-def _without_advantage(gate: Gate, given: dict[str, Tensor]) -> Iterator[GateError]:
+def without_advantage(gate: Gate, given: dict[str, Tensor]) -> Iterator[GateError]:
+    """Its value where there is none, or with another, as uses_advantages and vanishes have it."""
     a = given["advantages"]
     if not gate.uses_advantages:
         apart = (value(gate, given) - value(gate, given, advantages=-a)).abs()
