@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-trainers test-trl check fuzz lint gpu clean
+.PHONY: demo test test-trainers test-trl check fuzz lint docs gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
@@ -41,6 +41,10 @@ lint: $(VENV)/.tools
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(VENV)/bin/python -m mypy
+
+# The pages, from docs/index.md, in docs/_build.
+docs: $(VENV)/.built
+	$(VENV)/bin/python -m sphinx -W -n -q docs docs/_build
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
 gpu:
@@ -77,4 +81,4 @@ $(VENV)/.tools: $(VENV)/.installed pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build tokenrl/*.so *.egg-info
+	rm -rf $(VENV) build docs/_build tokenrl/*.so *.egg-info

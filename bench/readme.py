@@ -19,7 +19,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
 PAGES = {
     "README.md": ("bench", "trl", "overhead"),
     "docs/benchmarks/distillation.md": ("distill",),
-    "docs/instruments/plan.md": ("plan",),
+    "docs/guides/plan.md": ("plan",),
 }
 
 

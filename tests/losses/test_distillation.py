@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import backends_to_test, device_of, interpreted, kernel_backends, thinned
+from linear_cases import pair_budget
 
 import tokenrl
 from tokenrl.ops import backends
@@ -64,7 +65,7 @@ def test_from_hidden_states_and_from_logits(layout, rows, row, kind, power, back
     how = more | {"temperature": 1.7, "backend": backend}
     logits = case["hidden"] @ case["weight"].t() + case["bias"]
     other = case["other_hidden"] @ case["other_weight"].t()
-    budget = None if rows is None else rows * 3 * (V * 8 + E * 8 + 128)
+    budget = None if rows is None else pair_budget(rows, E, V, 8)
     for loss, values in (
         tokenrl.distillation_loss(row, logits, other, **how),
         tokenrl.linear_distillation_loss(row, **case, **how, memory_budget=budget),
@@ -183,9 +184,12 @@ ERRORS = {
         {"other_weight": CASE["other_weight"].clone().requires_grad_()},
         "other_weight: got a tensor that requires grad, accepted: a frozen head",
     ),
-    "fp16": ({"compute_dtype": torch.float16}, "compute_dtype: got float16 of a head, accepted: bfloat16"),
+    "dtypes": (
+        {name: CASE[name].half() for name in ("other_hidden", "other_weight")},
+        "compute_dtype: got None of heads in float64 and float16, accepted: one of these",
+    ),
     "groups": ({"aggregation": "balanced"}, "aggregation: got 'balanced', accepted: a mode without groups"),
-    "budget": ({"memory_budget": 100}, "memory_budget: got 33 bytes, accepted: more"),
+    "budget": ({"memory_budget": 100}, "memory_budget: got 100 bytes, accepted: more"),
     "mask": ({"mask": MORE["mask"][1:]}, "mask: got shape"),
 }
 

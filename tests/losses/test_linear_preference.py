@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cases import backends_to_test, device_of, kernel_backends
+from linear_cases import pair_budget
 
 import tokenrl
-from tokenrl.losses import linear_preference
+from tokenrl.ops.linear import joined
 from tokenrl.ops.linear.head import FEWEST_TOKENS
 
 T, D, E, V = 9, 5, 3, 31
@@ -77,8 +78,9 @@ def poisoned(x, read):
 
 def budget_of(rows, name, size=8):
     """For chunks of so many rows, of both heads where there is a divergence."""
-    per_row = V * size + D * size + 128
-    return None if rows is None else rows * per_row * (3 if tokenrl.PREFERENCES[name].divergence else 1)
+    if rows is None or tokenrl.PREFERENCES[name].divergence:
+        return None if rows is None else pair_budget(rows, D, V, size)
+    return rows * (V * size + D * size + 128)
 
 
 def alike(found, truth, at, rtol=1e-9):
@@ -129,14 +131,14 @@ def test_packed_is_padded(name):
 def test_only_what_is_wanted_is_made(backend, monkeypatch):
     leaves, more, read = batch("dpo", backend)
     hidden = leaves["hidden"].requires_grad_()
-    seen, run = [], linear_preference.joined.run
+    seen, run = [], joined.run
 
     def watched(inputs, heads, other, rows, chunks, evaluate, grads):
         assert grads.weight is None and grads.bias is None and grads.hidden is not None and other is None
         seen.extend(chunks)
         return run(inputs, heads, other, rows, chunks, evaluate, grads)
 
-    monkeypatch.setattr(linear_preference.joined, "run", watched)
+    monkeypatch.setattr(joined, "run", watched)
     loss, metrics = tokenrl.linear_preference_loss(
         "dpo", **leaves, **more, memory_budget=budget_of(100, "dpo"), backend=backend
     )
@@ -226,7 +228,6 @@ ERRORS = {
     "grad": ({"ref_weight": torch.ones(V, E).double().requires_grad_()}, "ref_weight: got a tensor that requires grad"),
     "width": ({"ref_weight": MORE["ref_weight"][:, :2]}, r"ref_weight: got shape \[31, 2\]"),
     "vocabulary": ({"ref_weight": MORE["ref_weight"][:9], "ref_bias": None}, r"ref_hidden: got a head of logits \[33"),
-    "fp16": ({"compute_dtype": torch.float16}, "compute_dtype: got float16 of a head"),
     "ids": ({"ids": MORE["ids"][..., None]}, r"ids: got shape \[33, 9, 1\], accepted: one id per token"),
     "vocab": ({"ids": MORE["ids"] + V}, "ids: got values from"),
     "mask": ({"nll_mask": MORE["mask"]}, "nll_mask: got one, accepted: None; objective 'tdpo2'"),

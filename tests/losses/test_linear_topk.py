@@ -139,7 +139,6 @@ ERRORS = {
         "other_logp_topk: got a tensor that",
     ),
     "topk_mask": ({"topk_mask": MORE["mask"]}, r"topk_mask: got torch.bool \[2, 9\], accepted: bool \[2, 9, 4\]"),
-    "fp16": ({"compute_dtype": torch.float16}, "compute_dtype: got float16, accepted: bfloat16, float32 or float64"),
     "entropy": ({"entropy": CASE["hidden"]}, "entropy: got a tensor, accepted: none: it is made here"),
     "rest": ({"rest": "tails"}, "rest: got 'tails', accepted: tail"),
     "budget": ({"memory_budget": 100}, "memory_budget: got 100 bytes, accepted: more"),

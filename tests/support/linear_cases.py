@@ -7,7 +7,8 @@ from logit_cases import DIFFERENTIABLE, EXACT, held, long_logits, long_statistic
 
 import tokenrl
 from tokenrl.logprobs.from_logits import OUTPUTS
-from tokenrl.ops.linear.head import FEWEST
+from tokenrl.ops.linear.head import BYTES_PER_TILE, FEWEST
+from tokenrl.ops.linear.pair import PARTS
 
 # Rounded logits may rank differently from those of the truth: the order is compared where the GEMM is exact.
 VALUES = tuple(name for name in OUTPUTS if name not in EXACT)
@@ -36,6 +37,12 @@ def budget_of(weight, rows, columns=FEWEST):
     """A memory_budget for which tiles have so many columns, and at most so many rows where there are more."""
     size, width = weight.dtype.itemsize, weight.shape[1]
     return columns * width * (size + max(size, 4)) + rows * (columns * size + width * size + 256)
+
+
+def pair_budget(rows, width, vocab, size):
+    """A memory_budget for which a chunk of two heads' logits has so many rows. width: the larger one, size: of a
+    number."""
+    return vocab * size - -rows * (2 * PARTS + 1) * (vocab * size + width * size + BYTES_PER_TILE) // PARTS + 1
 
 
 def same_bits(one: dict, other: dict, torchs=("hidden", "weight", "bias")) -> None:

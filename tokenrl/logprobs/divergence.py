@@ -154,12 +154,13 @@ def linear_token_divergence(
 
     hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
     go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
-    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs, fp16 excepted. The rest as for
+    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs. The rest as for
     token_divergence; rows that row_mask leaves out enter no GEMM.
 
     The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
-    weight of each token, needs 6 and 2. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both
-    heads' logits and one's gradient must fit.
+    weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both are
+    one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's
+    gradient must fit.
     """
     row, heads = divergence(kind), head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
@@ -185,8 +186,8 @@ def head_pair(
     shapes = [list(head.like.shape) for head in heads]
     if shapes[0] != shapes[1]:
         raise wrong("other_hidden", f"a head of logits {shapes[1]}", f"those of the trained one, {shapes[0]}")
-    for dtype in {head.compute_dtype for head in heads}:
-        if dtype == "float16" or dtype != heads[0].compute_dtype:
-            raise wrong("compute_dtype", f"{dtype} of a head", "bfloat16, float32 or float64, the same for both")
+    if heads[0].compute_dtype != heads[1].compute_dtype:
+        dtypes = " and ".join(head.compute_dtype for head in heads)
+        raise wrong("compute_dtype", f"None of heads in {dtypes}", "one of these")
     ids = heads[0].like.new_zeros(shapes[0][:-1], dtype=torch.int64)
     return heads[0].inputs(ids, row_mask, IGNORED), heads[1].inputs(ids, row_mask, IGNORED)

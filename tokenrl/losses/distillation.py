@@ -16,7 +16,7 @@ from ..objectives.distillation import Distillation, distillation
 from ..observed import observed
 from ..ops import backends, divergence_dispatch
 from ..ops.kernel_ops import Transform
-from ..ops.linear.gemm import sum_dtype
+from ..ops.linear.gemm import sum_dtype, weighed_sum
 from .aggregation import span_weights
 from .regularizers import flat_weight
 
@@ -53,20 +53,15 @@ def distillation_loss(
     Returns (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
     Errors: ValueError naming the argument, what was given and what is accepted.
     """
-    row = distillation(objective)
-    check_tensor("logits", logits)
-    rows = logits[..., 0]
-    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logits")
-    dtype = sum_dtype(logits.dtype)
-    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+    row, layout, weights = weighed_tokens(
+        objective, "logits", logits, None, mask, cu_seqlens, token_weight, aggregation, normalizer, temperature, backend
+    )
     values = token_divergence(
-        logits, other_logits, row.divergence, temperature=temperature, row_mask=layout.valid().view(rows.shape),
+        logits, other_logits, row.divergence, temperature=temperature, row_mask=layout.valid().view(layout.shape),
         backend=backend, **heads,
     )  # fmt: skip
     assert isinstance(values, Tensor)
-    weights = weights.view(values.shape)
-    return torch.where(weights != 0, weights * values, 0).sum(), values.detach()
+    return weighed_sum(weights.view(values.shape), values), values.detach()
 
 
 @observed
@@ -106,23 +101,20 @@ def linear_distillation_loss(
     carries the gradients of hidden, weight and bias: the forward makes them, 6 N D V and 2 N D' V flops, the backward
     multiplies.
     """
-    row = distillation(objective)
-    check_tensor("hidden", hidden)
-    rows = hidden[..., 0]
-    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of hidden")
-    dtype = sum_dtype(compute_dtype or hidden.dtype)
-    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+    row, layout, weights = weighed_tokens(
+        objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
+        temperature, backend,
+    )  # fmt: skip
     pays = layout.valid() & (weights != 0)
     head, other = head_pair(
         (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
         (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
          other_softcap, other_logit_scale, other_keep_mask),
-        pays.view(rows.shape), compute_dtype, memory_budget,
+        pays.view(layout.shape), compute_dtype, memory_budget,
     )  # fmt: skip
     chosen = backends.choose(backend, hidden.device)
     loss, values = divergence_dispatch.linear_divergence(chosen, head, other, row.divergence, weights)
-    return loss, values.view(rows.shape)
+    return loss, values.view(layout.shape)
 
 
 @observed
@@ -155,24 +147,35 @@ def topk_distillation_loss(
     The rest, the result and the errors as for distillation_loss. verl with use_policy_gradient takes the values of the
     result, their sign turned, as advantages of policy_loss.
     """
-    row = distillation(objective)
-    check_tensor("logp_topk", logp_topk)
-    rows = logp_topk[..., 0]
-    layout = layout_of(rows, mask=mask, cu_seqlens=cu_seqlens, name="a row per token of logp_topk")
-    transform = as_transform(temperature, None, 1.0, None, rows[..., None])
-    weights = weights_of(row, layout, rows.dtype, transform, token_weight, aggregation, normalizer, None)
+    row, layout, weights = weighed_tokens(
+        objective, "logp_topk", logp_topk, None, mask, cu_seqlens, token_weight, aggregation, normalizer, temperature,
+        None,
+    )  # fmt: skip
     values = topk_token_divergence(
-        logp_topk, other_logp_topk, row.divergence, row_mask=layout.valid().view(rows.shape), **lists
+        logp_topk, other_logp_topk, row.divergence, row_mask=layout.valid().view(layout.shape), **lists
     )
-    weights = weights.view(values.shape)
-    return torch.where(weights != 0, weights * values, 0).sum(), values.detach()
+    return weighed_sum(weights.view(values.shape), values), values.detach()
 
 
-def weights_of(
+def weighed_tokens(
+    objective: str | Distillation, name: str, x: Tensor, compute_dtype: torch.dtype | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None, token_weight: Tensor | None, aggregation: str | None, normalizer: float | Tensor | None,
+    temperature: Temperature, backend: str | None,
+) -> tuple[Distillation, Layout, Tensor]:  # fmt: skip
+    """(the row, where the tokens of x lie, their w_t T_t^power [N], 0 in masked cells). x: of the argument `name`,
+    [B, T, .] or [N, .]."""
+    row = distillation(objective)
+    check_tensor(name, x)
+    layout = layout_of(x[..., 0], mask=mask, cu_seqlens=cu_seqlens, name=f"a row per token of {name}")
+    transform = as_transform(temperature, None, 1.0, None, x[..., :1])
+    dtype = sum_dtype(compute_dtype or x.dtype)
+    return row, layout, _weights(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+
+
+def _weights(
     row: Distillation, layout: Layout, dtype: torch.dtype, transform: Transform, token_weight: Tensor | None,
     aggregation: str | None, normalizer: float | Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
-    """w_t T_t^power, [N], 0 in masked cells."""
     chosen = backends.choose(backend, layout.cu_seqlens.device)
     mode = aggregation or row.aggregation
     if mode in ("group-mean", "balanced"):

@@ -1,7 +1,6 @@
 """linear_preference_loss: preference_loss from hidden states and the head, without the logits."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,25 +9,22 @@ from torch import Tensor
 
 from ..batch.checks import check_constant
 from ..batch.layout import Layout, layout_of
-from ..batch.pairs import connected, sides
+from ..batch.pairs import sides
 from ..errors import renamed, wrong
 from ..logprobs.divergence import head_pair, linear_token_divergence
-from ..logprobs.from_hidden import HeadArguments, head_arguments, linear_token_logprobs
+from ..logprobs.from_hidden import HeadArguments, check_main_grad_backend, head_arguments, linear_token_logprobs
 from ..logprobs.from_logits import IGNORED, check_ids
 from ..objectives.preference import Preference, preference
 from ..observed import observed
 from ..ops import backends, ranges
 from ..ops.backends import Backend
-from ..ops.linear import joined
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
-from ..ops.linear.one_pass import with_gradients
-from ..ops.linear_ops import gradients_of, waiting_dtypes
-from .preference import PreferenceMetrics, evaluate
+from .preference import evaluate
 from .preference_arguments import PreferenceInputs, check_needed, check_used, preference_inputs
+from .preference_chunks import ChunkedLoss
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
-WEIGHTS = ("token_weight", "divergence_weight")
 OF_LOGITS = ("temperature", "softcap", "logit_scale", "keep_mask")
 
 
@@ -74,6 +70,7 @@ def linear_preference_loss(
     ignore_index: int = IGNORED,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    main_grad: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, LinearPreferenceMetrics]:
     """preference_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
@@ -84,16 +81,16 @@ def linear_preference_loss(
     ref_logp: of the shape of ids; or ref_hidden, [B, T, D'] or [N, D'], of which it is made here, with ref_weight
     [V, D'], ref_bias and the options and dtype of the trained head. ref_weight None: weight and bias, then frozen
     (an adapter's base model). Rows with a divergence, KL of the reference to the policy, need ref_hidden and make that
-    here too; there compute_dtype may not be fp16. The reference gets no gradient: a tensor of it that requires grad
-    raises.
+    here too. The reference gets no gradient: a tensor of it that requires grad raises.
 
     The loss carries the gradients of hidden, weight, bias, token_weight and divergence_weight, each computed in the
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
     as many as memory_budget allows (as for linear_policy_loss): 6 N D V flops, and 2 N D' V of a reference. Where a
-    pair does not fit into one, or fewer than 64 tokens do, and where a row sorts the batch that does not fit as a
-    whole, the gradients need a second pass, 8 N D V, and with a divergence those of linear_token_divergence too, so
-    that a larger budget pays (a third of it is a chunk's there): metrics.passes says which. So it is in a trace by
-    torch.compile.
+    pair does not fit into one, and where a row sorts the batch that does not fit as a whole, the gradients need a
+    second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is in a trace by
+    torch.compile, where a divergence takes those of linear_token_divergence on top, and without a divergence where
+    fewer than 64 tokens fit into a chunk.
+    main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
     coefficient is zero enter none of the backward where there is no divergence.
 
@@ -105,7 +102,9 @@ def linear_preference_loss(
         "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "keep_mask": keep_mask,
         "compute_dtype": compute_dtype, "memory_budget": memory_budget,
     }  # fmt: skip
-    head = head_arguments(hidden, weight, bias, **how, main_grad=None)
+    head = head_arguments(hidden, weight, bias, **how, main_grad=main_grad)
+    chosen = backends.choose(backend, hidden.device)
+    check_main_grad_backend(main_grad, chosen)
     how["compute_dtype"] = head.like.dtype  # said to have been chosen, once
     check_ids(head.like, ids, ())
     if ids.dim() != hidden.dim() - 1:
@@ -122,7 +121,7 @@ def linear_preference_loss(
         nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
     )  # fmt: skip
     call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend)
-    return call.loss(inputs, head, backends.choose(backend, hidden.device))
+    return call.loss(inputs, head, chosen)
 
 
 def _reference(
@@ -193,14 +192,16 @@ class _Call:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
         leaves = (*self.tensors, inputs.token_weight, inputs.divergence_weight)
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-        if any(wanted) and not chosen.is_reference and not torch.compiler.is_compiling():
-            flat = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index)
-            ops = ranges.kernels(str(chosen.namespace))
-            found = _one_pass(ops, inputs, flat, self._other_inputs(inputs.row, scored), scored, read, leaves, wanted)
-            if found is not None:
-                loss, metrics, logp = found
-                return loss, LinearPreferenceMetrics(*metrics, logp.view(self.ids.shape), 1)
-        logp = self._logp(self.tensors, read)
+        helps = any(wanted) or inputs.row.divergence > 0
+        if helps and not chosen.is_reference and not torch.compiler.is_compiling():
+            flat, other = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index), None
+            if inputs.row.divergence > 0:
+                other = self._other_inputs(scored)
+            chunked = ChunkedLoss(inputs, flat, other, read, scored, leaves, wanted, head.main_grad)
+            if (found := chunked.find(ranges.kernels(str(chosen.namespace)))) is not None:
+                shaped = found.logp.view(self.ids.shape)
+                return found.loss, LinearPreferenceMetrics(*found.metrics, shaped, found.passes)
+        logp = self._logp(self.tensors, read, head.main_grad)
         divergence = None
         if inputs.row.divergence > 0:
             inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
@@ -208,20 +209,19 @@ class _Call:
         loss, metrics = evaluate(inputs, logp, divergence)
         return loss, LinearPreferenceMetrics(*metrics, logp.detach().view(self.ids.shape), 2 if any(wanted) else 1)
 
-    def _other_inputs(self, row: Preference, rows: Tensor) -> HeadInputs | None:
-        """The reference's head, where its logits are needed beside the policy's."""
-        if row.divergence == 0 or self.reference is None:
-            return None
+    def _other_inputs(self, rows: Tensor) -> HeadInputs:
+        """The reference's head."""
+        assert self.reference is not None
         options = [self.how[name] for name in OF_LOGITS]
         pair = ((*self.tensors, *options), (*self.reference, *options))
         budget = self.how["memory_budget"]
         return head_pair(*pair, rows.view(self.ids.shape), self.how["compute_dtype"], budget)[1]
 
-    def _logp(self, tensors: Tensors, rows: Tensor) -> Tensor:
+    def _logp(self, tensors: Tensors, rows: Tensor, main_grad: Tensor | None = None) -> Tensor:
         hidden, weight, bias = tensors
         return linear_token_logprobs(
             hidden, weight, self.ids, bias=bias, row_mask=rows.view(self.ids.shape), ignore_index=self.ignore_index,
-            outputs=["logp"], backend=self.backend, **self.how,
+            outputs=["logp"], main_grad=main_grad, backend=self.backend, **self.how,
         ).logp.reshape(-1)  # fmt: skip
 
     def _reference_logp(self, rows: Tensor) -> Tensor:
@@ -237,50 +237,3 @@ class _Call:
             hidden, weight, other, other_weight, bias=bias, other_bias=other_bias, backend=self.backend,
             row_mask=rows.view(self.ids.shape), **self.how, **others,
         ).reshape(-1)  # fmt: skip
-
-
-def _one_pass(
-    ops: Any, inputs: PreferenceInputs, flat: HeadInputs, other: HeadInputs | None, scored: Tensor, read: Tensor,
-    leaves: Sequence[Tensor | None], wanted: Sequence[bool],
-) -> tuple[Tensor, PreferenceMetrics, Tensor] | None:  # fmt: skip
-    """(the loss with the gradients of its leaves, the metrics, the log-probs [N]); None where the tokens that meet do
-    not fit into a chunk. leaves: hidden, weight, bias, token_weight, divergence_weight."""
-    heads = [one.head(ops) for one in (flat, other) if one is not None]
-    last: list[Any] = []
-
-    def evaluated(found: joined.PerToken) -> tuple[Tensor, Tensor | None]:
-        given = {"logp": found.logp, "divergence": found.divergence if other is not None else None}
-        given |= dict(zip(WEIGHTS, leaves[3:], strict=True))
-        want = {"logp", "divergence", *(name for name, w in zip(WEIGHTS, wanted[3:], strict=True) if w)}
-        with torch.enable_grad():
-            at = {name: x.detach().requires_grad_(name in want) for name, x in given.items() if x is not None}
-            ref_logp = inputs.ref_logp if other is None else found.other_logp
-            of_tokens: dict[str, Any] = {name: at.get(name) for name in WEIGHTS}
-            made = dataclasses.replace(inputs, ref_logp=ref_logp, **of_tokens)
-            loss, metrics = evaluate(made, at["logp"], at.get("divergence"))
-            names = [name for name in at if name in want]
-            by = dict(zip(names, torch.autograd.grad(loss, [at[name] for name in names]), strict=True))
-        last[:] = loss.detach(), metrics, found.logp, *(by.get(name) for name in WEIGHTS)
-        return by["logp"], by.get("divergence")
-
-    with torch.no_grad(), torch.autocast(flat.hidden.device.type, enabled=False):
-        grads = gradients_of(flat, list(wanted[:3]), waiting_dtypes(flat))
-        chunks = joined.chunks_of(
-            read, inputs.layout.rows(), lambda: _parts(inputs),
-            lambda count: joined.most_rows(heads, flat.memory_budget, grads, count),
-        )  # fmt: skip
-        if chunks is None:
-            return None
-        joined.run(flat, heads, None if other is None else other.hidden, scored, chunks, evaluated, grads)
-    loss, metrics, logp, *of_weights = last
-    of_hidden = None if grads.hidden is None else grads.hidden.view(leaves[0].shape)  # type: ignore[union-attr]
-    made = (of_hidden, grads.weight, grads.bias, *of_weights)
-    return with_gradients("linear_preference_loss").apply(loss, *leaves, *made), metrics, logp
-
-
-def _parts(inputs: PreferenceInputs) -> list[int]:
-    """For each sequence the same number where the loss lets them meet."""
-    number, row = inputs.layout.num_sequences, inputs.row
-    if row.coupling.startswith("sorted") or (inputs.pairs is None and inputs.base is None):
-        return [0] * number
-    return list(range(number)) if inputs.pairs is None else connected(inputs.pairs, number)

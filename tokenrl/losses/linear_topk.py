@@ -7,20 +7,19 @@ import torch
 from torch import Tensor
 
 from ..batch.checks import check_constant, check_tensor
-from ..batch.layout import layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import head_arguments, linear_token_logprobs
-from ..logprobs.from_logits import as_transform, check_ids
+from ..logprobs.from_logits import check_ids
 from ..logprobs.topk import topk_token_divergence
-from ..objectives.distillation import Distillation, distillation
+from ..objectives.distillation import Distillation
 from ..observed import observed
 from ..ops import backends, ranges
 from ..ops.kernel_ops import IGNORED
 from ..ops.linear import one_pass
-from ..ops.linear.gemm import sum_dtype
+from ..ops.linear.gemm import weighed_sum
 from ..ops.linear.head import HeadInputs, Rows
-from ..ops.linear_ops import dtypes_of, gradients_of
-from .distillation import Temperature, weights_of
+from ..ops.linear_ops import gradients_of, waiting_dtypes
+from .distillation import Temperature, weighed_tokens
 
 
 @observed
@@ -51,7 +50,7 @@ def linear_topk_distillation_loss(
 
     hidden: [B, T, D], or packed [N, D] with cu_seqlens; weight [V, D]; ids: integers [B, T, K] or [N, K];
     other_logp_topk: fp32 or fp64 of their shape, the teacher's log-probs of these ids, a constant. temperature,
-    softcap, logit_scale, keep_mask, compute_dtype (fp16 excepted), memory_budget: as for linear_token_logprobs. lists:
+    softcap, logit_scale, keep_mask, compute_dtype, memory_budget: as for linear_token_logprobs. lists:
     rest, limits, tail_floor, logp_floor, outside_logp of topk_token_divergence; the entropy of "zero_outside" is made
     here.
 
@@ -59,26 +58,24 @@ def linear_topk_distillation_loss(
     forward makes the gradients of hidden, weight and bias, 6 N D V flops, and the backward multiplies; in a trace by
     torch.compile it is linear_token_logprobs with 8.
     """
-    row = distillation(objective)
-    check_tensor("hidden", hidden)
-    layout = layout_of(hidden[..., 0], mask=mask, cu_seqlens=cu_seqlens, name="a row per token of hidden")
+    row, layout, weights = weighed_tokens(
+        objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
+        temperature, backend,
+    )  # fmt: skip
     options = (temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, None)
     head = head_arguments(hidden, weight, bias, *options)
     check_ids(head.like, ids, ["logp"])
-    _check(ids, other_logp_topk, topk_mask, head.compute_dtype, lists)
-    chosen, dtype = backends.choose(backend, hidden.device), sum_dtype(head.like.dtype)
-    transform = as_transform(temperature, None, 1.0, None, hidden[..., :1])
-    weights = weights_of(row, layout, dtype, transform, token_weight, aggregation, normalizer, backend)
+    _check(ids, other_logp_topk, topk_mask, lists)
+    chosen = backends.choose(backend, hidden.device)
     pays = (layout.valid() & (weights != 0)).view(layout.shape)
-    terms = _terms(row, weights, other_logp_topk.to(dtype), topk_mask, lists)
+    terms = _terms(row, weights, other_logp_topk.to(weights.dtype), topk_mask, lists)
     if chosen.is_reference or torch.compiler.is_compiling():
         how: dict[str, Any] = dict(
             zip(("temperature", "softcap", "logit_scale", "keep_mask", "compute_dtype"), options, strict=False)
         )
         stats = linear_token_logprobs(hidden, weight, ids, bias=bias, row_mask=pays, backend=backend, **how)
         values = terms(slice(None), stats.logp.flatten(0, -2), stats.entropy.flatten())
-        loss = torch.where(weights != 0, weights * values, 0).sum()
-        return loss, values.detach().view(layout.shape)
+        return weighed_sum(weights, values), values.detach().view(layout.shape)
     loss, values = _one_pass(
         ranges.kernels(str(chosen.namespace)), head.inputs(ids, pays, IGNORED), terms, weights, (hidden, weight, bias)
     )
@@ -110,25 +107,23 @@ def _one_pass(
         with torch.set_grad_enabled(any(wanted)):
             leaves = [x.detach().requires_grad_(any(wanted)) for x in (logp, entropy)]
             values = terms(at, *leaves)
-            total = torch.where(weights[at] != 0, weights[at] * values, 0).sum()
+            total = weighed_sum(weights[at], values)
             by = torch.autograd.grad(total, leaves, allow_unused=True) if any(wanted) else (None, None)
         return values.detach(), *by
 
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):  # as eager_numbers of the ops
-        dtypes = dtypes_of(inputs)
+        dtypes = waiting_dtypes(inputs)
         grads = gradients_of(inputs, wanted, dtypes)
         values = one_pass.run(ops, inputs, differentiated, grads)
-        loss = torch.where(weights != 0, weights * values, 0).sum()
+        loss = weighed_sum(weights, values)
     if not any(wanted):
         return loss, values
     of_hidden = None if grads.hidden is None else grads.hidden.view(tensors[0].shape)  # type: ignore[union-attr]
     carrying = one_pass.with_gradients("linear_topk_distillation_loss")
-    return carrying.apply(loss, *tensors, of_hidden, grads.weight, grads.bias), values
+    return carrying.apply(loss, None, *tensors, of_hidden, grads.weight, grads.bias), values
 
 
-def _check(
-    ids: Tensor, other: Tensor, topk_mask: Tensor | None, compute_dtype: str, lists: dict[str, Any]
-) -> None:  # fmt: skip
+def _check(ids: Tensor, other: Tensor, topk_mask: Tensor | None, lists: dict[str, Any]) -> None:
     check_constant("other_logp_topk", other)
     if other.shape != ids.shape or ids.dim() < 2 or not other.is_floating_point():
         raise wrong("other_logp_topk", f"{other.dtype} {list(other.shape)}", f"float32 or float64 {list(ids.shape)}")
@@ -136,7 +131,5 @@ def _check(
         check_tensor("topk_mask", topk_mask)
         if topk_mask.dtype != torch.bool or topk_mask.shape != ids.shape:
             raise wrong("topk_mask", f"{topk_mask.dtype} {list(topk_mask.shape)}", f"bool {list(ids.shape)}")
-    if compute_dtype == "float16":
-        raise wrong("compute_dtype", "float16", "bfloat16, float32 or float64")
     if "entropy" in lists:
         raise wrong("entropy", "a tensor", "none: it is made here")

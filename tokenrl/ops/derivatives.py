@@ -52,6 +52,14 @@ def register_derivative(
     _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
 
 
+def is_last_use(ctx: Any) -> bool:
+    """Of what a backward has saved: no caller holds it, its graph is gone after it, and nobody traces."""
+    if not getattr(ctx, "alone", False) or torch.compiler.is_compiling():
+        return False
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not kept and torch._C._len_torch_dispatch_stack() == 0
+
+
 class _Refuse(torch.autograd.Function):
     """Gradients as they are; whoever differentiates them by what is linked gets an error."""
 
@@ -99,6 +107,7 @@ def _eager(op: Callable, save: Callable, backward: Callable) -> type[torch.autog
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs)
             save(ctx, inputs, output)
+            ctx.alone = True  # our fronts hand none of the gradients among the results on
             return output
 
         @staticmethod

@@ -9,6 +9,7 @@ from .backends import Backend
 from .derivatives import call
 from .divergence_ops import DivergenceInputs, PairStatistics
 from .kernel_ops import IGNORED, Transform
+from .linear.gemm import weighed_sum
 from .linear.head import HeadInputs
 
 
@@ -35,7 +36,7 @@ def linear_divergence(
         own = (head.temperature, head.temperatures, head.softcap, head.logit_scale, head.keep_mask)
         logits, other_logits = reference.head_logits(head), reference.head_logits(other)
         value = reference.divergence(logits, other_logits, used, Transform(*own), Transform(*transform), kind)
-        loss = value.new_zeros(()) if weights is None else torch.where(weights != 0, weights * value, 0).sum()
+        loss = value.new_zeros(()) if weights is None else weighed_sum(weights, value)
         return loss, value if weights is None else value.detach()
     tensors = (head.hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]

@@ -8,51 +8,44 @@ from torch import Tensor
 
 from . import ranges
 from .arguments import schema
-from .derivatives import register_derivative
+from .derivatives import is_last_use, register_derivative
 from .linear import divergence
 from .linear.divergence import LinearDivergenceInputs
-from .linear.gemm import scaled, sum_dtype
-from .linear_ops import GRADS, dtypes_of, eager_numbers, fake_results, gradients_of, results_of
+from .linear.gemm import scaled, sum_dtype, weighed_sum
+from .linear_ops import GRADS, dtypes_of, eager_numbers, fake_results, gradients_of, results_of, waiting_dtypes
 
 OP = "linear_divergence"
-SCHEMAS = {
-    OP: schema(LinearDivergenceInputs, returns=f"(Tensor loss, Tensor value, Tensor logp, Tensor other_logp, {GRADS})")
-}
+SCHEMAS = {OP: schema(LinearDivergenceInputs, returns=f"(Tensor loss, Tensor value, {GRADS})")}
 
 
 def _run(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     inputs = LinearDivergenceInputs(*args)
     wanted = [inputs.weights is not None and want for want in inputs.wanted]
-    dtypes = dtypes_of(inputs)
+    dtypes = waiting_dtypes(inputs)
     grads = gradients_of(inputs, wanted, dtypes)
-    value, *logps = divergence.run(ops, inputs, grads)
-    loss = value.new_zeros(()) if inputs.weights is None else _weighed_sum(value, inputs.weights)
-    return loss, value, *logps, *results_of(grads, inputs.hidden, dtypes)
-
-
-def _weighed_sum(value: Tensor, weights: Tensor) -> Tensor:
-    """A weight of 0 hides even an infinite divergence."""
-    return torch.where(weights != 0, weights * value, 0).sum()
+    value = divergence.run(ops, inputs, grads)
+    loss = value.new_zeros(()) if inputs.weights is None else weighed_sum(inputs.weights, value)
+    return loss, value, *results_of(grads, inputs.hidden, dtypes)
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     inputs = LinearDivergenceInputs(*args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
-    per_token = (loss.new_empty(inputs.ids.shape[0]) for _ in range(3))
+    value = loss.new_empty(inputs.ids.shape[0])
     wanted = [inputs.weights is not None and want for want in inputs.wanted]
-    return loss, *per_token, *fake_results(inputs, wanted, dtypes_of(inputs))
+    return loss, value, *fake_results(inputs, wanted, waiting_dtypes(inputs))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of the loss its gradients, which it has made; of the divergences what makes them again."""
-    loss, value, logp, other_logp, *grads = output
+    loss, value, *grads = output
     given = LinearDivergenceInputs(*inputs)
     ctx.wanted, ctx.given = given.wanted, None
     if given.weights is not None:
-        ctx.mark_non_differentiable(value, logp, other_logp, *grads)
+        ctx.mark_non_differentiable(value, *grads)
         ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     else:
-        ctx.mark_non_differentiable(loss, logp, other_logp, *grads)
+        ctx.mark_non_differentiable(loss, *grads)
         ctx.tensors = [name for name, x in vars(given).items() if isinstance(x, Tensor)]
         ctx.given = {name: x for name, x in vars(given).items() if name not in ctx.tensors}
         ctx.save_for_backward(*(getattr(given, name) for name in ctx.tensors))
@@ -66,16 +59,17 @@ def _backward(namespace: str) -> Callable[..., Any]:
                 return None, None, None
             *grads, hidden, weight, bias = ctx.saved_tensors
             with ranges.around_backward(namespace, OP, hidden, weight):
-                found = zip(grads, (hidden, weight, bias), ctx.wanted, strict=True)
-                return tuple(scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
+                found, last = zip(grads, (hidden, weight, bias), ctx.wanted, strict=True), is_last_use(ctx)
+                return tuple(scaled(g, grad_loss, x.dtype, last) if want else None for g, x, want in found)
         if grad_value is None:
             return None, None, None
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         given |= {"weights": grad_value.contiguous()}
         op, inputs = ranges.kernels(namespace).linear_divergence, LinearDivergenceInputs(**given)
         with ranges.around_backward(namespace, OP, inputs.hidden, inputs.weight):
-            *_, of_hidden, of_weight, of_bias = op(*inputs)
-        return tuple(g if want else None for g, want in zip((of_hidden, of_weight, of_bias), ctx.wanted, strict=True))
+            _, _, *grads = op(*inputs)
+        found = zip(grads, dtypes_of(inputs), ctx.wanted, strict=True)
+        return tuple(g.to(dtype) if want else None for g, dtype, want in found)
 
     return backward
 

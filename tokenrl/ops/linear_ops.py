@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objectives.metrics import RAW
 from . import kernel_ops, ranges
 from .arguments import schema
-from .derivatives import register_derivative
+from .derivatives import is_last_use, register_derivative
 from .kernel_ops import STATISTICS, SavedStatistics, Upstream
 from .linear import policy_loss, token_logprobs
 from .linear.directions import directions
@@ -22,6 +22,7 @@ from .linear.evaluation import LinearPolicyLossInputs
 from .linear.gemm import empty_like, multiples, scaled, sum_dtype
 from .linear.head import HeadInputs
 from .linear.kept import kept_memory
+from .linear.main_grad import MainGrad
 
 _LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
@@ -67,7 +68,7 @@ def _linear_token_logprobs_backward(ops, *args):
 
 def _linear_policy_loss(ops, *args):
     inputs = LinearPolicyLossInputs(*args)
-    dtypes = _waiting_beside(inputs)
+    dtypes = waiting_dtypes(inputs, inputs.main_grad)
     grads = gradients_of(inputs, inputs.wanted, dtypes)
     return *policy_loss.run(ops, inputs, grads), *results_of(grads, inputs.hidden, dtypes)
 
@@ -77,15 +78,13 @@ def dtypes_of(inputs: HeadInputs) -> list[torch.dtype]:
     return [(x if x is not None else inputs.weight).dtype for x in (inputs.hidden, inputs.weight, inputs.bias)]
 
 
-def waiting_dtypes(inputs: HeadInputs) -> list[torch.dtype]:
-    """The same of those that wait for the upstream gradient and may be too small for fp16."""
-    return [torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs)]
-
-
-def _waiting_beside(inputs: LinearPolicyLossInputs) -> list[torch.dtype]:
-    """With that of main_grad, where one waits for it."""
-    hidden, weight, bias = waiting_dtypes(inputs)
-    return [hidden, weight if inputs.main_grad is None else inputs.main_grad.dtype, bias]
+def waiting_dtypes(inputs: HeadInputs, main_grad: Tensor | None = None) -> list[torch.dtype]:
+    """The same of those that wait for the upstream gradient and may be too small for fp16; the weight's is that of
+    main_grad."""
+    found = [torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(inputs)]
+    if main_grad is not None:
+        found[1] = main_grad.dtype
+    return found
 
 
 def gradients_of(
@@ -135,28 +134,12 @@ def _fake_policy_loss(*args):
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
     metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
-    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, _waiting_beside(inputs))
-
-
-def _told_of_main_grad(main_grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    """The parameter, where a hook of Megatron's DDP reads on it whether its gradient went to main_grad. Kept beside
-    what is saved, as a checkpoint gives back a copy without attributes."""
-    told = main_grad is not None and weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
-    return weight if told else None
-
-
-def _beside_main_grad(weight: Any) -> Tensor | None:
-    """The gradient of a weight whose own was added to main_grad: none. Megatron's hook asserts that there is one, of
-    any memory, and leaves it out by the flag; with zero_out_wgrad it adds it all the same."""
-    if weight is None:
-        return None
-    weight.grad_added_to_main_grad = True
-    return (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
+    return loss, metrics, logp, entropy, *fake_results(inputs, inputs.wanted, waiting_dtypes(inputs, inputs.main_grad))
 
 
 def _save_statistics(ctx, inputs, output):
-    head, (_, ctx.main_grad, ctx.keep) = HeadInputs.read(inputs)
-    ctx.told = _told_of_main_grad(ctx.main_grad, head.weight)
+    head, (_, main_grad, ctx.keep) = HeadInputs.read(inputs)
+    ctx.main_grad = MainGrad.of(main_grad, head.weight)
     _, entropy, lse, lse_rest, squares, *_, kept = output
     kernel_ops.mark_constants(ctx, output)
     ctx.softcap, ctx.logit_scale, ctx.temperature = head.softcap, head.logit_scale, head.temperature
@@ -185,9 +168,10 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
         wanted = list(ctx.needs_input_grad[:3])
         op = ranges.kernels(namespace).linear_token_logprobs_backward
         logits = kept if ctx.keep == "logits" else None
-        grads = list(op(*head, *wanted_of, *saved, logits, wanted, ctx.main_grad))
+        total = None if ctx.main_grad is None else ctx.main_grad.total
+        grads = list(op(*head, *wanted_of, *saved, logits, wanted, total))
         if wanted[1] and ctx.main_grad is not None:
-            grads[1] = _beside_main_grad(ctx.told)
+            grads[1] = ctx.main_grad.beside()
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
     return backward
@@ -196,8 +180,7 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
 def _save_policy_loss(ctx, inputs, output):
     loss, metrics, logp, entropy, *grads = output
     given = LinearPolicyLossInputs(*inputs)
-    ctx.main_grad, ctx.wanted = given.main_grad, given.wanted
-    ctx.told = _told_of_main_grad(given.main_grad, given.weight)
+    ctx.main_grad, ctx.wanted = MainGrad.of(given.main_grad, given.weight), given.wanted
     ctx.mark_non_differentiable(metrics, logp, entropy, *grads)
     ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
@@ -217,12 +200,10 @@ def _policy_loss_backward(namespace: str) -> Callable[..., Any]:
 def _times_upstream(ctx, grad_loss, *saved):
     *grads, hidden, weight, bias = saved
     added = ctx.wanted[1] and ctx.main_grad is not None
-    if added:
-        ctx.main_grad.addcmul_(grads[1], grad_loss.to(grads[1].dtype))
     wanted = (ctx.wanted[0], ctx.wanted[1] and not added, ctx.wanted[2])
-    found = zip(grads, (hidden, weight, bias), wanted, strict=True)
-    of_hidden, of_weight, of_bias = (scaled(g, grad_loss, x.dtype) if want else None for g, x, want in found)
-    return of_hidden, _beside_main_grad(ctx.told) if added else of_weight, of_bias
+    found, last = zip(grads, (hidden, weight, bias), wanted, strict=True), is_last_use(ctx)
+    of_hidden, of_weight, of_bias = (scaled(g, grad_loss, x.dtype, last) if want else None for g, x, want in found)
+    return of_hidden, ctx.main_grad.add(grads[1], grad_loss) if added else of_weight, of_bias
 
 
 def eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Liger's DPO from hidden states: sums of linear_token_logprobs, and the sigmoid loss of their differences."""
+"""Liger's DPO from hidden states: linear_preference_loss of halves."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,8 @@ from torch import Tensor
 from ...batch.checks import check_name, check_number, check_tensor
 from ...errors import wrong
 from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
+from ...losses.linear_preference import linear_preference_loss
+from ...objectives.preference import preference
 from ...ops.linear.gemm import sum_dtype
 
 
@@ -42,7 +44,11 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         check_name("loss_type", loss_type, ("sigmoid",))
         check_number("beta", beta)
         check_number("alpha", alpha)
-        self.ignore_index, self.beta, self.alpha = ignore_index, beta, alpha
+        self.row = preference(
+            "dpo", beta=beta, statistic="mean" if average_log_prob else "sum",
+            reference="given" if use_ref_model else "none", nll=alpha if compute_nll_loss else 0.0,
+        )  # fmt: skip
+        self.ignore_index = ignore_index
         self.compute_nll_loss, self.use_ref_model = compute_nll_loss, use_ref_model
         self.average_log_prob = average_log_prob
 
@@ -59,34 +65,31 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         check_tensor("target", target)
         if target.dim() != 2 or len(target) % 2 or not len(target):
             raise wrong("target", f"shape {list(target.shape)}", "[2 B, T]: chosen rows, then as many rejected ones")
-        logp = self._token_logprobs(_input, lin_weight, target, bias)
-        sums = self._per_sequence(logp, target)
-        ratios = sums
-        if self.use_ref_model:
-            if ref_input is None or ref_weight is None:
-                raise wrong("ref_input, ref_weight", None, "the reference model's, or use_ref_model=False")
-            with torch.no_grad():
-                reference = self._token_logprobs(ref_input, ref_weight, target, ref_bias)
-            ratios = sums - self._per_sequence(reference, target)
-        chosen, rejected = (self.beta * half for half in ratios.chunk(2))
-        loss, nll = -torch.nn.functional.logsigmoid(chosen - rejected).mean(), torch.zeros_like(sums[0])
+        loss, metrics = linear_preference_loss(
+            self.row, _input, lin_weight, target, self._ref_logp(target, ref_input, ref_weight, ref_bias), bias=bias,
+            ignore_index=self.ignore_index, compute_dtype=head_dtype(_input),
+        )  # fmt: skip
+        counts = (target != self.ignore_index).sum(1)
+        sums, nll = metrics.logp.sum(1), metrics.logp.new_zeros(())
         if self.compute_nll_loss:
-            first = slice(len(target) // 2)
-            nll = -logp[first].sum() / (target[first] != self.ignore_index).sum()
-            loss = loss + self.alpha * nll
-        more = (*sums.chunk(2), *_mean_logits(_input, lin_weight, bias), nll, chosen, rejected)
-        return loss, tuple(x.detach() for x in more)
+            nll = -sums.chunk(2)[0].sum() / counts.chunk(2)[0].sum()
+        if self.average_log_prob:
+            sums = sums / counts
+        rewards = (x.to(sums.dtype) for x in (metrics.chosen_rewards, metrics.rejected_rewards))
+        return loss, (*sums.chunk(2), *_mean_logits(_input, lin_weight, bias), nll, *rewards)
 
-    def _token_logprobs(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def _ref_logp(
+        self, target: Tensor, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        if not self.use_ref_model:
+            return None
+        if hidden is None or weight is None:
+            raise wrong("ref_input, ref_weight", None, "the reference model's, or use_ref_model=False")
         return linear_token_logprobs(
             hidden, weight, target, bias=bias, ignore_index=self.ignore_index, outputs=("logp",),
             compute_dtype=head_dtype(hidden),
         ).logp  # fmt: skip
-
-    def _per_sequence(self, logp: Tensor, target: Tensor) -> Tensor:
-        """[2 B]"""
-        total = logp.sum(1)
-        return total / (target != self.ignore_index).sum(1) if self.average_log_prob else total
 
 
 @torch.no_grad()

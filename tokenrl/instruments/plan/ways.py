@@ -154,11 +154,11 @@ def _waiting(shape: Shape, device: str) -> tuple[int, int, Step]:
     size = SUM if shape.dtype == torch.float16 else shape.size
     numbers = shape.weight + shape.states
     step = kernel("times the upstream gradient", numbers * size, numbers * shape.size)
-    product = 0
+    product = 0 if size == shape.size else numbers * shape.size  # of one dtype in its own place
     if device == "cpu" and size != shape.size:  # some rows at a time: multiplied, and copied
-        product = min(CPU_ROWS, shape.columns) * shape.hidden * SUM
+        product += min(CPU_ROWS, shape.columns) * shape.hidden * SUM
         step = step._replace(work=_plus(step.work, numbers * SUM))
-    return numbers * size, numbers * (size + shape.size) + product, step
+    return numbers * size, numbers * size + product, step
 
 
 def _sums(shape: Shape) -> int:

@@ -1,5 +1,7 @@
 """A chunk of tokens from hidden states: its logits, in memory that all chunks use, and their gradients there."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +16,18 @@ WORTH_MOVING = 7 / 8  # tokens with a gradient, of a chunk: at most so many are 
 
 
 class Chunk:
-    """Some tokens' logits in `memory`, their log-probs [n] and entropies [n], and then their gradients."""
+    """Some tokens' logits, their log-probs [n] and entropies [n], and then their gradients."""
 
-    def __init__(self, head: Head, hidden: Tensor, ids: Tensor, rows: Rows, memory: Tensor):
-        self.head, self.rows, self.ids = head, rows, ids[rows]
-        self.states = hidden[rows].to(head.dtype)
-        self.logits = as_tile(memory, self.states.shape[0], slice(0, head.vocab))
-        head.whole_logits(self.states, self.logits)
+    @classmethod
+    def of(cls, head: Head, hidden: Tensor, ids: Tensor, rows: Rows, memory: Tensor) -> "Chunk":
+        """Of some of the tokens; its logits are made in `memory`."""
+        states = hidden[rows].to(head.dtype)
+        tile = as_tile(memory, states.shape[0], slice(0, head.vocab))
+        return cls(head, states, ids[rows], rows, head.whole_logits(states, tile))
+
+    def __init__(self, head: Head, states: Tensor, ids: Tensor, rows: Rows, logits: Tensor):
+        """states, ids, logits: of its tokens alone, which are these rows of all."""
+        self.head, self.rows, self.ids, self.states, self.logits = head, rows, ids, states, logits
         stats = head.ops.token_logprobs(self.logits, self.ids, *self.transform(), [], False)
         self.logp, self.entropy, self.lse, self.lse_rest, *_ = stats
 
@@ -37,11 +44,15 @@ class Chunk:
             coef, grad_entropy = coef[index], None if grad_entropy is None else grad_entropy[index]
             self._keep(index)
         upstream, by = lifted(self.head, self.rows, (coef, grad_entropy, None, None), self.states)
+        self.differentiate(upstream)
+        self.accumulate(by, weight_sum, grads)
+
+    def differentiate(self, upstream: Sequence[Tensor | None]) -> None:
+        """Turns the logits into their gradients. upstream: by log-probs, entropies, lse and log_sum_sq_probs."""
         self.head.ops.token_logprobs_backward_(
             *upstream, self.logits, self.ids, self.lse, self.lse_rest, self.entropy, self.lse.new_empty(0),
             *self.transform(),
         )  # fmt: skip
-        self.accumulate(by, weight_sum, grads)
 
     def accumulate(self, by: float, weight_sum: ProductSum | None, grads: Gradients) -> None:
         """Adds what the gradients of the logits, in their place, make of hidden, weight and bias, times `by`."""
@@ -52,14 +63,30 @@ class Chunk:
         if grads.bias is not None:
             grads.bias.add_(column_sums(self.logits), alpha=by)
 
+    def part(self, some: slice) -> "Chunk":
+        """Some of its tokens, in the same memory."""
+        found = copy.copy(self)
+        found._select(some)
+        found.logits = self.logits[some]
+        return found
+
     def _keep(self, index: Tensor) -> None:
         """Leaves out the other tokens; logits move up in their own memory, in order, an eighth at a time."""
-        self.rows = index + self.rows.start if isinstance(self.rows, slice) else self.rows[index]
         for to in split(index.numel(), -(-max(self.logits.shape[0], FEWEST_TOKENS) // 8)):
             self.logits[to] = self.logits[index[to]]
         self.logits = self.logits[: index.numel()]
-        self.states, self.ids, self.entropy = self.states[index], self.ids[index], self.entropy[index]
-        self.lse, self.lse_rest = self.lse[index], self.lse_rest[index]
+        self._select(index)
+
+    def _select(self, some: Rows) -> None:
+        """All but the logits."""
+        if not isinstance(self.rows, slice):
+            self.rows = self.rows[some]
+        elif isinstance(some, slice):
+            self.rows = slice(self.rows.start + some.start, self.rows.start + some.stop)
+        else:
+            self.rows = some + self.rows.start
+        for name in ("states", "ids", "logp", "entropy", "lse", "lse_rest"):
+            setattr(self, name, getattr(self, name)[some])
 
     def _hidden_gradient(self, by: float, dtype: torch.dtype) -> Tensor:
         if not self.head.cast_columns and dtype == self.head.dtype:

@@ -39,7 +39,7 @@ def directions(head: Head, hidden: Tensor, ids: Tensor, budget: int, out: Tensor
     rows = whole_rows_of(head, count, budget).rows
     memory = empty(rows * head.vocab, hidden, head.dtype)
     for at in split(count, rows):
-        chunk = Chunk(head, hidden, ids, rows_at(index, at), memory)
+        chunk = Chunk.of(head, hidden, ids, rows_at(index, at), memory)
         for of_all, of_chunk in zip(found, (chunk.logp, chunk.entropy, chunk.lse, chunk.lse_rest), strict=True):
             of_all[chunk.rows] = of_chunk
         chunk.backward(torch.ones_like(found.logp), None, None, Gradients(out, None, None))

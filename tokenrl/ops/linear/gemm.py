@@ -102,6 +102,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, by: float = 1.0) -> None:
             some.add_(torch.mm(rows, b), alpha=by)
 
 
+def sum_bytes(out: Tensor | None, dtype: torch.dtype) -> int:
+    """What several products in that dtype take for their sum beside `out`, and one does not."""
+    if out is None or out.dtype != dtype or dtype == sum_dtype(dtype):
+        return 0
+    return out.numel() * sum_dtype(dtype).itemsize
+
+
 class ProductSum:
     """out = the sum of products, in sum_dtype until finish().
 
@@ -140,9 +147,15 @@ def column_sums(x: Tensor) -> Tensor:
     return total
 
 
-def scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times a number, in sum_dtype and rounded once to dtype, in new memory."""
-    by, out = by.to(sum_dtype(x.dtype)), empty_like(x, dtype)
+def weighed_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_t w_t x_t; a weight of 0 hides even an infinite number."""
+    return torch.where(weights != 0, weights * values, 0).sum()
+
+
+def scaled(x: Tensor, by: Tensor, dtype: torch.dtype, reuse: bool = False) -> Tensor:
+    """x times a number, in sum_dtype and rounded once to dtype. reuse: in x's own memory where the dtype is its own."""
+    by = by.to(sum_dtype(x.dtype))
+    out = x if reuse and dtype == x.dtype else empty_like(x, dtype)
     if values_known(by) and dtype == x.dtype:  # a product with a number, 60x quicker than one with a wider tensor
         return torch.mul(x, by.item(), out=out)
     by = by.reshape((1,) * x.dim())  # of a dimension, or torch would round it to 16 bits first

@@ -144,7 +144,7 @@ def tiles_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
     """The largest tiles that fit into the budget less `sums` bytes, or into half of it where sums take more."""
     found = fitting_tiles(head, rows, budget - min(sums, budget // 2))
     if found is None:
-        raise _too_small(budget, min(head.vocab, FEWEST))
+        raise too_small(budget, min(head.vocab, FEWEST))
     return found
 
 
@@ -166,15 +166,21 @@ def fitting_tiles(head: Head, rows: int, free: int) -> Tiles | None:
         columns = max(columns // 2, FEWEST)
 
 
-def whole_rows_of(head: Head, rows: int, budget: int) -> Tiles:
-    """Tiles of all columns."""
-    fit = fitting_whole_rows(head, budget)
-    if fit < 1:
-        raise _too_small(budget, head.vocab)
-    return Tiles(even(rows, fit), head.vocab)
+def whole_rows_of(head: Head, rows: int, budget: int, sums: int = 0) -> Tiles:
+    """Tiles of all columns. sums: as of most_whole_rows."""
+    fit = most_whole_rows(head, rows, budget, sums)
+    if fit < min(rows, 1):
+        raise too_small(budget, head.vocab)
+    return Tiles(even(rows, max(fit, 1)), head.vocab)
 
 
-def _too_small(budget: int, columns: int) -> ValueError:
+def most_whole_rows(head: Head, rows: int, budget: int, sums: int) -> int:
+    """How many of so many rows fit into a tile of all columns. sums: bytes for the sums of several tiles' products; one
+    tile needs none, and its logits may take that memory."""
+    return rows if rows <= fitting_whole_rows(head, budget + sums) else fitting_whole_rows(head, budget)
+
+
+def too_small(budget: int, columns: int) -> ValueError:
     accepted = f"more: a tile of one row and {columns} columns, with what belongs to it, does not fit into half of it"
     return wrong("memory_budget", f"{budget} bytes", accepted)
 

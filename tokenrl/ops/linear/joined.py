@@ -2,7 +2,8 @@
 
 A chunk holds whatever meets each other whole: so all it does to the loss is known as soon as its log-probs are, and
 6 N D V flops make the gradients too, where linear_token_logprobs needs 8 unless all logits fit. Where a row has a
-divergence from a reference, the logits of both heads lie side by side, with 2 N D' V flops more.
+divergence from a reference, the logits of both heads lie side by side, with 2 N D' V flops more. Where what meets
+does not fit into a chunk, two passes over chunks cut anywhere take 8 N D V and 4 N D' V.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import divergence
+from . import pair
 from .chunk import Chunk
-from .gemm import ProductSum, empty, sum_dtype
-from .head import Head, HeadInputs, Rows, compacted, rows_at
-from .policy_loss import rows_of_chunk, sum_bytes
+from .gemm import ProductSum, empty, sum_bytes, sum_dtype
+from .head import FEWEST_TOKENS, Head, HeadInputs, Rows, compacted, even, rows_at, split, too_small
+from .pair import Pair
 from .token_logprobs import Gradients
+
+ByToken = tuple[Tensor, Tensor | None]  # the loss's gradients by log-probs and divergences [N]
 
 
 @dataclass(frozen=True)
@@ -59,52 +62,50 @@ def chunks_of(
 
 def most_rows(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
     """How many of so many tokens fit into a chunk of the logits of these heads; 0 where too few do."""
-    share = budget if len(heads) == 1 else budget // divergence.TILES
-    return min(rows_of_chunk(head, count, share, sum_bytes(grads.weight, head.dtype)) for head in heads)
+    fit = _fitting(heads, budget, grads, count)
+    return 0 if fit < min(count, FEWEST_TOKENS) else fit
+
+
+def _fitting(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
+    return pair.most_rows(heads, count, budget, sum_bytes(grads.weight, heads[0].dtype))
+
+
+def even_chunks(used: Tensor, heads: Sequence[Head], budget: int, grads: Gradients) -> list[Rows]:
+    """The tokens of chunks that are cut anywhere, for two passes."""
+    index, count = compacted(used)
+    fit = _fitting(heads, budget, grads, count)
+    if fit < min(count, 1):
+        raise too_small(budget, len(heads) * heads[0].vocab)
+    return [rows_at(index, at) for at in split(count, even(count, max(fit, 1)))]
 
 
 def run(
     inputs: HeadInputs, heads: Sequence[Head], other_hidden: Tensor | None, rows: Tensor, chunks: list[Rows],
-    evaluate: Callable[[PerToken], tuple[Tensor, Tensor | None]], grads: Gradients,
-) -> None:  # fmt: skip
+    evaluate: Callable[[PerToken], ByToken] | None, grads: Gradients,
+) -> PerToken:  # fmt: skip
     """Fills grads. heads: of the policy and, with other_hidden, of the reference. rows: bool [N], where there is a
     divergence, KL of the reference to the policy. evaluate: from what is there by now to the gradients by log-probs and
-    divergences [N], of which those of the chunk's tokens are final."""
+    divergences [N], of which those of the chunk's tokens are final; None: no gradients are made."""
     head, ids, count = heads[0], inputs.ids.squeeze(1), inputs.ids.shape[0]
     found = PerToken(*(inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(3)))
     sizes = [at.stop - at.start if isinstance(at, slice) else at.numel() for at in chunks]
-    memory = [empty(max(sizes) * head.vocab, inputs.hidden, head.dtype) for _ in heads]
+    memory = empty(len(heads) * max(sizes, default=0) * head.vocab, inputs.hidden, head.dtype)
     weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at in chunks:
-        own = Chunk(head, inputs.hidden, ids, at, memory[0])
-        found.logp[at] = own.logp
         if other_hidden is None:
-            own.backward(evaluate(found)[0], None, weight_sum, grads)
+            own = Chunk.of(head, inputs.hidden, ids, at, memory)
+            found.logp[at] = own.logp
+            if evaluate is not None:
+                own.backward(evaluate(found)[0], None, weight_sum, grads)
         else:
-            beside = Chunk(heads[1], other_hidden, ids, at, memory[1])
-            _backward_of_both(own, beside, rows[at], found, evaluate)
-            own.accumulate(1.0, weight_sum, grads)
+            both = Pair(heads, (inputs.hidden, other_hidden), ids, at, memory, "forward_kl", [], rows[at])
+            found.logp[at], found.other_logp[at], found.divergence[at] = both.own.logp, both.other.logp, both.value
+            if evaluate is not None:
+                by_logp, by_value = evaluate(found)
+                assert by_value is not None
+                both.own.accumulate(both.differentiate(by_value[at], by_logp[at]), weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
-
-
-def _backward_of_both(
-    own: Chunk, beside: Chunk, rows: Tensor, found: PerToken,
-    evaluate: Callable[[PerToken], tuple[Tensor, Tensor | None]],
-) -> None:  # fmt: skip
-    """Turns the policy's logits into their gradient."""
-    ops, at = own.head.ops, own.rows
-    statistics = (own.lse, own.lse_rest, beside.lse, beside.lse_rest, rows)
-    given = (*statistics, *own.transform(), *beside.transform(), "forward_kl", [])  # DivergenceInputs
-    value, by_p, _ = ops.divergence(own.logits, beside.logits, *given)
-    found.divergence[at], found.other_logp[at] = value, beside.logp
-    by_logp, by_value = evaluate(found)
-    assert by_value is not None
-    of_divergence = ops.divergence_backward(by_value[at], own.logits, beside.logits, by_p, "logits", *given)
-    ops.token_logprobs_backward_(
-        by_logp[at], None, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy, own.lse.new_empty(0),
-        *own.transform(),
-    )  # fmt: skip
-    own.logits.add_(of_divergence)
+    return found

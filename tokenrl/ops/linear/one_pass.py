@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import once
+from ..derivatives import is_last_use, once
 from ..kernel_ops import IGNORED
 from .chunk import Chunk
-from .gemm import ProductSum, empty, scaled, sum_dtype
+from .gemm import ProductSum, empty, scaled, sum_bytes, sum_dtype
 from .head import HeadInputs, Rows, compacted, rows_at, split, whole_rows_of
+from .lift import lifted
+from .main_grad import MainGrad
 from .token_logprobs import Gradients
 
+WEIGHT = 1  # its place among the tensors
 # Of some rows, their log-probs [n, K] and entropies [n]: the tokens' values [n], the loss's gradients by both, or None.
 Terms = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
 
@@ -28,19 +31,17 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
     head, ids = inputs.head(ops), inputs.ids
     index, count = compacted((ids != IGNORED).any(-1))
     values = inputs.hidden.new_zeros(len(ids), dtype=sum_dtype(head.dtype))
-    rows = whole_rows_of(head, count, inputs.memory_budget).rows
+    rows = whole_rows_of(head, count, inputs.memory_budget, sum_bytes(grads.weight, head.dtype)).rows
     memory, weight_sum = empty(rows * head.vocab, inputs.hidden, head.dtype), None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
     for at in split(count, rows):
-        own = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
+        own = Chunk.of(head, inputs.hidden, ids, rows_at(index, at), memory)
         values[own.rows], by_logp, by_entropy = terms(own.rows, own.logp, own.entropy)
         if grads != Gradients(None, None, None):
-            ops.token_logprobs_backward_(
-                by_logp, by_entropy, None, None, own.logits, own.ids, own.lse, own.lse_rest, own.entropy,
-                own.lse.new_empty(0), *own.transform(),
-            )  # fmt: skip
-            own.accumulate(1.0, weight_sum, grads)
+            upstream, by = lifted(head, own.rows, (by_logp, by_entropy, None, None), own.states)
+            own.differentiate(upstream)
+            own.accumulate(by, weight_sum, grads)
     if weight_sum is not None:
         weight_sum.finish()
     return values
@@ -49,19 +50,29 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
 def _times_upstream(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     half = len(ctx.saved_tensors) // 2
     grads, tensors = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-    made = zip(grads, tensors, strict=True)
-    return None, *(None if g is None else scaled(g, grad, x.dtype) for g, x in made), *(None for _ in grads)
+    made, last = zip(grads, tensors, strict=True), is_last_use(ctx)
+
+    def times(g: Tensor | None, x: Tensor) -> Tensor | None:
+        if g is None:
+            return None
+        if ctx.main_grad is not None and g is grads[WEIGHT]:
+            return ctx.main_grad.add(g, grad)
+        return scaled(g, grad, x.dtype, last)
+
+    return None, None, *(times(g, x) for g, x in made), *(None for _ in grads)
 
 
 @functools.cache
 def with_gradients(name: str) -> type[torch.autograd.Function]:
-    """apply(loss, *tensors, *their gradients): the loss of the function of that name, whose gradients are there, None
-    where not wanted."""
+    """apply(loss, main_grad, *tensors, *their gradients): the loss of the function of that name, whose gradients are
+    there, None where not wanted. Of the tensors hidden and weight come first."""
 
     class WithGradients(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, loss: Tensor, *both: Tensor | None) -> Tensor:
-            half = len(both) // 2
+        def forward(ctx: Any, loss: Tensor, main_grad: Tensor | None, *both: Tensor | None) -> Tensor:
+            half, ctx.alone = len(both) // 2, True
+            weight = both[WEIGHT]
+            ctx.main_grad = None if weight is None else MainGrad.of(main_grad, weight)
             grads = both[half:]
             made = (x if g is not None else None for x, g in zip(both[:half], grads, strict=True))
             ctx.save_for_backward(*grads, *made)  # of the others some may be of inference mode

@@ -20,8 +20,8 @@ from . import token_logprobs
 from .chunk import Chunk
 from .directions import directions, has_directions
 from .evaluation import Evaluated, LinearPolicyLossInputs
-from .gemm import ProductSum, empty, multiples, sum_dtype
-from .head import FEWEST_TOKENS, Head, compacted, even, fitting_whole_rows, rows_at, split
+from .gemm import ProductSum, empty, multiples, sum_bytes, sum_dtype
+from .head import FEWEST_TOKENS, Head, compacted, even, most_whole_rows, rows_at, split
 from .token_logprobs import Gradients
 
 
@@ -45,25 +45,15 @@ def run(ops: Any, inputs: LinearPolicyLossInputs, grads: Gradients) -> tuple[Ten
     return evaluated.loss, raw, evaluated.logp, evaluated.entropy
 
 
-def sum_bytes(grad_weight: Tensor | None, dtype: torch.dtype) -> int:
-    """What several chunks take for the sum of their weight gradients, and one chunk does not."""
-    if grad_weight is None or grad_weight.dtype != dtype or dtype == sum_dtype(dtype):
-        return 0
-    return grad_weight.numel() * sum_dtype(dtype).itemsize
-
-
-def rows_of_chunk(head: Head, count: int, budget: int, sum_bytes: int) -> int:
-    """The most tokens of a chunk of so many; 0 where too few fit."""
-    # One chunk needs no sum: its logits may take that memory.
-    if count <= fitting_whole_rows(head, budget + sum_bytes):
-        return count
-    fit = fitting_whole_rows(head, budget)
+def rows_of_chunk(head: Head, count: int, budget: int, sums: int) -> int:
+    """The most tokens of a chunk of so many; 0 where too few fit. sums: of the weight's gradients."""
+    fit = most_whole_rows(head, count, budget, sums)
     return 0 if fit < min(count, FEWEST_TOKENS) else fit
 
 
-def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sum_bytes: int) -> list[slice] | None:
+def _chunks(inputs: LinearPolicyLossInputs, head: Head, count: int, sums: int) -> list[slice] | None:
     """Parts of the active tokens, cut where the objective allows it; None if too few tokens fit into one."""
-    fit = rows_of_chunk(head, count, inputs.memory_budget, sum_bytes)
+    fit = rows_of_chunk(head, count, inputs.memory_budget, sums)
     if fit == 0:
         return None if count else []
     if fit >= count or not inputs.looks_ahead:
@@ -99,7 +89,7 @@ def _one_pass(
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at, end in zip(chunks, ends, strict=True):
-        chunk = Chunk(head, inputs.hidden, ids, rows_at(index, at), memory)
+        chunk = Chunk.of(head, inputs.hidden, ids, rows_at(index, at), memory)
         if chunk.logp.numel() == count:
             logp, entropy = chunk.logp, chunk.entropy
         else:

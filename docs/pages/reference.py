@@ -1,0 +1,72 @@
+"""Which public names there are, and in which room each is at home."""
+
+import importlib
+import inspect
+from types import ModuleType
+
+import tokenrl
+
+ROOMS = ("losses", "logprobs", "objectives", "ops", "advantages", "methods", "distributed", "compat", "instruments")
+BESIDE = ("tokenrl.distributed",)  # modules that `import tokenrl` leaves to those who need them
+
+
+def public_names() -> dict[str, object]:
+    """Dotted path -> object: of tokenrl.__all__, and of the modules among them what these define."""
+    found: dict[str, object] = {}
+    modules = {f"tokenrl.{name}": getattr(tokenrl, name) for name in tokenrl.__all__}
+    modules |= {name: importlib.import_module(name) for name in BESIDE}
+    for path, thing in modules.items():
+        found[path] = thing
+        if isinstance(thing, ModuleType):
+            found |= {f"{path}.{name}": getattr(thing, name) for name in names_of(thing)}
+    return found
+
+
+def names_of(module: ModuleType) -> list[str]:
+    """__all__, or the functions and classes that the module defines."""
+    own = [
+        name
+        for name, thing in vars(module).items()
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == module.__name__
+    ]
+    return list(getattr(module, "__all__", None) or [name for name in own if not name.startswith("_")])
+
+
+def room_of(path: str, thing: object) -> str:
+    """The folder of tokenrl/ that defines a public name; of a table, a dict, that of its rows."""
+    if isinstance(thing, dict):
+        thing = next(iter(thing.values()))
+        thing = thing if inspect.isclass(thing) else type(thing)
+    home = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", path)
+    return home.split(".")[1]
+
+
+def of_room(room: str) -> str:
+    """A page's names: those of tokenrl itself, then those of each module."""
+    found = {path: thing for path, thing in public_names().items() if room_of(path, thing) == room}
+    modules = [path for path, thing in found.items() if isinstance(thing, ModuleType)]
+    plain = [path for path in found if path not in modules and path.rpartition(".")[0] not in modules]
+    return "\n".join([listed(plain), *(of_module(path, found) for path in modules)])
+
+
+def of_module(path: str, found: dict[str, object]) -> str:
+    own = [name for name in found if name.rpartition(".")[0] == path]
+    text = (inspect.getdoc(found[path]) or "").split("\n\n")[0]
+    return f"\n## {path}\n\n{directive(f'.. py:module:: {path}')}\n\n{text}\n\n{listed(own)}"
+
+
+def listed(paths: list[str]) -> str:
+    return "\n".join(directive(described(path)) for path in sorted(paths, key=str.lower))
+
+
+def described(path: str) -> str:
+    thing = public_names()[path]
+    if inspect.isclass(thing):
+        return f".. autoclass:: {path}\n   :members:"
+    if isinstance(thing, dict):
+        return f".. py:data:: {path}\n\n   A table: name -> row, {', '.join(f'``{name}``' for name in thing)}."
+    return f".. autofunction:: {path}"
+
+
+def directive(text: str) -> str:
+    return f"```{{eval-rst}}\n{text}\n```"
