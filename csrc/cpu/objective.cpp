@@ -241,7 +241,8 @@ bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
                const Threads& threads) {
   clear_outside(args.spans, args.coef);
   const Scratch<Totals> totals(args.spans.num_sequences);  // one per sequence
-  const bool known = run_named(static_cast<TOKENRL_GATES*>(nullptr), gate, args, statistic, through, totals.at, threads);
+  const bool known =
+      run_named(static_cast<TOKENRL_GATES*>(nullptr), gate, args, statistic, through, totals.at, threads);
   if (known) add_up_sequences(args, totals.at);
   return known;
 }

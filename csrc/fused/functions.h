@@ -1,4 +1,5 @@
-// What gates that tokenrl/fusion/ writes call beside scalar.h: torch's functions at every number, as straight-line code.
+// What gates that tokenrl/fusion/ writes call beside scalar.h: torch's functions at every number, as straight-line
+// code.
 #pragma once
 
 #include "../scalar.h"
@@ -8,7 +9,8 @@ namespace tokenrl::fused {
 // log x: -inf at 0, NaN below.
 TRL_HD float log_of(float x) {
   const float y = logarithm(larger(x, 1.17549435e-38f));
-  return x > 0 ? (x < infinity<float>() ? y : x) : x == 0 ? -infinity<float>() : std::numeric_limits<float>::quiet_NaN();
+  const float above = x < infinity<float>() ? y : x, nan = std::numeric_limits<float>::quiet_NaN();
+  return x > 0 ? above : x == 0 ? -infinity<float>() : nan;
 }
 TRL_HD double log_of(double x) { return ::log(x); }
 

@@ -1,14 +1,13 @@
 """tokenrl.fuse: a fused gate in every loss, what it refuses, what it keeps, and that it holds kernels to the torch."""
 
 import subprocess
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import batch, device_of, run
 from fused_gates import PlainBand, PlainCispo, cpp_values, refused
-from paths import ROOT
+from registered import TABLES, restored
 
 import tokenrl
 from tokenrl.fusion import building, expressions
@@ -20,19 +19,6 @@ from tokenrl.ops import backends
 
 NO_CPP = building.why_not_cpp()
 FUSED = {"cpu": NO_CPP, "triton": backends.BACKENDS["triton"].why_not(device_of("triton"))}
-TABLES = (GATES, backends.TRITON_GATES, backends.CPU_GATES, backends.NOT_FUSED, tokenrl.OBJECTIVES)
-
-
-@contextmanager
-def restored():
-    """What is registered is taken out again; what is compiled is kept by its content."""
-    before = [dict(table) for table in TABLES]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENRL_CACHE", str(ROOT / "build" / "fused"))
-        yield
-    for table, old in zip(TABLES, before, strict=True):
-        table.clear()
-        table.update(old)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +55,7 @@ def test_it_has_the_numbers_of_the_built_in_objective(band, backend, dtype):
     if FUSED[backend]:
         pytest.skip(FUSED[backend])
     row, built_in = band
-    case = batch(1, rows=8)
+    case = batch(5, rows=8)
     width = torch.linspace(0.05, 0.2, case["mask"].numel(), dtype=torch.float64).reshape(case["mask"].shape)
     for parameters in ({}, {"eps_low": width}):
         given = [tokenrl.objective(of, **parameters) for of in (row, built_in, built_in)]

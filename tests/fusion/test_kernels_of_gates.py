@@ -17,11 +17,6 @@ NO_TRITON = backends.BACKENDS["triton"].why_not(triton_device())
 SINGLE, DOUBLE = torch.float32, torch.float64
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
-
-
 @pytest.fixture(params=["C++", "Triton"])
 def language(request):
     if reason := host_build.why_not() if request.param == "C++" else NO_TRITON:
