@@ -46,7 +46,8 @@ def band(fused_band):
     for table, entries in zip(TABLES, fused_band, strict=True):
         table.update(entries)
     built_in = tokenrl.objective("ctpo", eps_low=0.1, eps_high=0.15, eps_dual=0.3)
-    return tokenrl.register(replace(built_in, name="plain_ctpo", gate=PlainBand())), built_in
+    gate = PlainBand(0.1, 0.15, eps_dual=0.3)
+    return tokenrl.register(replace(built_in, name="plain_ctpo", gate=gate)), built_in
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -9,65 +9,13 @@ import torch
 from paths import ROOT
 
 import tokenrl
+from bench.fused import PlainBand, PlainCispo, PlainPpo, PlainSapo, clipped_loss
 from tokenrl.fusion.trace import traced
 from tokenrl.fusion.writing import cpp_source
 from tokenrl.objectives.gates.adaptive import DhpoBranch
 from tokenrl.objectives.gates.bounded import Cfpo, LogBand, PpoClip, PrimeRl, Sapo
 from tokenrl.objectives.gates.kl import KlK3
 from tokenrl.objectives.gates.weighted import Cispo, Quadratic
-
-
-def clipped_loss(advantages, r, low, high):
-    return torch.maximum(-advantages * r, -advantages * torch.clamp(r, low, high))
-
-
-@tokenrl.parametrised
-class PlainPpo(tokenrl.Gate):
-    name = "plain_ppo"
-    eps_low: float = 0.2
-    eps_high: float = 0.28
-    dual: float = 1.5
-
-    def value(self, s, x, logp, advantages, t):
-        loss = clipped_loss(advantages, s.exp(), 1 - self.eps_low, 1 + self.eps_high)
-        return torch.where(advantages < 0, torch.minimum(loss, -advantages * self.dual), loss)
-
-    def clipped(self, s, x, logp, advantages, t):
-        r, down = s.exp(), advantages < 0
-        return down & (r < 1 - self.eps_low), (advantages > 0) & (r > 1 + self.eps_high), down & (r > self.dual)
-
-
-@tokenrl.parametrised
-class PlainBand(tokenrl.Gate):
-    """CTPO's."""
-
-    name = "plain_band"
-    eps_low: float = 0.1
-    eps_high: float = 0.15
-    eps_dual: float = 0.3
-    power: float = 0.5
-
-    def value(self, s, x, logp, advantages, t):
-        width = t**self.power
-        upper = torch.where(advantages > 0, self.eps_high * width, self.eps_dual * width)
-        lower = torch.where(advantages > 0, -torch.inf, -self.eps_low * width)
-        return -advantages * s.clamp(lower, upper).exp()
-
-    def clipped(self, s, x, logp, advantages, t):
-        width, down = t**self.power, advantages < 0
-        low, high = s < -self.eps_low * width, s > self.eps_high * width
-        return down & low, (advantages > 0) & high, down & (s > self.eps_dual * width)
-
-
-@tokenrl.parametrised
-class PlainSapo(tokenrl.Gate):
-    name = "plain_sapo"
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
-
-    def value(self, s, x, logp, advantages, t):
-        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg)
-        return -4 / tau * torch.sigmoid(tau * (s.exp() - 1)) * advantages
 
 
 @tokenrl.parametrised
@@ -78,20 +26,6 @@ class PlainCfpo(tokenrl.Gate):
     def value(self, s, x, logp, advantages, t):
         r = torch.exp(s)
         return -advantages * r + advantages.abs() / (2 * self.eps) * (r - 1) ** 2
-
-
-@tokenrl.parametrised
-class PlainCispo(tokenrl.Gate):
-    name = "plain_cispo"
-    slopes = ("logp",)
-    eps_low: float = 0.8
-    eps_high: float = 1.2
-
-    def value(self, s, x, logp, advantages, t):
-        return -advantages * s.exp().clamp(self.eps_low, self.eps_high).detach() * logp
-
-    def clipped(self, s, x, logp, advantages, t):
-        return s.exp() < self.eps_low, s.exp() > self.eps_high, torch.zeros_like(s, dtype=torch.bool)
 
 
 @tokenrl.parametrised
@@ -173,16 +107,16 @@ class PlainK3Unbiased(PlainK3):
 PLAIN = {
     gate.name: (gate, built_in)
     for gate, built_in in (
-        (PlainPpo, PpoClip(0.2, 0.28, dual=1.5)),
-        (PlainBand, LogBand(0.1, 0.15, eps_dual=0.3, power=0.5)),
-        (PlainSapo, Sapo()),
-        (PlainCfpo, Cfpo()),
-        (PlainCispo, Cispo(0.8, 1.2)),
-        (PlainQuadratic, Quadratic()),
-        (PlainPrimeRl, PrimeRl(0.02, 0.03, 0.05, kl_tau=0.3)),
-        (PlainBranches, DhpoBranch(0.3, 0.2, 0.28, 0.1, 0.15)),
-        (PlainK3, KlK3(ceiling=0.05)),
-        (PlainK3Unbiased, PlainK3Unbiased()),  # its sum rounds what the built-in gate does not
+        (PlainPpo(0.2, 0.28, dual=1.5), PpoClip(0.2, 0.28, dual=1.5)),
+        (PlainBand(0.1, 0.15, eps_dual=0.3), LogBand(0.1, 0.15, eps_dual=0.3)),
+        (PlainSapo(), Sapo()),
+        (PlainCfpo(), Cfpo()),
+        (PlainCispo(0.8, 1.2), Cispo(0.8, 1.2)),
+        (PlainQuadratic(), Quadratic()),
+        (PlainPrimeRl(), PrimeRl(0.02, 0.03, 0.05, kl_tau=0.3)),
+        (PlainBranches(), DhpoBranch(0.3, 0.2, 0.28, 0.1, 0.15)),
+        (PlainK3(), KlK3(ceiling=0.05)),
+        (PlainK3Unbiased(), PlainK3Unbiased()),  # its sum rounds what the built-in gate does not
     )
 }
 
@@ -215,7 +149,7 @@ def gate_of(function: str) -> tokenrl.Gate:
 
 
 def every_gate() -> dict[str, tokenrl.Gate]:
-    return {name: gate() for name, (gate, _) in PLAIN.items()} | {name: gate_of(name) for name in FUNCTIONS}
+    return {name: gate for name, (gate, _) in PLAIN.items()} | {name: gate_of(name) for name in FUNCTIONS}
 
 
 @cache
