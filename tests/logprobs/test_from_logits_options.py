@@ -238,3 +238,17 @@ def test_everything_at_once(dtype, backend):
         keep_mask=keep, row_mask=row_mask, ignore_index=7,
     )  # fmt: skip
     assert zeros(found, ~row_mask) and set(found) == {*OUTPUTS, "gradient"}
+
+
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_a_row_of_minus_infinity_alone(softcap, backend):
+    """It has no distribution: its log-prob and its gradient are NaN everywhere; the other rows are as without it."""
+    logits, ids = make(3, 33)
+    alone = run(logits[1:], ids[1:], backend, softcap=softcap)
+    found = run(torch.cat([torch.full_like(logits[:1], -torch.inf), logits[1:]]), ids, backend, softcap=softcap)
+    assert found["logp"][0].isnan() and found["gradient"][0].isnan().all() and alone["gradient"].any()
+    assert (found["lse"][0] == -torch.inf).all()
+    for name in ("logp", "entropy", "lse"):
+        torch.testing.assert_close(found[name][1:], alone[name])
+    assert found["gradient"][1:].isfinite().all()

@@ -52,7 +52,7 @@ def of_topk(kind, **how):
     return loss
 
 
-def of_preference(kind, **how):
+def of_preference(kind, passes=1, **how):
     """A row with a divergence from the reference; of pairs of sequences of 10."""
 
     def loss(other_hidden, other_weight, **case):
@@ -62,7 +62,7 @@ def of_preference(kind, **how):
             kind, **case, ids=ids, ref_hidden=other_hidden, ref_weight=other_weight, pairs=pairs, normalizer=SCALE,
             cu_seqlens=torch.arange(0, N + 1, 10, device=ids.device), **how,
         )  # fmt: skip
-        assert metrics.passes == 1
+        assert metrics.passes == passes
         return found
 
     return loss
@@ -159,6 +159,18 @@ def test_main_grad_of_a_preference_gets_what_weight_grad_does_not(row, fits, dty
     hidden, weight, bias = at
     assert weight.grad is None and bias.grad.any()
     torch.testing.assert_close(hidden.grad, expected[0], rtol=far, atol=1e-3)
+
+
+@FAST
+@pytest.mark.parametrize("name", ["tdpo2", "topk"])
+def test_torch_func_gives_the_same_gradients(name, backend):
+    make, kind = LOSSES[name]
+    case = batch(backend, torch.float64)
+    budget = {"backend": backend} if name == "topk" else {"backend": backend, "passes": 2}
+    of_func = torch.func.grad(lambda hidden: SCALE * make(kind, **budget)(**case | {"hidden": hidden}))(case["hidden"])
+    (wanted, *_) = gradients(make(kind, backend=backend), case)
+    assert wanted.any()
+    torch.testing.assert_close(of_func, wanted)
 
 
 @FAST

@@ -141,3 +141,12 @@ def test_cafts_coefficients():
     assert sft_weights.caft_coefs(0, 10) == pytest.approx([1, 0.008, 0.0064, 0.00512, 0.004096])
     with pytest.raises(ValueError, match="^schedule: got 'cosine', accepted: constant, linear, sine, rsine"):
         sft_weights.caft_coefs(0, 10, schedule="cosine")
+    with pytest.raises(ValueError, match="^heads: got 1.5, accepted: a whole number, at least 0"):
+        sft_weights.caft_coefs(0, 10, heads=1.5)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_tokens_are_not_weighed_by_a_count_of_none(count):
+    with pytest.raises(ValueError, match="^count: got 0.0, accepted: a number above 0; 2 of tokens are to be weighed"):
+        sft_weights.nll_weights(torch.tensor([True, True, False]), coef=0.1, count=count)
+    assert not sft_weights.nll_weights(torch.zeros(3, dtype=torch.bool), coef=0.1, count=count).any()

@@ -184,6 +184,14 @@ def test_smoothing(target):
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), (hidden, weight)), wanted)
 
 
+def test_a_loss_without_any_term_has_a_gradient_of_zeros():
+    """As a schedule of coefficients may begin."""
+    leaf = LOGP.clone().requires_grad_()
+    loss, parts = tokenrl.unlearning_loss(tokenrl.unlearning("ga", forget=0), leaf, forget_mask=FORGET)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss == 0 and loss.dtype == LOGP.dtype and parts.forget != 0 and not grad.any()
+
+
 ERRORS = {
     "objective": ({"objective": "gaa"}, "objective: got 'gaa', accepted: ga, .* Did you mean"),
     "reference": ({"objective": "npo"}, "ref_logp: got None, accepted: one; objective 'npo' needs it"),

@@ -29,6 +29,15 @@ def test_proximal_logp():
     assert tokenrl.proximal_logp(LOGP[:0], OLD[:0], VERSIONS[:0], 7).shape == (0,)
 
 
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+def test_a_token_that_the_rollout_could_not_sample(mean):
+    """Of probabilities 0 and p: 0^(1 - a) p^a = 0, and a p."""
+    versions, nothing = torch.tensor([5, 5, 7]), torch.tensor([-torch.inf] * 3)
+    found = tokenrl.proximal_logp(torch.tensor([-1.0, -torch.inf, -1.0]), nothing, versions, 7, mean=mean)
+    expected = [-1 + math.log(0.5) if mean == "arithmetic" else -math.inf, -math.inf, -math.inf]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
 def test_decoupled_ppo():
     """-A w r with w = p_prox / p_old, truncated at 2, r = p / p_prox, inside the clip of r."""
     logp, old, a = (x.double()[None] for x in (LOGP, OLD, torch.ones(1)))

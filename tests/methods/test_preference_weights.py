@@ -116,6 +116,11 @@ def test_wrong_calls():
     for call, message in (
         (lambda: weights.cdpo_weights(-draw(), chosen="two"), "^chosen: got 'two', accepted: one, score"),
         (lambda: weights.mah_dpo_weights(torch.tensor([0, 2]), 2), "^dimension: got 0 to 2, accepted: numbers of head"),
+        (
+            lambda: weights.mah_dpo_weights(torch.tensor([0, 1]), 2.5),
+            "^heads: got 2.5, accepted: a whole number",
+        ),
+        (lambda: weights.mah_dpo_weights(torch.tensor([0, 1]), float("inf")), "^heads: got inf, accepted: a whole"),
         (lambda: weights.ld_dpo_weights(draw(), alpha=1.5), "^alpha: got 1.5"),
         (lambda: weights.tab_po_barrier(draw(), draw(), per="pair"), "^per: got 'pair'"),
         (lambda: weights.t_reg_term(*[draw()] * 3, MARGINS, statistic="max"), "^statistic: got 'max', accepted: sum"),

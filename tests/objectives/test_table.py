@@ -45,3 +45,20 @@ def test_parameters_go_to_the_gate_or_to_the_form():
 def test_wrong_parameters_of_forms(name, parameters, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         tokenrl.objective(name, **parameters)
+
+
+@pytest.mark.parametrize(
+    "name,changes,accepted",
+    [
+        ("cfpo", {"eps": 0.0}, "eps: got 0.0, accepted: a number above 0 or a tensor"),
+        ("cfpo", {"eps": -0.2}, "eps: got -0.2, accepted: a number above 0 or a tensor"),
+        ("sapo", {"tau_neg": 0}, "tau_neg: got 0, accepted: a number above 0 or a tensor"),
+        ("ppo", {"eps_low": -0.2}, "eps_low: got -0.2, accepted: a number, at least 0, or a tensor"),
+        ("ctpo", {"eps_dual": -1}, "eps_dual: got -1, accepted: a number, at least 0, or a tensor"),
+        ("dppo_tv", {"eps_high": -0.1}, "eps_high: got -0.1, accepted: a number, at least 0, or a tensor"),
+        ("hapo", {"eps_low": float("nan")}, "eps_low: got nan, accepted: a number, at least 0, or a tensor"),
+    ],
+)
+def test_a_bound_of_no_meaning_raises(name, changes, accepted):
+    with pytest.raises(ValueError, match=f"^{accepted} with one value per token"):
+        tokenrl.objective(name, **changes)

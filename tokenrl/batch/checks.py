@@ -146,6 +146,14 @@ def check_number(
     raise wrong(name, x, accepted)
 
 
+def check_whole(name: str, x: object, least: int) -> None:
+    """A whole number of things, at least so many; 4.0 is one."""
+    accepted = f"a whole number, at least {least}"
+    check_number(name, x, least, accepted=accepted)
+    if not float(x).is_integer():  # type: ignore[arg-type]  # an infinite one is none
+        raise wrong(name, x, accepted)
+
+
 def check_positive(name: str, x: object) -> None:
     """A factor of logits; its inverse must not overflow where they are fp32."""
     check_number(name, x, FP32.tiny, FP32.max, accepted="a positive finite number in the range of fp32")

@@ -18,6 +18,7 @@ from ..objectives.preference import Preference, preference
 from ..observed import observed
 from ..ops import backends, ranges
 from ..ops.backends import Backend
+from ..ops.derivatives import transformed
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
 from .preference import evaluate
@@ -87,9 +88,9 @@ def linear_preference_loss(
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
     as many as memory_budget allows (as for linear_policy_loss): 6 N D V flops, and 2 N D' V of a reference. Where a
     pair does not fit into one, and where a row sorts the batch that does not fit as a whole, the gradients need a
-    second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is in a trace by
-    torch.compile, where a divergence takes those of linear_token_divergence on top, and without a divergence where
-    fewer than 64 tokens fit into a chunk.
+    second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is without a divergence
+    where fewer than 64 tokens fit into a chunk, and under torch.func and in a trace by torch.compile, where a
+    divergence takes those of linear_token_divergence on top.
     main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
     coefficient is zero enter none of the backward where there is no divergence.
@@ -193,7 +194,7 @@ class _Call:
         leaves = (*self.tensors, inputs.token_weight, inputs.divergence_weight)
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
         helps = any(wanted) or inputs.row.divergence > 0
-        if helps and not chosen.is_reference and not torch.compiler.is_compiling():
+        if helps and not chosen.is_reference and not transformed():
             flat, other = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index), None
             if inputs.row.divergence > 0:
                 other = self._other_inputs(scored)

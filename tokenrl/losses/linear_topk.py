@@ -14,6 +14,7 @@ from ..logprobs.topk import topk_token_divergence
 from ..objectives.distillation import Distillation
 from ..observed import observed
 from ..ops import backends, ranges
+from ..ops.derivatives import transformed
 from ..ops.kernel_ops import IGNORED
 from ..ops.linear import one_pass
 from ..ops.linear.gemm import weighed_sum
@@ -56,7 +57,7 @@ def linear_topk_distillation_loss(
 
     The rest and the result as for topk_distillation_loss. Tokens that are masked or weigh nothing enter no GEMM. The
     forward makes the gradients of hidden, weight and bias, 6 N D V flops, and the backward multiplies; in a trace by
-    torch.compile it is linear_token_logprobs with 8.
+    torch.compile and under torch.func it is linear_token_logprobs with 8.
     """
     row, layout, weights = weighed_tokens(
         objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
@@ -69,7 +70,7 @@ def linear_topk_distillation_loss(
     chosen = backends.choose(backend, hidden.device)
     pays = (layout.valid() & (weights != 0)).view(layout.shape)
     terms = _terms(row, weights, other_logp_topk.to(weights.dtype), topk_mask, lists)
-    if chosen.is_reference or torch.compiler.is_compiling():
+    if chosen.is_reference or transformed():
         how: dict[str, Any] = dict(
             zip(("temperature", "softcap", "logit_scale", "keep_mask", "compute_dtype"), options, strict=False)
         )

@@ -83,7 +83,7 @@ def unlearning_loss(
         _smoothing(layout, divergence, normalizer),
     )
     coefs = row.forget * row.alpha, row.retain, row.eos, row.forget * row.smoothing
-    loss = torch.zeros_like(parts.forget)
+    loss = logp.reshape(-1)[:0].sum(dtype=torch.float64)  # of no token: without any term it has a gradient of zeros
     for coef, part in zip(coefs, parts, strict=True):
         loss = loss + coef * part if coef > 0 else loss
     return loss.to(logp.dtype), UnlearningParts(*(part.detach() for part in parts))

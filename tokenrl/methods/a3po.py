@@ -25,6 +25,7 @@ def proximal_logp(
     logp's shape, of the policy that sampled each token; where u is negative (a prompt's) or not below v, a = 0. mean:
     "geometric", of probabilities, as above; "arithmetic", log((1 - a) p_rollout + a p).
     logp, rollout_logp: fp32 or fp64 of one shape, any, constant. A cell whose log-probs are NaN is NaN.
+    A rollout_logp of -inf, of no probability, stays one in the geometric mean.
 
     Source: arXiv 2512.06547, AReaL loglinear, linear (trainers; without its 1e-10 in the latter's logarithm).
     """
@@ -43,7 +44,7 @@ def proximal_logp(
     share = torch.where((behind > 0) & (versions >= 0), (behind - 1) / behind, 0)
     old, new = rollout_logp.double(), logp.double()
     if mean == "geometric":
-        found = old + torch.where(share == 0, 0, share * (new - old))  # nothing of what may be infinite
+        found = old + torch.where((share == 0) | (old == -torch.inf), 0, share * (new - old))  # of nothing infinite
     else:
         found = torch.logaddexp(old + torch.log1p(-share), torch.where(share == 0, -torch.inf, new + share.log()))
     return found.to(logp.dtype)

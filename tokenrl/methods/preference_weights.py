@@ -24,6 +24,7 @@ from ..batch.checks import (
     check_name,
     check_number,
     check_tensor,
+    check_whole,
     values_known,
 )
 from ..batch.layout import Layout, layout_of
@@ -227,7 +228,7 @@ def mah_dpo_weights(dimension: Tensor, heads: int) -> Tensor:
     check_integers("dimension", dimension)
     if dimension.dim() != 1:
         raise wrong("dimension", f"shape {list(dimension.shape)}", "one integer per pair, [P]")
-    check_number("heads", heads, 1)
+    check_whole("heads", heads, 1)
     if values_known(dimension) and ((dimension < 0) | (dimension >= heads)).any():
         raise wrong("dimension", f"{dimension.min()} to {dimension.max()}", f"numbers of heads, 0 to {heads - 1}")
     counts = torch.zeros(int(heads), dtype=torch.float64, device=dimension.device)

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..batch.checks import as_scalar, check_name, check_number, check_tensor
+from ..batch.checks import as_scalar, check_name, check_number, check_tensor, check_whole, values_known
 from ..batch.valid_tokens import valid_of
 from ..errors import wrong
 
@@ -75,6 +75,8 @@ def nll_weights(tokens: Tensor, *, coef: float, count: float | Tensor | None = N
     if count is not None and not isinstance(count, Tensor):
         check_number("count", count, 0)
     number = weights.sum() if count is None else as_scalar("count", count, weights)
+    if values_known(tokens) and values_known(number) and tokens.any() and not number > 0:
+        raise wrong("count", number.item(), f"a number above 0; {tokens.sum()} of tokens are to be weighed")
     return torch.where(tokens, coef / number, 0)
 
 
@@ -111,7 +113,7 @@ def caft_coefs(
     check_name("schedule", schedule, SCHEDULES)
     check_number("step", step, 0)
     check_number("steps", steps, above=0)
-    check_number("heads", heads, 0)
+    check_whole("heads", heads, 0)
     check_number("ratio", ratio, 0, 1, above=0)
     for name, value in (("decay", decay), ("scale", scale)):
         check_number(name, value, 0)

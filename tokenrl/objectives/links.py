@@ -6,6 +6,7 @@ sigma is the logistic function, log sigma its logarithm.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..batch.checks import check_number
-from .gates.base import check_params, parametrised
+from .gates.base import Range, check_params, parametrised
 
 Slopes = tuple[Tensor, Tensor, Tensor]  # loss, its derivative in the chosen score and in the rejected one
 
@@ -25,6 +26,7 @@ class Link:
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
     beta: float = 0.1
 
@@ -261,6 +263,7 @@ class Score:
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def of(self, x: Tensor) -> tuple[Tensor, Tensor]:

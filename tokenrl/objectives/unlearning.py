@@ -4,6 +4,7 @@ A forget term meets the log-prob of a token, or the score of a sequence: the sum
 mean. Each gives its loss and, on the next line, the derivative; arguments are fp64. sigma is the logistic function.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from ..batch.checks import check_name, check_number
 from ..errors import described, wrong
 from .changes import changed
-from .gates.base import check_params, parametrised
+from .gates.base import Range, check_params, parametrised
 
 STATISTICS = {
     "token": "x = logp_t - ref_logp_t of each token to forget; the mean over these tokens",
@@ -30,6 +31,7 @@ class Forget:
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:

@@ -52,6 +52,11 @@ def register_derivative(
     _FUNCTIONS[namespace, op] = _Functions(found, differentiable, *functions)
 
 
+def transformed() -> bool:
+    """Whether torch.compile traces or torch.func transforms: gradients are not to be made in a forward there."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def is_last_use(ctx: Any) -> bool:
     """Of what a backward has saved: no caller holds it, its graph is gone after it, and nobody traces."""
     if not getattr(ctx, "alone", False) or torch.compiler.is_compiling():

@@ -6,7 +6,7 @@ the row on the call's backend as often as it needs. From hidden states its coeff
 that do not fit into the budget take a second pass, unless the head is frozen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...batch.layout import Layout
 from ..excess import excess
-from ..gates.base import Gate, parametrised
+from ..gates.base import Gate, Range, parametrised
 from ..metrics import RAW
 
 
@@ -28,6 +28,7 @@ class Form:
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
     replaces_ratio: ClassVar[bool] = False
 

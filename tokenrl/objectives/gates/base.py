@@ -13,9 +13,9 @@ triton_kernels/gates.py. The kernels' own tensors never hold gradients for param
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,12 +29,23 @@ Bounds = tuple[Tensor, Tensor, Tensor]  # bool: which tokens are below, above, b
 INF = float("inf")
 
 
+class Range(NamedTuple):
+    """Of a parameter that is a number."""
+
+    least: float = -INF
+    above: float = -INF
+
+
+ANY, WIDTH, POSITIVE = Range(), Range(least=0), Range(above=0)  # WIDTH: of a bound from the middle
+
+
 class Parametrised(Protocol):
-    """A gate or a form."""
+    """A gate or a form. ranges: of its parameters, where a number outside has no meaning."""
 
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
@@ -50,6 +61,7 @@ def parametrised(cls: AnyClass) -> AnyClass:
     made.names = tuple(field.name for field in fields)
     made.words = tuple(field.name for field in fields if field.type in (str, "str"))
     made.optional = tuple(field.name for field in fields if "None" in str(field.type))
+    made.ranges = getattr(made, "ranges", {})
     return made
 
 
@@ -58,13 +70,14 @@ class Gate:
     """Base of all gates. `name` finds the kernels' functor; `params()` are its parameters in the functor's order.
 
     uses_advantages: the loss depends on them; vanishes: it is then 0, with its gradient, wherever they are 0. slopes:
-    in which of s (with it x) and logp it has a derivative. reads_rollout: importance weights of the rollout are factors
-    of the ratio, not of the loss."""
+    in which of s (with it x) and logp it has a derivative. ranges: of parameters that are numbers. reads_rollout:
+    importance weights of the rollout are factors of the ratio, not of the loss."""
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, Range]] = {}
     __dataclass_fields__: ClassVar[dict[str, Any]]  # as dataclasses.replace asks for, to type checkers
     uses_advantages: ClassVar[bool] = True
     vanishes: ClassVar[bool] = True
@@ -166,4 +179,14 @@ def check_params(gate: Parametrised) -> None:
             if value.requires_grad:
                 raise wrong(name, "a tensor that requires grad", "a constant; bounds carry no gradient, detach it")
         elif name not in gate.words and not (value is None and name in gate.optional):
-            check_number(name, value, accepted="a number or a tensor with one value per token")
+            _check_range(name, value, gate.ranges.get(name, ANY))
+
+
+def _check_range(name: str, value: object, range: Range) -> None:
+    accepted = "a number"
+    if range.least > -INF:
+        accepted += f", at least {range.least:g},"
+    elif range.above > -INF:
+        accepted += f" above {range.above:g}"
+    accepted += " or a tensor with one value per token"
+    check_number(name, value, range.least, above=range.above, accepted=accepted)

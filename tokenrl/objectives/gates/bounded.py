@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, as_tensor_like, bounded, parametrised, product, surrogate, used
+from .base import (
+    INF,
+    POSITIVE,
+    WIDTH,
+    Bound,
+    Bounds,
+    Gate,
+    as_tensor_like,
+    bounded,
+    parametrised,
+    product,
+    surrogate,
+    used,
+)
 
 
 @parametrised
@@ -30,6 +43,7 @@ class PpoClip(Gate):
     """
 
     name = "ppo_clip"
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2
     dual: Bound = INF
@@ -87,6 +101,7 @@ class LogBand(Gate):
     """
 
     name = "log_band"
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "eps_dual": WIDTH}
     eps_low: Bound = 0.025
     eps_high: Bound = 0.05
     eps_dual: Bound = 0.05
@@ -112,6 +127,7 @@ class Sapo(Gate):
     """
 
     name = "sapo"
+    ranges = {"tau_pos": POSITIVE, "tau_neg": POSITIVE}
     tau_pos: Bound = 1.0
     tau_neg: Bound = 1.05
 
@@ -132,6 +148,7 @@ class Cfpo(Gate):
     """
 
     name = "cfpo"
+    ranges = {"eps": POSITIVE}
     eps: Bound = 0.2
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
@@ -151,6 +168,7 @@ class SppoToken(Gate):
     """
 
     name = "sppo_token"
+    ranges = {"eps": WIDTH}
     eps: Bound = 0.3
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
@@ -175,6 +193,7 @@ class PrimeRl(Gate):
     """
 
     name = "prime_rl"
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "eps_back": WIDTH}
     vanishes = False
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2

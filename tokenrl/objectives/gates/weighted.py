@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
+from .base import INF, WIDTH, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
 
 
 def weighted(weight: Bound, advantages: Tensor, logp: Tensor) -> Tensor:
@@ -82,6 +82,7 @@ class Rec(Gate):
     """
 
     name = "rec"
+    ranges = dict.fromkeys(("eps_low", "eps_high", "eps_low_prime", "eps_high_prime"), WIDTH)
     slopes = ("logp",)
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2
@@ -201,6 +202,7 @@ class DppoGate(Gate):
     """
 
     slopes = ("logp",)
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
     eps_low: Bound = 0.15
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
