@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
-PER_ISA = ("divergence", "machine_limit_loops", "objective", "token_logprobs", "token_logprobs_backward")  # of csrc/cpu
+PER_ISA = (  # of csrc/cpu
+    "divergence", "divergence_backward", "machine_limit_loops", "objective", "token_logprobs",
+    "token_logprobs_backward",
+)  # fmt: skip
 BESIDE = {  # packages that lie beside tokenrl/
     "tokenrl.triton_kernels": "triton_kernels",
     "tokenrl.bench": "bench",

@@ -68,6 +68,10 @@ struct CpuDevice {
   void divergence(const Args& args, const char* kind) const {
     cpu::divergence(args, kind, kTorchThreads);
   }
+  template <class Args>
+  void divergence_backward(const Args& args, const char* kind) const {
+    cpu::divergence_backward(args, kind, kTorchThreads);
+  }
 };
 
 #if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
@@ -147,6 +151,10 @@ struct CudaDevice {
   void divergence(const Args& args, const char* kind) const {
     const auto memory = scratch(cuda::divergence_scratch_bytes(args));
     check(cuda::divergence(args, kind, memory.data_ptr(), stream()));
+  }
+  template <class Args>
+  void divergence_backward(const Args& args, const char* kind) const {
+    check(cuda::divergence_backward(args, kind, stream()));
   }
 };
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <tuple>
+#include <type_traits>
 
 #include "gates/base.h"
 
@@ -20,6 +21,14 @@ template <class V>
 struct Diverged {
   V value, by_p, by_r;
 };
+
+// A kind with a `weight` is that one of p and r times a sum of the logs, in which the other's has the factor -1: it can
+// be summed before p and r have been normalised.
+enum class Weight { p, r };
+template <class Kind, class = void>
+inline constexpr bool kWeighsLogs = false;
+template <class Kind>
+inline constexpr bool kWeighsLogs<Kind, std::void_t<decltype(Kind::weight)>> = true;
 
 // weight (log_weight - other), 0 where the weight is, whatever the logs are.
 template <class V>
@@ -39,6 +48,7 @@ TRL_HD Mixture<V> mixed(const Pair<V>& of, T share_of_r) {
 
 struct ForwardKl : NoParams {
   static constexpr const char* name = "forward_kl";
+  static constexpr Weight weight = Weight::r;
   template <class V, class T>
   TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
     Diverged<V> out;
@@ -51,6 +61,7 @@ struct ForwardKl : NoParams {
 
 struct ReverseKl : NoParams {
   static constexpr const char* name = "reverse_kl";
+  static constexpr Weight weight = Weight::p;
   template <class V, class T>
   TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
     Diverged<V> out;
@@ -63,6 +74,7 @@ struct ReverseKl : NoParams {
 
 struct CrossEntropy : NoParams {
   static constexpr const char* name = "cross_entropy";
+  static constexpr Weight weight = Weight::r;
   template <class V, class T>
   TRL_HD static Diverged<V> eval(const Pair<V>& of, const Params<T>&) {
     Diverged<V> out;
@@ -170,6 +182,20 @@ struct AlphaBeta : AnyPosition {
     return out;
   }
 };
+
+// The sum of a kind's values of weights whose logarithms shift by log_p and log_r: by scale the weights that it sums,
+// of the sum `weights`. What no longer has a weight is selected away.
+template <class Kind, class T>
+TRL_HD T shifted(T value, T weights, T scale, T log_p, T log_r) {
+  const T of_one = Kind::eval(Pair<T>{log_p, log_r, 1, 1}, ParamsOf<Kind, T>{}).value;
+  return scale > 0 ? (value + product(weights, of_one)) * scale : T(0);
+}
+// All three sums of a row from its value: those of one entry.
+template <class Kind, class T>
+TRL_HD Diverged<T> of_value(T value) {
+  const bool by_p = Kind::weight == Weight::p;
+  return Kind::eval(Pair<T>{by_p ? T(0) : -value, by_p ? -value : T(0), 1, 1}, ParamsOf<Kind, T>{});
+}
 
 using Divergences = std::tuple<ForwardKl, ReverseKl, CrossEntropy, Jsd, SkewForwardKl, SkewReverseKl, TotalVariation,
                                Bhattacharyya, SquaredHellinger, AlphaBeta>;

@@ -129,9 +129,12 @@ struct DivergenceArgs {
   LogprobArgs<Logit, T> of, other;
   const bool* rows;  // [B, T], optional: false takes a row out
   T params[kMaxDivergenceParams];
-  T *value, *by_p, *by_r;  // [B, T]: the sums over the vocabulary; inputs of the backward, which reads one of by_*
-  const T* grad;           // [B, T]
-  bool of_other;           // the gradient is that of the other logits
+  // Forward. lse and lse_rest are outputs too; inputs where they are known, which a kind of one sweep does not ask.
+  bool statistics_known;
+  T *value, *by_p, *by_r;  // [B, T]: the sums over the vocabulary
+  // Backward, of p's logits or of the other ones.
+  bool of_other;
+  const T *grad, *by;  // [B, T]; by: the sum by_p or by_r, of the logits that the gradient is of
 };
 
 }  // namespace tokenrl

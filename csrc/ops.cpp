@@ -62,12 +62,14 @@ TOKENRL_DEFINE(TOKENRL_LIBRARY, m) {
   m.def("token_logprobs_backward" TRL_UPSTREAM "Tensor logits, " TRL_SAVED TRL_TRANSFORM ") -> Tensor");
   m.def("token_logprobs_backward_" TRL_UPSTREAM "Tensor(a!) logits, " TRL_SAVED TRL_TRANSFORM ") -> ()");
 #define TRL_PAIR                                                                                                  \
-  "Tensor lse, Tensor lse_rest, Tensor other_lse, Tensor other_lse_rest, Tensor? rows, " TRL_TRANSFORM            \
+  "Tensor? rows, " TRL_TRANSFORM                                                                                  \
   ", float other_temperature, Tensor? other_temperatures, float other_softcap, float other_logit_scale, Tensor? " \
   "other_keep_mask, str kind, float[] params"
-  m.def("divergence(Tensor logits, Tensor other_logits, " TRL_PAIR ") -> (Tensor value, Tensor by_p, Tensor by_r)");
-  m.def("divergence_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of, " TRL_PAIR
-        ") -> Tensor");
+  m.def("divergence(Tensor logits, Tensor other_logits, Tensor? statistics, " TRL_PAIR
+        ") -> (Tensor value, Tensor by_p, Tensor by_r, Tensor statistics)");
+  m.def(
+      "divergence_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of, Tensor "
+      "statistics, " TRL_PAIR ") -> Tensor");
 }
 
 TOKENRL_IMPL_FOR(TOKENRL_LIBRARY, CPU, m) { TOKENRL_IMPLEMENT(m); }

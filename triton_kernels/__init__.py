@@ -8,7 +8,8 @@ import torch
 
 from ..ops import divergence_ops, kernel_ops
 from .aggregation_weights import aggregation_weights
-from .divergence import divergence, divergence_backward
+from .divergence import divergence
+from .divergence_backward import divergence_backward
 from .objective import objective
 from .position_adaptive_clip import position_adaptive_clip
 from .statistic import statistic, statistic_backward

@@ -117,3 +117,7 @@ DIVERGENCES = {
         squared_hellinger, alpha_beta,
     )
 }  # fmt: skip
+
+# Of those that are one of p and r times a sum of the logs, in which the other's has the factor -1: which. They can be
+# summed before p and r have been normalised.
+WEIGHT = {"forward_kl": "r", "reverse_kl": "p", "cross_entropy": "r"}

@@ -19,6 +19,7 @@ from .vocabulary import (
     ids_per_row,
     keep_arguments,
     load_own,
+    lse_and_rest,
     part_to_sum,
     row_begin,
     row_scale,
@@ -59,10 +60,9 @@ def _store_row(
     log_mass = tl.log(mass)
     tl.store(out[0] + at, tl.where(used, (z_own - m) - log_mass, 0.0), mask=real)
     tl.store(out[1] + row, log_mass - weighted / mass)
-    lse = m + log_mass
+    lse, rest = lse_and_rest(m, mass)
     tl.store(out[2] + row, lse)
-    rest = tl.where(tl.abs(m) > log_mass, log_mass - (lse - m), m - (lse - log_mass))
-    tl.store(out[3] + row, tl.where(mass > 0, rest, 0.0))
+    tl.store(out[3] + row, rest)
     if out[4] is not None:
         tl.store(out[4] + row, tl.log(squares) - 2 * log_mass)
     if out[5] is not None:

@@ -108,6 +108,15 @@ def transformed(x, scale, inner, SOFTCAP: tl.constexpr):
         return x * scale, 0.0
 
 
+@triton.jit
+def lse_and_rest(m, total):
+    """m + log total, rounded, and what rounding took."""
+    log_total = tl.log(total)
+    lse = m + log_total
+    rest = tl.where(tl.abs(m) > log_total, log_total - (lse - m), m - (lse - log_total))
+    return lse, tl.where(total > 0, rest, 0.0)
+
+
 def factors(temperature: float, softcap: float, logit_scale: float) -> tuple[float, float, bool]:
     """(scale, inner, SOFTCAP) of `transformed`."""
     if softcap == float("inf"):

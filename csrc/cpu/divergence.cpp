@@ -1,105 +1,144 @@
-// Divergences of two heads' distributions, row by row, and the gradient of either's logits.
+// Divergences of two heads' distributions, row by row, with the lse of both.
 // Compiled once per instruction set (TOKENRL_ISA): nothing here may leave a linkable copy of a shared function behind.
-#include "logit_row.h"
+#include "pair_row.h"
 
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
-// What makes log-probs of a row's y.
-template <class T>
-struct LogProbs {
-  T factor, lse, lse_rest;
+// In the place of a kind: the weights alone are summed.
+struct NoKind {};
 
-  // log p and p of a step; p is exactly 0 where log p is out of its range.
+// Above this a log weight is held; far below it a block's sum tells that its origin is to be another.
+constexpr double kHighestLog = 80;
+constexpr float kHighestSum = 1 << 20;
+
+// Weights e^(z - origin), z = factor y.
+template <class T>
+struct Weights {
+  T factor, origin, most;
+  Exponential<T> e_to;
+
+  explicit inline Weights(T given)
+      : factor(given),
+        origin(-infinity<T>()),
+        most(static_cast<T>(kHighestLog / static_cast<double>(given))),
+        e_to(static_cast<double>(given)) {}
+
+  // y - origin of a step, and its weights; a y of -inf still weighs 2e-38.
   template <class Stored>
-  TRL_INLINE void of(const Stored* y, Vector<T> (&log_p)[kUnroll], Vector<T> (&p)[kUnroll]) const {
-    const Exponential<T> e_to(1);
-    Vector<T> bounded[kUnroll];
+  TRL_INLINE void of(const Stored* y, Vector<T> (&d)[kUnroll], Vector<T> (&w)[kUnroll]) const {
+    Vector<T> held[kUnroll];
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      log_p[u] = (load(y + u * kWidth<T>) * factor - lse) - lse_rest;
-      bounded[u] = e_to.bounded(log_p[u]);
+      d[u] = load(y + u * kWidth<T>) - origin;
+      held[u] = lower(all(most), e_to.bounded(d[u]));
     }
-    e_to(bounded, p);
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) p[u] = log_p[u] < bounded[u] ? Vector<T>{} : p[u];
+    e_to(held, w);
   }
+  TRL_INLINE Vector<T> without_bounded(Vector<T> d, Vector<T> w) const { return d < e_to.bounded(d) ? Vector<T>{} : w; }
 };
-template <class Logit, class T>
-struct Head {
-  Row<Logit, T> row;
-  LogProbs<T> log_probs;
-
-  inline Head(const LogprobArgs<Logit, T>& args, int64_t index)
-      : row(args, index), log_probs{row.transform.factor, args.lse[index], args.lse_rest[index]} {}
-};
-
-// A step of both rows, and what a kind makes of each of its vectors.
-template <class Kind, class T>
-struct Step {
-  Pair<Vector<T>> pairs[kUnroll];
-  Diverged<Vector<T>> found[kUnroll];
-
-  template <class Stored>
-  TRL_INLINE Step(const Stored* y, const Stored* z, const LogProbs<T>& of_p, const LogProbs<T>& of_r,
-                  const ParamsOf<Kind, T>& params) {
-    Vector<T> log_p[kUnroll], log_r[kUnroll], p[kUnroll], r[kUnroll];
-    of_p.of(y, log_p, p);
-    of_r.of(z, log_r, r);
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      pairs[u] = {log_p[u], log_r[u], p[u], r[u]};
-      found[u] = Kind::eval(pairs[u], params);
-    }
-  }
-};
-
-// visit(first, n, y, z) of each block of both rows: the logits themselves, or y as T.
-template <class Logit, class T, class Visit>
-inline void each_block(const Head<Logit, T>& p, const Head<Logit, T>& r, Visit&& visit) {
-  // A loop for each type that it reads takes seconds to compile; fp16 does without its own.
-  constexpr bool kReadsLogits = !std::is_same_v<Logit, Half>;
-  const bool plain = kReadsLogits && p.row.plain() && r.row.plain();
-  for (int64_t first = 0; first < p.row.args.vocab; first += kBlock) {
-    const int64_t n = smaller(kBlock, p.row.args.vocab - first);
-    if constexpr (kReadsLogits)
-      if (plain) {
-        visit(first, n, p.row.logits() + first, r.row.logits() + first);
-        continue;
-      }
-    T y[kBlock], z[kBlock];
-    p.row.fill(first, n, y);
-    r.row.fill(first, n, z);
-    visit(first, n, static_cast<const T*>(y), static_cast<const T*>(z));
-  }
-}
-
-// visit(v, y, z) of each step of a block; what fills up the last one is in neither vocabulary.
-template <class T, class Stored, class Visit>
-TRL_INLINE void each_step(const Stored* y, const Stored* z, int64_t n, Visit&& visit) {
-  const int64_t whole = n / kStepOf<T> * kStepOf<T>;
-  const LastStep<Stored> last_y(y + whole, n - whole), last_z(z + whole, n - whole);
-  for (int64_t v = 0; v < n; v += kStepOf<T>) {
-    prefetch_after(y + v);
-    prefetch_after(z + v);
-    visit(v, v < whole ? y + v : last_y.numbers, v < whole ? z + v : last_z.numbers);
-  }
-}
-
-// Where a row has no distribution, with a logit of inf or none but -inf, NaN, else 0.
-template <class T>
-inline T oddness(const LogProbs<T>& of_p, const LogProbs<T>& of_r) {
-  return (of_p.lse - of_p.lse) + (of_r.lse - of_r.lse);
-}
 
 template <class T>
-struct Sums {
-  T value, by_p, by_r;
+struct WeightSums {
+  T p, r, value;
 };
 
 template <class Kind, class Stored, class T>
-__attribute__((noinline)) Sums<T> forward_block(const Stored* y, const Stored* z, int64_t n, const LogProbs<T> of_p,
-                                                const LogProbs<T> of_r, const ParamsOf<Kind, T> params) {
+__attribute__((noinline)) WeightSums<T> sum_weights(const Stored* y, const Stored* z, int64_t n, const Weights<T> of_p,
+                                                    const Weights<T> of_r) {
+  Vector<T> p_sum[kUnroll]{}, r_sum[kUnroll]{}, value[kUnroll]{};
+  each_step<T>(y, z, n, [&](int64_t, const Stored* step_y, const Stored* step_z) TRL_INLINE_LAMBDA {
+    Vector<T> d_p[kUnroll], d_r[kUnroll], p[kUnroll], r[kUnroll];
+    of_p.of(step_y, d_p, p);
+    of_r.of(step_z, d_r, r);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      if constexpr (kWeighsLogs<Kind>) {
+        if constexpr (Kind::weight == Weight::p) p[u] = of_p.without_bounded(d_p[u], p[u]);
+        else r[u] = of_r.without_bounded(d_r[u], r[u]);
+        const Pair<Vector<T>> pair{d_p[u] * of_p.factor, d_r[u] * of_r.factor, p[u], r[u]};
+        value[u] += Kind::eval(pair, ParamsOf<Kind, T>{}).value;
+      }
+      p_sum[u] += p[u];
+      r_sum[u] += r[u];
+    }
+  });
+  return {sum_of(p_sum), sum_of(r_sum), sum_of(value)};
+}
+
+// Both rows' weights, summed over the blocks so far, and a kind's value of them in the place of p and r. An origin is
+// the largest y of the first block that has one above -inf, or of a later block that outgrew it.
+template <class Kind, class T>
+class Sweep {
+ public:
+  inline Sweep(T factor_p, T factor_r) : p_(factor_p), r_(factor_r) {}
+
+  template <class Stored>
+  inline void take(const Stored* y, const Stored* z, int64_t n) {
+    if (p_.origin == -infinity<T>()) p_.origin = largest<T>(y, n);
+    if (r_.origin == -infinity<T>()) r_.origin = largest<T>(z, n);
+    WeightSums<T> block = sum_weights<Kind>(y, z, n, finite(p_), finite(r_));
+    if (block.p > kHighestSum || block.r > kHighestSum) {
+      raise(larger(p_.origin, largest<T>(y, n)), larger(r_.origin, largest<T>(z, n)));
+      block = sum_weights<Kind>(y, z, n, finite(p_), finite(r_));
+    }
+    sums_.p += static_cast<double>(block.p);
+    sums_.r += static_cast<double>(block.r);
+    sums_.value += static_cast<double>(block.value);
+  }
+  inline Softmax<double> p() const { return {static_cast<double>(p_.origin), sums_.p, 0, 0}; }
+  inline Softmax<double> r() const { return {static_cast<double>(r_.origin), sums_.r, 0, 0}; }
+  // The kind's, of p and r.
+  inline double value() const { return value_after(1 / sums_.p, 1 / sums_.r, -::log(sums_.p), -::log(sums_.r)); }
+
+ private:
+  // Where every logit so far is -inf any origin will do.
+  static inline Weights<T> finite(Weights<T> of) {
+    if (of.origin == -infinity<T>()) of.origin = 0;
+    return of;
+  }
+  static inline double shift(const Weights<T>& of, T origin, double sum) {
+    const double by = static_cast<double>(of.origin) - static_cast<double>(origin);
+    return sum > 0 ? by * static_cast<double>(of.factor) : 0;
+  }
+  // After the logarithms of the weights have shifted.
+  inline double value_after(double scale_p, double scale_r, double by_p, double by_r) const {
+    constexpr bool kOfP = Kind::weight == Weight::p;
+    return shifted<Kind>(sums_.value, kOfP ? sums_.p : sums_.r, kOfP ? scale_p : scale_r, by_p, by_r);
+  }
+  inline void raise(T origin_p, T origin_r) {
+    const double by_p = shift(p_, origin_p, sums_.p), by_r = shift(r_, origin_r, sums_.r);
+    const double scale_p = ::exp(by_p), scale_r = ::exp(by_r);
+    if constexpr (kWeighsLogs<Kind>) sums_.value = value_after(scale_p, scale_r, by_p, by_r);
+    sums_.p *= scale_p, sums_.r *= scale_r;
+    p_.origin = origin_p, r_.origin = origin_r;
+  }
+
+  Weights<T> p_, r_;
+  WeightSums<double> sums_{};
+};
+
+template <class Logit, class T>
+inline void store_lse(const LogprobArgs<Logit, T>& args, int64_t index, const Softmax<double>& state, T factor) {
+  const double by = static_cast<double>(factor);
+  args.lse[index] = static_cast<T>(lse_of(state, by));
+  args.lse_rest[index] = static_cast<T>(lse_rest_of(state, by, static_cast<double>(args.lse[index])));
+}
+
+// Of whole rows; stores lse and lse_rest of both.
+template <class Kind, class Logit, class T>
+inline Sweep<Kind, T> swept_row(const DivergenceArgs<Logit, T>& args, int64_t index) {
+  const Row<Logit, T> p(args.of, index), r(args.other, index);
+  Sweep<Kind, T> sweep(p.transform.factor, r.transform.factor);
+  each_block(p, r, [&](int64_t, int64_t n, const auto* y, const auto* z) { sweep.take(y, z, n); });
+  store_lse(args.of, index, sweep.p(), p.transform.factor);
+  store_lse(args.other, index, sweep.r(), r.transform.factor);
+  return sweep;
+}
+
+template <class Kind, class Stored, class T>
+__attribute__((noinline)) Diverged<T> sum_values(const Stored* y, const Stored* z, int64_t n, const LogProbs<T> of_p,
+                                                 const LogProbs<T> of_r, const ParamsOf<Kind, T> params) {
   Vector<T> value[kUnroll]{}, by_p[kUnroll]{}, by_r[kUnroll]{};
   each_step<T>(y, z, n, [&](int64_t, const Stored* step_y, const Stored* step_z) TRL_INLINE_LAMBDA {
     const Step<Kind, T> step(step_y, step_z, of_p, of_r, params);
@@ -114,92 +153,51 @@ __attribute__((noinline)) Sums<T> forward_block(const Stored* y, const Stored* z
 }
 
 template <class Kind, class Logit, class T>
-inline void forward_row(const DivergenceArgs<Logit, T>& args, int64_t index, const ParamsOf<Kind, T>& params) {
-  const Head<Logit, T> p(args.of, index), r(args.other, index);
-  Sums<double> sums{};
+inline Diverged<double> sums_of_row(const DivergenceArgs<Logit, T>& args, int64_t index,
+                                    const ParamsOf<Kind, T>& params) {
+  const Row<Logit, T> p(args.of, index), r(args.other, index);
+  const LogProbs<T> of_p(args.of, index), of_r(args.other, index);
+  Diverged<double> sums{};
   each_block(p, r, [&](int64_t, int64_t n, const auto* y, const auto* z) {
-    const Sums<T> block = forward_block<Kind>(y, z, n, p.log_probs, r.log_probs, params);
+    const Diverged<T> block = sum_values<Kind>(y, z, n, of_p, of_r, params);
     sums.value += static_cast<double>(block.value);
     sums.by_p += static_cast<double>(block.by_p);
     sums.by_r += static_cast<double>(block.by_r);
   });
-  const T odd = oddness(p.log_probs, r.log_probs);
+  return sums;
+}
+
+template <class Kind, class Logit, class T>
+inline void forward_row(const DivergenceArgs<Logit, T>& args, int64_t index, const ParamsOf<Kind, T>& params) {
+  Diverged<double> sums;
+  if constexpr (kWeighsLogs<Kind>) {
+    sums = of_value<Kind>(swept_row<Kind>(args, index).value());
+  } else {
+    if (!args.statistics_known) swept_row<NoKind>(args, index);
+    sums = sums_of_row<Kind>(args, index, params);
+  }
+  // Where a row has no distribution, with a logit of inf or none but -inf, its lse is no number.
+  const T odd = (args.of.lse[index] - args.of.lse[index]) + (args.other.lse[index] - args.other.lse[index]);
   args.value[index] = static_cast<T>(sums.value) + odd;
   args.by_p[index] = static_cast<T>(sums.by_p) + odd;
   args.by_r[index] = static_cast<T>(sums.by_r) + odd;
 }
 
-// dz = scale (by_p - p by), or with by_r and r of the other head; it has room for whole steps.
-template <class Kind, bool kOfOther, class Stored, class T>
-__attribute__((noinline)) void backward_block(const Stored* y, const Stored* z, int64_t n, const LogProbs<T> of_p,
-                                              const LogProbs<T> of_r, const ParamsOf<Kind, T> params, T scale, T by,
-                                              T* dz) {
-  each_step<T>(y, z, n, [&](int64_t v, const Stored* step_y, const Stored* step_z) TRL_INLINE_LAMBDA {
-    const Step<Kind, T> step(step_y, step_z, of_p, of_r, params);
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Pair<Vector<T>>& of = step.pairs[u];
-      const Diverged<Vector<T>>& d = step.found[u];
-      const Vector<T> dy = scale * (kOfOther ? d.by_r - of.r * by : d.by_p - of.p * by);
-      const Vector<T> kept = (kOfOther ? of.log_r : of.log_p) == -infinity<T>() ? Vector<T>{} : dy;
-      std::memcpy(dz + v + u * kWidth<T>, &kept, sizeof kept);
-    }
-  });
-}
-
-template <class Kind, bool kOfOther, class Logit, class T>
-inline void backward_row(const DivergenceArgs<Logit, T>& args, int64_t index, const ParamsOf<Kind, T>& params) {
-  const Head<Logit, T> p(args.of, index), r(args.other, index);
-  const RowTransform<T> transform = (kOfOther ? r : p).row.transform;
-  const T by = args.by_p[index], scale = args.grad[index] * transform.factor;
-  Logit* out = p.row.grad();
-  each_block(p, r, [&](int64_t first, int64_t n, const auto* y, const auto* z) {
-    T dz[kBlock];
-    backward_block<Kind, kOfOther>(y, z, n, p.log_probs, r.log_probs, params, scale, by, dz);
-    if (transform.capped) {
-      const RowTransform<T> local = transform;
-#pragma omp simd
-      for (int64_t v = 0; v < n; ++v) dz[v] *= local.slope(static_cast<T>(widen((kOfOther ? z : y)[v])));
-    }
-#pragma omp simd
-    for (int64_t v = 0; v < n; ++v) out[first + v] = narrow<Logit>(dz[v]);
-  });
-}
-
 template <class Logit, class T>
 inline void leave_out(const DivergenceArgs<Logit, T>& args, int64_t index) {
-  if (!args.grad) {
-    args.value[index] = args.by_p[index] = args.by_r[index] = 0;
-    return;
-  }
-  const Row<Logit, T> row(args.of, index);
-  std::memset(static_cast<void*>(row.grad()), 0, sizeof(Logit) * static_cast<size_t>(args.of.vocab));
-}
-
-template <class Kind, class Logit, class T>
-void all_rows(const DivergenceArgs<Logit, T>& args, const Threads& threads) {
-  const ParamsOf<Kind, T> params = params_from<Kind, T>([&](size_t k) { return args.params[k]; });
-  const int64_t rows = args.of.batch * args.of.time, grain = larger(int64_t{1}, kPart / args.of.vocab);
-  parallel(threads, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if ((args.rows && !args.rows[row]) || (args.grad && args.grad[row] == 0)) leave_out(args, row);
-      else if (args.grad && args.of_other) backward_row<Kind, true>(args, row, params);
-      else if (args.grad) backward_row<Kind, false>(args, row, params);
-      else forward_row<Kind>(args, row, params);
-    }
-  });
-}
-
-template <class Logit, class T, class... Kind>
-bool by_kind(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads, std::tuple<Kind...>*) {
-  return ((std::strcmp(kind, Kind::name) == 0 && (all_rows<Kind>(args, threads), true)) || ...);
+  for (T* out : {args.value, args.by_p, args.by_r, args.of.lse, args.of.lse_rest, args.other.lse, args.other.lse_rest})
+    out[index] = 0;
 }
 
 }  // namespace
 
 template <class Logit, class T>
 bool divergence(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads) {
-  return by_kind(args, kind, threads, static_cast<Divergences*>(nullptr));
+  const auto of_row = [&](int64_t row, auto found, const auto& params) {
+    if (args.rows && !args.rows[row]) leave_out(args, row);
+    else forward_row<decltype(found)>(args, row, params);
+  };
+  return each_row(args, kind, threads, of_row, static_cast<Divergences*>(nullptr));
 }
 
 template bool divergence(const DivergenceArgs<float, float>&, const char*, const Threads&);

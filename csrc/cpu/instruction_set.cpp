@@ -63,6 +63,10 @@ template <class Logit, class T>
 bool divergence(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads) {
   TOKENRL_BY_ISA(divergence(args, kind, threads));
 }
+template <class Logit, class T>
+bool divergence_backward(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads) {
+  TOKENRL_BY_ISA(divergence_backward(args, kind, threads));
+}
 uint64_t sum_words(const uint64_t* words, int64_t n) { TOKENRL_BY_ISA(sum_words(words, n)); }
 float sum_exponentials(const float* values, int64_t n, int64_t rounds) {
   TOKENRL_BY_ISA(sum_exponentials(values, n, rounds));
@@ -70,10 +74,11 @@ float sum_exponentials(const float* values, int64_t n, int64_t rounds) {
 
 template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);
 template bool objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, const Threads&);
-#define TOKENRL_INSTANTIATE(Logit, T)                                                  \
-  template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&);          \
-  template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&); \
-  template bool divergence(const DivergenceArgs<Logit, T>&, const char*, const Threads&);
+#define TOKENRL_INSTANTIATE(Logit, T)                                                     \
+  template void token_logprobs(const LogprobArgs<Logit, T>&, const Threads&);             \
+  template void token_logprobs_backward(const LogprobArgs<Logit, T>&, const Threads&);    \
+  template bool divergence(const DivergenceArgs<Logit, T>&, const char*, const Threads&); \
+  template bool divergence_backward(const DivergenceArgs<Logit, T>&, const char*, const Threads&);
 TOKENRL_INSTANTIATE(float, float)
 TOKENRL_INSTANTIATE(double, double)
 TOKENRL_INSTANTIATE(BFloat16, float)

@@ -24,19 +24,21 @@ inline void parallel(const Threads& threads, int64_t n, int64_t grain, F&& f) {
       &f);
 }
 
-// The objective is false when there is no gate of that name, the divergence when there is no such kind. The sums are
-// what machine_limits.cpp measures.
-#define TOKENRL_CPU_KERNELS                                                                         \
-  template <class T>                                                                                \
-  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, \
-                 const Threads& threads);                                                           \
-  template <class Logit, class T>                                                                   \
-  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                   \
-  template <class Logit, class T>                                                                   \
-  void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);          \
-  template <class Logit, class T>                                                                   \
-  bool divergence(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads);  \
-  uint64_t sum_words(const uint64_t* words, int64_t n);                                             \
+// The objective is false when there is no gate of that name, a divergence when there is no such kind. The sums are what
+// machine_limits.cpp measures.
+#define TOKENRL_CPU_KERNELS                                                                                 \
+  template <class T>                                                                                        \
+  bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,         \
+                 const Threads& threads);                                                                   \
+  template <class Logit, class T>                                                                           \
+  void token_logprobs(const LogprobArgs<Logit, T>& args, const Threads& threads);                           \
+  template <class Logit, class T>                                                                           \
+  void token_logprobs_backward(const LogprobArgs<Logit, T>& args, const Threads& threads);                  \
+  template <class Logit, class T>                                                                           \
+  bool divergence(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads);          \
+  template <class Logit, class T>                                                                           \
+  bool divergence_backward(const DivergenceArgs<Logit, T>& args, const char* kind, const Threads& threads); \
+  uint64_t sum_words(const uint64_t* words, int64_t n);                                                     \
   float sum_exponentials(const float* values, int64_t n, int64_t rounds);
 
 namespace portable {

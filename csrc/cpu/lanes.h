@@ -47,22 +47,27 @@ TRL_INLINE Doubles all(double x) { return x - Doubles{}; }
 // b where a NaN is compared; and 16-bit words widened. The compilers of today find these instructions only by name.
 #if defined(__AVX512F__)
 TRL_INLINE Floats higher(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+TRL_INLINE Floats lower(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 TRL_INLINE Words load_bits(const void* x) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(x)));
 }
 #elif defined(__AVX2__)
 TRL_INLINE Floats higher(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+TRL_INLINE Floats lower(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 TRL_INLINE Words load_bits(const void* x) {
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(x)));
 }
 #else
 TRL_INLINE Floats higher(Floats a, Floats b) { return a > b ? a : b; }
+TRL_INLINE Floats lower(Floats a, Floats b) { return a < b ? a : b; }
 TRL_INLINE Words load_bits(const void* x) {
   uint16_t __attribute__((vector_size(2 * kLanes))) bits;
   std::memcpy(&bits, x, sizeof bits);
   return __builtin_convertvector(bits, Words);
 }
 #endif
+
+TRL_INLINE Doubles lower(Doubles a, Doubles b) { return a < b ? a : b; }
 
 TRL_INLINE Floats load(const float* x) {
   Floats lanes;

@@ -18,6 +18,18 @@ inline int64_t parts_of(const LogprobArgs<Logit, T>& args) {
   return (args.vocab + kPart - 1) / kPart;
 }
 
+// Of a block; -inf where there is nothing above it.
+template <class T, class Stored>
+inline T largest(const Stored* y, int64_t n) {
+  T highest = -infinity<T>();
+#pragma omp simd reduction(max : highest)
+  for (int64_t v = 0; v < n; ++v) {
+    const T value = static_cast<T>(widen(y[v]));
+    highest = highest < value ? value : highest;  // in this form it is one instruction
+  }
+  return highest;
+}
+
 // Where a block's y come from: the logits themselves, or a buffer of them after softcap and keep mask.
 template <class Logit, class T>
 struct Row {

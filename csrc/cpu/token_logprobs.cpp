@@ -11,17 +11,6 @@ namespace {
 // With fewer rows than these, threads share the parts of a row.
 constexpr int64_t kFewRows = 256;
 
-template <class T, class Stored>
-inline T largest(const Stored* y, int64_t n) {
-  T highest = -infinity<T>();
-#pragma omp simd reduction(max : highest)
-  for (int64_t v = 0; v < n; ++v) {
-    const T value = static_cast<T>(widen(y[v]));
-    highest = highest < value ? value : highest;  // in this form it is one instruction
-  }
-  return highest;
-}
-
 // NaN where there is one: no comparison sees it.
 template <class T, class Stored>
 inline T nan_or_zero(const Stored* y, int64_t n) {

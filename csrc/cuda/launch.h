@@ -38,11 +38,12 @@ const char* token_logprobs(const LogprobArgs<Logit, T>& args, void* scratch, voi
 template <class Logit, class T>
 const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* stream);
 
-// Forward without a grad, else backward.
 template <class Logit, class T>
 size_t divergence_scratch_bytes(const DivergenceArgs<Logit, T>& args);
 template <class Logit, class T>
 const char* divergence(const DivergenceArgs<Logit, T>& args, const char* kind, void* scratch, void* stream);
+template <class Logit, class T>
+const char* divergence_backward(const DivergenceArgs<Logit, T>& args, const char* kind, void* stream);
 
 // The ticket of a stream of the current device. Null where it has none: there are many streams, or its launches are
 // being recorded into a graph, which may run on any stream.

@@ -21,7 +21,7 @@ DRIVERS = {
     "statistic": ["statistic.cu"],
     "position_adaptive_clip": ["position_adaptive_clip.cu"],
     "aggregation_weights": ["aggregation_weights.cu"],
-    "divergence": ["divergence.cu"],
+    "divergence": ["divergence.cu", "divergence_backward.cu"],
     "token_logprobs": ["token_logprobs.cu", "token_logprobs_backward.cu"],
 }
 # Which driver notices that a barrier of a file is missing.

@@ -23,7 +23,7 @@ def test_in_cpp():
 @pytest.mark.skipif(backends.TRITON_REASON is not None, reason=str(backends.TRITON_REASON))
 def test_in_triton():
     functions = importlib.import_module("tokenrl.triton_kernels.divergences").DIVERGENCES
-    most = importlib.import_module("tokenrl.triton_kernels.divergence").MOST_PARAMS
+    most = importlib.import_module("tokenrl.triton_kernels.pair_row").MOST_PARAMS
     found = [(name, list(inspect.signature(function.fn).parameters)) for name, function in functions.items()]
     assert found == [(name, ["log_p", "log_r", "p", "r", *names]) for name, names in KINDS]
     assert max(len(names) for _, names in KINDS) == most

@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for the GPU generations that are built, without a GPU: no spills, wide loads."""
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from paths import ROOT
 from tokenrl.objectives.divergences import DIVERGENCES
 
 triton = pytest.importorskip("triton")
+WEIGHT = importlib.import_module("tokenrl.triton_kernels.divergences").WEIGHT
 
 AOT = ROOT / "tests" / "support" / "aot.py"
 BUILD = ROOT / "build" / "triton"
@@ -22,7 +24,7 @@ WHOLE = 90  # of which everything is compiled, a minute and more; of the others 
 KERNELS = {
     "objective_kernel", "statistic_kernel", "suffix_kernel", "clip_kernel", "count_kernel", "group_kernel",
     "gate_kernel", "forward_kernel", "merge_kernel", "backward_kernel", "divergence_kernel",
-    "divergence_merge_kernel", "divergence_backward_kernel",
+    "divergence_merge_kernel", "divergence_backward_kernel", "sweep_kernel", "sweep_merge_kernel",
 }  # fmt: skip
 
 
@@ -90,17 +92,22 @@ def test_a_plain_row_costs_one_exponential_per_logit():
 
 
 def test_both_heads_of_a_divergence_are_read_16_bytes_at_a_time():
-    """In the steady loop, whose exponentials are one per logit, and another per pair where a kind has more powers."""
+    """In the steady loop, whose exponentials are one per logit, and another per pair where a kind has more powers; a
+    sweep has one per block and head, which rescales the sums when a maximum moves."""
     rows = [row for row in kernels(WHOLE) if row["kernel"] == "divergence_backward_kernel"]
-    rows += [row for row in kernels(WHOLE) if row["kernel"] == "divergence_kernel" and "V=151936" in row["case"]]
-    # Every kind, and a split jsd of both dtypes: the backwards of both sides, and the forwards of the even vocabulary.
-    even = sum(k // 4 % 2 == 0 for k in range(len(DIVERGENCES)))
-    assert len(rows) == (len(DIVERGENCES) + 2) * 2 + even + 2
+    forwards = [row for row in kernels(WHOLE) if row["kernel"] in ("divergence_kernel", "sweep_kernel")]
+    rows += [row for row in forwards if "V=151936" in row["case"]]
+    # Every kind, and two split ones: the backwards of both sides, and of the even vocabulary the sweeps, and the sums
+    # of those kinds that do not weigh logs.
+    even = [kind for k, kind in enumerate(DIVERGENCES) if k // 4 % 2 == 0]
+    summed = [kind for kind in (*even, "forward_kl", "jsd") if kind not in WEIGHT]
+    assert len(rows) == (len(DIVERGENCES) + 2) * 2 + len(even) + 2 + len(summed)
     for row in rows:
         dtype, _, kind, what, *_ = row["case"].split()
         assert row["loop_loads"] == (2 if dtype == "bfloat16" else 4), row
         logits = row["loop_loads"] * (8 if dtype == "bfloat16" else 4)
-        more = logits // 2 if kind in ("squared_hellinger", "alpha_beta") else 0
+        sweeps = row["kernel"] == "sweep_kernel"
+        more = 2 if sweeps else logits // 2 if kind in ("squared_hellinger", "alpha_beta") else 0
         assert what == "everything" or 0 < row["loop_exponentials"] <= logits + more, row
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import device_of, kernel_backends
 from linear_cases import pair_budget
+from torch.utils.checkpoint import checkpoint
 
 import tokenrl
 from tokenrl.ops.linear import gemm
@@ -171,6 +172,18 @@ def test_torch_func_gives_the_same_gradients(name, backend):
     (wanted, *_) = gradients(make(kind, backend=backend), case)
     assert wanted.any()
     torch.testing.assert_close(of_func, wanted)
+
+
+@FAST
+@pytest.mark.parametrize("name", LOSSES)
+def test_inside_a_checkpoint(name, backend):
+    """Which hands out what a backward has saved a single time."""
+    make, kind = LOSSES[name]
+    loss, case = make(kind, backend=backend), batch(backend, torch.float64)
+    plain = gradients(loss, case)
+    kept = gradients(lambda **case: checkpoint(loss, use_reentrant=False, **case), case)
+    assert all(x.any() for x in plain)
+    torch.testing.assert_close(kept, plain)
 
 
 @FAST

@@ -1,5 +1,7 @@
 """preference_loss: derivatives, properties, layouts, micro-batches."""
 
+import math
+
 import pytest
 import torch
 from preference_cases import P, T, batch
@@ -63,6 +65,22 @@ def test_scores(score):
     torch.testing.assert_close(slope, torch.autograd.grad(value.sum(), x)[0], rtol=1e-12, atol=0)
     near_one, _ = AlphaScore(1 + 1e-7).of(x)
     torch.testing.assert_close(near_one, AlphaScore(1.0).of(x)[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if tokenrl.PREFERENCES[name].coupling == "labels"])
+def test_links_of_labels_are_fp64(name):
+    """Written out in floats: nothing of a label is rounded to fp32."""
+    link, base = tokenrl.PREFERENCES[name].link, torch.tensor(0.3, dtype=torch.float64)
+    for desirable in (True, False):
+        for x in (-2.7, 0.4):
+            v = link.beta * (x - base.item())
+            s = 1 / (1 + math.exp(-v))
+            kto = 1 - s if desirable else s
+            by_hand = -math.log(s if desirable else 1 - s) if name == "bco_unpaired" else kto
+            slope = (s - desirable) if name == "bco_unpaired" else (-1 if desirable else 1) * s * (1 - s)
+            given = torch.tensor([x], dtype=torch.float64), torch.tensor([desirable]), base
+            found = [part.item() for part in link.of_labelled(*given)]
+            assert found == pytest.approx([by_hand, link.beta * slope], rel=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ ARGUMENTS = {
 }
 
 
-def arguments(what, backend, of=None):
-    """Of op divergence, or of its backward with respect to the logits named `of`."""
+def arguments(what, backend, of=None, known=False):
+    """Of op divergence, or of its backward with respect to the logits named `of`. known: the statistics are given."""
     rows, strided, everything, name = ARGUMENTS[what]
     g, device = torch.Generator().manual_seed(0), device_of(backend)
     wide = [torch.randn(*rows, VOCAB + 5 * strided, generator=g).to(device) for _ in range(2)]
@@ -37,18 +37,19 @@ def arguments(what, backend, of=None):
         row_mask = torch.arange(lse[0].numel(), device=device).view(rows) != 1
         transforms = [(1.0, lse[0].abs() / 2 + 0.5, cap, 0.9, keep) for cap in (5.0, 9.0)]
     kind = tokenrl.divergence(name)
-    statistics = (lse[0], torch.zeros_like(lse[0]), lse[1], torch.zeros_like(lse[0]), row_mask)
-    given = (*pair, *statistics, *transforms[0], *transforms[1], kind.name, kind.params())
+    statistics = torch.stack([lse[0], torch.zeros_like(lse[0]), lse[1], torch.zeros_like(lse[0])])
+    given = (row_mask, *transforms[0], *transforms[1], kind.name, kind.params())
     if of is None:
-        return *(x.detach().requires_grad_() for x in pair), *given[2:]
-    return lse[0].cos(), *pair, lse[1].sin(), of, *given[2:]
+        return *(x.detach().requires_grad_() for x in pair), statistics if known else None, *given
+    return lse[0].cos(), *pair, lse[1].sin(), of, statistics, *given
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("what", ARGUMENTS)
 def test_opcheck(what, backend):
     ops = backends.BACKENDS[backend].ops
-    torch.library.opcheck(ops.divergence.default, arguments(what, backend))
+    for known in (False, True):
+        torch.library.opcheck(ops.divergence.default, arguments(what, backend, known=known))
     for of in ("logits", "other_logits"):
         torch.library.opcheck(ops.divergence_backward.default, arguments(what, backend, of))
 

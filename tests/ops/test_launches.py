@@ -73,17 +73,18 @@ def test_policy_loss_and_its_backward(options, own, backend, launches):
 
 
 @pytest.mark.parametrize("backend", COUNTED)
-@pytest.mark.parametrize("both, own", [(False, 4), (True, 5)])
-def test_a_divergence_and_its_backward(both, own, backend, launches):
-    """The statistics of both heads, the divergence, and a gradient for each head that wants one; ids and rows."""
+@pytest.mark.parametrize("kind, sweeps", [("forward_kl", 1), ("jsd", 2)])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_divergence_and_its_backward(both, kind, sweeps, backend, launches):
+    """The sweeps of the divergence, and a gradient for each head that wants one; ids and rows."""
     pair = [torch.randn(3, 5, 7).requires_grad_(trained) for trained in (True, both)]
     rows, upstream = torch.rand(3, 5) > 0.2, torch.randn(3, 5)
 
     def call():
-        value = tokenrl.token_divergence(*pair, "jsd", row_mask=rows, backend=backend)
+        value = tokenrl.token_divergence(*pair, kind, row_mask=rows, backend=backend)
         torch.autograd.grad(value, pair[: 1 + both], upstream)
 
-    assert launches(call, backend) == (own, ["new_zeros", "bitwise_not", "masked_fill"])
+    assert launches(call, backend) == (sweeps + 1 + both, ["new_zeros", "bitwise_not", "masked_fill"])
 
 
 @pytest.mark.parametrize("backend", COUNTED)

@@ -191,23 +191,24 @@ def divergence_cases(label: str, logits, kind, everything: bool):
     if everything:
         keep = torch.ones(logits.shape[-1], dtype=torch.bool).expand(logits.shape)
         transform, flags = (1.0, stats, 30.0, 0.5, keep), torch.ones(logits.shape[:2], dtype=torch.bool)
-    given = (stats, stats, stats, stats, flags, *transform, *transform, kind.name, kind.params())
-    yield label, "divergence", (logits, logits, *given)
+    given = (flags, *transform, *transform, kind.name, kind.params())
+    yield label, "divergence", (logits, logits, None, *given)
     for of in ("logits", "other_logits"):
-        yield f"{label} {of}", "divergence_backward", (stats, logits, logits, stats, of, *given)
+        four = stats.expand(4, *stats.shape).contiguous()
+        yield f"{label} {of}", "divergence_backward", (stats, logits, logits, stats, of, four, *given)
 
 
 def divergences():
     """Every kind: plain, or with everything, in bf16 or fp32, of either vocabulary of logprobs, in turns."""
-    from tokenrl.objectives.divergences import DIVERGENCES, Jsd
+    from tokenrl.objectives.divergences import DIVERGENCES, ForwardKl, Jsd
 
     for k, kind in enumerate(DIVERGENCES.values()):
         dtype, vocab = (torch.bfloat16, torch.float32)[k // 2 % 2], (151936, 50257)[k // 4 % 2]
         label = f"{str(dtype).removeprefix('torch.')} V={vocab} {kind.name} {('plain', 'everything')[k % 2]}"
         yield from divergence_cases(label, torch.empty(1, 2, vocab, dtype=dtype), kind(), k % 2 == 1)
-    for dtype in (torch.bfloat16, torch.float32):
-        label = f"{str(dtype).removeprefix('torch.')} V=151936 jsd split"
-        yield from divergence_cases(label, torch.empty(1, 1, 151936, dtype=dtype), Jsd(), False)
+    for dtype, kind in ((torch.bfloat16, ForwardKl()), (torch.float32, Jsd())):
+        label = f"{str(dtype).removeprefix('torch.')} V=151936 {kind.name} split"
+        yield from divergence_cases(label, torch.empty(1, 1, 151936, dtype=dtype), kind, False)
 
 
 def canary():

@@ -11,11 +11,9 @@ Of n rows or tokens that take part out of N, V columns and numbers of s bytes:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from ..ops.divergence_ops import DivergenceInputs
 from ..ops.kernel_ops import IGNORED, Upstream
 from ..ops.linear.divergence import LinearDivergenceInputs
 from ..ops.linear.evaluation import LinearPolicyLossInputs
@@ -123,15 +121,15 @@ def _wanted_bytes(range: Range) -> int:
     return _given(*(x for x, want in pairs if want))
 
 
-def _rows_of_pair(range: Range, inputs: tuple[Any, ...]) -> Amount:
-    """How many rows of two heads' logits take part. inputs: those after the logits."""
-    rows = inputs[0] if range.backend == "reference" else DivergenceInputs(*inputs).rows
+def _rows_of_pair(range: Range, rows: Tensor | None) -> Amount:
+    """How many rows of two heads' logits take part."""
     return range.shape[0] if rows is None else rows.sum()
 
 
 def _divergence(range: Range) -> tuple[Formula, Amount]:
+    rows = range.inputs[2 if range.backend == "reference" else 3]  # kernels are given statistics before
     columns, size = range.shape[1], _size(range) + range.inputs[1].element_size()
-    return lambda rows: divergence_of_logits(rows * columns, size), _rows_of_pair(range, range.inputs[2:])
+    return lambda rows: divergence_of_logits(rows * columns, size), _rows_of_pair(range, rows)
 
 
 def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
@@ -139,7 +137,7 @@ def _divergence_backward(range: Range) -> tuple[Formula, Amount]:
     written = rows * columns * _size(range)
     return (
         lambda active: gradient_of_divergence(active * columns, size, written),
-        _rows_of_pair(range, range.inputs[5:]),
+        _rows_of_pair(range, range.inputs[6]),
     )
 
 

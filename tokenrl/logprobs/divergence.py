@@ -11,10 +11,8 @@ from ..batch.checks import as_saved, check_tensor, made_in_inference_mode, unit_
 from ..errors import described, renamed, wrong
 from ..objectives.divergences import Divergence, divergence
 from ..observed import observed
-from ..ops import backends, dispatch
+from ..ops import backends
 from ..ops import divergence_dispatch as pairs
-from ..ops.backends import Backend
-from ..ops.divergence_ops import PairStatistics
 from ..ops.kernel_ops import IGNORED, Transform
 from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
@@ -57,8 +55,9 @@ def token_divergence(
     each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the
     argument, what was given and what is accepted.
 
-    The forward keeps four numbers per row and reads the logits of both twice; the backward reads both once and writes
-    one. Source: see tokenrl.DIVERGENCES.
+    The forward keeps six numbers per row. It reads the logits of both once for "forward_kl", "reverse_kl" and
+    "cross_entropy", and twice for any other kind, of which the first of several finds what the rest need; the backward
+    reads both once and writes one. Source: see tokenrl.DIVERGENCES.
     """
     kinds = _kinds(kind)
     for name, x in (("logits", logits), ("other_logits", other_logits)):
@@ -78,8 +77,8 @@ def token_divergence(
     pair = (logits, other_logits)
     own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
     logits, other_logits = map(unit_stride, pair)
-    statistics = _statistics(chosen, (logits, other_logits), (own, other), ids, rows)
-    values = {row.name: pairs.divergence(chosen, logits, other_logits, statistics, own, other, row) for row in kinds}
+    found = pairs.divergences(chosen, logits, other_logits, rows, own, other, kinds)
+    values = {kind.name: value for kind, value in zip(kinds, found, strict=True)}
     return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
 
 
@@ -108,22 +107,6 @@ def _expanded(transform: Transform, logits: Tensor) -> Transform:
     if transform.keep_mask is None:
         return transform
     return replace(transform, keep_mask=transform.keep_mask.expand(logits.shape))
-
-
-def _statistics(
-    chosen: Backend, pair: tuple[Tensor, Tensor], transforms: tuple[Transform, Transform], ids: Tensor,
-    rows: Tensor | None,
-) -> PairStatistics:  # fmt: skip
-    """lse and lse_rest of both heads, without gradients: those of a divergence hold theirs. The reference makes its
-    own."""
-    if chosen.is_reference:
-        nothing = ids.new_empty(0)
-        return PairStatistics(nothing, nothing, nothing, nothing, rows)
-    with torch.no_grad():
-        (_, _, lse, rest, *_), (_, _, other_lse, other_rest, *_) = (
-            dispatch.token_logprobs(chosen, x, ids, *how, [], False) for x, how in zip(pair, transforms, strict=True)
-        )
-    return PairStatistics(lse, rest, other_lse, other_rest, rows)
 
 
 @observed

@@ -130,10 +130,11 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        half = len(ctx.saved_tensors) // 2
-        slopes = ctx.saved_tensors[half:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out a single time
+        half = len(saved) // 2
+        slopes = saved[half:]
         if torch.is_grad_enabled():  # once more, of the inputs, so that they may be differentiated again
-            _, *slopes = ctx.of(*ctx.saved_tensors[:half])
+            _, *slopes = ctx.of(*saved[:half])
         return None, *(grad * slope for slope in slopes)
 
 

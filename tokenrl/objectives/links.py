@@ -252,8 +252,8 @@ class BcoUnpaired(OfLabels):
     compared = "reward_shift"
 
     def of_labelled(self, x: Tensor, desirable: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        v = torch.where(desirable, 1.0, -1.0) * self.beta * (x - base)
-        return -logsigmoid(v), torch.where(desirable, -self.beta, self.beta) * (-v).sigmoid()
+        beta = torch.where(desirable, 1.0, -1.0).to(x.dtype) * self.beta  # in fp32 it would be rounded
+        return -logsigmoid(beta * (x - base)), -beta * (beta * (base - x)).sigmoid()
 
 
 @parametrised

@@ -1,5 +1,7 @@
 """One function per op of two heads, as in dispatch.py: the reference, or a backend's kernels, with their derivative."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,24 @@ from ..objectives.divergences import Divergence
 from . import reference
 from .backends import Backend
 from .derivatives import call
-from .divergence_ops import DivergenceInputs, PairStatistics
 from .kernel_ops import IGNORED, Transform
 from .linear.gemm import weighed_sum
 from .linear.head import HeadInputs
 
 
-def divergence(
-    chosen: Backend, logits: Tensor, other_logits: Tensor, statistics: PairStatistics, transform: Transform,
-    other: Transform, kind: Divergence,
-) -> Tensor:  # fmt: skip
-    """Of p, of the logits, from r, of the other ones, for each row that statistics.rows leaves in, else 0."""
+def divergences(
+    chosen: Backend, logits: Tensor, other_logits: Tensor, rows: Tensor | None, transform: Transform, other: Transform,
+    kinds: Sequence[Divergence],
+) -> list[Tensor]:  # fmt: skip
+    """Of p, of the logits, from r, of the other ones, for each row that `rows` leaves in, else 0."""
     if chosen.is_reference:
-        return reference.divergence(logits, other_logits, statistics.rows, transform, other, kind)
-    how = (*statistics, *transform, *other, kind.name, kind.params())
-    inputs = DivergenceInputs(*how)
-    return call(chosen.namespace, "divergence", logits, other_logits, *inputs)[0]
+        return [reference.divergence(logits, other_logits, rows, transform, other, kind) for kind in kinds]
+    values, statistics = [], None
+    for kind in kinds:
+        given = (rows, *transform, *other, kind.name, kind.params())  # DivergenceInputs
+        value, _, _, statistics = call(chosen.namespace, "divergence", logits, other_logits, statistics, *given)
+        values.append(value)
+    return values
 
 
 def linear_divergence(

@@ -28,46 +28,54 @@ class OtherTransform(OpArguments):
 
 
 @dataclass(frozen=True)
-class PairStatistics(OpArguments):
-    """Of the rows of two heads' logits, as token_logprobs gives them. rows: bool, false takes a row out."""
+class _Rows(OpArguments):
+    """rows: bool, false takes a row out."""
 
-    lse: Tensor
-    lse_rest: Tensor
-    other_lse: Tensor
-    other_lse_rest: Tensor
     rows: Tensor | None
 
 
 @dataclass(frozen=True)
-class DivergenceInputs(OtherTransform, Transform, PairStatistics):
-    """Beside the logits. of: the kind, its parameters in order."""
+class DivergenceInputs(OtherTransform, Transform, _Rows):
+    """Beside the logits. kind, params: of the divergence, its parameters in order."""
 
     kind: str
     params: list[float]
 
 
+# statistics, [4] of rows: lse and lse_rest of the logits and of the other ones, as token_logprobs gives them. They are
+# given where another kind of the same logits has found them.
 SCHEMAS = {
     "divergence": schema(
-        "Tensor logits, Tensor other_logits", DivergenceInputs, returns="(Tensor value, Tensor by_p, Tensor by_r)"
+        "Tensor logits, Tensor other_logits, Tensor? statistics", DivergenceInputs,
+        returns="(Tensor value, Tensor by_p, Tensor by_r, Tensor statistics)",
     ),
     "divergence_backward": schema(
-        "Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of", DivergenceInputs, returns="Tensor"
+        "Tensor grad, Tensor logits, Tensor other_logits, Tensor by, str of, Tensor statistics", DivergenceInputs,
+        returns="Tensor",
     ),
-}
+}  # fmt: skip
+
+
+def divergence_results(logits: Tensor) -> tuple[Tensor, ...]:
+    """(value, by_p, by_r, statistics), uninitialised."""
+    rows, dtype = logits.shape[:-1], torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty((*lead, *rows), dtype=dtype) for lead in ((), (), (), (4,)))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
-    "divergence": lambda logits, other, lse, *rest: tuple(torch.empty_like(lse) for _ in range(3)),
+    "divergence": lambda logits, *rest: divergence_results(logits),
     "divergence_backward": lambda grad, logits, *rest: logits.new_empty(logits.shape),
 }
 
 
 def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, other, *rest = inputs
+    logits, other, _, *rest = inputs
     given = DivergenceInputs(*rest)
-    value, *by = output
-    ctx.mark_non_differentiable(*by)
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.tensors = [name for name, x in vars(given).items() if isinstance(x, Tensor)]
     ctx.given = {name: x for name, x in vars(given).items() if name not in ctx.tensors}
-    ctx.save_for_backward(logits, other, *by, *(getattr(given, name) for name in ctx.tensors))
+    ctx.save_for_backward(logits, other, *kept, *(getattr(given, name) for name in ctx.tensors))
     ctx.set_materialize_grads(False)
 
 
@@ -75,12 +83,12 @@ def _divergence_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None
-        logits, other, by_p, by_r, *saved = ctx.saved_tensors
+        logits, other, by_p, by_r, statistics, *saved = ctx.saved_tensors
         given = DivergenceInputs(**ctx.given, **dict(zip(ctx.tensors, saved, strict=True)))
         op = ranges.kernels(namespace).divergence_backward
         sides = (("logits", by_p), ("other_logits", by_r))
         return tuple(
-            op(grad.contiguous(), logits, other, by, of, *given) if wanted else None
+            op(grad.contiguous(), logits, other, by, of, statistics, *given) if wanted else None
             for (of, by), wanted in zip(sides, ctx.needs_input_grad, strict=False)
         )
 

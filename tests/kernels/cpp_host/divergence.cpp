@@ -1,4 +1,5 @@
-// Every kind of divergence and the gradients of both heads' logits under several schedules, against loops in double.
+// Every kind of divergence, the lse of both heads and the gradients of their logits under several schedules, against
+// loops in double.
 #include "../../../csrc/cuda/launch.h"
 #include "batch.h"
 
@@ -12,7 +13,8 @@ struct Heads {
   int64_t rows, vocab, gap;
   bool everything;
   std::vector<Logit> logits[2];
-  std::vector<T> temperatures, lse[2], lse_rest[2], grad;
+  std::vector<T> temperatures, grad;
+  std::vector<double> lse[2];
   std::unique_ptr<bool[]> keep, used;
   T softcap[2] = {5, 9}, scale[2] = {T(0.9), T(1.2)}, params[2] = {T(0.3), T(0.6)};
 
@@ -36,8 +38,7 @@ struct Heads {
       for (int64_t i = 0; i < rows; ++i) {
         double sum = 0;
         for (int64_t v = 0; v < vocab; ++v) sum += std::exp(z(h, i, v));
-        lse[h].push_back(static_cast<T>(std::log(sum)));
-        lse_rest[h].push_back(static_cast<T>(std::log(sum) - static_cast<double>(lse[h].back())));
+        lse[h].push_back(std::log(sum));
       }
   }
   int64_t stride(int h) const { return vocab + gap * (h + 1); }
@@ -59,7 +60,7 @@ struct Heads {
     LogprobArgs<Logit, T> args{};
     args.batch = 1, args.time = rows, args.vocab = vocab;
     args.stride_batch = rows * stride(h), args.stride_time = stride(h);
-    args.logits = logits[h].data(), args.lse = lse[h].data(), args.lse_rest = lse_rest[h].data();
+    args.logits = logits[h].data();
     args.transform = {T(0.8), infinity<T>(), T(1), nullptr, nullptr, 0, 0};
     if (everything)
       args.transform = {T(0.8), softcap[h], scale[h], temperatures.data(), keep.get(), rows * vocab, vocab};
@@ -74,7 +75,7 @@ struct Heads {
   }
 };
 
-// value, by_p, by_r of each row; the gradients of both.
+// value, by_p, by_r and the lse of both heads of each row; the gradients of both.
 struct Truth {
   std::vector<double> sums, grads[2];
 };
@@ -83,12 +84,11 @@ template <class Kind, class Logit, class T>
 Truth truth_of(const Heads<Logit, T>& given) {
   const auto params = params_from<Kind, double>([&](size_t k) { return static_cast<double>(given.params[k]); });
   const int64_t rows = given.rows, vocab = given.vocab;
-  Truth truth{std::vector<double>(3 * rows), {std::vector<double>(rows * vocab), std::vector<double>(rows * vocab)}};
+  Truth truth{std::vector<double>(5 * rows), {std::vector<double>(rows * vocab), std::vector<double>(rows * vocab)}};
   for (int64_t i = 0; i < rows; ++i) {
     if (!given.used[i]) continue;
-    const auto log_prob = [&](int h, int64_t v) {
-      return given.z(h, i, v) - static_cast<double>(given.lse[h][i]) - static_cast<double>(given.lse_rest[h][i]);
-    };
+    const auto log_prob = [&](int h, int64_t v) { return given.z(h, i, v) - given.lse[h][i]; };
+    for (int h = 0; h < 2; ++h) truth.sums[(3 + h) * rows + i] = given.lse[h][i];
     std::vector<Pair<double>> pairs;
     std::vector<Diverged<double>> parts;
     for (int64_t v = 0; v < vocab; ++v) {
@@ -117,25 +117,35 @@ void check_divergence(Heads<Logit, T>& given) {
                            " bytes=" + std::to_string(sizeof(Logit)) + (given.everything ? " everything" : "");
   DivergenceArgs<Logit, T> args = given.args();
   std::vector<char> scratch(cuda::divergence_scratch_bytes(args), '\xff');
-  std::vector<T> sums = under_all_schedules(what, [&] {
-    std::vector<T> found(3 * rows, static_cast<T>(std::nan("")));
-    args.value = found.data(), args.by_p = args.value + rows, args.by_r = args.by_p + rows;
+  // value, by_p, by_r, both lse, what rounding took of them.
+  std::vector<T> found(7 * rows);
+  T** const places[] = {&args.value,     &args.by_p,        &args.by_r,          &args.of.lse,
+                        &args.other.lse, &args.of.lse_rest, &args.other.lse_rest};
+  for (int64_t k = 0; k < 7; ++k) *places[k] = found.data() + k * rows;
+  const auto forward = [&] {
+    std::fill_n(found.begin(), args.statistics_known ? 3 * rows : 7 * rows, static_cast<T>(std::nan("")));
     expect(!cuda::divergence(args, Kind::name, scratch.data(), nullptr), what);
     return found;
-  });
+  };
+  const std::vector<T> made = under_all_schedules(what, forward);
+  args.statistics_known = true;
+  expect(same_bits(forward(), made), what + " from known statistics");
   const Truth truth = truth_of<Kind>(given);
-  expect_close(sums, truth.sums, tolerance_of<T>(), what);
+  for (int64_t k = 0; k < 2 * rows; ++k)
+    expect(std::fabs(made[5 * rows + k]) <= std::fabs(made[3 * rows + k]) * std::numeric_limits<T>::epsilon() + 1e-30,
+           what + ": lse_rest");
+  expect_close(std::vector<T>(made.begin(), made.begin() + 5 * rows), truth.sums, tolerance_of<T>(), what);
   args.grad = given.grad.data();
   for (int h = 0; h < 2; ++h) {
-    args.of_other = h == 1, args.by_p = args.by_r = sums.data() + (h + 1) * rows;
-    const auto found = under_all_schedules(what + " backward", [&] {
+    args.of_other = h == 1, args.by = found.data() + (h + 1) * rows;
+    const auto grads = under_all_schedules(what + " backward", [&] {
       std::vector<Logit> grad(rows * vocab, narrow<Logit>(static_cast<T>(std::nan(""))));
       args.of.grad_logits = grad.data();
-      expect(!cuda::divergence(args, Kind::name, nullptr, nullptr), what);
+      expect(!cuda::divergence_backward(args, Kind::name, nullptr), what);
       return grad;
     });
     std::vector<double> wide;
-    for (const Logit x : found) wide.push_back(widen(x));
+    for (const Logit x : grads) wide.push_back(widen(x));
     expect_close(wide, truth.grads[h], sizeof(Logit) == 2 ? 4e-3 : tolerance_of<T>(), what + " backward");
   }
 }

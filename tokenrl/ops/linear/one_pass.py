@@ -48,8 +48,9 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
 
 
 def _times_upstream(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    half = len(ctx.saved_tensors) // 2
-    grads, tensors = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them out a single time
+    half = len(saved) // 2
+    grads, tensors = saved[:half], saved[half:]
     made, last = zip(grads, tensors, strict=True), is_last_use(ctx)
 
     def times(g: Tensor | None, x: Tensor) -> Tensor | None:

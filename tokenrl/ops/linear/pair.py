@@ -46,14 +46,16 @@ class Pair:
         a divergence; None: all."""
         self.kind, self.params, self.counted = kind, params, counted
         self.own, self.other = _chunks(heads, hiddens, ids, rows, memory)
+        known = torch.stack([x for chunk in (self.own, self.other) for x in (chunk.lse, chunk.lse_rest)])
         given = self._given(self.own, self.other, slice(None))
-        self.value, self.by_p, _ = heads[0].ops.divergence(self.own.logits, self.other.logits, *given)
+        self.value, self.by_p, _, self.statistics = heads[0].ops.divergence(
+            self.own.logits, self.other.logits, known, *given
+        )
 
     def _given(self, own: Chunk, other: Chunk, some: slice) -> tuple[Any, ...]:
         """DivergenceInputs of some tokens."""
         counted = None if self.counted is None else self.counted[some]
-        statistics = (own.lse, own.lse_rest, other.lse, other.lse_rest, counted)
-        return *statistics, *own.transform(), *other.transform(), self.kind, self.params
+        return counted, *own.transform(), *other.transform(), self.kind, self.params
 
     def differentiate(self, by_value: Tensor, by_logp: Tensor | None = None) -> float:
         """Turns the trained head's logits into 2^k times their gradient; 2^-k. by_value, by_logp: the loss's gradients
@@ -64,8 +66,9 @@ class Pair:
             own, other = self.own.part(some), self.other.part(some)
             given = self._given(own, other, some)
             of_value = ops.divergence_backward(
-                up * by_value[some], own.logits, other.logits, self.by_p[some], "logits", *given
-            )
+                up * by_value[some], own.logits, other.logits, self.by_p[some], "logits",
+                self.statistics[:, some].contiguous(), *given,
+            )  # fmt: skip
             if by_logp is None:
                 own.logits.copy_(of_value)
             else:
