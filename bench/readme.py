@@ -1,4 +1,4 @@
-"""python -m bench.readme README.md: renders the tables of bench/results/ between their markers of a page."""
+"""python -m bench.readme PAGE: renders the tables of bench/results/ between their markers of a page of docs/."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "plan": ("plan.json", lambda report: markdown_table(*plan_table(report))),
 }
 PAGES = {
-    "README.md": ("bench", "trl", "overhead"),
+    "docs/benchmarks/index.md": ("bench", "trl", "overhead"),
     "docs/benchmarks/distillation.md": ("distill",),
     "docs/benchmarks/fused.md": ("fused",),
     "docs/guides/plan.md": ("plan",),

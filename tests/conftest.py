@@ -24,7 +24,7 @@ if not torch.cuda.is_available():  # then Triton's kernels run in the interprete
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN: unwritten cells show
 
-pytest_plugins = ["account", "noise", "order"]
+pytest_plugins = ["account", "known_limits", "noise", "order"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,20 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import docstrings, reference
+from . import docstrings, papers, reference, rows
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-WRITTEN: dict[str, Callable[[str], str]] = {"reference": reference.of_room}
+WRITTEN: dict[str, Callable[[str], str]] = {
+    "reference": reference.of_room,
+    "rows": rows.of_family,
+    "families": rows.of_all,
+    "aggregations": rows.of_aggregations,
+    "advantages": rows.of_advantages,
+    "methods": papers.of_methods,
+    "papers": papers.of_others,
+}
 PLACE = re.compile(r"^<!-- ([a-z]+): ([\w-]+) -->$", re.M)
 
 

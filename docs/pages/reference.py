@@ -1,5 +1,6 @@
 """Which public names there are, and in which room each is at home."""
 
+import functools
 import importlib
 import inspect
 from types import ModuleType
@@ -13,6 +14,7 @@ ROOMS = (
 BESIDE = ("tokenrl.distributed",)  # modules that `import tokenrl` leaves to those who need them
 
 
+@functools.cache
 def public_names() -> dict[str, object]:
     """Dotted path -> object: of tokenrl.__all__, and of the modules among them what these define."""
     found: dict[str, object] = {}
@@ -35,18 +37,22 @@ def names_of(module: ModuleType) -> list[str]:
     return list(getattr(module, "__all__", None) or [name for name in own if not name.startswith("_")])
 
 
-def room_of(path: str, thing: object) -> str:
-    """The folder of tokenrl/ that defines a public name; of a table, a dict, that of its rows."""
+def room_of(path: str, found: dict[str, object]) -> str:
+    """The folder of tokenrl/ that defines a public name: of what is in a public module, that of the module; of a table,
+    a dict, that of its rows."""
+    module, thing = found.get(path.rpartition(".")[0]), found[path]
+    if isinstance(module, ModuleType):
+        thing = module
     if isinstance(thing, dict):
-        thing = next(iter(thing.values()))
-        thing = thing if inspect.isclass(thing) else type(thing)
-    home = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", path)
-    return home.split(".")[1]
+        row = next(iter(thing.values()))
+        thing = row if inspect.isclass(row) else type(row)
+    return (thing.__name__ if isinstance(thing, ModuleType) else str(thing.__module__)).split(".")[1]
 
 
 def of_room(room: str) -> str:
     """A page's names: those of tokenrl itself, then those of each module."""
-    found = {path: thing for path, thing in public_names().items() if room_of(path, thing) == room}
+    every = public_names()
+    found = {path: thing for path, thing in every.items() if room_of(path, every) == room}
     modules = [path for path, thing in found.items() if isinstance(thing, ModuleType)]
     plain = [path for path in found if path not in modules and path.rpartition(".")[0] not in modules]
     return "\n".join([listed(plain), *(of_module(path, found) for path in modules)])
@@ -63,12 +69,15 @@ def listed(paths: list[str]) -> str:
 
 
 def described(path: str) -> str:
-    thing = public_names()[path]
+    thing, (module, _, name) = public_names()[path], path.rpartition(".")
     if inspect.isclass(thing):
         return f".. autoclass:: {path}\n   :members:"
+    if callable(thing):
+        return f".. autofunction:: {path}"
+    head = f".. py:data:: {name}\n   :module: {module}"
     if isinstance(thing, dict):
-        return f".. py:data:: {path}\n\n   A table: name -> row, {', '.join(f'``{name}``' for name in thing)}."
-    return f".. autofunction:: {path}"
+        return f"{head}\n\n   A table: name -> row, {', '.join(f'``{row}``' for row in thing)}."
+    return f"{head}\n   :value: {thing!r}"
 
 
 def directive(text: str) -> str:

@@ -88,8 +88,29 @@ def test_objectives_lists_the_table():
         assert row.statistic in line and row.gate.name in line and row.flow in line
     assert max(map(len, outcome.output.splitlines())) <= 80 and "…" not in outcome.output
     rows = json.loads(called("objectives", "--json").output)
-    assert [row["name"] for row in rows] == list(tokenrl.OBJECTIVES)
+    assert sorted(row["name"] for row in rows if row["table"] == "policy") == sorted(tokenrl.OBJECTIVES)
+    for table in (tokenrl.PREFERENCES, tokenrl.DISTILLATIONS, tokenrl.DIVERGENCES, tokenrl.UNLEARNINGS):
+        assert set(table) <= {row["name"] for row in rows}
     assert rows[0] == json.loads(called("objectives", rows[0]["name"], "--json").output)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--family", "prefix"), {"ctpo", "ctpo_geomean", "ctpo_fixed", "ctpo_geomean_fixed", "minpro", "minpro_capped",
+                                  "minpro_clip"}),
+        (("--paper", "2605.07331"), {"ctpo", "ctpo_geomean", "ctpo_fixed", "ctpo_geomean_fixed"}),
+        (("--paper", "2605.07331", "--search", "prefix_mean"), {"ctpo_geomean", "ctpo_geomean_fixed"}),
+        (("--search", "DeepSeek or none"), None),
+        (("--family", "prefixes"), None),
+    ],
+)  # fmt: skip
+def test_objectives_are_found_by_family_paper_and_text(options, expected):
+    outcome = called("objectives", *options, "--json")
+    if expected is None:
+        assert outcome.exit_code == 1 and "accepted: " in outcome.output
+    else:
+        assert {row["name"] for row in json.loads(outcome.output)} == expected
 
 
 @pytest.mark.parametrize("name", tokenrl.OBJECTIVES)

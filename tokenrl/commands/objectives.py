@@ -7,22 +7,26 @@ from typer import Option as option
 
 
 def objectives(
-    name: Annotated[str, argument(help="A row: its formula, parameters, source and gradient.")] = "",
+    name: Annotated[str, argument(help="A row: its formula, parameters, source, gradient, and a call.")] = "",
+    family: Annotated[str, option("--family", help="Rows of a page of the documentation: clip, prefix, ...")] = "",
+    paper: Annotated[str, option("--paper", help="Rows of a paper, by its arXiv number.")] = "",
+    search: Annotated[str, option("--search", help="Rows with this in their name, formula or source.")] = "",
     json: Annotated[bool, option("--json", help="As JSON.")] = False,
 ) -> None:
-    """The table of objectives, or one of its rows in full.
+    """The tables of objectives, or one row in full.
 
-    Example: tokenrl objectives ctpo
+    Example: tokenrl objectives --paper 2605.07331
     """
     from rich.console import Console
 
-    from ..instruments.objective_tables import described, print_objective, print_objectives
+    from ..instruments.catalogue import find_entry, selected
+    from ..instruments.catalogue.printed import print_entries, print_entry
     from ..instruments.output import print_json
-    from ..objectives.policy import OBJECTIVES, find_objective
 
+    found = [find_entry(name)] if name else selected(family, paper, search)
     if json:
-        print_json(described(find_objective(name)) if name else [described(row) for row in OBJECTIVES.values()])
+        print_json(found[0].as_json() if name else [entry.as_json() for entry in found])
     elif name:
-        print_objective(name, Console())
+        print_entry(found[0], Console())
     else:
-        print_objectives(Console())
+        print_entries(found, Console())

@@ -142,10 +142,12 @@ def profile(device: str | None = None) -> Iterator[Profile]:
     this machine does at best (measured when a table is asked for), peak memory and how often the host waits. Ops inside
     of ops, and the matrix products between them, are listed below theirs; all else is one line. Run the step once
     before: a first call compiles and warms up. Profiling itself costs the host microseconds per operation of torch.
-    device: where the step works, "cpu" or "cuda"; None: on the GPU where there is one.
 
     The reference's backward is autograd's own, and lies in the last line; so does what torch.compile has fused. Nothing
     else that uses torch.profiler may be at work.
+
+    Args:
+        device: where the step works, "cpu" or "cuda"; None: on the GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_name("device", device, ("cpu", "cuda"))

@@ -214,13 +214,17 @@ def record(
 
     Seen are policy_loss and linear_policy_loss; with policy_loss the logits, or hidden states and weight, come along
     where its logp is what token_logprobs or linear_token_logprobs gave inside, or a view of it, and log-probs alone
-    otherwise. The numbers are those at the time of the call. path: of a safetensors file (its schema:
-    tokenrl/instruments/rollout_batch.py), written at that call. limit: bytes, or as "512 MB": whole sequences from the
-    first on, as many as fit beside the head. source: words on where the batch comes from.
+    otherwise. The numbers are those at the time of the call. Batches of other losses, pairs of preference_loss or a
+    teacher's distributions, have no place in the schema.
 
-    Batches of other losses, pairs of preference_loss or a teacher's distributions, have no place in the schema.
-    Errors: ValueError where the limit holds no sequence; RuntimeError at the end where neither loss was called; it
-    names the others that were.
+    Args:
+        path: of a safetensors file (its schema: tokenrl/instruments/rollout_batch.py), written at that call.
+        limit: bytes, or as "512 MB": whole sequences from the first on, as many as fit beside the head.
+        source: words on where the batch comes from.
+
+    Raises:
+        ValueError: where the limit holds no sequence.
+        RuntimeError: at the end where neither loss was called; it names the others that were.
     """
     recording = Recording(Path(path), bytes_of(limit), dict(source or {}))
     with observing(recording.observe):

@@ -42,22 +42,36 @@ def token_divergence(
 
         D = sum_v f(log p_v, log r_v)        d D / d z_v = p_v df/dp_v - p_v sum_k p_k df/dp_k, likewise for z'
 
-    logits, other_logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V], of one shape and dtype. Both get gradients where
-    they require them: a frozen teacher's do not. Logits of -inf are out of that distribution: 0 log 0 = 0, a
-    divergence is infinite where the formula is, and they get no gradient.
-    kind: a name of tokenrl.DIVERGENCES ("forward_kl" D(r || p), "reverse_kl" D(p || r), "jsd", "total_variation", ...),
-    what tokenrl.divergence(name, ...) returns, or several of both.
-    temperature, softcap, logit_scale, keep_mask: as for token_logprobs; other_*: those of the other head, of which
-    other_temperature None is the temperature. row_mask: bool [N] or [B, T]: rows where it is False give 0 and are
-    never read. other_logits=logits, or logits.detach(), with an other_temperature is the KL to its own tempered self.
-
-    Returns the divergence, [N] or [B, T], fp32 (fp64 of fp64 logits); of several kinds an object with an attribute for
-    each by its name, which iterates in their order. Differentiating twice raises. Errors: ValueError naming the
-    argument, what was given and what is accepted.
-
     The forward keeps six numbers per row. It reads the logits of both once for "forward_kl", "reverse_kl" and
     "cross_entropy", and twice for any other kind, of which the first of several finds what the rest need; the backward
-    reads both once and writes one. Source: see tokenrl.DIVERGENCES.
+    reads both once and writes one. Differentiating twice raises.
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V]. Logits of -inf are out of the distribution: 0 log 0 = 0, a
+            divergence is infinite where the formula is, and they get no gradient.
+        other_logits: of the same shape and dtype. Both get gradients where they require them: a frozen teacher's do
+            not. logits, or logits.detach(), with an other_temperature is the KL to its own tempered self.
+        kind: a name of tokenrl.DIVERGENCES ("forward_kl" D(r || p), "reverse_kl" D(p || r), "jsd", "total_variation",
+            ...), what tokenrl.divergence(name, ...) returns, or several of both.
+        temperature: as for token_logprobs.
+        other_temperature: that of the other head; None: the temperature.
+        softcap: as for token_logprobs.
+        other_softcap: that of the other head.
+        logit_scale: as for token_logprobs.
+        other_logit_scale: that of the other head.
+        keep_mask: as for token_logprobs.
+        other_keep_mask: that of the other head.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and are never read.
+        backend: as for policy_loss.
+
+    Returns:
+        The divergence, [N] or [B, T], fp32 (fp64 of fp64 logits); of several kinds an object with an attribute for each
+            by its name, which iterates in their order.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+
+    Source: see tokenrl.DIVERGENCES.
     """
     kinds = _kinds(kind)
     for name, x in (("logits", logits), ("other_logits", other_logits)):

@@ -91,16 +91,31 @@ def aggregation_weights(
 ) -> Tensor:
     """The weight of each token, w, so that a loss is sum_t w_t l_t.
 
-    aggregation: "token-mean" 1 / N, "token-sum" 1, "seq-mean-token-mean" 1 / (R n_i), "seq-mean-token-sum" 1 / R,
-    "seq-mean-token-sum-norm" 1 / (R T), "group-mean" 1 / (G N_g), "balanced" |S| / R_g / tokens(S) / G (Balanced
-    Aggregation: S the sequences of the group with the sign of this one's advantage, R_g all of the group; those with
-    advantage 0 weigh nothing and count in R_g, which is our reading). N, N_g valid tokens, R, R_g sequences and G
-    groups with any.
-    mask: bool [B, T], or [N] beside cu_seqlens [S + 1]. advantages: [B] (or [S]) or one per token, for "balanced";
-    advantages_per: as for policy_loss.
-    group_ids: integers [B] (or [S]). normalizer: what to divide by instead of the batch's own count (N, R, R T or G);
-    0 where no token is valid, in any part.
-    Returns fp32 of the mask's shape, zero in masked cells.
+        "token-mean"                 1 / N
+        "token-sum"                  1
+        "seq-mean-token-mean"        1 / (R n_i)
+        "seq-mean-token-sum"         1 / R
+        "seq-mean-token-sum-norm"    1 / (R T)
+        "group-mean"                 1 / (G N_g)
+        "balanced"                   |S| / R_g / tokens(S) / G
+
+    N, N_g valid tokens, R, R_g sequences and G groups with any. Balanced Aggregation: S the sequences of the group with
+    the sign of this one's advantage, R_g all of the group; those with advantage 0 weigh nothing and count in R_g, which
+    is our reading.
+
+    Args:
+        aggregation: one of these names.
+        mask: bool [B, T], or [N] beside cu_seqlens.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages: [B] (or [S]) or one per token, for "balanced".
+        advantages_per: as for policy_loss.
+        group_ids: integers [B] (or [S]).
+        normalizer: what to divide by instead of the batch's own count (N, R, R T or G); 0 where no token is valid, in
+            any part.
+        backend: as for policy_loss.
+
+    Returns:
+        fp32 of the mask's shape, zero in masked cells.
 
     Source: Balanced Aggregation, arXiv 2605.04077 (notes).
     """

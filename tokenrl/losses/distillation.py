@@ -42,16 +42,24 @@ def distillation_loss(
 
         loss = sum_t w_t T_t^power D(p_t, r_t),   p = softmax(logits / T),   r = softmax(other_logits / T)
 
-    objective: a name in tokenrl.DISTILLATIONS, or what tokenrl.distillation(name, ...) returns.
-    logits, other_logits: [B, T, V], or packed [N, V] with cu_seqlens [S + 1]: student and teacher. The teacher gets a
-    gradient where it requires one.
-    mask: bool of the tokens that pay; masked rows may hold anything. token_weight: of the tokens, or [B, 1].
-    aggregation, normalizer: as for policy_loss; None takes the objective's own.
-    temperature: of both, a number or one per token. heads: other_temperature, softcap, logit_scale, keep_mask and the
-    other_* of token_divergence.
+    Args:
+        objective: a name in tokenrl.DISTILLATIONS, or what tokenrl.distillation(name, ...) returns.
+        logits: the student's, [B, T, V], or packed [N, V] with cu_seqlens [S + 1].
+        other_logits: the teacher's, of the same shape. They get a gradient where they require one.
+        mask: bool of the tokens that pay; masked rows may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        token_weight: of the tokens, or [B, 1].
+        aggregation: as for policy_loss; None takes the objective's own.
+        normalizer: as for policy_loss.
+        temperature: of both, a number or one per token.
+        backend: as for policy_loss.
+        heads: other_temperature, softcap, logit_scale, keep_mask and the other_* of token_divergence.
 
-    Returns (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
-    Errors: ValueError naming the argument, what was given and what is accepted.
+    Returns:
+        (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
     row, layout, weights = weighed_tokens(
         objective, "logits", logits, None, mask, cu_seqlens, token_weight, aggregation, normalizer, temperature, backend

@@ -44,38 +44,54 @@ def policy_loss(
 
         loss = sum_t w_t (gate(s_t) + kl_coef r_t kl_t - entropy_coef entropy_t),   s a statistic of the log ratios
 
-    objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
-    logp, old_logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. Only
-    logp gets a gradient, and entropy. old_logp None means on-policy: logp without its gradient. For kl_* it is the
-    reference model's log-prob.
-    advantages: [B] (or [S]), or one per token; None for objectives that use none. advantages_per: "sequence" or
-    "token", where a packed batch has as many of both; None: by their shape, and one per token where both fit.
-    mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
-    hole (tool output) inside a sequence adds nothing to a prefix and does not advance the position.
-    segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence instead
-    of over the sequence.
-    group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
-    token_weight: of logp's shape, or [B, 1], multiplies the loss (importance weights, entropy masks), never the ratio.
-    aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own. normalizer: the global count
-    that the mode divides by (a number or a 0-d tensor), so that the parts of a split batch add up.
-    ref_logp: log-probs of the reference model, of logp's shape; kl: a row kl_* of the table, kl_coef its weight.
-    kl_ratio: what corrects that estimate, which is one of the current policy, for tokens of the old one: r_t = the
-    ratio to old_logp of the "token" (DeepSeek-V3.2) or e^"span_mean" of its sequence or segment (TRL), with the ratio's
-    own gradient, on-policy too; None: r_t = 1.
-    entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it; entropy_coef: the bonus.
-    kl_weight, entropy_weight: of logp's shape, or [B, 1]: what stands for w_t in that term, as
-    tokenrl.aggregation_weights gives it; None: w_t, the weight of the aggregation times token_weight.
-    rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied by
-    tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them. correction: its arguments level,
-    bound, low, high, ...; None: of single tokens, truncated at 2. A NaN, a token that the engine did not score, raises,
-    but for correction={..., "unknown": "neutral"}, which gives it a ratio of 1. "vespo" takes
-    the weights into its ratio instead.
-    backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
+    The forward saves one number per token, the backward is one multiplication; forms (tokenrl/objectives/forms/base.py)
+    and the terms add torch's own. Differentiating twice raises.
 
-    Returns (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given). The forward saves one number per token,
-    the backward is one multiplication; forms (tokenrl/objectives/forms/base.py) and the terms add torch's own.
-    Differentiating twice raises. Errors: ValueError naming the argument, what was given and what is accepted;
-    RuntimeError with every backend's reason when none can run the call.
+    Args:
+        objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns.
+        logp: fp32 or fp64 log-probs of the sampled tokens, [B, T], or packed [N] with cu_seqlens [S + 1]. It and
+            entropy get a gradient, nothing else.
+        old_logp: of logp's shape; None means on-policy, logp without its gradient. For kl_* it is the reference
+            model's.
+        advantages: [B] (or [S]), or one per token; None for objectives that use none.
+        mask: bool, of logp's shape: the tokens that enter the ratio and pay the loss. Masked cells may hold anything; a
+            hole (tool output) inside a sequence adds nothing to a prefix and does not advance the position.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: "sequence" or "token", where a packed batch has as many of both; None: by their shape, and one
+            per token where both fit.
+        segment_ids: integers of logp's shape; the statistic then runs over each run of equal ids inside a sequence
+            instead of over the sequence.
+        group_ids: integers [B] (or [S]), rollouts of one prompt share one; for "group-mean" and "balanced".
+        entropy: of logp's shape, of the whole vocabulary as tokenrl.token_logprobs gives it.
+        rollout_logp: the log-probs of the engine that sampled, of logp's shape: the weights of the loss are multiplied
+            by tokenrl.corrections.importance_weights of old_logp (on-policy: logp) to them; "vespo" takes the weights
+            into its ratio instead. A NaN, a token that the engine did not score, raises, but for correction={...,
+            "unknown": "neutral"}, which gives it a ratio of 1.
+        token_weight: of logp's shape, or [B, 1], multiplies the loss (importance weights, entropy masks), never the
+            ratio.
+        aggregation: a mode of tokenrl.aggregation_weights; None takes the objective's own.
+        normalizer: the global count that the mode divides by (a number or a 0-d tensor), so that the parts of a split
+            batch add up.
+        ref_logp: log-probs of the reference model, of logp's shape.
+        kl: a row kl_* of the table, of logp and ref_logp.
+        kl_coef: its weight.
+        kl_weight: of logp's shape, or [B, 1]: what stands for w_t in that term, as tokenrl.aggregation_weights gives
+            it; None: w_t, the weight of the aggregation times token_weight.
+        kl_ratio: what corrects that estimate, which is one of the current policy, for tokens of the old one: r_t = the
+            ratio to old_logp of the "token" (DeepSeek-V3.2) or e^"span_mean" of its sequence or segment (TRL), with the
+            ratio's own gradient, on-policy too; None: r_t = 1.
+        entropy_coef: the weight of the entropy bonus.
+        entropy_weight: as kl_weight, of that term.
+        correction: arguments of importance_weights, level, bound, low, high, ...; None: of single tokens, truncated at
+            2.
+        backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run.
+
+    Returns:
+        (loss 0-d, Metrics; TermMetrics where ref_logp or entropy is given).
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
+        RuntimeError: with every backend's reason, when none can run the call.
     """
     row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_floats("logp", logp)

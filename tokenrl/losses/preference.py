@@ -66,25 +66,36 @@ def preference_loss(
                + divergence sum_t v_t D_t + length |y| / beta, of rows that have these
         loss = sum_p c_p link(x_w, x_l) / P + nll mean_t -logp_t
 
-    objective: a name in tokenrl.PREFERENCES, or what tokenrl.preference(name, ...) returns.
-    logp: fp32 or fp64, padded [B, T], or packed [N] with cu_seqlens [S + 1]: log-probs of all sequences, by
-    token_logprobs or linear_token_logprobs. ref_logp: of the reference, of the same shape, constant; None for rows
-    without one. mask: bool, the tokens of the answers; masked cells may hold anything.
-    pairs: integers [P, 2], of each pair the chosen and the rejected sequence; None: halves, sequence i of the first
-    half is chosen and meets sequence i of the second. Sequences that no pair names enter nothing but nll_mask.
-    desirable, kl: of "kto", "apo_zero_unpaired" and "bco_unpaired", instead of pairs: bool [S]; and, of kto, what a log
-    ratio is compared with, max(0, mean kl): a number, a 0-d tensor, or the [K] log ratios of mismatched sequences.
-    reward_shift: of "bco_unpaired", likewise, what rewards, beta times a log ratio, are compared with: their mean over
-    the batches so far; None: that of this batch. Both are constant.
-    divergence: of the tdpo and sparsepo rows, one per token, such as tokenrl.token_divergence(logits, ref_logits), KL
-    of the reference to the policy. token_weight, divergence_weight: w, v of the shape of logp, None for 1.
-    pair_weight: constant, c of [P] ([S] of labelled sequences, such as BCO's weights by density ratio).
-    nll_mask: bool of the tokens of the nll term; None: those of chosen sequences. normalizer, nll_normalizer: what to
-    divide by instead of P and of the number of tokens.
-
     logp, divergence, token_weight and divergence_weight get gradients where they require them. Sums are fp64.
-    Returns (loss 0-d in the dtype of logp, PreferenceMetrics).
-    Errors: ValueError naming the argument, what was given and what is accepted.
+
+    Args:
+        objective: a name in tokenrl.PREFERENCES, or what tokenrl.preference(name, ...) returns.
+        logp: fp32 or fp64, padded [B, T], or packed [N] with cu_seqlens [S + 1]: log-probs of all sequences, by
+            token_logprobs or linear_token_logprobs.
+        ref_logp: of the reference, of the same shape, constant; None for rows without one.
+        mask: bool, the tokens of the answers; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        pairs: integers [P, 2], of each pair the chosen and the rejected sequence; None: halves, sequence i of the first
+            half is chosen and meets sequence i of the second. Sequences that no pair names enter nothing but nll_mask.
+        desirable: bool [S], of "kto", "apo_zero_unpaired" and "bco_unpaired", instead of pairs.
+        kl: of "kto", what a log ratio is compared with, max(0, mean kl): a number, a 0-d tensor, or the [K] log ratios
+            of mismatched sequences. Constant.
+        reward_shift: of "bco_unpaired", likewise, what rewards, beta times a log ratio, are compared with: their mean
+            over the batches so far; None: that of this batch. Constant.
+        divergence: of the tdpo and sparsepo rows, one per token, such as tokenrl.token_divergence(logits, ref_logits),
+            KL of the reference to the policy.
+        token_weight: w, of the shape of logp; None for 1.
+        divergence_weight: v, likewise.
+        pair_weight: constant, c of [P] ([S] of labelled sequences, such as BCO's weights by density ratio).
+        nll_mask: bool of the tokens of the nll term; None: those of chosen sequences.
+        normalizer: what to divide by instead of P.
+        nll_normalizer: what to divide by instead of the number of tokens of the nll term.
+
+    Returns:
+        (loss 0-d in the dtype of logp, PreferenceMetrics).
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
     row = preference(objective)
     check_floats("logp", logp)

@@ -201,11 +201,19 @@ _CHANGEABLE = ("statistic", "flow", "gate", "form", "aggregation", "clamp", "cap
 def objective(name: str | Objective, **parameters: Any) -> Objective:
     """A row of the table, with any of its parameters changed.
 
-    parameters: those of the row's gate and of its form in the method's own terms (eps_low, eps_high, dual, eps_dual,
-    power, bound, tau_pos, tau_neg, ceiling, ...: numbers, or tensors with one value per token) and of the Objective
-    itself (statistic, flow, gate, form, aggregation, clamp, cap). Unknown names raise, naming the nearest.
-
         tokenrl.objective("ctpo", eps_low=0.03, power=0.5)
+
+    Args:
+        name: of tokenrl.OBJECTIVES, or a row.
+        parameters: those of the row's gate and of its form in the method's own terms (eps_low, eps_high, dual,
+            eps_dual, power, bound, tau_pos, tau_neg, ceiling, ...: numbers, or tensors with one value per token) and of
+            the Objective itself (statistic, flow, gate, form, aggregation, clamp, cap).
+
+    Returns:
+        The row; the table is as it was.
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest, and for a value that a part does not accept.
     """
     row = find_objective(name)
     return changed(row, parameters, _CHANGEABLE)

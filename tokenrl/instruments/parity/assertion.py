@@ -19,14 +19,18 @@ def assert_parity(
         def test_my_loss(rollout_batch):  # the fixture comes with tokenrl
             tokenrl.parity.assert_parity(my_loss, rollout_batch, "grpo")
 
-    loss: a function that takes what it needs of the batch by name (logits or hidden with weight, else logp; ids,
-    old_logp, ref_logp, advantages, mask, cu_seqlens, group_ids, temperature, kl_coef, ..., and the objective's
-    parameters, as eps_low) and returns a scalar, or a tuple of which it is the first. The gradient is compared by the
-    logits, the hidden states and the head, or the log-probs that it takes. batch: of tokenrl.load_batch, the path of
-    one, or tokenrl.parity.random_batch(). objective: None takes the batch's.
+    Args:
+        loss: a function that takes what it needs of the batch by name (logits or hidden with weight, else logp; ids,
+            old_logp, ref_logp, advantages, mask, cu_seqlens, group_ids, temperature, kl_coef, ..., and the objective's
+            parameters, as eps_low) and returns a scalar, or a tuple of which it is the first. The gradient is compared
+            by the logits, the hidden states and the head, or the log-probs that it takes.
+        batch: of tokenrl.load_batch, the path of one, or tokenrl.parity.random_batch().
+        objective: a row or its name; None takes the batch's.
 
-    Raises: AssertionError naming the error, the worst token and, where the numbers are those of a usual mistake, the
-    mistake; ValueError where the loss takes what no batch has.
+    Raises:
+        AssertionError: naming the error, the worst token and, where the numbers are those of a usual mistake, the
+            mistake.
+        ValueError: where the loss takes what no batch has.
     """
     if not isinstance(batch, RolloutBatch):
         batch = load_batch(batch)
