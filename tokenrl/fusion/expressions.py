@@ -130,7 +130,7 @@ def _of_quotient(y: Expression, a: Expression, b: Expression, da: Expression, db
     return (da - _chain(db, y)) / b
 
 
-_TRUTH = "{} ? T(1) : T(0)"  # in C++ truths are numbers: loops over several bools do not vectorise
+_TRUTH = "select({}, T(1), T(0))"  # in C++ truths are numbers: loops over several bools do not vectorise
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -158,7 +158,7 @@ OPS: dict[str, Op] = {
            lambda y, x, bound, dx, d_bound: where(made("less", x, bound), d_bound, dx)),
         Op("power_of_count", "power({0}, {1})", "power({0}, {1})", torch.pow),  # of t, which has no slope
         Op("detach", "{0}", "{0}", torch.detach),
-        Op("where", "tl.where({0}, {1}, {2})", "{0} != 0 ? {1} : {2}", torch.where,
+        Op("where", "tl.where({0}, {1}, {2})", "select({0} != 0, {1}, {2})", torch.where,
            lambda y, c, a, b, dc, da, db: where(c, da, db)),
         Op("less", "{0} < {1}", _TRUTH.format("{0} < {1}"), torch.lt, is_bool=True),
         Op("less_equal", "{0} <= {1}", _TRUTH.format("{0} <= {1}"), torch.le, is_bool=True),

@@ -5,20 +5,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .expressions import Expression, Op, in_order
+from .expressions import Expression, Op, in_order, leaf, made
 from .trace import Traced
 
 
 @dataclass(frozen=True)
 class Language:
     """How an op, a leaf and a constant are spelled, and a statement with a name and what it stands for. blocks: whether
-    constants are statements too."""
+    constants are statements too. given: what the caller has computed already."""
 
     op: Callable[[Op], str]
     leaf: Callable[[str, bool], str]
     constant: Callable[[float | bool], str]
     statement: str
     blocks: bool
+    given: dict[Expression, str]
 
 
 def _triton_constant(value: float | bool) -> str:
@@ -48,14 +49,16 @@ TRITON = Language(
     lambda name, given: parameter(name) if given else _TRITON_LEAVES.get(name, name),
     _triton_constant,
     "    {} = {}\n",
-    True,
+    blocks=True,
+    given={},
 )
 CPP = Language(
     lambda op: op.cpp,
     lambda name, given: f"params.{parameter(name)}" if given else _CPP_LEAVES.get(name, f"in.{name}"),
     _cpp_constant,
     "    const T {} = {};\n",
-    False,
+    blocks=False,
+    given={made("exp", leaf("s")): "in.ratio"},
 )
 
 
@@ -64,7 +67,9 @@ def _written(gate: Traced, language: Language) -> tuple[str, dict[str, str]]:
     names: dict[Expression, str] = {}
     text = ""
     for x in in_order(gate.results.values()):
-        if x.op is not None:
+        if x in language.given:
+            spelled = language.given[x]
+        elif x.op is not None:
             spelled = language.op(x.op).format(*(names[of] for of in x.inputs))
         elif x.constant is not None:
             spelled = language.constant(x.constant)
