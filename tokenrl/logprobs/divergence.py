@@ -43,8 +43,9 @@ def token_divergence(
 
         D = sum_v f(log p_v, log r_v)        d D / d z_v = p_v df/dp_v - p_v sum_k p_k df/dp_k, likewise for z'
 
-    The forward keeps four numbers per row and reads the logits of both twice; the backward reads both once and writes
-    one. Differentiating twice raises.
+    The forward keeps six numbers per row. It reads the logits of both once for "forward_kl", "reverse_kl" and
+    "cross_entropy", and twice for any other kind, of which the first of several finds what the rest need; the backward
+    reads both once and writes one. Differentiating twice raises.
 
     Args:
         logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V]. Logits of -inf are out of the distribution: 0 log 0 = 0, a
