@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ..batch.checks import check_number, check_tensor
 from ..errors import described, wrong
-from ..logprobs.from_logits import TokenStats
+from ..logprobs.token_stats import TokenStats
 from . import linear_vocabulary_parallel, vocabulary_parallel, wire
 
 MEGATRON_MULTIPLE = 128  # of the vocabulary, times the group's size
