@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import wrong
 from ..logprobs import from_logits
-from ..logprobs.from_logits import OUTPUTS, TokenStats
+from ..logprobs.from_logits import OUTPUTS
+from ..logprobs.token_stats import TokenStats
 from ..ops import backends, dispatch, kernel_ops, linear_ops, ranges, reference
 from ..ops.arguments import schema
 from ..ops.backends import Backend

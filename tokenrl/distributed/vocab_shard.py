@@ -15,7 +15,8 @@ from ..batch.checks import as_saved, check_number, check_tensor
 from ..errors import described, wrong
 from ..logprobs import from_hidden
 from ..logprobs.from_hidden import HeadArguments
-from ..logprobs.from_logits import DTYPES, TokenStats
+from ..logprobs.from_logits import DTYPES
+from ..logprobs.token_stats import TokenStats
 from ..ops.backends import Backend
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..batch.checks import unit_stride
 from ..logprobs import from_logits
-from ..logprobs.from_logits import OUTPUTS, TokenStats
+from ..logprobs.from_logits import OUTPUTS
+from ..logprobs.token_stats import TokenStats
 from ..ops import backends, dispatch, kernel_ops, ranges
 from ..ops.arguments import schema
 from ..ops.backends import Backend
