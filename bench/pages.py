@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import distill_table, markdown_table, overhead_table, plan_table, short_table, trl_table
+from .report import distill_table, fused_table, markdown_table, overhead_table, plan_table, short_table, trl_table
 
 RESULTS = Path(__file__).parent / "results"
 # The markers' name -> the file of the results, and the table that is made of them.
@@ -14,11 +14,13 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "trl": ("trl.json", lambda report: markdown_table(*trl_table(report))),
     "overhead": ("overhead.json", lambda report: markdown_table(*overhead_table(report))),
     "distill": ("distill.json", lambda report: markdown_table(*distill_table(report))),
+    "fused": ("fused.json", lambda report: markdown_table(*fused_table(report))),
     "plan": ("plan.json", lambda report: markdown_table(*plan_table(report))),
 }
 PAGES = {
     "docs/benchmarks/index.md": ("bench", "trl", "overhead"),
     "docs/benchmarks/distillation.md": ("distill",),
+    "docs/benchmarks/fused.md": ("fused",),
     "docs/guides/plan.md": ("plan",),
 }
 

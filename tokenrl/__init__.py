@@ -8,6 +8,7 @@ check_versions()
 
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
+from .fusion.fused import fuse  # noqa: E402
 from .instruments import parity  # noqa: E402
 from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
@@ -107,6 +108,7 @@ __all__ = [
     "divergence",
     "divergence_weights",
     "entropy_mix",
+    "fuse",
     "group_aggregate",
     "group_losses",
     "hidden_reward",

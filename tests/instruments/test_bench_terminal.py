@@ -12,7 +12,7 @@ from bench.report import plan_table
 def committed() -> dict:
     """Everything that is committed, as one report."""
     report = json.loads((pages.RESULTS / "cpu.json").read_text())
-    for name in ("overhead", "trl", "cliffs", "distill", "plan"):
+    for name in ("overhead", "trl", "cliffs", "fused", "distill", "plan"):
         report[name] = json.loads((pages.RESULTS / f"{name}.json").read_text())[name]
     return report
 
