@@ -18,7 +18,7 @@ COUNTS = (
     "op", "shape", "backend", "bytes/token of the model", "bytes/token a copy could move in the time", "{launches}",
     "host syncs",
 )  # fmt: skip
-README = (
+SHORT = (
     "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "% of limit", "x bare GEMMs", "peak MB", "vs eager",
     "vs compile", "vs TRL", "vs Liger",
 )  # fmt: skip
@@ -222,8 +222,8 @@ def markdown(report: dict) -> str:
     return "\n\n".join([report["machine"], *parts, *notes(report), *report["failures"]]) + "\n"
 
 
-def readme_table(report: dict) -> str:
-    """The short table of the README: our backends only, forward+backward where one number stands for both."""
+def short_table(report: dict) -> str:
+    """The short table of docs/benchmarks: our backends only, forward+backward where one number stands for both."""
     rows = [
         [
             op_name(line), str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
@@ -232,7 +232,7 @@ def readme_table(report: dict) -> str:
         ]
         for line in report["lines"] if line["ours"]
     ]  # fmt: skip
-    return markdown_table(list(README), rows)
+    return markdown_table(list(SHORT), rows)
 
 
 def write_json(report: dict, path: Path) -> None:
