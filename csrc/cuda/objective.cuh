@@ -125,7 +125,7 @@ __device__ __forceinline__ void add_up_tiles(const ObjectiveArgs<T>& args, const
 
 // Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more.
 template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 2 : 3;
+constexpr int kResident = sizeof(T) == 8 ? 1 : 3;
 
 template <class T, class Gate>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
