@@ -84,15 +84,16 @@ def score_kernel(
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     ratio, diverged, reference, count = sums_of(spans, tokens, begin, end, REFERENCE, BLOCK)
-    by = tl.full((), 1.0, tl.float64) / (tl.maximum(count, 1.0) if MEAN else 1.0)
-    divisor = tl.maximum(count, 1.0) if MEAN else 1.0
+    share = tl.full((), 1.0, tl.float64)
+    if MEAN:
+        share = share / tl.maximum(count, 1.0)
     score, slope = SCORE(ratio, tl.full((), parameter, tl.float64))
     at = scores + i
-    tl.store(at, score / divisor + length / beta * count)
-    tl.store(at + spans.num_sequences, slope * by)
+    tl.store(at, score * share + length / beta * count)
+    tl.store(at + spans.num_sequences, slope * share)
     tl.store(at + 2 * spans.num_sequences, divergence * diverged)
-    tl.store(at + 3 * spans.num_sequences, reference / divisor)
-    tl.store(at + 4 * spans.num_sequences, beta * (ratio / divisor + diverged))
+    tl.store(at + 3 * spans.num_sequences, reference * share)
+    tl.store(at + 4 * spans.num_sequences, beta * (ratio * share + diverged))
     if NLL:
         nll, tokens_of_nll = nll_of(of_nll, tokens.logp, begin, end, BLOCK)
         tl.store(at + 5 * spans.num_sequences, nll)
