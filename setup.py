@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = "8.0;9.0;10.0+PTX;12.0"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest supported
 PER_ISA = (  # of csrc/cpu
     "divergence", "divergence_backward", "machine_limit_loops", "objective", "token_logprobs",
@@ -105,7 +105,7 @@ class Ninja:
         self.text = f"rule cxx\n command = {compiler} {common} $flags -MMD -MF $out.d -c $in -o $out\n{dependencies}"
         self.text += f"rule link\n command = {compiler} -shared -o $out $in $flags\n"
         if toolkit:
-            cuda = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+            cuda = "-std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
             nvcc = f"{shell_path(toolkit['nvcc'])} {cuda} {gencode(architectures())}"
             command = f"{nvcc} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"
             self.text += f"rule nvcc\n command = {command}\n{dependencies}"

@@ -1,6 +1,7 @@
 // Where an op's arguments go: the CPU kernels, or the CUDA launchers with their stream and scratch memory.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -118,14 +119,13 @@ struct CudaDevice {
 
   template <class T>
   void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
-    const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences));
+    const auto memory = scratch(cuda::objective_scratch_bytes<T>(args.spans));
     check(cuda::objective(args, statistic, through, gate, memory.data_ptr(), ticket().at, stream()));
   }
   template <class T>
   void statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint) const {
-    const bool spans = statistic == Statistic::span_sum || statistic == Statistic::span_mean;
-    const auto memory = scratch(spans ? sizeof(int32_t) * static_cast<size_t>(args.spans.num_tokens) : 0);
-    check(cuda::statistic(args, statistic, adjoint, static_cast<int32_t*>(memory.data_ptr()), stream()));
+    const auto memory = scratch(cuda::statistic_scratch_bytes(args));
+    check(cuda::statistic(args, statistic, adjoint, memory.data_ptr(), stream()));
   }
   template <class T>
   void position_adaptive_clip(const ClipArgs<T>& args) const {
@@ -156,11 +156,14 @@ struct CudaDevice {
 };
 #endif
 
-// f(device) for the device of x.
+// f(device) for the device of x, which is the current one meanwhile: a kernel is launched on that.
 template <class F>
 void on_device_of([[maybe_unused]] const torch::stable::Tensor& x, F&& f) {
 #ifdef TOKENRL_WITH_CUDA
-  if (x.is_cuda()) return f(CudaDevice{x});
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard current(x.get_device_index());
+    return f(CudaDevice{x});
+  }
 #endif
 #ifdef TOKENRL_SIM
   f(CudaDevice{x});

@@ -15,6 +15,10 @@ TOKENRL_EXPORT const char* tokenrl_instruction_set();
 // Calls visit(context, kernel) for each kernel; null, or the error's text.
 TOKENRL_EXPORT const char* tokenrl_kernel_attributes(void (*visit)(void*, const TokenrlKernel&), void* context);
 
+// Why the kernels cannot run on a CUDA device that torch sees, or null: its driver is older than their runtime, or none
+// of them has code for it.
+TOKENRL_EXPORT const char* tokenrl_cuda_refusal(int device);
+
 // What this machine does at best with so many threads: bytes read, bytes copied (read plus written), exponentials, each
 // per second.
 TOKENRL_EXPORT double tokenrl_measure_read(int64_t bytes, int threads);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define TRL_HD __host__ __device__ inline
@@ -34,10 +35,27 @@ TRL_HD T clamp(T x, T low, T high) {
   return smaller(larger(x, low), high);
 }
 
+// a where c, else b. Of floats on a CPU by their bits: what the compiler sees as choices it joins to branches, which
+// loops over tokens cannot have, or can only by several times the instructions.
+template <class T>
+TRL_HD T select(bool c, T a, T b) {
+#ifndef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    uint32_t yes, no;
+    std::memcpy(&yes, &a, sizeof a);
+    std::memcpy(&no, &b, sizeof b);
+    const uint32_t chosen = 0u - uint32_t{c}, bits = (yes & chosen) | (no & ~chosen);
+    std::memcpy(&a, &bits, sizeof a);
+    return a;
+  }
+#endif
+  return c ? a : b;
+}
+
 // a b, where a factor a of 0 hides even an infinite b.
 template <class T>
 TRL_HD T product(T a, T b) {
-  return a == 0 ? T(0) : a * b;
+  return select(a == 0, T(0), a * b);
 }
 
 // Functions of F take a float or, where a file is compiled for an instruction set, a vector of them.
@@ -94,8 +112,9 @@ TRL_HD V exponential(V x) {
   return x;
 }
 
-// e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere.
-TRL_HD float excess(float x) {
+// e^x - 1 - x, what k3 is made of, without cancellation near 0: its series there, the direct form elsewhere. power:
+// e^x.
+TRL_HD float excess(float x, float power) {
   float p = 2.75573192e-6f;
   p = p * x + 2.48015873e-5f;
   p = p * x + 1.98412698e-4f;
@@ -104,9 +123,10 @@ TRL_HD float excess(float x) {
   p = p * x + 4.16666667e-2f;
   p = p * x + 1.66666667e-1f;
   p = p * x + 0.5f;
-  const float direct = exponential(x) - (x < 40.0f ? 1.0f + x : 0.0f);  // beyond: nothing to e^x, or inf - inf
-  return (x > -0.5f) & (x < 0.5f) ? p * x * x : direct;
+  const float direct = power - (x < 40.0f ? 1.0f + x : 0.0f);  // beyond: nothing to e^x, or inf - inf
+  return select((x > -0.5f) & (x < 0.5f), p * x * x, direct);
 }
+TRL_HD float excess(float x) { return excess(x, exponential(x)); }
 TRL_HD double excess(double x) {
   constexpr double inverse_factorials[] = {
       1 / 1307674368000.0, 1 / 87178291200.0, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0,
@@ -116,6 +136,7 @@ TRL_HD double excess(double x) {
   for (const double coefficient : inverse_factorials) p = p * x + coefficient;
   return (x > -0.5) & (x < 0.5) ? p * x * x : ::expm1(x) - (x < 40 ? x : 0.0);
 }
+TRL_HD double excess(double x, double) { return excess(x); }
 
 // e^x beyond the range of floats: of a float's precision, with a double's exponent.
 TRL_HD double wide_exponential(double x) { return exponential(x); }

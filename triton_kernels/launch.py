@@ -12,6 +12,7 @@ from torch import Tensor
 # those of Triton's language when Triton was imported.
 INTERPRETED = triton.knobs.runtime.interpret
 MADE_ALIKE = isinstance(tl.sum, triton.JITFunction) != INTERPRETED
+FOR_NVIDIA = not INTERPRETED and torch.version.hip is None
 
 
 def on_device_of(x: Tensor):
@@ -86,10 +87,10 @@ def vocab_block(vocab: int, dtype: torch.dtype, parts: int = 1, heavy: bool = Fa
     return min(max(triton.next_power_of_2(vocab), 128), most)
 
 
-def vocab_warps(block: int, heavy: bool = False) -> int:
-    return min(max(block // (256 if heavy else 512), 1), 8)
+def vocab_warps(block: int, per_thread: int) -> int:
+    return min(max(block // (32 * per_thread), 1), 8)
 
 
 def several_ids(per_row: int) -> dict:
     """Options of a kernel that counts for several ids at once: ptxas would rather spill than use so many registers."""
-    return {"maxnreg": 176} if per_row > 1 and not INTERPRETED else {}
+    return {"maxnreg": 176} if per_row > 1 and FOR_NVIDIA else {}

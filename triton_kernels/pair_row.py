@@ -126,7 +126,7 @@ def call_of(logits: Tensor, other: Tensor, given: tuple) -> Call:
     block = launch.vocab_block(vocab, logits.dtype, parts, heavy=True)
     how = {
         "SOFTCAP": (capped, other_capped), "SPLIT": parts > 1, "BLOCK": block, "VEC": vector(logits),
-        "num_warps": launch.vocab_warps(block, heavy=True),
+        "num_warps": launch.vocab_warps(block, 8),
     }  # fmt: skip
     counted, numbers = None if rows is None else rows.view(torch.uint8), (*params, 0.0, 0.0)[:MOST_PARAMS]
     of_kind = {"KIND": DIVERGENCES[kind], "NUM_PARAMS": len(params)}

@@ -1,14 +1,15 @@
 """State of a row of logits, or of a part of it, that token_logprobs takes over its blocks.
 
-(m, total, weighted, squares, sum of z, kept, above, tied): the running maximum m of z; per lane the sums of e^(z - m),
-of e^(z - m) (z - m), of e^2(z - m) and of z; how many logits are kept, are above each id's own, and are equal to it at
-a smaller index. What no output needs stays 0.
+(m, total, weighted, squares, sum of y, kept, above, tied): y is a logit, under a softcap its tanh, and z = scale y; per
+lane the maximum m of y, the sums of e^(z - scale m), of these times (z - scale m) / ln 2, of their squares, and of y;
+how many logits are kept, are above each id's own, and are equal to it at a smaller index. What no output needs stays 0.
 """
 
 import triton
 import triton.language as tl
 
-from .vocabulary import STAGES, lanes_of, load_block, transformed
+from .scalar import LOG2_E, exp2
+from .vocabulary import STAGES, bent, lanes_of, load_block
 
 UNROLLED = tl.constexpr(8)  # ids of a row whose counts stay in registers: a loop over ids in that over blocks is slow
 
@@ -28,31 +29,52 @@ def empty(ROWS: tl.constexpr, KP: tl.constexpr, WANT: tl.constexpr, T: tl.conste
     none, counts = tl.zeros((ROWS,), T), _no_counts(ROWS, KP)
     zero, nothing = tl.zeros((), T), tl.zeros((), tl.int32)
     return (
-        tl.full((), -float("inf"), T), none, none, none if WANT[0] else zero, none if WANT[1] else zero,
+        tl.full((ROWS,), -float("inf"), T), none, none, none if WANT[0] else zero, none if WANT[1] else zero,
         tl.zeros((ROWS,), tl.int32) if WANT[2] else nothing, counts if WANT[3] else nothing,
         counts if WANT[4] else nothing,
     )  # fmt: skip
 
 
 @triton.jit
-def _moments(state, z, counted, WANT: tl.constexpr):
-    """(m, total, weighted, squares, sum of z) with one more block: the exponential is taken once per logit."""
-    m, total, weighted, squares, mean = state[0], state[1], state[2], state[3], state[4]
-    highest = tl.maximum(m, tl.max(tl.max(z, 1), 0))
-    # Until a finite logit is seen the maximum is -inf, and 0 stands in for it: e^-inf = 0.
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
-    moved = tl.where(m == -float("inf"), 0.0, m - shift)
-    scale = tl.exp(moved)
-    below = z - shift
-    e = tl.exp(below)
-    # Distances held finite: 0 * -inf is nan.
-    weighted = (weighted + tl.maximum(moved, -1e4) * total) * scale + tl.sum(e * tl.maximum(below, -1e4), 1)
-    total = total * scale + tl.sum(e, 1)
+def distance(y, m, scale):
+    """(z - scale m) / ln 2 for m at least y, held finite, as 0 times -inf is NaN. Before a finite logit is seen m is
+    -inf, and 0 stands in for it."""
+    shift = tl.where(m == -float("inf"), 0.0, m)
+    return tl.maximum((y - shift) * (scale * LOG2_E), -1e4, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rescaled(total, weighted, squares, moved, SQUARES: tl.constexpr):
+    """The sums relative to another maximum, `moved` from their own."""
+    factor = exp2(moved)
+    weighted = (weighted + moved * total) * factor
+    return total * factor, weighted, squares * (factor * factor) if SQUARES else squares
+
+
+@triton.jit
+def _moments(state, y, counted, scale, WANT: tl.constexpr):
+    """(m, total, weighted, squares, sum of y) with one more block: the exponential is taken once per logit, and no
+    lane waits for another."""
+    m, mean = tl.maximum(state[0], tl.max(y, 1)), state[4]
+    moved = distance(state[0], m, scale)
+    total, weighted, squares = rescaled(state[1], state[2], state[3], moved, WANT[0])
+    t = distance(y, m[:, None], scale)
+    e = exp2(t)
+    total += tl.sum(e, 1)
+    weighted += tl.sum(e * t, 1)
     if WANT[0]:
-        squares = squares * (scale * scale) + tl.sum(e * e, 1)
+        squares += tl.sum(e * e, 1)
     if WANT[1]:
-        mean += tl.sum(tl.where(counted, z, 0.0), 1)
-    return highest, total, weighted, squares, mean
+        mean += tl.sum(tl.where(counted, y, 0.0), 1)
+    return m, total, weighted, squares, mean
+
+
+@triton.jit
+def together(m, total, weighted, squares, scale, SQUARES: tl.constexpr):
+    """(m, total, weighted, squares) of all lanes, or parts, as one."""
+    highest = tl.max(m, 0)
+    total, weighted, squares = rescaled(total, weighted, squares, distance(m, highest, scale), SQUARES)
+    return highest, tl.sum(total, 0), tl.sum(weighted, 0), tl.sum(squares, 0) if SQUARES else squares
 
 
 @triton.jit
@@ -96,8 +118,7 @@ def _block(
         above = _order(above, x, own, before, lanes, inside, slot, K, KP, False)
     if WANT[4]:
         tied = _order(tied, x, own, before, lanes, inside, slot, K, KP, True)
-    z, _ = transformed(x, scale, inner, SOFTCAP)
-    m, total, weighted, squares, mean = _moments(state, z, counted, WANT)
+    m, total, weighted, squares, mean = _moments(state, bent(x, inner, SOFTCAP), counted, scale, WANT)
     return m, total, weighted, squares, mean, kept, above, tied
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..ops.kernel_ops import ALWAYS, logprob_results
 from . import launch
-from .row_state import empty, over_lanes, walk
+from .row_state import empty, over_lanes, together, walk
+from .scalar import LN_2
 from .vocabulary import (
     IGNORED,
     aligned_rows,
+    bent,
     factors,
     ids_per_row,
     keep_arguments,
@@ -24,7 +26,6 @@ from .vocabulary import (
     row_begin,
     row_scale,
     row_strides,
-    transformed,
     vector,
 )
 
@@ -33,14 +34,15 @@ SUMS = tl.constexpr(5)  # floats in the scratch memory per part: m and four sums
 
 
 @triton.jit
-def _leave(scratch, counts, row, part, parts, K, slot, real, state, KP: tl.constexpr, WANT: tl.constexpr):
+def _leave(scratch, counts, row, part, parts, K, slot, real, state, scale, KP: tl.constexpr, WANT: tl.constexpr):
     """Stores the state of a part; counts are added, integers, so that their order does not matter."""
     to = scratch + row * SUMS * parts + part
-    tl.store(to, state[0])
-    tl.store(to + parts, tl.sum(state[1], 0))
-    tl.store(to + 2 * parts, tl.sum(state[2], 0))
+    m, total, weighted, squares = together(state[0], state[1], state[2], state[3], scale, WANT[0])
+    tl.store(to, m)
+    tl.store(to + parts, total)
+    tl.store(to + 2 * parts, weighted)
     if WANT[0]:
-        tl.store(to + 3 * parts, tl.sum(state[3], 0))
+        tl.store(to + 3 * parts, squares)
     if WANT[1]:
         tl.store(to + 4 * parts, tl.sum(state[4], 0))
     at = row * (1 + 2 * K)
@@ -54,19 +56,19 @@ def _leave(scratch, counts, row, part, parts, K, slot, real, state, KP: tl.const
 
 @triton.jit
 def _store_row(
-    out, row, at, real, used, known, z_own, m, mass, weighted, squares, mean, kept, above, tied, T: tl.constexpr
+    out, row, at, real, used, known, y_own, scale, m, mass, weighted, squares, mean, kept, above, tied, T: tl.constexpr
 ):
-    """Results of a row from its sums; z_own, above and tied are one per id."""
+    """Results of a row from its sums; y_own, above and tied are one per id."""
     log_mass = tl.log(mass)
-    tl.store(out[0] + at, tl.where(used, (z_own - m) - log_mass, 0.0), mask=real)
-    tl.store(out[1] + row, log_mass - weighted / mass)
-    lse, rest = lse_and_rest(m, mass)
+    tl.store(out[0] + at, tl.where(used, (y_own - m) * scale - log_mass, 0.0), mask=real)
+    tl.store(out[1] + row, log_mass - weighted / mass * LN_2)
+    lse, rest = lse_and_rest(m * scale, mass)
     tl.store(out[2] + row, lse)
     tl.store(out[3] + row, rest)
     if out[4] is not None:
         tl.store(out[4] + row, tl.log(squares) - 2 * log_mass)
     if out[5] is not None:
-        tl.store(out[5] + row, mean / kept.to(T))
+        tl.store(out[5] + row, mean * scale / kept.to(T))
     if out[6] is not None:
         tl.store(out[6] + row, tl.where(mass > 0, 1 / mass, float("nan")))
     if out[7] is not None:
@@ -87,17 +89,17 @@ def _store_zeros(out, row, at, real):
 
 @triton.jit
 def _store_state(
-    out, row, at, real, used, known, z_own, state, slot, vocab, KP: tl.constexpr, WANT: tl.constexpr, T: tl.constexpr
-):
+    out, row, at, real, used, known, y_own, scale, state, slot, vocab, KP: tl.constexpr, WANT: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
     """The row whose state, over lanes, is complete."""
     kept = tl.sum(state[5], 0) if WANT[2] else vocab + tl.zeros((), tl.int32)
     above = over_lanes(state[6], slot, KP) if WANT[3] else tl.zeros((), tl.int32)
     tied = over_lanes(state[7], slot, KP) if WANT[4] else tl.zeros((), tl.int32)
-    squares = tl.sum(state[3], 0) if WANT[0] else state[3]
     mean = tl.sum(state[4], 0) if WANT[1] else state[4]
+    m, total, weighted, squares = together(state[0], state[1], state[2], state[3], scale, WANT[0])
     _store_row(
-        out, row, at, real, used, known, z_own, state[0], tl.sum(state[1], 0), tl.sum(state[2], 0), squares, mean, kept,
-        above, tied, T,
+        out, row, at, real, used, known, y_own, scale, m, total, weighted, squares, mean, kept, above, tied, T
     )  # fmt: skip
 
 
@@ -133,10 +135,10 @@ def forward_kernel(
             factor, bend, KP, WANT, SOFTCAP, BLOCK, VEC, T,
         )  # fmt: skip
         if SPLIT:
-            _leave(scratch, counts, row, part, parts, K, slot, real, state, KP, WANT)
+            _leave(scratch, counts, row, part, parts, K, slot, real, state, factor, KP, WANT)
         else:
-            z_own, _ = transformed(own, factor, bend, SOFTCAP)
-            _store_state(out, row, at, real, used, known, z_own, state, slot, vocab, KP, WANT, T)
+            y_own = bent(own, bend, SOFTCAP)
+            _store_state(out, row, at, real, used, known, y_own, factor, state, slot, vocab, KP, WANT, T)
 
 
 @triton.jit
@@ -156,17 +158,16 @@ def merge_kernel(
         _store_zeros(out, row, at, real)
     else:
         here, those = scratch + row * SUMS * parts + part, part < parts
-        m_part = tl.load(here, mask=those, other=-float("inf"))
-        m = tl.max(m_part, 0)
-        moved = tl.where(m_part == -float("inf"), 0.0, m_part - tl.where(m == -float("inf"), 0.0, m))
-        factor = tl.exp(moved)
+        m = tl.load(here, mask=those, other=-float("inf"))
         total = tl.load(here + parts, mask=those, other=0.0)
-        weighted = tl.load(here + 2 * parts, mask=those, other=0.0) + tl.maximum(moved, -1e4) * total
+        weighted = tl.load(here + 2 * parts, mask=those, other=0.0)
         squares, mean = tl.zeros((), T), tl.zeros((), T)
         if WANT[0]:
-            squares = tl.sum(tl.load(here + 3 * parts, mask=those, other=0.0) * (factor * factor), 0)
+            squares = tl.load(here + 3 * parts, mask=those, other=0.0)
         if WANT[1]:
             mean = tl.sum(tl.load(here + 4 * parts, mask=those, other=0.0), 0)
+        factor = row_scale(scale, temperatures, row, T)
+        m, total, weighted, squares = together(m, total, weighted, squares, factor, WANT[0])
         counted = row * (1 + 2 * K)
         kept = tl.load(counts + counted) if WANT[2] else vocab + tl.zeros((), tl.int32)
         above = tl.load(counts + counted + 1 + slot, mask=real, other=0) if WANT[3] else tl.zeros((), tl.int32)
@@ -174,10 +175,9 @@ def merge_kernel(
         known = (id >= 0) & (id < vocab)
         begin = row_begin(row, time, stride_batch, stride_time)
         own, _ = load_own(logits, keep, begin, row_begin(row, time, keep_batch, keep_time), id, known, T)
-        z_own, _ = transformed(own, row_scale(scale, temperatures, row, T), tl.full((), inner, T), SOFTCAP)
+        y_own = bent(own, tl.full((), inner, T), SOFTCAP)
         _store_row(
-            out, row, at, real, used, known, z_own, m, tl.sum(total * factor, 0), tl.sum(weighted * factor, 0),
-            squares, mean, kept, above, tied, T,
+            out, row, at, real, used, known, y_own, factor, m, total, weighted, squares, mean, kept, above, tied, T
         )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def token_logprobs(
         counts = ids.new_zeros(rows * (1 + 2 * per_row), dtype=torch.int32) if any(want[2:]) else None
     heavy = capped or any(want)
     block, aligned = launch.vocab_block(vocab, logits.dtype, parts, heavy), aligned_rows(logits)
-    warps = launch.vocab_warps(block, heavy)
+    warps = launch.vocab_warps(block, 8 if heavy else 32)
     if not aligned:  # narrow loads need an address each
         block = max(block // 2, 128)
     kept, *keep_strides = keep_arguments(keep_mask)

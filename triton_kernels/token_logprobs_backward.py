@@ -174,7 +174,7 @@ def _backward(
             *grads, logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, kept, grad, time, vocab,
             per_row, parts, *row_strides(logits), *row_strides(grad), *keep_strides, scale, inner,
             KP=triton.next_power_of_2(per_row), SOFTCAP=capped, SAME=row_strides(logits) == row_strides(grad),
-            SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, heavy=capped),
+            SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, 8 if capped else 16),
         )  # fmt: skip
 
 

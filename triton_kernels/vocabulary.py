@@ -99,6 +99,12 @@ def row_scale(scale, temperatures, row, T: tl.constexpr):
 
 
 @triton.jit
+def bent(x, inner, SOFTCAP: tl.constexpr):
+    """y, which times scale is z: tanh(inner x) under a softcap, and x without one."""
+    return tl.where(x == -float("inf"), -float("inf"), tanh(x * inner)) if SOFTCAP else x
+
+
+@triton.jit
 def transformed(x, scale, inner, SOFTCAP: tl.constexpr):
     """(z, tanh): z = scale tanh(inner x) under a softcap, and scale x without one (tanh is then 0)."""
     if SOFTCAP:

@@ -1,4 +1,5 @@
 // Aggregation weights: tokens and sign of each sequence, then what they add up to in each group.
+#include <cstring>
 #include <unordered_map>
 #include <vector>
 
@@ -17,6 +18,25 @@ struct SequenceCount {
   double advantage = 0;
 };
 
+// Eight cells at a time, each a byte of 0 or 1.
+int64_t count_valid(const Spans& spans, Sequence q) {
+  if (!spans.mask) return larger(q.end - q.begin, int64_t{0});
+  constexpr int64_t most = 255;  // words whose bytes do not overflow
+  int64_t count = 0, token = q.begin;
+  while (q.end - token >= 8) {
+    uint64_t bytes = 0;
+    for (int64_t k = 0; k < most && q.end - token >= 8; ++k, token += 8) {
+      uint64_t cells;
+      std::memcpy(&cells, spans.mask + token, sizeof cells);
+      bytes += cells;
+    }
+    const uint64_t pairs = (bytes & 0x00ff00ff00ff00ffu) + (bytes >> 8 & 0x00ff00ff00ff00ffu);
+    count += static_cast<int64_t>(pairs * 0x0001000100010001u >> 48);
+  }
+  for (; token < q.end; ++token) count += spans.mask[token];
+  return count;
+}
+
 SequenceCount count_of(const WeightArgs& args, int64_t i) {
   const Sequence q = sequence_of(args.spans, i);
   const auto advantage = [&](int64_t at) {
@@ -24,7 +44,7 @@ SequenceCount count_of(const WeightArgs& args, int64_t i) {
                                   : static_cast<const float*>(args.advantages)[at];
   };
   SequenceCount count;
-  for (int64_t token = q.begin; token < q.end; ++token) count.tokens += is_valid(args.spans, token);
+  count.tokens = count_valid(args.spans, q);
   if (args.advantages && args.advantages_per_token) {
     for (int64_t token = q.begin; token < q.end; ++token)
       if (is_valid(args.spans, token)) count.advantage += advantage(token);

@@ -25,17 +25,20 @@ TRL_INLINE Floats prefix_of(Floats x, Floats neutral, Combine combine) {
   return x;
 }
 
-// A running sum in double, added to vectors of floats without its lower half being lost.
+// A running sum in double, added to vectors of floats without its lower half being lost. Each tile sums from 0, so that
+// what lies before it may have been added up by another thread.
 struct RunningSum {
-  double sum = 0;
+  double before = 0, sum = 0;
 
   TRL_INLINE Floats through(Floats x) {
-    const float high = static_cast<float>(sum);
-    const float low = std::isfinite(high) ? static_cast<float>(sum - static_cast<double>(high)) : 0.0f;
+    const double so_far = before + sum;
+    const float high = static_cast<float>(so_far);
+    const float low = std::isfinite(high) ? static_cast<float>(so_far - static_cast<double>(high)) : 0.0f;
     const Floats within = prefix_of(x, Floats{}, [](Floats a, Floats b) { return a + b; });
     sum += static_cast<double>(within[kLanes - 1]);
     return high + (low + within);
   }
+  TRL_INLINE void end_tile() { before += sum, sum = 0; }
 };
 
 // Before every token the smallest x of the valid tokens so far, infinity before the first.
@@ -63,6 +66,8 @@ TRL_INLINE Floats counted(Floats least) {
 struct Carry {
   RunningSum count, sum;
   RunningMinimum minimum;
+
+  TRL_INLINE void end_tile() { count.end_tile(), sum.end_tile(); }
 };
 
 TRL_INLINE void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }

@@ -27,12 +27,21 @@ TRL_HD bool is_mean(Statistic statistic) {
 // The tokens of a sequence from the first valid one to the last: whatever padding lies around them, each is in the same
 // lane of a vector.
 TRL_HD Sequence without_padding(const Spans& spans, Sequence q) {
+  constexpr int64_t word = sizeof(uint64_t);  // of cells at a time, as far as all are padding
+  const auto padding = [&](int64_t begin) {
+    uint64_t cells;
+    std::memcpy(&cells, spans.mask + begin, sizeof cells);
+    return cells == 0;
+  };
+  while (spans.mask && q.end - q.begin >= word && padding(q.begin)) q.begin += word;
+  while (spans.mask && q.end - q.begin >= word && padding(q.end - word)) q.end -= word;
   while (q.begin < q.end && !is_valid(spans, q.begin)) ++q.begin;
   while (q.begin < q.end && !is_valid(spans, q.end - 1)) --q.end;
   return q;
 }
 // Whether a sequence has more than one segment.
 TRL_HD bool is_segmented(const Spans& spans, Sequence q) {
+  if (!spans.starts) return false;
   bool some = false;
   for (int64_t token = q.begin + 1; token < q.end && !some; ++token) some = is_start(spans, token);
   return some;

@@ -53,14 +53,41 @@ __device__ __forceinline__ void finish(const WeightArgs& args, unsigned* ticket,
   if (threadIdx.x == 0) args.normalizer[0] = args.scale * static_cast<double>(sum);
 }
 
-// Valid tokens and the sum of their advantages, as far as this thread sees them.
+// Cells of a mask that a thread reads at once.
+struct alignas(16) Cells {
+  uint32_t of[4];
+};
+
+// How many cells are set: each is a byte, 0 or 1, so that a product adds four of them up in its highest byte.
+__device__ __forceinline__ int64_t count_cells(Cells cells) {
+  uint32_t sums = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sums += cells.of[k];
+  return sums * 0x01010101u >> 24;
+}
+
+// Valid tokens, as far as this thread sees them: single ones before and behind what 16 bytes divide.
+__device__ __forceinline__ int64_t count_valid(const bool* mask, Sequence q) {
+  if (!mask) return q.begin + threadIdx.x < q.end ? (q.end - q.begin - threadIdx.x + kThreads - 1) / kThreads : 0;
+  constexpr int64_t kCells = sizeof(Cells);
+  const auto beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask + q.begin) % kCells);
+  const int64_t head = smaller(q.begin + (kCells - beyond) % kCells, q.end), whole = (q.end - head) / kCells;
+  const auto* cells = reinterpret_cast<const Cells*>(mask + head);
+  int64_t count = 0;
+  for (int64_t token = q.begin + threadIdx.x; token < head; token += kThreads) count += mask[token];
+#pragma unroll 4
+  for (int64_t k = threadIdx.x; k < whole; k += kThreads) count += count_cells(cells[k]);
+  for (int64_t token = head + whole * kCells + threadIdx.x; token < q.end; token += kThreads) count += mask[token];
+  return count;
+}
+
+// And the sum of their advantages.
 __device__ __forceinline__ CountAndSum count_tokens(const WeightArgs& args, int64_t i) {
   const Sequence q = sequence_of(args.spans, i);
-  CountAndSum own{0, 0};
-  for (int64_t token = q.begin + threadIdx.x; token < q.end; token += kThreads) {
-    if (!is_valid(args.spans, token)) continue;
-    own.add({1, args.advantages && args.advantages_per_token ? advantage_at(args, token) : 0.0});
-  }
+  CountAndSum own{count_valid(args.spans.mask, q), 0};
+  if (!args.advantages || !args.advantages_per_token) return own;
+  for (int64_t token = q.begin + threadIdx.x; token < q.end; token += kThreads)
+    own.advantage += is_valid(args.spans, token) ? advantage_at(args, token) : 0.0;
   return own;
 }
 
@@ -138,7 +165,7 @@ const char* aggregation_weights(const WeightArgs& args, Span span, Unit unit, vo
   const int64_t sequences = args.spans.num_sequences;
   auto* counts = static_cast<SequenceCount*>(memory);
   const WeightScratch scratch{counts, reinterpret_cast<int64_t*>(counts + sequences), ticket};
-  TRL_LAUNCH(count_kernel, blocks_of(args.spans), kThreads, 0, stream, args, scratch, span, unit);
+  TRL_LAUNCH(count_kernel, blocks_of(args.spans, false), kThreads, 0, stream, args, scratch, span, unit);
   if (span == Span::group || span == Span::balanced || unit == Unit::groups)
     TRL_LAUNCH(group_kernel, group_blocks(sequences), kThreads, 0, stream, args, scratch, span, unit);
   return launch_error();

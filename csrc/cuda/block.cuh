@@ -48,10 +48,9 @@ __device__ __forceinline__ S from_later_lane(S state, unsigned distance) {
   return shuffled(state, [=](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
 }
 
-// `carry` and the states of all earlier threads combined; afterwards `carry` has passed all threads. memory: [kWarps],
-// shared.
+// `carry` and the states of all earlier threads combined. memory: [kWarps], shared; a barrier frees it again.
 template <class S, class Combine>
-__device__ __forceinline__ S scan_before(S own, S& carry, Combine combine, S* memory) {
+__device__ __forceinline__ S scan_before(S own, S carry, Combine combine, S* memory) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   S through = own;
 #pragma unroll
@@ -62,30 +61,30 @@ __device__ __forceinline__ S scan_before(S own, S& carry, Combine combine, S* me
   if (lane == kWarp - 1) memory[warp] = through;
   const S before = from_earlier_lane(through, 1);
   __syncthreads();
-  S prefix = carry;
+  for (int w = 0; w < warp; ++w) carry = combine(carry, memory[w]);
+  return lane == 0 ? carry : combine(carry, before);
+}
+
+// The first lane's: those of some lanes from it on, a power of two, combined.
+template <int kLanes, class S, class Combine>
+__device__ __forceinline__ S first_of_lanes(S own, Combine combine) {
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) prefix = carry;
-    carry = combine(carry, memory[w]);
-  }
-  __syncthreads();  // memory is free again
-  return lane == 0 ? prefix : combine(prefix, before);
+  for (int distance = 1; distance < kLanes; distance *= 2) own = combine(own, from_later_lane(own, distance));
+  return own;
 }
 
 // All threads' states combined, in every thread. memory: [kWarps], shared, and not in use by a call before.
 template <class S, class Combine>
 __device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const S later = from_later_lane(own, distance);
-    if (threadIdx.x % kWarp + distance < kWarp) own = combine(own, later);
-  }
+  own = first_of_lanes<kWarp>(own, combine);
   if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = own;
   __syncthreads();
-  S all = memory[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) all = combine(all, memory[w]);
-  return all;
+  if (threadIdx.x < kWarp) {
+    own = first_of_lanes<kWarps>(memory[threadIdx.x % kWarps], combine);
+    if (threadIdx.x == 0) memory[0] = own;
+  }
+  __syncthreads();
+  return memory[0];
 }
 
 // True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before.

@@ -13,15 +13,17 @@
 namespace tokenrl::cuda {
 
 template <class T>
-size_t objective_scratch_bytes(int64_t num_tokens, int64_t num_sequences);
+size_t objective_scratch_bytes(const Spans& spans);
 template <class T>
 const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* scratch,
                       unsigned* ticket, void* stream);
 
 // adjoint: the true one (flow "through"). For flow "local" and for the minima, whose adjoints are the mask, ask for the
-// statistic `token` of the gradient. counts: scratch [N], for span statistics only.
+// statistic `token` of the gradient.
 template <class T>
-const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream);
+size_t statistic_scratch_bytes(const StatisticArgs<T>& args);
+template <class T>
+const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, void* scratch, void* stream);
 
 template <class T>
 const char* position_adaptive_clip(const ClipArgs<T>& args, void* stream);

@@ -2,7 +2,7 @@
 
 namespace tokenrl::cuda {
 
-template size_t objective_scratch_bytes<double>(int64_t, int64_t);
+template size_t objective_scratch_bytes<double>(const Spans&);
 template const char* objective(const ObjectiveArgs<double>&, Statistic, bool, const char*, void*, unsigned*, void*);
 
 static const bool listed = list_objectives<double>(static_cast<Gates*>(nullptr), "double");

@@ -2,7 +2,7 @@
 
 namespace tokenrl::cuda {
 
-template size_t objective_scratch_bytes<float>(int64_t, int64_t);
+template size_t objective_scratch_bytes<float>(const Spans&);
 template const char* objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, void*, unsigned*, void*);
 
 static const bool listed = list_objectives<float>(static_cast<Gates*>(nullptr), "float");

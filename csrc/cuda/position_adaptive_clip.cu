@@ -3,32 +3,50 @@
 #include "spans.cuh"
 
 namespace tokenrl::cuda {
+namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) clip_kernel(ClipArgs<T> args) {
-  TRL_SHARED(Running<T>, memory, kWarps);
-  const int64_t i = blockIdx.x;
-  clear_outside(args.spans, i, [&](int64_t token) { args.clipped[token] = args.inside[token] = 0; });
-  if (i >= args.spans.num_sequences) return;
-  walk<T>(
-      sequence_of(args.spans, i), false, Combine<T>{Fold::add},
-      [&](int64_t token) { return Running<T>{0, is_valid(args.spans, token), T(0)}; },
-      [&](int64_t token, const Running<T>&, const Running<T>& after) {
-        args.clipped[token] = args.inside[token] = 0;
-        if (!is_valid(args.spans, token)) return;
-        const auto params = params_at<PositionAdaptiveClip>(args.params, token);
-        const T width = power(T(after.count), params.power), low = -params.eps_low * width,
-                high = params.eps_high * width;
-        const T x = args.log_ratio[token];
-        args.clipped[token] = clamp(x, low, high);
-        args.inside[token] = x >= low && x <= high;
-      },
-      memory);
+struct Clip {
+  const ClipArgs<T>& args;
+  int64_t first;
+  unsigned valid;
+  Items<T> clipped, inside;
+
+  __device__ __forceinline__ void load(int64_t begin, int live) {
+    first = begin;
+    valid = valid_bits(args.spans, first, live);
+    clipped = load_items(args.log_ratio + first, live);
+  }
+  __device__ __forceinline__ Running<T> element(int k) const { return {0, int32_t(valid >> k & 1), T(0)}; }
+  __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
+    const T x = clipped.of[k];
+    clipped.of[k] = inside.of[k] = 0;
+    if (!(valid >> k & 1)) return;
+    const auto params = params_at<PositionAdaptiveClip>(args.params, first + k);
+    const T width = power(T(after.count), params.power), low = -params.eps_low * width, high = params.eps_high * width;
+    clipped.of[k] = clamp(x, low, high);
+    inside.of[k] = x >= low && x <= high;
+  }
+  __device__ __forceinline__ void store(int64_t, int live) const {
+    store_items(args.clipped + first, live, clipped);
+    store_items(args.inside + first, live, inside);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) clip_kernel(ClipArgs<T> args) {
+  TRL_SHARED(Running<T>, memory, kWarps + 1);
+  const TileRange share =
+      tile_range(args.spans, false, [&](int64_t token) { args.clipped[token] = args.inside[token] = 0; });
+  Clip<T> pass{args};
+  walk<false>(share, static_cast<const Running<T>*>(nullptr), Combine<T, Fold::add>{}, pass, memory);
 }
+
+}  // namespace
 
 template <class T>
 const char* position_adaptive_clip(const ClipArgs<T>& args, void* stream) {
-  TRL_LAUNCH((clip_kernel<T>), blocks_of(args.spans), kThreads, 0, stream, args);
+  TRL_LAUNCH((clip_kernel<T>), blocks_of(args.spans, false), kThreads, 0, stream, args);
   return launch_error();
 }
 

@@ -1,4 +1,6 @@
-// One block walks the tokens of one sequence, forwards or backwards, with a running state that restarts at every span.
+// Where the tokens of a block lie, and walks over them, forwards or backwards, with a running state that restarts at
+// every span. A sequence is cut into tiles from its first valid token on, whatever padding lies around it: one block
+// walks them all in turn, or each has a block of its own, and the states are combined in the same order.
 #pragma once
 
 #include "../kernels.h"
@@ -6,25 +8,134 @@
 
 namespace tokenrl::cuda {
 
-constexpr int kItems = 4;  // tokens of a thread in one chunk of a walk
+constexpr int kItems = 4;  // consecutive tokens of a thread
+constexpr int64_t kChunk = kThreads * kItems, kTile = 4 * kChunk;
+
+// Values of consecutive tokens, loaded and stored at once where they lie so.
+template <class V>
+struct alignas(sizeof(V) * kItems > 16 ? 16 : sizeof(V) * kItems) Items {
+  V of[kItems];
+};
+template <class V>
+__device__ __forceinline__ bool lie_together(const V* at, int live) {
+  return live == kItems && reinterpret_cast<uintptr_t>(at) % alignof(Items<V>) == 0;
+}
+template <class V>
+__device__ __forceinline__ Items<V> load_items(const V* at, int live) {
+  if (lie_together(at, live)) return *reinterpret_cast<const Items<V>*>(at);
+  Items<V> items;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) items.of[k] = k < live ? at[k] : V(0);
+  return items;
+}
+template <class V>
+__device__ __forceinline__ void store_items(V* at, int live, const Items<V>& items) {
+  if (lie_together(at, live)) {
+    *reinterpret_cast<Items<V>*>(at) = items;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kItems; ++k)
+    if (k < live) at[k] = items.of[k];
+}
+
+// One bit for each of a thread's tokens.
+__device__ __forceinline__ unsigned bits_of(const bool* at, int live) {
+  const Items<uint8_t> items = load_items(reinterpret_cast<const uint8_t*>(at), live);
+  unsigned bits = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) bits |= (items.of[k] ? 1u : 0u) << k;
+  return bits;
+}
+__device__ __forceinline__ unsigned valid_bits(const Spans& spans, int64_t first, int live) {
+  return spans.mask ? bits_of(spans.mask + first, live) : (1u << live) - 1;
+}
+// Segments that start at these tokens; that of a sequence starts by itself.
+__device__ __forceinline__ unsigned start_bits(const Spans& spans, int64_t first, int live, unsigned valid) {
+  return spans.starts ? bits_of(spans.starts + first, live) & valid : 0;
+}
 
 struct Sequence {
   int64_t begin, end;
+  __host__ __device__ int64_t tiles() const { return (end - begin + kTile - 1) / kTile; }
 };
-
 __device__ __forceinline__ Sequence sequence_of(const Spans& spans, int64_t i) {
-  return {clamp(__ldg(spans.cu_seqlens + i), int64_t{0}, spans.num_tokens),
-          clamp(__ldg(spans.cu_seqlens + i + 1), int64_t{0}, spans.num_tokens)};
+  const int64_t begin = clamp(__ldg(spans.cu_seqlens + i), int64_t{0}, spans.num_tokens);
+  return {begin, larger(begin, clamp(__ldg(spans.cu_seqlens + i + 1), int64_t{0}, spans.num_tokens))};
 }
-
 __device__ __forceinline__ bool is_valid(const Spans& spans, int64_t token) { return !spans.mask || spans.mask[token]; }
 
-// Whether a span starts at this token; `q` is the token's sequence.
-__device__ __forceinline__ bool is_start(const Spans& spans, Sequence q, int64_t token) {
-  return token == q.begin || (spans.starts && spans.starts[token] && is_valid(spans, token));
+// Each tile of each sequence has a slot; there are some without a tile.
+__device__ __forceinline__ int64_t slot_of(const Spans& spans, int64_t i) {
+  return clamp(__ldg(spans.cu_seqlens + i), int64_t{0}, spans.num_tokens) / kTile + i;
 }
-__device__ __forceinline__ bool is_end(const Spans& spans, Sequence q, int64_t token) {
-  return token + 1 == q.end || is_start(spans, q, token + 1);
+inline int64_t num_slots(const Spans& spans) {
+  return spans.num_tokens / kTile + larger(spans.num_sequences, int64_t{1});
+}
+// Whether each tile is to have a block: where sequences are few and long.
+inline bool are_tiles_apart(const Spans& spans) {
+  return spans.num_sequences < 2 * num_multiprocessors() && spans.num_tokens > kTile * spans.num_sequences;
+}
+inline int64_t blocks_of(const Spans& spans, bool apart) {
+  return apart ? num_slots(spans) : larger(spans.num_sequences, int64_t{1});
+}
+
+// What a block works on: tiles [first, last) of a sequence whose valid tokens are within [begin, end); all of its
+// tiles, or one. Those behind `end` are empty.
+struct TileRange {
+  int64_t sequence, begin, end, tiles, first, last, slot;
+
+  __device__ __forceinline__ Sequence tile(int64_t which) const {
+    const int64_t from = smaller(begin + which * kTile, end);
+    return {from, smaller(from + kTile, end)};
+  }
+};
+
+// The tokens of a sequence from its first valid one to the last. A thread stops at the first that it finds from either
+// end.
+__device__ __forceinline__ Sequence without_padding(const Spans& spans, Sequence q) {
+  if (!spans.mask) return q;
+  TRL_SHARED(Sequence, memory, kWarps);
+  int64_t first = q.begin + threadIdx.x, last = q.end - 1 - threadIdx.x;
+  while (first < q.end && !spans.mask[first]) first += kThreads;
+  while (last >= q.begin && !spans.mask[last]) last -= kThreads;
+  const auto hull = [](Sequence a, Sequence b) { return Sequence{smaller(a.begin, b.begin), larger(a.end, b.end)}; };
+  const Sequence valid = reduce(Sequence{smaller(first, q.end), last + 1}, hull, memory);
+  return {valid.begin, larger(valid.begin, valid.end)};
+}
+
+// The sequence with the slot of this block.
+__device__ __forceinline__ int64_t sequence_at(const Spans& spans, int64_t slot) {
+  int64_t low = 0, high = spans.num_sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (slot_of(spans, middle) <= slot ? low : high) = middle;
+  }
+  return low;
+}
+
+// Clears the tokens that no tile has: those around all sequences, and those around the valid ones of each.
+template <class Clear>
+__device__ __forceinline__ TileRange tile_range(const Spans& spans, bool apart, Clear clear) {
+  const auto clear_all = [&](int64_t from, int64_t to) {
+    for (int64_t token = from + threadIdx.x; token < to; token += kThreads) clear(token);
+  };
+  if (spans.num_sequences == 0) {
+    if (blockIdx.x == 0) clear_all(0, spans.num_tokens);
+    return {};
+  }
+  const int64_t i = apart ? sequence_at(spans, blockIdx.x) : blockIdx.x;
+  const Sequence q = sequence_of(spans, i);
+  TileRange share{i, q.begin, q.end, q.tiles(), 0, q.tiles(), slot_of(spans, i)};
+  if (apart) share.first = blockIdx.x - share.slot, share.last = smaller(share.first + 1, share.tiles);
+  if (share.first == 0 && i == 0) clear_all(0, q.begin);
+  if (share.first == 0 && i == spans.num_sequences - 1) clear_all(q.end, spans.num_tokens);
+  if (share.first >= share.last) return share;
+  const Sequence valid = without_padding(spans, q);
+  share.begin = valid.begin, share.end = valid.end;
+  if (share.first == 0) clear_all(q.begin, valid.begin);
+  if (share.first == 0) clear_all(valid.end, q.end);
+  return share;
 }
 
 enum class Fold { add, least, copy };
@@ -36,11 +147,9 @@ struct Running {
   T value;
 };
 
-template <class T>
+template <class T, Fold fold>
 struct Combine {
-  Fold fold;
-
-  __device__ __forceinline__ Running<T> nothing() const { return {0, 0, fold == Fold::least ? infinity<T>() : T(0)}; }
+  __device__ __forceinline__ static Running<T> nothing() { return {0, 0, fold == Fold::least ? infinity<T>() : T(0)}; }
 
   __device__ __forceinline__ Running<T> operator()(Running<T> earlier, Running<T> later) const {
     if (later.fresh) return later;
@@ -50,62 +159,59 @@ struct Combine {
   }
 };
 
-// Passes over the tokens of q in the given direction: element(token) -> Running is what a token adds to the state, and
-// visit(token, before, after) sees the state on both sides of it. A thread visits the tokens whose elements it asked
-// for, and asks again right before each visit. After the walk every thread sees what all others have written.
-template <class T, class Element, class Visit>
-__device__ __forceinline__ void walk(Sequence q, bool backwards, Combine<T> combine, Element element, Visit visit,
-                                     Running<T>* memory) {
-  const int64_t n = q.end - q.begin;
-  Running<T> carry = combine.nothing();
-  for (int64_t chunk = 0; chunk < n; chunk += kThreads * kItems) {
-    const int64_t first = chunk + threadIdx.x * kItems, last = smaller(first + kItems, n);
-    Running<T> own = combine.nothing();
-#pragma unroll 1
-    for (int64_t i = first; i < last; ++i) own = combine(own, element(backwards ? q.end - 1 - i : q.begin + i));
-    Running<T> state = scan_before(own, carry, combine, memory);
-#pragma unroll 1
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t token = backwards ? q.end - 1 - i : q.begin + i;
-      const Running<T> before = state;
-      state = combine(state, element(token));
-      visit(token, before, state);
+// A walk over one tile after `carry`; the state that it alone leaves, in every thread. For each chunk of it:
+// pass.load(first, live) by tokens of this thread, pass.element(k) of the k-th, pass.visit(k, before, after) with the
+// state on both sides of it, pass.store(first, live). memory: [kWarps + 1].
+template <bool kBackwards, class T, Fold fold, class Pass>
+__device__ __forceinline__ Running<T> walk_tile(Sequence tile, Running<T> carry, Combine<T, fold> combine, Pass& pass,
+                                                Running<T>* memory) {
+  const int place = kBackwards ? kThreads - 1 - threadIdx.x : threadIdx.x;
+  const int64_t chunks = (tile.end - tile.begin + kChunk - 1) / kChunk;
+  Running<T> passed = combine.nothing();
+  for (int64_t turn = 0; turn < chunks; ++turn) {
+    const int64_t first = tile.begin + (kBackwards ? chunks - 1 - turn : turn) * kChunk + place * kItems;
+    const int live = static_cast<int>(clamp(tile.end - first, int64_t{0}, int64_t{kItems}));
+    const auto item = [](int k) { return kBackwards ? kItems - 1 - k : k; };
+    Running<T> own[kItems], all = combine.nothing();
+    pass.load(first, live);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) all = combine(all, own[k] = pass.element(item(k)));
+    Running<T> state = scan_before(all, passed, combine, memory), after = combine(carry, state);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const Running<T> before = after;
+      after = combine(carry, state = combine(state, own[k]));
+      pass.visit(item(k), before, after);
     }
+    pass.store(first, live);
+    if (threadIdx.x == kThreads - 1) memory[kWarps] = state;
+    __syncthreads();
+    passed = memory[kWarps];
   }
-  __syncthreads();
+  return passed;
 }
 
-// The tokens of a sequence from the first valid one to the last, the others cleared: whatever padding lies around them,
-// each falls to the same thread of a walk.
-template <class Clear>
-__device__ __forceinline__ Sequence without_padding(const Spans& spans, Sequence q, Clear clear) {
-  if (!spans.mask) return q;
-  TRL_SHARED(Sequence, memory, kWarps);
-  Sequence valid{q.end, q.begin};
+// The states of all tiles before one in the direction of a walk.
+template <bool kBackwards, class T, Fold fold>
+__device__ __forceinline__ Running<T> carry_into(const TileRange& share, Combine<T, fold> combine,
+                                                 const Running<T>* sums) {
+  Running<T> carry = combine.nothing();
 #pragma unroll 4
-  for (int64_t token = q.begin + threadIdx.x; token < q.end; token += kThreads)
-    if (spans.mask[token]) valid = {smaller(valid.begin, token), token + 1};
-  const auto hull = [](Sequence a, Sequence b) { return Sequence{smaller(a.begin, b.begin), larger(a.end, b.end)}; };
-  valid = reduce(valid, hull, memory);
-  valid.end = larger(valid.begin, valid.end);
-  for (int64_t token = q.begin + threadIdx.x; token < valid.begin; token += kThreads) clear(token);
-  for (int64_t token = valid.end + threadIdx.x; token < q.end; token += kThreads) clear(token);
-  return valid;
+  for (int64_t k = kBackwards ? share.tiles - 1 : 0; kBackwards ? k > share.first : k < share.first;
+       k += kBackwards ? -1 : 1)
+    carry = combine(carry, sums[share.slot + k]);
+  return carry;
 }
 
-// One block per sequence, and one that clears the tokens if there are no sequences.
-inline int64_t blocks_of(const Spans& spans) { return larger(spans.num_sequences, int64_t{1}); }
-
-// The program of the first sequence answers for the tokens before it, that of the last for those behind it.
-template <class Clear>
-__device__ __forceinline__ void clear_outside(const Spans& spans, int64_t i, Clear clear) {
-  const bool none = spans.num_sequences == 0;
-  const int64_t first = none ? spans.num_tokens : sequence_of(spans, 0).begin;
-  const int64_t last = none ? 0 : sequence_of(spans, spans.num_sequences - 1).end;
-  if (i == 0)
-    for (int64_t token = threadIdx.x; token < first; token += kThreads) clear(token);
-  if (i == spans.num_sequences - 1)
-    for (int64_t token = last + threadIdx.x; token < spans.num_tokens; token += kThreads) clear(token);
+// Over the tiles of a share in turn. sums: what each tile leaves, where its sequence has several blocks.
+template <bool kBackwards, class T, Fold fold, class Pass>
+__device__ __forceinline__ void walk(const TileRange& share, const Running<T>* sums, Combine<T, fold> combine,
+                                     Pass& pass, Running<T>* memory) {
+  Running<T> carry = sums ? carry_into<kBackwards>(share, combine, sums) : combine.nothing();
+  for (int64_t turn = share.first; turn < share.last; ++turn) {
+    const int64_t which = kBackwards ? share.first + share.last - 1 - turn : turn;
+    carry = combine(carry, walk_tile<kBackwards>(share.tile(which), carry, combine, pass, memory));
+  }
 }
 
 }  // namespace tokenrl::cuda

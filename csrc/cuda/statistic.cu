@@ -1,111 +1,272 @@
-// The statistics and their adjoints as an op of their own: one block per sequence.
-#include "launch.h"
-#include "spans.cuh"
+// The statistics and their adjoints: sums, minima and copies along spans.
+#include "statistic.cuh"
 
 namespace tokenrl::cuda {
+namespace {
 
+// The tokens of a thread in one chunk.
 template <class T>
-struct SequenceStatistic {
-  const StatisticArgs<T>& args;
-  int32_t* counts;
-  bool mean;
-  Sequence q;
-  Running<T>* memory;
+struct Tokens {
+  Items<T> x;
+  Items<int32_t> count;
+  unsigned valid, starts;
 
-  __device__ __forceinline__ bool valid(int64_t token) const { return is_valid(args.spans, token); }
-  __device__ __forceinline__ T value(int64_t token) const {
-    return args.input2 ? args.input[token] - args.input2[token] : args.input[token];
+  __device__ __forceinline__ void load(const StatisticRun<T>& run, int64_t first, int live) {
+    const StatisticArgs<T>& args = run.args;
+    valid = valid_bits(args.spans, first, live);
+    starts = start_bits(args.spans, first, live, valid);
+    x = load_items(args.input + first, live);
+    if (!args.input2) return;
+    const Items<T> other = load_items(args.input2 + first, live);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) x.of[k] = clamp(x.of[k] - other.of[k], -run.clamp, run.clamp);
   }
-  __device__ __forceinline__ Running<T> element(int64_t token, Combine<T> combine) const {
-    Running<T> element = combine.nothing();
-    element.fresh = is_start(args.spans, q, token);
-    if (valid(token)) {
-      element.count = 1;
-      element.value = value(token);
-    }
-    return element;
-  }
-
-  __device__ __forceinline__ void token() const {
-    for (int64_t t = q.begin + threadIdx.x; t < q.end; t += kThreads) args.output[t] = valid(t) ? value(t) : T(0);
-  }
-
-  __device__ __forceinline__ void prefix(Statistic statistic) const {
-    const bool least = is_minimum(statistic);
-    const Combine<T> combine{least ? Fold::least : Fold::add};
-    walk<T>(
-        q, false, combine, [&](int64_t t) { return element(t, combine); },
-        [&](int64_t t, const Running<T>& before, const Running<T>& after) {
-          T s = mean ? after.value / T(after.count) : after.value;
-          if (least && valid(t)) s = value(t) + least_before(statistic, after.count > 1, before.value);
-          args.output[t] = valid(t) ? s : T(0);
-        },
-        memory);
-  }
-
-  // Totals lie at the end of each span after the way forwards; the way backwards hands them to every token.
-  __device__ __forceinline__ void span() const {
-    const Combine<T> add{Fold::add}, copy{Fold::copy};
-    walk<T>(
-        q, false, add, [&](int64_t t) { return element(t, add); },
-        [&](int64_t t, const Running<T>&, const Running<T>& after) {
-          args.output[t] = after.value;
-          counts[t] = after.count;
-        },
-        memory);
-    walk<T>(
-        q, true, copy,
-        [&](int64_t t) { return is_end(args.spans, q, t) ? Running<T>{1, counts[t], args.output[t]} : copy.nothing(); },
-        [&](int64_t t, const Running<T>&, const Running<T>& after) {
-          args.output[t] = valid(t) ? (mean ? after.value / T(after.count) : after.value) : T(0);
-        },
-        memory);
-  }
-
-  // Adjoint of a prefix statistic: sums from each token to the end of its span, each term divided by its own position
-  // for the mean.
-  __device__ __forceinline__ void suffix() const {
-    const Combine<T> add{Fold::add};
-    walk<T>(
-        q, false, add, [&](int64_t t) { return element(t, add); },
-        [&](int64_t t, const Running<T>&, const Running<T>& after) {
-          args.output[t] = !valid(t) ? T(0) : mean ? value(t) / T(after.count) : value(t);
-        },
-        memory);
-    walk<T>(
-        q, true, add, [&](int64_t t) { return Running<T>{is_end(args.spans, q, t), 0, args.output[t]}; },
-        [&](int64_t t, const Running<T>&, const Running<T>& after) { args.output[t] = valid(t) ? after.value : T(0); },
-        memory);
+  __device__ __forceinline__ bool is_valid(int k) const { return valid >> k & 1; }
+  __device__ __forceinline__ bool is_start(int k) const { return starts >> k & 1; }
+  template <Fold fold>
+  __device__ __forceinline__ Running<T> element(int k, int32_t fresh, Combine<T, fold> combine) const {
+    return {fresh, is_valid(k), is_valid(k) ? x.of[k] : combine.nothing().value};
   }
 };
 
+// A token's sum, mean or minimum over its span as far as the token, and the count of what it is of.
+template <class T, Fold fold>
+struct Prefix {
+  const StatisticRun<T>& run;
+  Statistic statistic;
+  bool writes;
+  int64_t last;       // token of the sequence, whose state
+  Running<T>* whole;  // receives, unless it is null
+  int64_t begin = 0;
+  Tokens<T> tokens = {};
+
+  __device__ __forceinline__ void load(int64_t first, int live) {
+    begin = first;
+    tokens.load(run, first, live);
+  }
+  __device__ __forceinline__ Running<T> element(int k) const {
+    return tokens.element(k, tokens.is_start(k), Combine<T, fold>{});
+  }
+  __device__ __forceinline__ void visit(int k, const Running<T>& before, const Running<T>& after) {
+    T s = statistic == Statistic::prefix_mean ? after.value / T(after.count) : after.value;
+    if (fold == Fold::least) s = tokens.x.of[k] + least_before(statistic, after.count > 1, before.value);
+    const bool known = tokens.is_valid(k) || statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+    tokens.x.of[k] = known ? s : T(0);
+    tokens.count.of[k] = after.count;
+    if (whole && begin + k == last) *whole = after;
+  }
+  __device__ __forceinline__ void store(int64_t first, int live) const {
+    if (!writes) return;
+    store_items(run.args.output + first, live, tokens.x);
+    if (run.counts) store_items(run.counts + first, live, tokens.count);
+  }
+};
+
+// The last bit of a span's end: whether the next token, maybe of another thread, starts one.
+__device__ __forceinline__ unsigned end_bits(const Spans& spans, int64_t end, int64_t first, int live,
+                                             unsigned starts) {
+  const int64_t next = first + live;
+  const bool after = next == end || (next < end && spans.starts && spans.starts[next] && is_valid(spans, next));
+  return (starts >> 1) | (live > 0 && after ? 1u << (live - 1) : 0u);
+}
+
+// What a thread does with the adjoint of its tokens.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    statistic_kernel(StatisticArgs<T> args, int32_t* counts, Statistic statistic, bool adjoint) {
-  TRL_SHARED(Running<T>, memory, kWarps);
-  const int64_t i = blockIdx.x;
-  const auto clear = [&](int64_t token) { args.output[token] = 0; };
-  clear_outside(args.spans, i, clear);
-  if (i >= args.spans.num_sequences) return;
-  const bool mean = statistic == Statistic::prefix_mean || statistic == Statistic::span_mean;
-  const Sequence q = without_padding(args.spans, sequence_of(args.spans, i), clear);
-  const SequenceStatistic<T> sequence{args, counts, mean, q, memory};
-  if (statistic == Statistic::token) sequence.token();
-  else if (statistic == Statistic::span_sum || statistic == Statistic::span_mean) sequence.span();
-  else if (adjoint) sequence.suffix();
-  else sequence.prefix(statistic);
+__device__ __forceinline__ void store_adjoint(const StatisticRun<T>& run, int64_t first, int live, unsigned valid,
+                                              Items<T> adjoint) {
+  Items<T> direct{}, logp, old_logp;
+  const bool own = run.own.direct;
+  if (own) {
+    direct = load_items(run.own.direct + first, live);
+    logp = load_items(run.own.logp + first, live), old_logp = load_items(run.own.old_logp + first, live);
+  }
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const T d = own ? logp.of[k] - old_logp.of[k] : T(0);
+    const bool passes = !own || (d >= -run.clamp && d <= run.clamp);
+    adjoint.of[k] = valid >> k & 1 ? (passes ? adjoint.of[k] : T(0)) + direct.of[k] : T(0);
+  }
+  store_items(run.args.output + first, live, adjoint);
+}
+
+// Hands what the last token of each span has to all of its tokens.
+template <class T>
+struct Total {
+  const StatisticRun<T>& run;
+  Statistic statistic;
+  int64_t end;  // of the sequence
+  Tokens<T> tokens;
+  unsigned ends;
+
+  __device__ __forceinline__ void load(int64_t first, int live) {
+    tokens.valid = valid_bits(run.args.spans, first, live);
+    tokens.starts = start_bits(run.args.spans, first, live, tokens.valid);
+    ends = end_bits(run.args.spans, end, first, live, tokens.starts);
+    tokens.x = load_items(run.args.output + first, live);
+    tokens.count = load_items(run.counts + first, live);
+  }
+  __device__ __forceinline__ Running<T> element(int k) const {
+    return {int32_t(ends >> k & 1), tokens.count.of[k], tokens.x.of[k]};
+  }
+  __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
+    tokens.x.of[k] = statistic == Statistic::span_mean ? after.value / T(larger(after.count, 1)) : after.value;
+  }
+  __device__ __forceinline__ void store(int64_t first, int live) const {
+    store_adjoint(run, first, live, tokens.valid, tokens.x);
+  }
+};
+
+// Adjoint of a prefix statistic: sums from each token to the end of its span, each term of a mean over its count.
+template <class T>
+struct Suffix {
+  const StatisticRun<T>& run;
+  Statistic statistic;
+  int64_t end;
+  bool writes;
+  Tokens<T> tokens;
+  unsigned ends;
+
+  __device__ __forceinline__ void load(int64_t first, int live) {
+    tokens.load(run, first, live);
+    ends = end_bits(run.args.spans, end, first, live, tokens.starts);
+    if (statistic != Statistic::prefix_mean) return;
+    tokens.count = load_items(run.counts + first, live);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) tokens.x.of[k] /= T(larger(tokens.count.of[k], 1));
+  }
+  __device__ __forceinline__ Running<T> element(int k) const {
+    return tokens.element(k, ends >> k & 1, Combine<T, Fold::add>{});
+  }
+  __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
+    tokens.x.of[k] = after.value;
+  }
+  __device__ __forceinline__ void store(int64_t first, int live) const {
+    if (writes) store_adjoint(run, first, live, tokens.valid, tokens.x);
+  }
+};
+
+// Of a statistic that is no sum: the values themselves.
+template <class T>
+__device__ __forceinline__ void copy_values(const StatisticRun<T>& run, const TileRange& share) {
+  const int64_t begin = share.tile(share.first).begin, end = share.tile(share.last - 1).end;
+  for (int64_t first = begin + threadIdx.x * kItems; first < end; first += kChunk) {
+    Tokens<T> tokens;
+    const int live = static_cast<int>(smaller(end - first, int64_t{kItems}));
+    tokens.load(run, first, live);
+    store_adjoint(run, first, live, tokens.valid, tokens.x);
+  }
+}
+
+// The total of a sequence that is one span and has several blocks, handed to all tokens of a tile.
+template <class T>
+__device__ __forceinline__ void spread(const StatisticRun<T>& run, Statistic statistic, const TileRange& share) {
+  Running<T> total = Combine<T, Fold::add>::nothing();
+#pragma unroll 4
+  for (int64_t k = 0; k < share.tiles; ++k) total = Combine<T, Fold::add>{}(total, run.sums[share.slot + k]);
+  const T value = statistic == Statistic::span_mean ? total.value / T(larger(total.count, 1)) : total.value;
+  const Sequence tile = share.tile(share.first);
+  for (int64_t first = tile.begin + threadIdx.x * kItems; first < tile.end; first += kChunk) {
+    const int live = static_cast<int>(smaller(tile.end - first, int64_t{kItems}));
+    Items<T> values;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) values.of[k] = value;
+    store_adjoint(run, first, live, valid_bits(run.args.spans, first, live), values);
+  }
+}
+
+__device__ __forceinline__ bool is_over_span(Statistic statistic) {
+  return statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+}
+
+// What each tile leaves, where tiles have blocks of their own.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) tile_kernel(StatisticRun<T> run, Statistic statistic, bool adjoint) {
+  TRL_SHARED(Running<T>, memory, kWarps + 1);
+  const TileRange share = tile_range(run.args.spans, true, [&](int64_t token) { run.args.output[token] = 0; });
+  if (share.first >= share.last) return;
+  const Sequence tile = share.tile(share.first);
+  Running<T>* const sum = run.sums + share.slot + share.first;
+  // Of a span the last token has the total, in the order in which it has it where one block walks them all.
+  const bool is_last = is_over_span(statistic) && tile.begin < tile.end && tile.end == share.end;
+  Running<T> left;
+  if (adjoint && !is_over_span(statistic)) {
+    Suffix<T> pass{run, statistic, share.end, false};
+    left = walk_tile<true>(tile, Combine<T, Fold::add>::nothing(), Combine<T, Fold::add>{}, pass, memory);
+  } else if (is_minimum(statistic)) {
+    Prefix<T, Fold::least> pass{run, statistic, false, 0, nullptr};
+    left = walk_tile<false>(tile, Combine<T, Fold::least>::nothing(), Combine<T, Fold::least>{}, pass, memory);
+  } else {
+    Prefix<T, Fold::add> pass{run, statistic, false, share.end - 1, is_last ? sum : nullptr};
+    left = walk_tile<false>(tile, Combine<T, Fold::add>::nothing(), Combine<T, Fold::add>{}, pass, memory);
+  }
+  if (threadIdx.x == 0 && !is_last) *sum = left;
 }
 
 template <class T>
-const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, int32_t* counts, void* stream) {
-  TRL_LAUNCH((statistic_kernel<T>), blocks_of(args.spans), kThreads, 0, stream, args, counts, statistic, adjoint);
+__global__ void __launch_bounds__(kThreads, 2)
+    statistic_kernel(StatisticRun<T> run, Statistic statistic, bool adjoint, bool apart) {
+  TRL_SHARED(Running<T>, memory, kWarps + 1);
+  const TileRange share = tile_range(run.args.spans, apart, [&](int64_t token) { run.args.output[token] = 0; });
+  if (share.first >= share.last) return;
+  const Running<T>* sums = apart ? run.sums : nullptr;
+  if (statistic == Statistic::token) return copy_values(run, share);
+  if (adjoint && !is_over_span(statistic)) {
+    Suffix<T> pass{run, statistic, share.end, true};
+    return walk<true>(share, sums, Combine<T, Fold::add>{}, pass, memory);
+  }
+  if (is_minimum(statistic)) {
+    Prefix<T, Fold::least> pass{run, statistic, true, 0, nullptr};
+    return walk<false>(share, sums, Combine<T, Fold::least>{}, pass, memory);
+  }
+  if (apart && adjoint) return spread(run, statistic, share);
+  Prefix<T, Fold::add> pass{run, statistic, true, 0, nullptr};
+  walk<false>(share, sums, Combine<T, Fold::add>{}, pass, memory);
+  if (!is_over_span(statistic)) return;
+  if (apart) return spread(run, statistic, share);
+  Total<T> total{run, statistic, share.end};
+  walk<true>(share, sums, Combine<T, Fold::copy>{}, total, memory);
+}
+
+}  // namespace
+
+template <class T>
+void launch_statistic(const StatisticRun<T>& run, Statistic statistic, bool adjoint, void* stream) {
+  const bool over_span = statistic == Statistic::span_sum || statistic == Statistic::span_mean;
+  const bool apart = are_tiles_apart(run.args.spans) && !(over_span && run.args.spans.starts);
+  const int64_t blocks = blocks_of(run.args.spans, apart);
+  if (apart && statistic != Statistic::token)
+    TRL_LAUNCH((tile_kernel<T>), blocks, kThreads, 0, stream, run, statistic, adjoint);
+  TRL_LAUNCH((statistic_kernel<T>), blocks, kThreads, 0, stream, run, statistic, adjoint, apart);
+}
+template void launch_statistic(const StatisticRun<float>&, Statistic, bool, void*);
+template void launch_statistic(const StatisticRun<double>&, Statistic, bool, void*);
+
+template <class T>
+size_t statistic_scratch_bytes(const StatisticArgs<T>& args) {
+  return statistic_scratch<T>(args.spans);
+}
+
+template <class T>
+const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool adjoint, void* scratch, void* stream) {
+  auto* counts = static_cast<int32_t*>(scratch);
+  auto* sums =
+      reinterpret_cast<Running<T>*>(static_cast<char*>(scratch) + aligned(args.spans.num_tokens * sizeof(int32_t)));
+  const StatisticRun<T> run{args, infinity<T>(), counts, sums, {}};
+  if (adjoint && statistic == Statistic::prefix_mean)
+    launch_statistic(run, statistic, false, stream);  // for its counts
+  launch_statistic(run, statistic, adjoint, stream);
   return launch_error();
 }
 
-template const char* statistic(const StatisticArgs<float>&, Statistic, bool, int32_t*, void*);
-template const char* statistic(const StatisticArgs<double>&, Statistic, bool, int32_t*, void*);
+#define TOKENRL_INSTANTIATE(T)                                      \
+  template size_t statistic_scratch_bytes(const StatisticArgs<T>&); \
+  template const char* statistic(const StatisticArgs<T>&, Statistic, bool, void*, void*);
+TOKENRL_INSTANTIATE(float)
+TOKENRL_INSTANTIATE(double)
 
 static const bool listed = list_kernel("statistic float", &statistic_kernel<float>) &&
-                           list_kernel("statistic double", &statistic_kernel<double>);
+                           list_kernel("statistic double", &statistic_kernel<double>) &&
+                           list_kernel("statistic tiles float", &tile_kernel<float>) &&
+                           list_kernel("statistic tiles double", &tile_kernel<double>);
 
 }  // namespace tokenrl::cuda

@@ -9,10 +9,11 @@ namespace tokenrl::cuda {
 // their way, which is more than the memory's latency times its bandwidth. What can do with fewer registers has more.
 constexpr int kBlocksAtOnce = 2;
 
-// Blocks that share a row: two per multiprocessor in all, as long as each has enough to do.
+// Blocks that share a row: of few rows, so many that each multiprocessor has eight in all, or that no part is shorter
+// than the packs that a block asks for at once.
 inline int64_t blocks_per_row(int64_t rows, int64_t vocab) {
-  constexpr int64_t least_part = 8192;
-  const int64_t blocks = 2 * num_multiprocessors();
+  constexpr int64_t least_part = 4096;
+  const int64_t blocks = 8 * num_multiprocessors();
   return clamp(blocks / larger(rows, int64_t{1}), int64_t{1}, larger(vocab / least_part, int64_t{1}));
 }
 

@@ -12,8 +12,8 @@ struct Clipped {
   T ratio, kept, slope;
 };
 template <class T>
-TRL_HD Clipped<T> clipped_ratio(T log_ratio, T eps_low, T eps_high) {
-  const T ratio = exponential(log_ratio), low = 1 - eps_low, high = 1 + eps_high;
+TRL_HD Clipped<T> clipped_ratio(T ratio, T eps_low, T eps_high) {
+  const T low = 1 - eps_low, high = 1 + eps_high;
   return {ratio, clamp(ratio, low, high), (ratio >= low) & (ratio <= high) ? T(1) : T(0)};
 }
 
@@ -26,8 +26,8 @@ struct Dhpo : DhpoGate {
   static constexpr const char* name = "dhpo";
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const Clipped<T> own = clipped_ratio(in.x, params.eps_low, params.eps_high);
-    const Clipped<T> span = clipped_ratio(in.s, params.span_eps_low, params.span_eps_high);
+    const Clipped<T> own = clipped_ratio(exponential(in.x), params.eps_low, params.eps_high);
+    const Clipped<T> span = clipped_ratio(in.ratio, params.span_eps_low, params.span_eps_high);
     const T w = params.mix, a = in.advantage;
     const T mixed = product(w, own.ratio) + product(1 - w, span.ratio);
     // Where neither ratio is clipped it is the same number, and not another rounding of it.
@@ -47,7 +47,7 @@ struct DhpoBranch : DhpoGate {
   static constexpr const char* name = "dhpo_branch";
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T w = params.mix, a = in.advantage, ratio = exponential(in.x), span_ratio = exponential(in.s);
+    const T w = params.mix, a = in.advantage, ratio = exponential(in.x), span_ratio = in.ratio;
     const T own = bounded(a, ratio, 1 - params.eps_low, 1 + params.eps_high, infinity<T>()).y;
     const T span = bounded(a, span_ratio, 1 - params.span_eps_low, 1 + params.span_eps_high, infinity<T>()).y;
     // In numbers: bools of several comparisons become branches, and loops over tokens do not vectorise.
@@ -69,7 +69,7 @@ struct Hapo : AnyPosition {
   TRL_PARAMS(eps_low, eps_high, dual, score, alpha, beta);
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T score = params.score, wider = 1 + params.alpha * larger(score, -score), ratio = exponential(in.s);
+    const T score = params.score, wider = 1 + params.alpha * larger(score, -score), ratio = in.ratio;
     const bool uncertain = score > 0;
     const T eps_low = uncertain ? params.eps_low : params.eps_low * wider;
     const T eps_high = uncertain ? params.eps_high * wider : params.eps_high;

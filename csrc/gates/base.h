@@ -19,10 +19,15 @@ struct Gated {
 };
 
 // What a gate sees of one token. x: its own log ratio; d_logp holds x's part of the derivative too. t_power: the
-// position t to the power that the gate asks for.
+// position t to the power that the gate asks for. ratio: e^s, for callers that have it already.
 template <class T>
 struct GateInput {
-  T s, x, logp, advantage, t_power;
+  T s, x, logp, advantage, t_power, ratio;
+
+  TRL_HD GateInput(T s, T x, T logp, T advantage, T t_power, T ratio)
+      : s(s), x(x), logp(logp), advantage(advantage), t_power(t_power), ratio(ratio) {}
+  TRL_HD GateInput(T s, T x, T logp, T advantage, T t_power)
+      : GateInput(s, x, logp, advantage, t_power, exponential(s)) {}
 };
 
 // A gate's parameters: a struct of them, their names and their count. Names and order are those of the gate in
@@ -77,13 +82,11 @@ struct Bounded {
 };
 template <class T>
 TRL_HD Bounded<T> bounded(T advantage, T x, T low, T high, T dual) {
-  // Bounds chosen first, then & and selections: a choice between two ways to bound becomes branches, and loops over
-  // tokens do not vectorise.
   const bool positive = advantage > 0, negative = advantage < 0;
-  const T lower = positive ? -infinity<T>() : low, upper = positive ? high : dual;
+  const T lower = select(positive, -infinity<T>(), low), upper = select(positive, high, dual);
   const bool above = x > upper;
-  return {clamp(x, lower, upper), negative & (x < lower) ? T(1) : T(0), positive & above ? T(1) : T(0),
-          negative & above ? T(1) : T(0)};
+  return {clamp(x, lower, upper), select(negative & (x < lower), T(1), T(0)), select(positive & above, T(1), T(0)),
+          select(negative & above, T(1), T(0))};
 }
 
 // -A ratio, where the ratio's own bounds or those of its logarithm have been applied.
@@ -91,7 +94,7 @@ template <class T>
 TRL_HD Gated<T> surrogate(T advantage, T ratio, const Bounded<T>& kept) {
   Gated<T> out;
   out.value = product(-advantage, ratio);
-  out.d_s = kept.low + kept.high + kept.dual > 0 ? T(0) : out.value;
+  out.d_s = select(kept.low + kept.high + kept.dual > 0, T(0), out.value);
   out.low = kept.low;
   out.high = kept.high;
   out.dual = kept.dual;

@@ -10,7 +10,7 @@ struct Ratio : NoParams {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>&) {
     Gated<T> out;
-    out.value = product(-in.advantage, exponential(in.s));
+    out.value = product(-in.advantage, in.ratio);
     out.d_s = out.value;
     return out;
   }
@@ -21,8 +21,7 @@ struct PpoClip : AnyPosition {
   TRL_PARAMS(eps_low, eps_high, dual);
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const Bounded<T> kept =
-        bounded(in.advantage, exponential(in.s), T(1) - params.eps_low, T(1) + params.eps_high, params.dual);
+    const Bounded<T> kept = bounded(in.advantage, in.ratio, T(1) - params.eps_low, T(1) + params.eps_high, params.dual);
     return surrogate(in.advantage, kept.y, kept);
   }
 };
@@ -58,7 +57,7 @@ struct Sapo : AnyPosition {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     Gated<T> out;
-    const T ratio = exponential(in.s), tau = in.advantage > 0 ? params.tau_pos : params.tau_neg;
+    const T ratio = in.ratio, tau = in.advantage > 0 ? params.tau_pos : params.tau_neg;
     // sigmoid(z) = e^-|z| or 1 over 1 + e^-|z|: no overflow on either side.
     const T z = tau * (ratio - 1), small = exponential(z < 0 ? z : -z), p = (z < 0 ? small : T(1)) / (1 + small);
     out.value = T(-4) / tau * p * in.advantage;
@@ -75,7 +74,7 @@ struct Cfpo : AnyPosition {
     Gated<T> out;
     const T a = in.advantage, size = larger(a, -a), towards = a < 0 ? -params.eps : params.eps;
     // Around the vertex: of an infinite ratio -A r and the square would be opposite infinities.
-    const T ratio = exponential(in.s), from_vertex = ratio - 1 - towards, slope = size / params.eps;
+    const T ratio = in.ratio, from_vertex = ratio - 1 - towards, slope = size / params.eps;
     out.value = product(slope, from_vertex * from_vertex / 2) - (a + size * params.eps / 2);
     out.d_s = product(slope, from_vertex * ratio);
     return out;
@@ -88,7 +87,7 @@ struct SppoToken : AnyPosition {
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
     Gated<T> out;
-    const T ratio = exponential(in.s);
+    const T ratio = in.ratio;
     out.low = ratio < 1 / (1 + params.eps) ? T(1) : T(0);
     out.high = ratio > 1 + params.eps ? T(1) : T(0);
     const bool dropped = out.low + out.high > 0;
@@ -108,7 +107,7 @@ struct PrimeRl : AnyPosition {
     const bool positive = in.advantage > 0;
     out.low = moved < -(positive ? params.eps_back : params.eps_low) ? T(1) : T(0);
     out.high = moved > (positive ? params.eps_high : params.eps_back) ? T(1) : T(0);
-    const T kept = out.low + out.high > 0 ? T(0) : product(-in.advantage, exponential(in.s));
+    const T kept = out.low + out.high > 0 ? T(0) : product(-in.advantage, in.ratio);
     const T pull = product(params.kl_tau, in.s);
     out.value = kept + product(pull, in.s);
     out.d_s = kept + 2 * pull;

@@ -10,7 +10,7 @@ struct Cispo : AnyPosition {
   TRL_PARAMS(low, high);  // the bounds themselves, in ratio space
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T ratio = exponential(in.s);
+    const T ratio = in.ratio;
     Gated<T> out = weighted(in, clamp(ratio, params.low, params.high));
     out.low = ratio < params.low;
     out.high = ratio > params.high;
@@ -32,7 +32,7 @@ struct Rec : AnyPosition {
   TRL_PARAMS(weight_low, weight_high, low, high, ring_low, ring_high);
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T ratio = exponential(in.s);
+    const T ratio = in.ratio;
     // In numbers: bools of several comparisons become branches, and loops over tokens do not vectorise.
     const T positive = in.advantage > 0 ? T(1) : T(0), negative = in.advantage < 0 ? T(1) : T(0);
     const T inner = ratio > params.ring_low ? T(1) : T(0), outer = ratio < params.ring_high ? T(1) : T(0);
@@ -62,7 +62,7 @@ struct Topr : AnyPosition {
   TRL_PARAMS(ceiling, score);  // score: NaN where it is the advantage
   template <class T>
   TRL_HD static Gated<T> eval(const GateInput<T>& in, const Params<T>& params) {
-    const T ratio = exponential(in.s);
+    const T ratio = in.ratio;
     const bool positive = (params.score == params.score ? params.score : in.advantage) > 0;
     Gated<T> out = weighted(in, positive ? T(1) : smaller(ratio, params.ceiling));
     out.low = !positive & (ratio > params.ceiling) ? T(1) : T(0);
@@ -91,7 +91,7 @@ TRL_HD Gated<T> dppo(const GateInput<T>& in, const Params& params, Divergence di
   const bool positive = in.advantage > 0;
   const T low = !positive & (p < mu) & (far > params.eps_low) ? T(1) : T(0);
   const T high = positive & (p > mu) & (far > params.eps_high) ? T(1) : T(0);
-  const T ratio = exponential(in.s);
+  const T ratio = in.ratio;
   const bool dropped = low + high > 0;
   Gated<T> out = weighted(in, dropped ? T(0) : smaller(ratio, params.ceiling));
   out.low = low;

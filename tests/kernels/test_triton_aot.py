@@ -81,14 +81,24 @@ def test_logits_are_read_16_bytes_at_a_time():
 
 
 def test_a_plain_row_costs_one_exponential_per_logit():
-    """And one per block and thread, which rescales the sums when the maximum moves."""
+    """And in the forward one per 16 bytes, which rescales the sums where their maximum moves."""
     rows = [row for row in kernels(WHOLE) if row["kernel"] in ("forward_kernel", "backward_kernel")]
     rows = [row for row in rows if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
     # Of each dtype, plain and split: forwards of the even vocabulary, backwards of both.
     assert len(rows) == 2 * 2 * (1 + 2)
     for row in rows:
         logits = row["loop_loads"] * (8 if row["case"].startswith("bfloat16") else 4)
-        assert 0 < row["loop_exponentials"] <= logits + (row["kernel"] == "forward_kernel"), row
+        rescaling = row["loop_loads"] if row["kernel"] == "forward_kernel" else 0
+        assert 0 < row["loop_exponentials"] <= logits + rescaling, row
+
+
+@pytest.mark.parametrize("logit, most", [("bfloat16", 11.5), ("float32", 11.75)])
+def test_what_the_forward_issues_per_logit(logit, most):
+    """Per turn of its loop, instructions of all kinds; csrc/cuda takes 7.25 (test_issue_slots.py)."""
+    rows = [row for row in kernels(WHOLE) if row["case"] == f"{logit} V=151936 plain"]
+    (row,) = (row for row in rows if row["kernel"] == "forward_kernel")
+    logits = row["loop_loads"] * (8 if logit == "bfloat16" else 4)
+    assert 0 < row["loop_instructions"] <= most * logits, row
 
 
 def test_both_heads_of_a_divergence_are_read_16_bytes_at_a_time():

@@ -99,3 +99,44 @@ def test_metrics_are_read_once():
     assert len(reads) == 1
     with pytest.raises(AttributeError, match="ratio_mean"):
         counted.ratio_median  # noqa: B018
+
+
+BUILT_WITH_CUDA = pytest.mark.skipif(
+    "built" in str(backends.BACKENDS["cuda"].why_not(CPU)), reason="the native part has no CUDA kernels"
+)
+
+
+@BUILT_WITH_CUDA
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_without_a_driver_is_refused_by_name():
+    assert "the driver can CUDA 0.0, the kernels have the runtime of " in backends._ask_cuda(0)
+
+
+@BUILT_WITH_CUDA
+def test_a_gpu_that_the_kernels_cannot_run_on_gets_another_backend(monkeypatch):
+    """Asked of its own device, and only where torch sees one: what is traced for a GPU elsewhere is not refused."""
+    asked = []
+    monkeypatch.setattr(backends, "_ask_cuda", lambda device: asked.append(device) or "no code for it")
+    native, device = backends.BACKENDS["cuda"], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert native.why_not(device) is None and not asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert native.why_not(device) == "no code for it" and asked == [1]
+    monkeypatch.delenv("TOKENRL_BACKEND", raising=False)
+    assert backends.choose(None, device).name in ("triton", "reference")
+    with pytest.raises(RuntimeError, match="no code for it"):
+        backends.choose("cuda", device)
+
+
+def test_ops_that_the_host_waits_in_are_left_out_of_cuda_graphs():
+    """torch.compile would capture a sync, and die in it."""
+    unsafe = torch.Tag.cudagraph_unsafe
+    packets = {"linear_token_logprobs", "linear_token_logprobs_backward", "linear_policy_loss", "linear_divergence"}
+    for backend in backends.BACKENDS.values():
+        if (
+            backend.namespace
+            and backend.namespace in {"tokenrl", "tokenrl_triton"}
+            and hasattr(backend.ops, "objective")
+        ):
+            assert all(unsafe in getattr(backend.ops, name).default.tags for name in packets), backend.name
+            assert unsafe not in backend.ops.objective.default.tags

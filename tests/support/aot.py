@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
+from sass import loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -61,7 +62,10 @@ def resources(kernel, arch: int) -> dict:
     the share of a multiprocessor's 64 warps that fit into it."""
     text = dump(kernel, "-res-usage")
     usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", dump(kernel, "-sass"))) if usage["stack"] else 0
+    sass = dump(kernel, "-sass")
+    usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass)) if usage["stack"] else 0
+    turns = [loop.steady for loop in loops(sass) if loop.count("MUFU.EX2")]
+    usage["loop_instructions"] = max(map(len, turns), default=0)
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     memory = (164 if arch == 80 else 228) * 1024
     blocks = min(64 // warps, 65536 // (-(-usage["reg"] // 8) * 8 * 32 * warps), memory // (shared + 1024), 32)

@@ -179,7 +179,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 for _op, _run_op, _fake_op in ((OP, _run, _fake), (f"{OP}_backward", _run_backward, _fake_backward)):
-    LIBRARY.define(_op + SCHEMAS[_op])
+    LIBRARY.define(_op + SCHEMAS[_op], tags=linear_ops.HOST_READS)
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_op, _run_op, _key)
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake_op)

@@ -79,7 +79,7 @@ def _advantages(layout: Layout, given: Tensor, dtype: torch.dtype, per: str | No
     flat = layout.flat_tokens_or_sequences("advantages", given, dtype, per)
     if per == "token" or given.shape != (layout.num_sequences,):
         return flat, None
-    return flat, layout.flat_sequences("advantages", given, dtype)
+    return flat, flat if flat.numel() != layout.num_tokens else layout.flat_sequences("advantages", given, dtype)
 
 
 def _of_tokens(weights: SpanWeights, layout: Layout, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,9 @@ def regularizers_of(
     entropy_weight: Tensor | None,
 ) -> Regularizers:
     """Checked and flat."""
+    if ref_logp is kl_weight is kl_ratio is entropy_weight is None and kl == "kl_k3":
+        if type(kl_coef) is type(entropy_coef) is float and kl_coef == entropy_coef == 0:
+            return NO_REGULARIZERS
     kl = kl_estimator(kl)
     check_number("kl_coef", kl_coef)
     check_number("entropy_coef", entropy_coef)

@@ -1,5 +1,7 @@
 """Which code runs a call: the backends, the reasons why one cannot run, and the choice."""
 
+import ctypes
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Collection
@@ -69,17 +71,19 @@ def reasons(device: torch.device, gate: str | None = None) -> str:
     return "\n".join(f"  {name}: {reason or 'can run'}" for name, reason in found.items())
 
 
+_LIBRARY = Path(__file__).parents[1] / "_ops.so"
+
+
 def _load_native() -> str | None:
     """Loads the C++ op library; the reason if there is none."""
-    library = Path(__file__).parents[1] / "_ops.so"
-    if not library.exists():
+    if not _LIBRARY.exists():
         built = importlib.util.find_spec("tokenrl._build")
         reason = getattr(importlib.import_module("tokenrl._build"), "NATIVE_REASON", None) if built else None
-        return reason or f"the extension is not built ({library.name} is missing; pip install . builds it)"
+        return reason or f"the extension is not built ({_LIBRARY.name} is missing; pip install . builds it)"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
-        return f"{library.name} does not load: {error}"
+        return f"{_LIBRARY.name} does not load: {error}"
     return None
 
 
@@ -101,6 +105,20 @@ if TRITON_REASON is None:
 TRITON_GATES = {} if TRITON_REASON else importlib.import_module("tokenrl.triton_kernels.gates").GATES
 
 
+@functools.cache
+def _ask_cuda(device: int) -> str | None:
+    refusal = ctypes.CDLL(str(_LIBRARY)).tokenrl_cuda_refusal
+    refusal.restype = ctypes.c_char_p
+    reason = refusal(device)
+    return reason and f"{reason.decode()} (tokenrl doctor says what to do)"
+
+
+@torch.compiler.assume_constant_result
+def _cuda_refusal(device: int) -> str | None:
+    """Why no CUDA kernel runs on a GPU that torch sees: an old driver, or no code for it."""
+    return _ask_cuda(device)
+
+
 def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
     missing = NATIVE_REASON
     if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key("tokenrl::objective", kind.upper()):
@@ -109,7 +127,11 @@ def _why_not_native(kind: str) -> Callable[[torch.device], str | None]:
     def why_not(device: torch.device) -> str | None:
         if missing:
             return missing
-        return None if device.type == kind else f"runs {kind} tensors, these are on {device.type}"
+        if device.type != kind:
+            return f"runs {kind} tensors, these are on {device.type}"
+        if kind == "cpu" or not torch.cuda.is_available():  # tensors of a GPU that is not there are only traced
+            return None
+        return _cuda_refusal(torch.cuda.current_device() if device.index is None else device.index)
 
     return why_not
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.checks import values_known
 from ..objectives.metrics import RAW
 from . import ranges
 from .arguments import OpArguments, schema
@@ -154,13 +155,21 @@ def _save_objective(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _is_last_and_one(grad: Tensor) -> bool:
+    """Whether what was saved for a backward is the gradient itself: no other backward will read it, and its factor is
+    1. On a GPU a look were a sync, in a trace and inside torch.func there is nothing to see."""
+    if not values_known(grad) or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and grad.item() == 1
+
+
 def _objective_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx, grad_loss, grad_coef, grad_metrics):
         coef, _ = ctx.saved_tensors
         if grad_loss is None:
             return (None,)
         with ranges.around_backward(namespace, "objective", coef):
-            return (grad_loss * coef,)
+            return (coef if _is_last_and_one(grad_loss) else grad_loss * coef,)
 
     return backward
 

@@ -12,7 +12,16 @@ from .derivatives import is_last_use, register_derivative
 from .linear import divergence
 from .linear.divergence import LinearDivergenceInputs
 from .linear.gemm import scaled, sum_dtype, weighed_sum
-from .linear_ops import GRADS, dtypes_of, eager_numbers, fake_results, gradients_of, results_of, waiting_dtypes
+from .linear_ops import (
+    GRADS,
+    HOST_READS,
+    dtypes_of,
+    eager_numbers,
+    fake_results,
+    gradients_of,
+    results_of,
+    waiting_dtypes,
+)
 
 OP = "linear_divergence"
 SCHEMAS = {OP: schema(LinearDivergenceInputs, returns=f"(Tensor loss, Tensor value, {GRADS})")}
@@ -80,7 +89,7 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 def register(namespace: str) -> None:
     """Gives a namespace of kernels this op."""
     library = _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
-    library.define(OP + SCHEMAS[OP])
+    library.define(OP + SCHEMAS[OP], tags=HOST_READS)
     for key in ("CPU", "CUDA"):
         library.impl(OP, eager_numbers(_run, namespace), key)
     torch.library.register_fake(f"{namespace}::{OP}", _fake)

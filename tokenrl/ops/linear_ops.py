@@ -226,6 +226,7 @@ _IMPLEMENTATIONS = {
     "linear_token_logprobs_backward": (_linear_token_logprobs_backward, _fake_backward),
     "linear_policy_loss": (_linear_policy_loss, _fake_policy_loss),
 }
+HOST_READS = torch.Tag.cudagraph_unsafe  # which rows there are: the host waits for it, and no graph can
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
@@ -233,7 +234,7 @@ def register(namespace: str) -> None:
     """Gives a namespace of kernels these ops."""
     library = _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
     for op, (function, fake) in _IMPLEMENTATIONS.items():
-        library.define(op + SCHEMAS[op])
+        library.define(op + SCHEMAS[op], tags=HOST_READS)
         for key in ("CPU", "CUDA"):
             library.impl(op, eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)

@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/host/fibres.h"
@@ -66,16 +67,18 @@ auto under_all_schedules(const std::string& what, Compute compute) {
 // Sequences of many lengths, tokens before the first and after the last, holes, NaN where no kernel may look.
 template <class T>
 struct Batch {
-  std::vector<int64_t> cu_seqlens{2, 2, 3, 9, 9 + 1337, 9 + 1337 + 40, 9 + 1337 + 340};
-  int64_t sequences = 6, tokens = cu_seqlens.back() + 3;
+  std::vector<int64_t> cu_seqlens;
+  int64_t sequences = static_cast<int64_t>(cu_seqlens.size()) - 1, tokens = cu_seqlens.back() + 3;
   std::vector<T> logp, old_logp, token_weight, advantages, sequence_advantages, bounds;
   std::unique_ptr<bool[]> mask{new bool[tokens]}, starts{new bool[tokens]};
   std::vector<double> span_weight{0.5, 1.0, 0.25, 0.125, 0.0, 2.0};
   double normalizer = 3.0;
 
   // `missing` leaves that many tokens out of logp's memory, for the canary of the address sanitizer.
-  explicit Batch(int missing = 0)
-      : logp(tokens),
+  explicit Batch(int missing = 0,
+                 std::vector<int64_t> boundaries = {2, 2, 3, 9, 9 + 1337, 9 + 1337 + 40, 9 + 1337 + 340})
+      : cu_seqlens(std::move(boundaries)),
+        logp(tokens),
         old_logp(tokens),
         token_weight(tokens),
         advantages(tokens),
@@ -91,7 +94,7 @@ struct Batch {
       token_weight[i] = i % 7 == 3 ? T(0) : static_cast<T>(uniform(random));
       advantages[i] = static_cast<T>(normal(random));
       bounds[i] = static_cast<T>(0.02 + 0.1 * uniform(random));
-      mask[i] = uniform(random) > 0.2;
+      mask[i] = uniform(random) > 0.2 && (i < 9 || i >= 9 + 40);  // padding for more than a warp
       starts[i] = uniform(random) < 0.06;
       if (!mask[i] && !missing) logp[i] = old_logp[i] = token_weight[i] = advantages[i] = bounds[i] = std::nan("");
     }
@@ -99,6 +102,17 @@ struct Batch {
       cu_seqlens.back() = tokens;
       logp = std::vector<T>(logp.begin(), logp.end() - missing);
     }
+  }
+
+  // One sequence of several tiles, which so has several blocks.
+  static Batch of_tiles() { return Batch(0, {2, 2 + 2 * 4096 + 700}); }
+  // The same behind which lie empty ones, so many that each sequence has one block.
+  Batch in_one_block() const {
+    Batch batch(0, cu_seqlens);
+    batch.cu_seqlens.resize(9, cu_seqlens.back());
+    batch.sequences = 8;
+    batch.span_weight.resize(8), batch.sequence_advantages.resize(8);
+    return batch;
   }
 
   Spans spans(bool masked, bool segments) const {

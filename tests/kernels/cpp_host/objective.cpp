@@ -90,7 +90,7 @@ std::vector<double> run(ObjectiveArgs<T> args, const Options& options, const cha
   args.loss = out.data();
   args.coef = args.loss + 1;
   args.metrics = metrics.data();
-  std::vector<char> scratch(cuda::objective_scratch_bytes<T>(args.spans.num_tokens, args.spans.num_sequences), '\xff');
+  std::vector<char> scratch(cuda::objective_scratch_bytes<T>(args.spans), '\xff');
   unsigned ticket = 0;
   const char* error =
       cuda::objective(args, options.pair.statistic, options.pair.through, gate, scratch.data(), &ticket, nullptr);
@@ -131,6 +131,7 @@ void check_all(std::tuple<Gate...>*) {
       gates[(turn++ * 3) % sizeof...(Gate)](
           batch, {pair, true, segments, turn % 2 == 0, 0.15, turn % 3 == 0 ? 0.2 : INFINITY});
   gates[0](batch, {{Statistic::prefix_mean, true}, true, true, true, 0.15, INFINITY});
+  check<T, LogBand>(batch, {{Statistic::span_mean, true}, true, true, false, 0.15, INFINITY});  // by the position
   gates[1](batch, {{Statistic::prefix_sum, false}, true, false, false, INFINITY, INFINITY});
 }
 
@@ -147,6 +148,19 @@ void check_empty() {
   expect_close(none, truth, 0, "no sequences");
 }
 
+// A sequence whose tiles have a block each: the bits that one block finds.
+void check_tiles() {
+  const auto apart = Batch<float>::of_tiles(), together = apart.in_one_block();
+  for (const StatisticFlow& pair : kPairs)
+    for (const char* gate : {"log_band", "ppo_clip"}) {
+      const Options options{pair, true, false, false, 0.15, INFINITY};
+      auto one = run(arguments(together, options), options, gate);
+      expect(
+          same_bits(run(arguments(apart, options), options, gate), one),
+          std::string(gate) + " " + kStatistics[static_cast<int>(pair.statistic)] + ": other bits in several blocks");
+    }
+}
+
 }  // namespace tokenrl
 
 int main(int argc, char**) {
@@ -160,5 +174,6 @@ int main(int argc, char**) {
   check_all<float>(static_cast<Gates*>(nullptr));
   check_all<double>(static_cast<Gates*>(nullptr));
   check_empty<float>();
+  check_tiles();
   std::printf("all as expected\n");
 }
