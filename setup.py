@@ -3,7 +3,7 @@
 
 TOKENRL_NATIVE=0 leaves it out. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found, whether or not there is a GPU.
 TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in tokenrl/_build.py, which `tokenrl
-doctor` prints.
+doctor` prints; there too are the flags with which tokenrl.fuse compiles a gate.
 """
 
 import importlib.util
@@ -28,7 +28,12 @@ PER_ISA = (  # of csrc/cpu
     "divergence", "divergence_backward", "machine_limit_loops", "objective", "token_logprobs",
     "token_logprobs_backward",
 )  # fmt: skip
-BESIDE = {"tokenrl.triton_kernels": "triton_kernels", "tokenrl.bench": "bench"}  # packages that lie beside tokenrl/
+BESIDE = {  # packages that lie beside tokenrl/
+    "tokenrl.triton_kernels": "triton_kernels",
+    "tokenrl.bench": "bench",
+    "tokenrl.csrc": "csrc",
+}
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
 ISAS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma"
@@ -99,10 +104,9 @@ class Ninja:
     """The text of a build.ninja."""
 
     def __init__(self, compiler: str, toolkit: dict[str, str] | None):
-        common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
         # compiler: a command, maybe with arguments (CXX="ccache g++").
         dependencies = " depfile = $out.d\n deps = gcc\n"
-        self.text = f"rule cxx\n command = {compiler} {common} $flags -MMD -MF $out.d -c $in -o $out\n{dependencies}"
+        self.text = f"rule cxx\n command = {compiler} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out\n{dependencies}"
         self.text += f"rule link\n command = {compiler} -shared -o $out $in $flags\n"
         if toolkit:
             cuda = "-std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
@@ -166,8 +170,9 @@ class BuildNative(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         native, bindings_reason = self.build_native(package)
         (package / "_build.py").write_text(
-            '"""Written by setup.py: why parts of the native code are missing, or None."""\n\n'
+            '"""Written by setup.py: why parts of the native code are missing, or None; its flags."""\n\n'
             f"NATIVE_REASON = {native!r}\nBINDINGS_REASON = {bindings_reason!r}\n"
+            f"CXX_FLAGS = {CXX_FLAGS!r}\nISA_FLAGS = {ISAS!r}\n"
         )
 
     def build_native(self, package: Path) -> tuple[str | None, str | None]:
@@ -203,7 +208,11 @@ setup(
     packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
     package_dir={"tokenrl": "tokenrl", **BESIDE},
     py_modules=["tokenrl_pytest"],
-    package_data={"tokenrl": ["py.typed", "instruments/profiling/*.jinja"], "tokenrl.bench": ["results/*.json"]},
+    package_data={
+        "tokenrl": ["py.typed", "instruments/profiling/*.jinja"],
+        "tokenrl.bench": ["results/*.json"],
+        "tokenrl.csrc": ["*.h", "*/*.h", "cpu/*.cpp", "fused/*.cpp"],  # tokenrl.fuse compiles them
+    },
     ext_modules=[
         Extension("tokenrl._ops", sources=[])
     ],  # so that the wheel is a platform wheel; BuildNative knows the sources

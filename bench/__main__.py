@@ -14,7 +14,7 @@ from tokenrl.errors import unknown
 from tokenrl.instruments.progress import tracked
 from tokenrl.ops import backends
 
-from . import cliffs, distill_step, overhead, plan_table, report, terminal, trl_step
+from . import cliffs, distill_step, fused, overhead, plan_table, report, terminal, trl_step
 from .case import Spec
 from .cases import DTYPES, LINEAR_OPS, OPS, chosen_specs, default_specs, make
 from .linear_cases import SEQUENCES
@@ -24,6 +24,7 @@ from .run import Findings, default_backends, run_case
 OWN_TABLES = {
     "overhead": overhead.measure,
     "cliffs": cliffs.measure,
+    "fused": fused.measure,
     "trl": trl_step.measure,
     "distill": distill_step.measure,
     "plan": plan_table.measure,

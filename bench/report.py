@@ -18,7 +18,7 @@ COUNTS = (
     "op", "shape", "backend", "bytes/token of the model", "bytes/token a copy could move in the time", "{launches}",
     "host syncs",
 )  # fmt: skip
-README = (
+SHORT = (
     "op", "shape", "dtype", "backend", "forward ms", "fwd+bwd ms", "% of limit", "x bare GEMMs", "peak MB", "vs eager",
     "vs compile", "vs TRL", "vs Liger",
 )  # fmt: skip
@@ -135,6 +135,16 @@ def cliffs_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return ["call", "neighbour", "times its time", "at most"], rows
 
 
+def fused_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """A gate that tokenrl.fuse made beside the built-in one, and beside autograd's derivative of its torch."""
+    rows = [
+        [name, *(number(times[way]) for way in ("built in", "fused", "reference")),
+         f"{times['fused'] / times['built in']:.2f}"]
+        for name, times in report.get("fused", {}).items()
+    ]  # fmt: skip
+    return ["gate of", "built in, ns a token", "fused", "reference", "fused / built in"], rows
+
+
 def trl_table(report: dict) -> tuple[list[str], list[list[str]]]:
     """TRL's loss step and ours in turns, ours below TRL's."""
     rows, theirs = [], {}
@@ -181,6 +191,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     found = [
         ("Host side of a call, in additions of a 64 x 8 tensor", *overhead_table(report)),
         ("Beside a plain neighbour, one thread", *cliffs_table(report)),
+        ("Fused gates, forward and backward, one thread", *fused_table(report)),
         ("The loss step of TRL's GRPOTrainer", *trl_table(report)),
         ("A student's loss step, from hidden states", *distill_table(report)),
         ("tokenrl plan of this CPU, one thread, beside what it takes", *plan_table(report)),
@@ -211,8 +222,8 @@ def markdown(report: dict) -> str:
     return "\n\n".join([report["machine"], *parts, *notes(report), *report["failures"]]) + "\n"
 
 
-def readme_table(report: dict) -> str:
-    """The short table of the README: our backends only, forward+backward where one number stands for both."""
+def short_table(report: dict) -> str:
+    """The short table of docs/benchmarks: our backends only, forward+backward where one number stands for both."""
     rows = [
         [
             op_name(line), str(line["shape"]), line["dtype"], line["backend"], number(line["forward_ms"]),
@@ -221,7 +232,7 @@ def readme_table(report: dict) -> str:
         ]
         for line in report["lines"] if line["ours"]
     ]  # fmt: skip
-    return markdown_table(list(README), rows)
+    return markdown_table(list(SHORT), rows)
 
 
 def write_json(report: dict, path: Path) -> None:

@@ -14,6 +14,7 @@ from .report import (
     REMARKS,
     cliffs_table,
     distill_table,
+    fused_table,
     is_linear,
     megabytes,
     notes,
@@ -90,6 +91,7 @@ def tables(report: dict) -> Iterator[tuple[str, Rows, list[str]]]:
     """(title, table, lines below it) of everything that was measured."""
     yield "Host side of a call, in additions of a 64 x 8 tensor", overhead_table(report), []
     yield "Beside a plain neighbour, one thread", cliffs_table(report), []
+    yield "Fused gates, forward and backward, one thread", fused_table(report), []
     yield "The loss step of TRL's GRPOTrainer", trl_table(report), []
     for title, found in (*by_head(distill_table(report)), *by_head(plan_table(report))):
         yield title, found, []

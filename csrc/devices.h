@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/added_gates.h"
 #include "cpu/kernels.h"
 #if defined(TOKENRL_WITH_CUDA) || defined(TOKENRL_SIM)
 #include "cuda/launch.h"
@@ -40,6 +41,7 @@ struct CpuDevice {
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   }
+  static const cpu::AddedGate* added_gate(const char* gate) { return cpu::added_gate(gate); }
   template <class T>
   void objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate) const {
     cpu::objective(args, statistic, through, gate, kTorchThreads);
@@ -78,6 +80,7 @@ struct CudaDevice {
   const torch::stable::Tensor& like;
 
   static void announce_writes(void*, size_t) {}
+  static const cpu::AddedGate* added_gate(const char*) { return nullptr; }
 
   torch::stable::Tensor scratch(size_t bytes) const {
     return torch::stable::new_empty(like, std::vector<int64_t>{static_cast<int64_t>(bytes)},

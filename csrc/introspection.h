@@ -1,4 +1,4 @@
-// What the op library tells of itself to tokenrl._bindings.
+// What the op library tells of itself to tokenrl._bindings, and what tokenrl/fusion/ asks of it.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@ struct TokenrlKernel {
 };
 
 TOKENRL_EXPORT const char* tokenrl_instruction_set();
+// Makes the objective's CPU op run one more gate, a cpu::AddedGate that stays where it is; null, or why it cannot.
+TOKENRL_EXPORT const char* tokenrl_add_gate(const void* gate);
 // Calls visit(context, kernel) for each kernel; null, or the error's text.
 TOKENRL_EXPORT const char* tokenrl_kernel_attributes(void (*visit)(void*, const TokenrlKernel&), void* context);
 

@@ -11,6 +11,13 @@ Statistic statistic_named(const std::string& statistic) {
   return static_cast<Statistic>(named(kStatistics, statistic, "statistic"));
 }
 
+// Of a gate of the table, or of one that was added where x is.
+size_t num_params_of(const std::string& gate, const Tensor& x) {
+  const cpu::AddedGate* added = nullptr;
+  on_device_of(x, [&](const auto& device) { added = device.added_gate(gate.c_str()); });
+  return added ? static_cast<size_t>(added->num_params) : num_params_of(static_cast<Gates*>(nullptr), gate);
+}
+
 std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logp, const Tensor& old_logp, const Optional& advantages,
                                              const Optional& mask, const Tensor& cu_seqlens, const Optional& starts,
                                              const Tensor& span_weight, const Tensor& normalizer,
@@ -24,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logp, const Tensor& o
   const Statistic which = statistic_named(statistic);
   const bool through = is_through(flow);
   STD_TORCH_CHECK(!through || !is_minimum(which), "flow: got 'through' for ", statistic, ", accepted: local.");
-  const size_t num_params = num_params_of(static_cast<Gates*>(nullptr), gate);
+  const size_t num_params = num_params_of(gate, logp);
   check(cu_seqlens, "cu_seqlens", ScalarType::Long, spans.num_sequences + 1, logp);
   check(span_weight, "span_weight", ScalarType::Double, spans.num_sequences, logp);
   check(normalizer, "normalizer", ScalarType::Double, 1, logp);

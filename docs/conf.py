@@ -18,6 +18,7 @@ html_show_copyright = False
 maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
+highlight_language = "none"
 smartquotes = False
 autosummary_generate = False
 napoleon_numpy_docstring = False

@@ -1,19 +1,19 @@
-"""An objective of your own: a gate in torch, registered by name; then its Triton function, held to the torch value.
+"""An objective of your own: a gate in torch, of which tokenrl.fuse makes kernels, in a row registered by name.
 
-On a CPU the reference runs it, and with TRITON_INTERPRET=1 the interpreted kernel too; on a GPU that is compiled.
+On a CPU the kernel is C++, where there is a compiler, and with TRITON_INTERPRET=1 interpreted Triton too; on a GPU it
+is Triton. A backend without one says why.
 
     python examples/own_objective.py
 """
 
 import torch
-import triton
-import triton.language as tl
 
 import tokenrl
 from tokenrl import parity
 from tokenrl.ops import backends
 
 
+@tokenrl.fuse
 @tokenrl.parametrised
 class SoftBand(tokenrl.Gate):
     """l = -A width tanh(s / width): the log ratio saturates smoothly, its gradient fades with the tanh's square."""
@@ -25,22 +25,13 @@ class SoftBand(tokenrl.Gate):
         return -advantages * self.width * torch.tanh(s / self.width)
 
 
-@triton.jit
-def soft_band(s, x, logp, advantage, t, width):
-    tanh = 2 * tl.sigmoid(2 * s / width) - 1
-    value = -advantage * width * tanh
-    d_s = -advantage * (1 - tanh * tanh)
-    return value, d_s, 0.0, False, False, False
-
-
 # Any statistic will do: here the prefix sum of CTPO, with its gradient stopped in all tokens but the own one.
 tokenrl.register(
     tokenrl.Objective("soft_ctpo", "prefix_sum", SoftBand(), "seq-mean-token-mean", "our own", flow="local", cap=10.0)
 )
-tokenrl.register_triton(SoftBand, soft_band)
 
 
-def gradient(backend: str | None, device: str) -> torch.Tensor:
+def gradient(backend: str, device: str) -> torch.Tensor:
     torch.manual_seed(0)
     logp = -torch.rand(4, 300, dtype=torch.float64) * 3
     old_logp = logp + 0.02 * torch.randn(4, 300, dtype=torch.float64)
@@ -50,14 +41,16 @@ def gradient(backend: str | None, device: str) -> torch.Tensor:
     objective = tokenrl.objective("soft_ctpo", width=0.3)
     given = (x.to(device) for x in (old_logp, advantages))
     loss, metrics = tokenrl.policy_loss(objective, logp, *given, mask=mask.to(device), backend=backend)
-    print(f"{backend or 'chosen'}: loss {loss.item():.6f}, mean ratio {metrics.ratio_mean:.4f}")
+    print(f"{backend}: loss {loss.item():.6f}, mean ratio {metrics.ratio_mean:.4f}")
     return torch.autograd.grad(loss, logp)[0].cpu()
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 truth = gradient("reference", device)
-if reason := backends.BACKENDS["triton"].why_not(torch.device(device)):
-    print(f"no Triton here: {reason}")
-else:
-    parity.close(gradient("triton", device), truth, truth, what="gradient of soft_ctpo")
-    print("the Triton kernel has the gradient of the reference")
+for name in ("cpu", "triton"):
+    backend = backends.BACKENDS[name]
+    if reason := backend.why_not(torch.device(device)) or backend.why_not_gate("soft_band"):
+        print(f"no {name} here: {reason}")
+    else:
+        parity.close(gradient(name, device), truth, truth, what="gradient of soft_ctpo")
+        print(f"the kernel of {name} has the gradient of the reference")

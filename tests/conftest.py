@@ -9,6 +9,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from paths import ROOT
+
+os.environ.setdefault("TOKENRL_CACHE", str(ROOT / "build" / "fused"))  # what tokenrl.fuse compiles, by its content
 
 if not torch.cuda.is_available():  # then Triton's kernels run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"

@@ -8,6 +8,7 @@ check_versions()
 
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402
+from .fusion.fused import fuse  # noqa: E402
 from .instruments import parity  # noqa: E402
 from .instruments.profiler import profile  # noqa: E402
 from .instruments.record import record  # noqa: E402
@@ -15,7 +16,8 @@ from .instruments.rollout_batch import RolloutBatch, load_batch  # noqa: E402
 from .logprobs.combined_head import combined_head  # noqa: E402
 from .logprobs.divergence import linear_token_divergence, token_divergence  # noqa: E402
 from .logprobs.from_hidden import linear_token_logprobs  # noqa: E402
-from .logprobs.from_logits import TokenStats, token_logprobs  # noqa: E402
+from .logprobs.from_logits import token_logprobs  # noqa: E402
+from .logprobs.token_stats import TokenStats  # noqa: E402
 from .logprobs.topk import linear_topk_ids, topk_ids, topk_token_divergence, union_topk_ids  # noqa: E402
 from .losses import rollout_correction as corrections  # noqa: E402
 from .losses.aggregation import aggregation_weights  # noqa: E402
@@ -106,6 +108,7 @@ __all__ = [
     "divergence",
     "divergence_weights",
     "entropy_mix",
+    "fuse",
     "group_aggregate",
     "group_losses",
     "hidden_reward",

@@ -1,15 +1,16 @@
 """What a gate's function computes of single tokens, without an objective around it: for tokenrl parity --gate."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..objectives.gates import MAX_PARAMS
 from . import launch
-from .gates import GATES
-from .objective import MAX_PARAMS
 
-BLOCK = 128
+BLOCK = 4096 if launch.INTERPRETED else 128  # the interpreter pays per operation, not per element
 
 
 @triton.jit
@@ -39,13 +40,13 @@ def gate_kernel(
 
 
 def gate_values(
-    gate: str, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor, params: list[float]
+    gate: Callable, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor, params: list[float]
 ) -> Tensor:
-    """[6, N]: value, d_s, d_logp, and the three bounds as 0 and 1."""
+    """[6, N] of a gate's function: value, d_s, d_logp, and the three bounds as 0 and 1."""
     out = torch.empty(6, s.numel(), dtype=s.dtype, device=s.device)
     numbers = [*params, *[0.0] * (MAX_PARAMS - len(params))]
     with launch.on_device_of(s):
         gate_kernel[(triton.cdiv(s.numel(), BLOCK),)](
-            s, x, logp, advantages, t, out, s.numel(), *numbers, GATE=GATES[gate], NUM_PARAMS=len(params), BLOCK=BLOCK
+            s, x, logp, advantages, t, out, s.numel(), *numbers, GATE=gate, NUM_PARAMS=len(params), BLOCK=BLOCK
         )
     return out

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..objectives.gates import GATES as FORMULAS
+from ..objectives.gates import MAX_PARAMS
 from ..objectives.metrics import NOTHING, RAW
 from . import launch
 from .gates import GATES, NEED_POSITION
@@ -16,7 +17,6 @@ from .scalar import wide_exponential
 from .spans import Spans, fill_outside, is_last, sequence, without_padding
 from .walks import Numbers, Tokens, prefix_walk, segment_walk, span_walk, suffix_walk
 
-MAX_PARAMS = 6
 NUM_SUMS = tl.constexpr(len(RAW) + 1)  # the metrics, then the loss
 RATIO_MIN, RATIO_MAX = tl.constexpr(RAW.index("ratio_min")), tl.constexpr(RAW.index("ratio_max"))
 LOSS = tl.constexpr(len(RAW))

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "../introspection.h"
+#include "added_gates.h"
 #include "kernels.h"
 
 namespace tokenrl::cpu {
@@ -44,6 +45,10 @@ Isa instruction_set() {
 template <class T>
 bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                const Threads& threads) {
+  if (const AddedGate* added = added_gate(gate)) {
+    if constexpr (std::is_same_v<T, float>) return added->of_floats(args, statistic, through, gate, threads);
+    else return added->of_doubles(args, statistic, through, gate, threads);
+  }
   TOKENRL_BY_ISA(objective(args, statistic, through, gate, threads));
 }
 template <class Logit, class T>

@@ -3,6 +3,10 @@
 #include "objective_loops.h"
 #include "objective_tiles.h"
 
+#ifndef TOKENRL_GATES  // csrc/fused/library.cpp compiles this for another tuple of gates
+#define TOKENRL_GATES Gates
+#endif
+
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 
@@ -135,7 +139,8 @@ bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, 
   clear_outside(args.spans, args.coef);
   const Tiles tiles(args.spans, streams<T>(statistic, through));
   const Scratch<Totals> totals(tiles.count);
-  const bool known = run_named(static_cast<Gates*>(nullptr), gate, args, statistic, through, tiles, totals.at, threads);
+  constexpr TOKENRL_GATES* gates = nullptr;
+  const bool known = run_named(gates, gate, args, statistic, through, tiles, totals.at, threads);
   if (known) add_up(args, totals.at, tiles.count);
   return known;
 }

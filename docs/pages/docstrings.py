@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+# A line that begins with an argument's name, after the end of a sentence: the house puts one below the other.
+ARGUMENT = re.compile(r"[a-z]\w*(?:(?:, | to )[a-z]\w*)*: ")
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")  # of Google's style, which napoleon reads
 SPECIAL = re.compile(r"([\\*|]|(?<=\w)_(?!\w)|^(?=(?:[-+>]{2}|\.\.|:|\(?[A-Za-z]{1,5}[.)] )))")
 
@@ -15,6 +17,7 @@ def as_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
 
 def _converted(lines: list[str]) -> Iterator[str]:
     section = literal = False
+    previous = ""
     for line in lines:
         indented = line.startswith("    ")
         if line and not indented:
@@ -29,10 +32,11 @@ def _converted(lines: list[str]) -> Iterator[str]:
             literal = True
             yield line
         else:
-            if literal:
+            if literal or (previous.endswith(".") and ARGUMENT.match(line)):
                 yield ""
             literal = False
             yield escaped(line)
+        previous = line
 
 
 def escaped(line: str) -> str:

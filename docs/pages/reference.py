@@ -7,7 +7,10 @@ from types import ModuleType
 
 import tokenrl
 
-ROOMS = ("losses", "logprobs", "objectives", "ops", "advantages", "methods", "distributed", "compat", "instruments")
+ROOMS = (
+    "losses", "logprobs", "objectives", "fusion", "ops", "advantages", "methods", "distributed", "compat",
+    "instruments",
+)  # fmt: skip
 BESIDE = ("tokenrl.distributed",)  # modules that `import tokenrl` leaves to those who need them
 
 

@@ -15,7 +15,7 @@ def test_every_case_holds_on_every_rank(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "support" / "rank_process.py"), str(tmp_path / "store")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     ranks = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(max(WORLDS))]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    outputs = [rank.communicate(timeout=900) for rank in ranks]
     failed = [out[-500:] + error[-2000:] for (out, error), rank in zip(outputs, ranks, strict=True) if rank.returncode]
     assert not failed, failed[0]
     held = [line.removeprefix("HELD ") for line in outputs[0][0].splitlines() if line.startswith("HELD ")]

@@ -13,7 +13,7 @@ from pages import reference
 
 FUNCTIONS = {path: thing for path, thing in reference.public_names().items() if inspect.isfunction(thing)}
 WITH_ARGS = {path: thing for path, thing in FUNCTIONS.items() if "\nArgs:\n" in (inspect.getdoc(thing) or "")}
-WITHOUT = 165  # public functions that have no Args yet: it only shrinks
+WITHOUT = 162  # public functions that have no Args yet: it only shrinks
 
 
 def arguments(docstring: str) -> list[str]:

@@ -9,10 +9,9 @@ import pytest
 import torch
 import typer
 from paths import ROOT
+from registered import restored
 
-import tokenrl
 from tokenrl import cli
-from tokenrl.objectives.gates import GATES
 
 sys.path.insert(0, str(ROOT / "docs"))
 pages = pytest.importorskip("pages", reason="matplotlib is not installed")
@@ -40,11 +39,8 @@ def before(path) -> list[str]:
 @pytest.fixture
 def tables():
     """What the examples register is taken out again."""
-    held = [(table, dict(table)) for table in (tokenrl.OBJECTIVES, GATES)]
-    yield
-    for table, old in held:
-        table.clear()
-        table.update(old)
+    with restored():
+        yield
 
 
 RUN = [path for path in PAGES if BLOCK.search(path.read_text()) or "<!-- " in path.read_text()]

@@ -1,4 +1,4 @@
-"""The benchmark refuses wrong kernels, measures what it says, and its results are those of the README."""
+"""The benchmark refuses wrong kernels, measures what it says, and its results are those of the pages."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import tokenrl
 from bench import __main__ as main
-from bench import cases, cliffs, linear_cases, measure, overhead, readme, trl_step
+from bench import cases, cliffs, linear_cases, measure, overhead, pages, trl_step
 from bench.lines import BARE
-from bench.report import markdown, readme_table
+from bench.report import markdown, short_table
 from tokenrl.instruments import machine_limits
 
 
@@ -154,7 +154,7 @@ def test_linear_ops_beside_their_competitors(linear_report):
     text = (folder / "cpu.md").read_text()
     assert text == markdown(report) and "x bare GEMMs" in text and "linear_policy_loss, half masked" in text
     assert (folder / "cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "3 GEMMs" in readme_table(report) and "vs Liger" in readme_table(report)
+    assert "3 GEMMs" in short_table(report) and "vs Liger" in short_table(report)
 
 
 def test_settled_log_ratios_are_far_from_the_clip():
@@ -253,19 +253,19 @@ def test_errors_name_what_is_accepted(bench, arguments, named):
     assert all(name in text for name in named), text
 
 
-@pytest.mark.parametrize("page, name", [(page, name) for page, names in readme.PAGES.items() for name in names])
+@pytest.mark.parametrize("page, name", [(page, name) for page, names in pages.PAGES.items() for name in names])
 def test_pages_show_the_results(page, name):
-    assert readme.between((ROOT / page).read_text(), name) == readme.table(name)
+    assert pages.between((ROOT / page).read_text(), name) == pages.table(name)
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
-def test_readme_markers(name):
-    begin, end = readme.markers(name)
-    once = readme.rendered(f"before\n{begin}\nold\n{end}\nafter\n", name, "table")
+@pytest.mark.parametrize("name", pages.TABLES)
+def test_page_markers(name):
+    begin, end = pages.markers(name)
+    once = pages.rendered(f"before\n{begin}\nold\n{end}\nafter\n", name, "table")
     assert once == f"before\n{begin}\ntable\n{end}\nafter\n"
-    assert readme.rendered(once, name, "table") == once
+    assert pages.rendered(once, name, "table") == once
     with pytest.raises(ValueError, match=begin):
-        readme.between("no markers", name)
+        pages.between("no markers", name)
 
 
 def test_overhead_times_every_call_in_additions(bench, monkeypatch):

@@ -5,15 +5,15 @@ import json
 
 from rich.console import Console
 
-from bench import readme, terminal
+from bench import pages, terminal
 from bench.report import plan_table
 
 
 def committed() -> dict:
     """Everything that is committed, as one report."""
-    report = json.loads((readme.RESULTS / "cpu.json").read_text())
-    for name in ("overhead", "trl", "cliffs", "distill", "plan"):
-        report[name] = json.loads((readme.RESULTS / f"{name}.json").read_text())[name]
+    report = json.loads((pages.RESULTS / "cpu.json").read_text())
+    for name in ("overhead", "trl", "cliffs", "fused", "distill", "plan"):
+        report[name] = json.loads((pages.RESULTS / f"{name}.json").read_text())[name]
     return report
 
 

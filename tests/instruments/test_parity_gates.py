@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from cases import gates_under_test
+from registered import restored
 from typer.testing import CliRunner
 
 import tokenrl
@@ -138,12 +139,8 @@ def test_a_wrong_result_is_named(case):
 
 @pytest.fixture
 def tables():
-    """What is registered in a test is taken out again."""
-    before = dict(tokenrl.OBJECTIVES), dict(GATES), dict(backends.TRITON_GATES)
-    yield
-    for table, old in zip((tokenrl.OBJECTIVES, GATES, backends.TRITON_GATES), before, strict=True):
-        table.clear()
-        table.update(old)
+    with restored():
+        yield
 
 
 @pytest.mark.skipif(INTERPRETED is not None, reason=str(INTERPRETED))

@@ -11,6 +11,7 @@ from linear_policy_cases import TORCHS, budget_of, check, check_parts, make, pac
 import tokenrl
 from tokenrl.objectives.gates import GATES
 from tokenrl.ops.linear import directions, policy_loss
+from tokenrl.ops.linear.chunk import Chunk
 
 KERNELS = kernel_backends()
 # Chunks are written once over the kernels: a few calls show that the interpreted and simulated ones can be cut.
@@ -41,7 +42,7 @@ def cut(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """The number of tokens in each chunk of every later call, in the forward and, where some leave, the backward."""
-    found, made, keep = {"forward": [], "kept": []}, policy_loss.Chunk.__init__, policy_loss.Chunk._keep
+    found, made, keep = {"forward": [], "kept": []}, Chunk.__init__, Chunk._keep
 
     def init(chunk, *inputs):
         made(chunk, *inputs)
@@ -51,8 +52,8 @@ def computed(monkeypatch):
         keep(chunk, index)
         found["kept"].append(chunk.states.shape[0])
 
-    monkeypatch.setattr(policy_loss.Chunk, "__init__", init)
-    monkeypatch.setattr(policy_loss.Chunk, "_keep", kept)
+    monkeypatch.setattr(Chunk, "__init__", init)
+    monkeypatch.setattr(Chunk, "_keep", kept)
     return found
 
 

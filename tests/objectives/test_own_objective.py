@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import batch, device_of, run, to_rounding
 from paths import ROOT
+from registered import restored
 
 import tokenrl
+from tokenrl.fusion.building import why_not_cpp
 from tokenrl.instruments.parity import close
-from tokenrl.objectives.gates import GATES
 from tokenrl.objectives.gates.bounded import PpoClip
 from tokenrl.ops import backends
 
@@ -32,11 +33,8 @@ class Hinge(tokenrl.Gate):
 
 @pytest.fixture
 def hinge():
-    before = dict(tokenrl.OBJECTIVES), dict(GATES), dict(backends.TRITON_GATES)
-    yield tokenrl.register(tokenrl.Objective("hinge", "prefix_sum", Hinge(), "token-mean", "a test", flow="local"))
-    for table, old in zip((tokenrl.OBJECTIVES, GATES, backends.TRITON_GATES), before, strict=True):
-        table.clear()
-        table.update(old)
+    with restored():
+        yield tokenrl.register(tokenrl.Objective("hinge", "prefix_sum", Hinge(), "token-mean", "a test", flow="local"))
 
 
 def test_the_example_runs():
@@ -49,8 +47,8 @@ def test_the_example_runs():
     )
     assert done.returncode == 0, done.stderr
     assert "reference: loss" in done.stdout
-    if backends.TRITON_REASON is None:
-        assert "the Triton kernel has the gradient of the reference" in done.stdout
+    for name, reason in (("cpu", why_not_cpp()), ("triton", backends.TRITON_REASON)):
+        assert reason or f"the kernel of {name} has the gradient of the reference" in done.stdout
 
 
 def test_by_name_it_runs_on_the_reference_with_autograd(hinge):

@@ -149,10 +149,11 @@ def parts():
 def gates():
     """The gate alone, of most parameters and of none."""
     from tokenrl.triton_kernels.gate_values import gate_values
+    from tokenrl.triton_kernels.gates import GATES
 
     for gate, numbers in (("hapo", [0.2, 0.2, 10.0, 0.5, 1.0, 1.0]), ("ratio", [])):
         for dtype in (torch.float32, torch.float64):
-            yield f"{gate} {dtype}", gate_values, (gate, *[torch.zeros(4096, dtype=dtype)] * 5, numbers)
+            yield f"{gate} {dtype}", gate_values, (GATES[gate], *[torch.zeros(4096, dtype=dtype)] * 5, numbers)
 
 
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "max_prob", "is_top1", "rank")

@@ -43,6 +43,7 @@ CHECK = {
     "instruments/test_doctor.py": ("remedy|nothing", "what is missing has its remedy"),
     "instruments/test_profiler.py": ("counts|gpu|apart", "what a profile counts, what it reads of a GPU"),
     "instruments/test_cli.py": ("objective|unknown", "the command line"),
+    "fusion/test_fuse.py": ("cannot_be_traced|no_gate", "what no kernel can be made of is named"),
     "demo/test_demo.py": ("solutions|hand_cases|apart", "its task; the run takes half a minute"),
     "docs/test_docs.py": ("", "README and the pages"),
 }  # fmt: skip

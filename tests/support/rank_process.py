@@ -9,18 +9,22 @@ import os
 import sys
 
 import context_cases
+import data_cases
 import torch
 import torch.distributed as dist
 import vocab_cases
 import vocab_linear_cases
+import vocab_policy_cases
 
 WORLDS = (2, 3, 4)
 
 
 def of_world(world: int) -> dict:
     """All of them on two ranks; on more one dtype and the CPU's kernels, as which run is the same to the exchange."""
-    every = vocab_cases.CASES | vocab_linear_cases.CASES | context_cases.CASES
-    left_out = ("reference", "triton", "sim", "one_graph"), ("float32", "bfloat16")
+    every = (
+        vocab_cases.CASES | vocab_linear_cases.CASES | vocab_policy_cases.CASES | context_cases.CASES | data_cases.CASES
+    )
+    left_out = ("reference", "triton", "sim", "one_graph", "their_contract"), ("float32", "bfloat16")
     return {
         name: case
         for name, case in every.items()
@@ -42,7 +46,7 @@ def run(world: int, group: dist.ProcessGroup) -> None:
 
 def main(store: str, rank: int) -> None:
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=120)
+    wait = datetime.timedelta(minutes=15)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(WORLDS), timeout=wait)
     groups = {world: dist.new_group([*range(world)], timeout=wait) for world in WORLDS}
     for world, group in groups.items():

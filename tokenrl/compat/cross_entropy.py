@@ -11,7 +11,8 @@ from torch import Tensor
 from ..batch.checks import check_number, check_tensor
 from ..errors import wrong
 from ..logprobs.from_hidden import head_dtype, linear_token_logprobs
-from ..logprobs.from_logits import TokenStats, token_logprobs
+from ..logprobs.from_logits import token_logprobs
+from ..logprobs.token_stats import TokenStats
 from ..ops.linear.gemm import linear, sum_dtype
 from .stats import may_be_in_place
 

@@ -4,7 +4,8 @@ import torch
 
 from ..batch.checks import check_tensor
 from ..errors import wrong
-from ..logprobs.from_logits import TokenStats, made_by_torch, token_logprobs, why_not_inplace
+from ..logprobs.from_logits import made_by_torch, token_logprobs, why_not_inplace
+from ..logprobs.token_stats import TokenStats
 from ..ops import backends
 from ..ops.kernel_ops import IGNORED
 

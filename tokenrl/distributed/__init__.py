@@ -3,6 +3,7 @@ are those of all that its ranks hold, the same bits on each; the gradient is the
 and where none is given nothing of torch.distributed runs."""
 
 from .context_shard import ContextShard
+from .global_weights import AVERAGED_OVER, averaged_over, global_weights
 from .vocab_shard import VocabShard
 
-__all__ = ["ContextShard", "VocabShard"]
+__all__ = ["AVERAGED_OVER", "ContextShard", "VocabShard", "averaged_over", "global_weights"]

@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..batch.checks import check_name, check_tensor
 from ..errors import described, wrong
-from ..ops.derivatives import once
-from . import wire
+from ..ops.derivatives import call, register_derivative
+from . import policy_context_parallel, wire
 from .agreement import Agreement
 from .vocab_shard import as_group
-from .vocabulary_parallel import ONCE
+from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE
 
+OP = "context_gathered"
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_sequence")
 Piece = tuple[int, int]  # first token, number of tokens
 
@@ -25,9 +26,10 @@ class ContextShard:
     batch, on every rank, with the own part of its gradient.
 
         context = ContextShard(group, cu_seqlens, "zigzag_per_sequence")
-        logp = context.gathered(local_logp)                       # [N], differentiable
-        loss, metrics = tokenrl.policy_loss("ctpo", logp, old_logp, advantages, cu_seqlens=cu_seqlens, mask=mask)
-        loss.backward()                                           # local_logp.grad: its part, whole
+        loss, metrics = tokenrl.policy_loss("ctpo", logp, old_logp, advantages, cu_seqlens=cu_seqlens, context=context)
+        loss.backward()                                           # logp [n] is of the own tokens: its part, whole
+
+        whole = context.gathered(logp)                            # [N], differentiable: for any other loss
 
     The loss and its metrics are those of the batch, the same bits on all ranks of the group: they are neither summed
     nor averaged over it. Gradients of parameters are summed over the group as for any loss of parts.
@@ -63,8 +65,7 @@ class ContextShard:
 
     def index(self, device: torch.device | str = "cpu", rank: int | None = None) -> Tensor:
         """int64: where a rank's tokens, None: this one's, are in the batch."""
-        runs = self.pieces[self.rank if rank is None else rank]
-        return torch.cat([torch.arange(0), *(torch.arange(first, first + count) for first, count in runs)]).to(device)
+        return _index(self.pieces[self.rank if rank is None else rank], device)
 
     def take(self, x: Tensor) -> Tensor:
         """This rank's tokens [n, ...] of x [N, ...]; ids are shifted before."""
@@ -80,7 +81,26 @@ class ContextShard:
         with Agreement("gathered", self.group, x.device, check) as agreed:
             self._check("x", x, self.counts[self.rank])
             agreed.same(pieces=self.pieces, dtype=x.dtype, shape=list(x.shape[1:]))
-        return _Gathered.apply(x, self)
+        runs = [len(pieces) for pieces in self.pieces]
+        return call(NAMESPACE, OP, x, self.group.group_name, runs, [n for runs in self.pieces for p in runs for n in p])
+
+    def agreement(self, what: str, like: Tensor, check: bool) -> Agreement:
+        return Agreement(what, self.group, like.device, check)
+
+    def of_batch(self, logp: Tensor, entropy: Tensor | None, check: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies [N] of this rank's [n]."""
+        return policy_context_parallel.of_batch(self, logp, entropy, check)
+
+    def hidden_of_batch(self, hidden: Tensor) -> Tensor:
+        """Stands for the batch's [N, D], of this rank's [n, D]: their shape, dtype and device on one number."""
+        self._check("hidden", hidden, self.counts[self.rank])
+        return hidden.new_empty(()).expand(self.tokens, *hidden.shape[1:])
+
+    def agree(self, agreed: Agreement, *loss: Any) -> None:
+        policy_context_parallel.agree(self, agreed, *loss)
+
+    def linear_policy_loss(self, vocab: Any, reduce_hidden_grad: bool, *loss: Any) -> tuple[Tensor, ...]:
+        return policy_context_parallel.linear_policy_loss(self, vocab, reduce_hidden_grad, *loss)
 
     def _check(self, name: str, x: Tensor, count: int) -> None:
         check_tensor(name, x)
@@ -88,30 +108,48 @@ class ContextShard:
             raise wrong(name, f"shape {list(x.shape)}", f"{count} tokens first, of pieces {self.pieces[self.rank]}")
 
 
-def _own(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad[ctx.shard.index(grad.device)], None
+def _index(pieces: Sequence[Piece], device: torch.device | str) -> Tensor:
+    return torch.cat([torch.arange(0), *(torch.arange(first, first + count) for first, count in pieces)]).to(device)
 
 
-class _Gathered(torch.autograd.Function):
-    """Differentiable once: the tokens of the other ranks, on which the own gradient depends, are constants here."""
+def _read(runs: list[int], numbers: list[int]) -> list[list[Piece]]:
+    """The pieces of each rank: so many, of two numbers each."""
+    pieces = iter(zip(numbers[::2], numbers[1::2], strict=True))
+    return [[next(pieces) for _ in range(count)] for count in runs]
 
-    @staticmethod
-    def forward(x: Tensor, shard: ContextShard) -> Tensor:
-        counts = shard.counts
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[: len(x)] = x
-        every = wire.all_gather(padded, shard.group)
-        whole = x.new_empty(shard.tokens, *x.shape[1:])
-        for rank, count in enumerate(counts):
-            whole[shard.index(x.device, rank)] = every[rank, :count]
-        return whole
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.shard = inputs
-        ctx.save_for_backward(x)
+def _gather(x: Tensor, name: str, runs: list[int], numbers: list[int]) -> Tensor:
+    places = [_index(pieces, x.device) for pieces in _read(runs, numbers)]
+    padded = x.new_zeros(max(map(len, places)), *x.shape[1:])
+    padded[: len(x)] = x
+    every = wire.all_gather(padded, wire.group_named(name))
+    whole = x.new_empty(sum(map(len, places)), *x.shape[1:])
+    for found, at in zip(every, places, strict=True):
+        whole[at] = found[: len(at)]
+    return whole
 
-    backward = staticmethod(once(_own, "gathered", ONCE))
+
+def _fake(x: Tensor, name: str, runs: list[int], numbers: list[int]) -> Tensor:
+    return x.new_empty(sum(numbers[1::2]), *x.shape[1:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, name, runs, numbers = inputs
+    ctx.pieces = _read(runs, numbers)[wire.group_named(name).rank()]
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The own tokens': every rank has the whole loss."""
+    return (grad[_index(ctx.pieces, grad.device)],)
+
+
+LIBRARY.define(f"{OP}(Tensor x, str group, int[] runs, int[] pieces) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl(OP, _gather, _key)
+torch.library.register_fake(f"{NAMESPACE}::{OP}", _fake)
+# Once: the tokens of the other ranks, on which the own gradient depends, are constants here.
+register_derivative(NAMESPACE, OP, _save, _backward, accepted=ONCE)
 
 
 def _bounds(cu_seqlens: Tensor) -> list[int]:

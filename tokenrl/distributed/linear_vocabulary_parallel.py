@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import wrong
-from ..logprobs import from_hidden, from_logits
-from ..logprobs.from_logits import OUTPUTS, TokenStats
-from ..ops import backends, kernel_ops, linear_ops, ranges, reference
+from ..logprobs import from_logits
+from ..logprobs.from_logits import OUTPUTS
+from ..logprobs.token_stats import TokenStats
+from ..ops import backends, dispatch, kernel_ops, linear_ops, ranges, reference
 from ..ops.arguments import schema
 from ..ops.backends import Backend
 from ..ops.derivatives import call, once, register_derivative
@@ -23,10 +24,12 @@ from ..ops.linear import token_logprobs as tiles
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs, tiles_of
 from ..ops.linear.kept import gradient_sums
-from . import order, wire
+from . import order
 from .agreement import Agreement
-from .exchange import Part, of_vocabulary, shard_ids
-from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, differentiable, in_order, said_of
+from .exchange import Part, of_vocabulary
+from .said import said_of
+from .vocab_ranks import ShardInputs, VocabRanks
+from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE, differentiable
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -42,110 +45,107 @@ def linear_token_logprobs(
 ) -> TokenStats:  # fmt: skip
     """tokenrl.linear_token_logprobs with vocab=shard."""
     with Agreement("linear_token_logprobs", shard.group, hidden.device, check) as agreed:
-        weight, keep_mask = shard.own("weight", weight, 0), shard.own_keep(keep_mask, hidden)
-        bias = None if bias is None else shard.own("bias", bias, 0)
-        head = from_hidden.head_arguments(
+        head = shard.head_arguments(
             hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, None
         )
-        head = replace(head, like=head.like.new_empty(()).expand(*hidden.shape[:-1], shard.total))
         from_logits.check_ids(head.like, ids, outputs)
         names = [name for name in OUTPUTS if name in outputs]
         for name in {*names} & {*order.NAMES}:
             raise wrong("outputs", f"{name!r} beside vocab", "those without an order, or token_logprobs of the logits")
         inputs = head.inputs(ids, row_mask, ignore_index)
-        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        wanted = dispatch.wanted(inputs)
         agreed.same(
-            rows=list(hidden.shape[:-1]), dtype=inputs.compute_dtype, sizes=shard.sizes, outputs=names,
+            rows=list(head.like.shape[:-1]), dtype=inputs.compute_dtype, sizes=shard.sizes, outputs=names,
             transform=said_of(head.transform), hidden_gradient=wanted[0], reduce_hidden_grad=reduce_hidden_grad,
         )  # fmt: skip
         agreed.contents(ids=inputs.ids)
         chosen = backends.choose(backend, hidden.device)
         if not chosen.is_reference:
-            _check_budget(inputs, any(wanted))
+            check_budget(inputs, any(wanted))
     asked = [name for name in names if name not in kernel_ops.ALWAYS]
-    found = _results(chosen, shard, inputs, asked, reduce_hidden_grad)
-    rows = hidden.shape[:-1]
+    rows = head.like.shape[:-1]
+    given = shard.inputs(chosen, inputs, rows[:-1].numel(), reduce_hidden_grad)
+    found = results(chosen, given, inputs, asked)
     return TokenStats({name: found[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
 
 
-def _check_budget(inputs: HeadInputs, differentiable: bool) -> None:
+def check_budget(inputs: HeadInputs, differentiable: bool) -> None:
     """Said before the first exchange: ranks of few columns may need less than others."""
     head, rows = inputs.head(None), inputs.ids.shape[0]
-    tiles_of(head, min(rows, 1), inputs.memory_budget, sums=gradient_sums(head, rows) if differentiable else 0)
+    tiles_of(head, rows, inputs.memory_budget, sums=gradient_sums(head, rows) if differentiable else 0)
 
 
-def _results(
-    chosen: Backend, shard: "VocabShard", inputs: HeadInputs, outputs: list[str], reduce_hidden_grad: bool
-) -> Part:
+def results(chosen: Backend, given: ShardInputs, inputs: HeadInputs, outputs: list[str]) -> Part:
+    """Those of op linear_token_logprobs over the whole vocabulary, by name."""
     if not chosen.is_reference:
-        rest = (outputs, chosen.namespace, shard.group.group_name, shard.sizes, reduce_hidden_grad)
-        return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, *rest), strict=True))
-    hidden = _Summed.apply(inputs.hidden, shard.group) if reduce_hidden_grad else inputs.hidden
-    logits = reference.head_logits(replace(inputs, hidden=hidden))
+        return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, outputs, *given), strict=True))
+    ranks = VocabRanks(given)
+    logits = reference.head_logits(replace(inputs, hidden=_OfAllTokens.apply(inputs.hidden, given)))
     keep = None if inputs.keep_mask is None else inputs.keep_mask.expand(logits.shape)
     transform = Transform(inputs.temperature, inputs.temperatures, inputs.softcap, inputs.logit_scale, keep)
-    local = shard_ids(inputs.ids, shard.sizes, shard.rank)
-    own = differentiable(chosen, logits, local, transform, outputs)
-    return of_vocabulary(own, inputs.ids, keep, outputs, shard.group, shard.sizes)
+    own = differentiable(chosen, logits, ranks.own_ids(inputs.ids), transform, outputs)
+    return of_vocabulary(own, inputs.ids, keep, outputs, ranks.group, given.sizes)
 
 
 def _summed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    shares = grad.to(sum_dtype(grad.dtype), copy=True)
-    return wire.all_reduce(shares, ctx.group).to(grad.dtype), None
+    ranks, shares = VocabRanks(ctx.given), grad.to(ctx.given.wire_dtype, copy=True)
+    ranks.add_up(shares, slice(0, len(shares)))
+    return ranks.finish(shares).to(grad.dtype), None
 
 
-class _Summed(torch.autograd.Function):
+class _OfAllTokens(torch.autograd.Function):
     """hidden, whose gradient is the sum of those of all ranks."""
 
     @staticmethod
-    def forward(hidden: Tensor, group: Any) -> Tensor:
-        return hidden.view_as(hidden)
+    def forward(hidden: Tensor, given: ShardInputs) -> Tensor:
+        return VocabRanks(given).hidden(hidden).view(-1, hidden.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden, ctx.group = inputs
+        hidden, ctx.given = inputs
         ctx.save_for_backward(hidden)
 
     backward = staticmethod(once(_summed, "linear_token_logprobs beside vocab", ONCE))
 
 
-_SHARD = "str kernels, str group, int[] sizes, bool reduce_hidden_grad"
 SCHEMAS = {
-    OP: schema(HeadInputs, "str[] outputs", _SHARD, returns=STATISTICS),
+    OP: schema(HeadInputs, "str[] outputs", ShardInputs, returns=STATISTICS),
     f"{OP}_backward": schema(
-        HeadInputs, Upstream, SavedStatistics, "bool[] wanted", _SHARD, returns=f"({linear_ops.GRADS})"
+        HeadInputs, Upstream, SavedStatistics, "bool[] wanted", ShardInputs, returns=f"({linear_ops.GRADS})"
     ),
 }
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:
-    inputs, (outputs, kernels, name, sizes, _) = HeadInputs.read(args)
-    group, head = wire.group_named(name), inputs.head(ranges.kernels(kernels))
-    local = shard_ids(inputs.ids, sizes, group.rank())
+    inputs, (outputs, *rest) = HeadInputs.read(args)
+    given, _ = ShardInputs.read(tuple(rest))
+    ranks, head = VocabRanks(given), inputs.head(ranges.kernels(given.kernels))
     with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
-        results = tiles.statistics(head, inputs.hidden, local, outputs, inputs.memory_budget)
-        own = dict(zip(RESULTS, results, strict=True))
-        return in_order(of_vocabulary(own, inputs.ids, inputs.keep_mask, outputs, group, sizes))
+        hidden, own = ranks.hidden(inputs.hidden), ranks.own_ids(inputs.ids)
+        found = tiles.statistics(head, hidden, own, outputs, inputs.memory_budget)
+        return tuple(ranks.merged(found, inputs.ids, inputs.keep_mask, outputs))
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, (outputs, *_) = HeadInputs.read(args)
-    return kernel_ops.logprob_results(inputs.hidden, inputs.ids, outputs, sum_dtype(inputs.dtype))
+    rows = inputs.hidden.new_empty(()).expand(inputs.ids.shape)  # of all tokens, where hidden is of some
+    return kernel_ops.logprob_results(rows, inputs.ids, outputs, sum_dtype(inputs.dtype))
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, rest = HeadInputs.read(args)
     upstream, rest = Upstream.read(rest)
-    saved, (wanted, kernels, name, sizes, reduces) = SavedStatistics.read(rest)
-    group, dtypes = wire.group_named(name), linear_ops.dtypes_of(inputs)
-    shares = [sum_dtype(dtypes[0]), *dtypes[1:]]
-    local, head = shard_ids(inputs.ids, sizes, group.rank()), inputs.head(ranges.kernels(kernels))
+    saved, (wanted, *shard) = SavedStatistics.read(rest)
+    given, _ = ShardInputs.read(tuple(shard))
+    ranks, dtypes = VocabRanks(given), linear_ops.dtypes_of(inputs)
+    head, own = inputs.head(ranges.kernels(given.kernels)), ranks.own_ids(inputs.ids)
     with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
-        grads = linear_ops.gradients_of(inputs, wanted, shares)
-        tiles.gradients(head, tuple(upstream), inputs.hidden, local, tuple(saved), inputs.memory_budget, grads)
-        hidden, *others = linear_ops.results_of(grads, inputs.hidden, shares)
-        hidden = wire.all_reduce(hidden, group) if wanted[0] and reduces else hidden
-        return hidden.to(dtypes[0]), *others
+        whole = ranks.of_all_tokens(inputs)
+        grads = linear_ops.gradients_of(whole, wanted, [given.wire_dtype, *dtypes[1:]])
+        tiles.gradients(head, tuple(upstream), whole.hidden, own, tuple(saved), inputs.memory_budget, grads)
+        if grads.hidden is not None:
+            ranks.add_up(grads.hidden, slice(0, len(own)))
+        return tuple(ranks.results(grads, inputs.hidden, dtypes))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:

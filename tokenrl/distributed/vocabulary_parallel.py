@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..batch.checks import unit_stride
 from ..logprobs import from_logits
-from ..logprobs.from_logits import OUTPUTS, TokenStats
+from ..logprobs.from_logits import OUTPUTS
+from ..logprobs.token_stats import TokenStats
 from ..ops import backends, dispatch, kernel_ops, ranges
 from ..ops.arguments import schema
 from ..ops.backends import Backend
@@ -22,7 +23,8 @@ from ..ops.kernel_ops import RESULTS, STATISTICS, Transform
 from ..ops.linear.token_logprobs import ELSEWHERE
 from . import order, wire
 from .agreement import Agreement
-from .exchange import Part, of_vocabulary, shard_ids
+from .exchange import Part, in_order, of_vocabulary, shard_ids
+from .said import said_of
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -57,12 +59,6 @@ def token_logprobs(
     found = _results(chosen, shard, *flat, _flat(transform, logits), names)
     shape = {name: ids.shape if name in kernel_ops.PER_ID else rows for name in names}
     return TokenStats({name: found[name].view(shape[name]) for name in outputs})
-
-
-def said_of(transform: Transform) -> str:
-    """What ranks compare; temperatures per row and masks are theirs to keep alike."""
-    per_row = "" if transform.temperatures is None else " per row"
-    return f"{transform.temperature}{per_row} {transform.softcap} {transform.logit_scale}"
 
 
 def _flat(transform: Transform, logits: Tensor) -> Transform:
@@ -131,12 +127,6 @@ def _run(logits: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     local = shard_ids(ids, sizes, group.rank())
     own = dict(zip(RESULTS, ops.token_logprobs(logits, local, *transform, outputs, False), strict=True))
     return in_order(of_vocabulary(own, ids, transform.keep_mask, outputs, group, sizes))
-
-
-def in_order(found: Part) -> tuple[Tensor, ...]:
-    """The results of an op; those of an order are made elsewhere."""
-    orders = {"is_top1": torch.bool, "rank": torch.int64}
-    return tuple(found[name].to(orders.get(name, found[name].dtype)) for name in RESULTS)
 
 
 def _fake(logits: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -33,26 +33,54 @@ def group_named(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str, of no public module
 
 
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """[W, ...] of x [...], alike on all ranks, when it is called; until then both are left alone."""
+    _count("all_gather", x)
+    found, x = x.new_empty(group.size(), *x.shape), x.contiguous()
+    work = None
+    if found.numel():  # a size that all ranks have
+        gather = _renamed("all_gather_single", "all_gather_into_tensor")
+        work = gather(found.view(-1), x.view(-1), group=group, async_op=True)
+
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        return found
+
+    return finish
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W, ...] of x [...], alike on all ranks."""
-    _count("all_gather", x)
-    found = x.new_empty(group.size(), *x.shape)
-    if found.numel():  # a size that all ranks have
-        _gather_into()(found.view(-1), x.contiguous().view(-1), group=group)
-    return found
+    return start_all_gather(x, group)()
 
 
-def _gather_into() -> Callable[..., Any]:
+def _renamed(name: str, deprecated: str) -> Callable[..., Any]:
     """torch 2.13 deprecates the name that 2.11 has."""
-    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return getattr(dist, name, None) or getattr(dist, deprecated)
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
+    """The sum over ranks, in x, contiguous, when it is called."""
+    _count("all_reduce", x)
+    work = dist.all_reduce(x, group=group, async_op=True) if x.numel() else None
+    return lambda: None if work is None else work.wait()
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, in x."""
-    _count("all_reduce", x)
-    if x.numel():
-        dist.all_reduce(x, group=group)
+    start_all_reduce(x, group)()
     return x
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[...], this rank's of the W parts of the sum over ranks of x [W, ...]."""
+    _count("reduce_scatter", x)
+    found = x.new_empty(x.shape[1:])
+    if found.numel():
+        scatter = _renamed("reduce_scatter_single", "reduce_scatter_tensor")
+        scatter(found.view(-1), x.contiguous().view(-1), group=group)
+    return found
 
 
 def all_gather_objects(x: Any, group: dist.ProcessGroup) -> list[Any]:

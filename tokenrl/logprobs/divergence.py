@@ -16,7 +16,8 @@ from ..ops import divergence_dispatch as pairs
 from ..ops.kernel_ops import IGNORED, Transform
 from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
-from .from_logits import DTYPES, TokenStats, as_transform, check_row_mask, of_rows_read
+from .from_logits import DTYPES, as_transform, check_row_mask, of_rows_read
+from .token_stats import TokenStats
 
 Kinds = str | Divergence | Sequence[str | Divergence]
 

@@ -14,7 +14,9 @@ from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import Transform
 from ..ops.linear.head import HeadInputs
 from . import from_logits
-from .from_logits import DTYPES, IGNORED, TokenStats
+from .from_logits import DTYPES, IGNORED
+from .token_stats import TokenStats
+from .vocabulary import Vocabulary, refuse_beside_vocab
 
 # Bytes of tiles and chunks of logits, where a call names no budget: a GPU's GEMMs and sums want larger ones.
 DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -101,18 +103,12 @@ def linear_token_logprobs(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
-    vocab: from_logits.Vocabulary | None = None,
+    vocab: Vocabulary | None = None,
     reduce_hidden_grad: bool = True,
     check: bool = True,
     backend: str | None = None,
 ) -> TokenStats:
     """token_logprobs of the logits hidden @ weight^T + bias, of which no more is held than fits into memory_budget.
-
-    hidden: [N, D] or [B, T, D]. weight: the head's, [V, D]; bias: [V]. bf16, fp16, fp32 or fp64, all of one dtype, or
-    of any beside compute_dtype, the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32
-    head). ids, temperature, softcap, logit_scale, keep_mask (padding of the vocabulary), keep_mask_for (where it splits
-    the outputs the flops are those of two calls), row_mask, ignore_index, outputs, result: as for token_logprobs.
-    Autocast is not followed, and a warning says so: compute_dtype tells.
 
     Rows that are ignored or masked, and in the backward rows whose upstream gradient is zero, enter no GEMM and may
     hold anything. hidden, weight and bias get gradients, each only where it requires one. The forward saves what
@@ -120,25 +116,50 @@ def linear_token_logprobs(
     its gradient, it keeps them too, until the graph is gone: 6 N D V flops in all. Else, where keep_mask_for splits the
     outputs and under no_grad it keeps none, and the backward computes them again, a tile at a time: 8 N D V. No
     log-prob has other bits for it; gradients differ by the rounding of the GEMMs. Several calls before a backward keep
-    the logits of each: a memory_budget below them keeps none. Gradients are summed in fp32 (fp64 for fp64) and
-    rounded to the dtype of their tensor at the end.
-    main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets none;
-    where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
-    memory_budget: bytes that a forward or a backward may hold beyond inputs and results, kept logits among them; None:
-    256 MiB on a CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it they come on
-    top. Tiles are of whole rows if 64 of these (or all there are) fit, as for is_top1 and rank they must; else of some
-    columns.
+    the logits of each: a memory_budget below them keeps none. Gradients are summed in fp32 (fp64 for fp64) and rounded
+    to the dtype of their tensor at the end. Autocast is not followed, and a warning says so: compute_dtype tells.
+
     Of whole rows our kernels give each row the bits of token_logprobs, whatever else the batch and outputs hold, and
     linear_policy_loss the same: its on-policy ratios are 1. The logits themselves are torch's GEMM, which promises no
     bits: on the CPUs we tried a row's depend on no other from 16 rows on, cuBLAS chooses its kernels by the shapes.
-    vocab, check: as for token_logprobs: weight, bias and keep_mask are this rank's rows of the head, hidden and ids are
-    the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of hidden's gradient are
-    summed, in fp32, by one all-reduce. reduce_hidden_grad=False leaves that to the caller (Megatron's column-parallel
-    region, DTensor's Partial). Without is_top1, rank and main_grad.
-    Errors: ValueError naming the argument, what was given and what is accepted.
+
+    Args:
+        hidden: [N, D] or [B, T, D], bf16, fp16, fp32 or fp64.
+        weight: the head's, [V, D], of hidden's dtype, or of any beside compute_dtype.
+        ids: as for token_logprobs.
+        bias: [V], of weight's dtype.
+        temperature: as for token_logprobs.
+        softcap: as for token_logprobs.
+        logit_scale: as for token_logprobs.
+        keep_mask: as for token_logprobs; padding of the vocabulary.
+        keep_mask_for: as for token_logprobs; where it splits the outputs the flops are those of two calls.
+        row_mask: as for token_logprobs.
+        ignore_index: as for token_logprobs.
+        outputs: as for token_logprobs.
+        compute_dtype: the dtype in which the GEMMs run and the logits are stored (torch.float32: an fp32 head); None:
+            that of hidden and weight.
+        memory_budget: bytes that a forward or a backward may hold beyond inputs and results, kept logits among them;
+            None: 256 MiB on a CPU, 1 GiB on a GPU. Where the fp32 sums of hidden's gradient take more than half of it
+            they come on top. Tiles are of whole rows if 64 of these (or all there are) fit, as for is_top1 and rank
+            they must; else of some columns.
+        main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets
+            none; where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory
+            without meaning.
+        vocab: as for token_logprobs: weight, bias and keep_mask are this rank's rows of the head, hidden and ids are
+            the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of hidden's
+            gradient are summed, in fp32, by one all-reduce. Without is_top1, rank and main_grad.
+        reduce_hidden_grad: False leaves that sum to the caller (Megatron's column-parallel region, DTensor's Partial).
+        check: as for token_logprobs.
+        backend: as for policy_loss.
+
+    Returns:
+        TokenStats, as for token_logprobs.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
     if vocab is not None:
-        from_logits.refuse_beside_vocab(keep_mask_for=keep_mask_for, main_grad=main_grad)
+        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, main_grad=main_grad)
         return vocab.linear_token_logprobs(
             hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,

@@ -1,8 +1,7 @@
 """token_logprobs: what a trainer asks of the logits, in one pass over the vocabulary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,35 +11,11 @@ from ..errors import described, wrong
 from ..observed import observed
 from ..ops import backends, dispatch, kernel_ops
 from ..ops.kernel_ops import IGNORED, Transform
+from .token_stats import TokenStats
+from .vocabulary import Vocabulary, refuse_beside_vocab
 
 OUTPUTS = tuple(name for name in kernel_ops.RESULTS if name != "lse_rest")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-class TokenStats:
-    """What token_logprobs was asked for: attributes named like the outputs; iterates in the order asked for."""
-
-    def __init__(self, values: dict[str, Tensor]):
-        self._values = values
-
-    def __getattr__(self, name: str) -> Tensor:
-        values = self.__dict__.get("_values", {})
-        if name in values:
-            return values[name]
-        raise AttributeError(f"TokenStats has no {name!r}; this call asked for outputs {', '.join(values)}")
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._values.values())
-
-    def __repr__(self) -> str:
-        return f"TokenStats({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._values.items())})"
-
-
-class Vocabulary(Protocol):
-    """What lies on several ranks: tokenrl.distributed.VocabShard."""
-
-    def token_logprobs(self, logits: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
-    def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats: ...
 
 
 @observed
@@ -57,7 +32,7 @@ def token_logprobs(
     ignore_index: int = IGNORED,
     outputs: Sequence[str] = ("logp", "entropy"),
     inplace_backward: bool = False,
-    vocab: "Vocabulary | None" = None,
+    vocab: Vocabulary | None = None,
     check: bool = True,
     backend: str | None = None,
 ) -> TokenStats:
@@ -72,29 +47,39 @@ def token_logprobs(
         is_top1 = id is the first maximum
         rank = 1 + #{v: logits_v > logits_id}
 
-    logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last stride
-    is 1. ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here), or K of them per
-    row, [N, K] or [B, T, K]; then logp, is_top1 and rank are [..., K]. An id of ignore_index gives 0 and no gradient; a
-    row that row_mask (bool, [N] or [B, T]) leaves out, or all of whose ids are ignored, gives zeros and is never read.
-    temperature: a positive number, or one per row, fp32 or fp64 (0-d or [B, 1], too). softcap, logit_scale: positive.
-    keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
-    mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
-    keep_mask_for: the outputs that see keep_mask, None for all; the others are of the whole vocabulary (slime's entropy
-    beside top-p log-probs), and the logits are read once for either.
-    outputs: any of the eight names. inplace_backward: the gradient is written into the logits' memory; refused where
-    autograd would notice.
-    vocab: a tokenrl.distributed.VocabShard: logits and keep_mask are this rank's columns of a vocabulary that lies on
-    several ranks, ids and results are of all of it, the same on each rank. One exchange of 3 + K numbers a row (two
-    more for is_top1 or rank), none in the backward. check: that the ranks agree on shapes, ids and options, by an
-    exchange of 256 bytes before it; where they do not, all of them raise.
-    Returns TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64. Forward and backward allocate their
-    results only; the backward recomputes p from lse.
-    The bits of a row depend on nothing but the row: on a CPU always; on a GPU in batches of at least as many rows as it
-    has multiprocessors, as fewer rows are split (and Triton sums rows whose distance 16 bytes do not divide by another
-    kernel than the others). On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
+    Forward and backward allocate their results only; the backward recomputes p from lse. The bits of a row depend on
+    nothing but the row: on a CPU always; on a GPU in batches of at least as many rows as it has multiprocessors, as
+    fewer rows are split (and Triton sums rows whose distance 16 bytes do not divide by another kernel than the others).
+    On a GPU an id outside [0, V) gives nan, is_top1 False, rank 0.
+
+    Args:
+        logits: [N, V] or [B, T, V], bf16, fp16, fp32 or fp64; strided views are read in place as long as the last
+            stride is 1.
+        ids: integers [N] or [B, T] in [0, V), already aligned with the logits (never shifted here), or K of them per
+            row, [N, K] or [B, T, K]; then logp, is_top1 and rank are [..., K].
+        temperature: a positive number, or one per row, fp32 or fp64 (0-d or [B, 1], too).
+        softcap: positive, the model's; None for none.
+        logit_scale: positive, the model's.
+        keep_mask: bool [V] or like logits, False takes a logit out of the vocabulary as -inf does (p = 0, no gradient;
+            mean_logit is the mean of what is kept); -inf logits stay out under a softcap.
+        keep_mask_for: the outputs that see keep_mask, None for all; the others are of the whole vocabulary (slime's
+            entropy beside top-p log-probs), and the logits are read once for either.
+        row_mask: bool, [N] or [B, T]: a row that it leaves out gives zeros and is never read.
+        ignore_index: an id of it gives 0 and no gradient; a row all of whose ids are ignored is never read.
+        outputs: any of the eight names.
+        inplace_backward: the gradient is written into the logits' memory; refused where autograd would notice.
+        vocab: a tokenrl.distributed.VocabShard: logits and keep_mask are this rank's columns of a vocabulary that lies
+            on several ranks, ids and results are of all of it, the same on each rank. One exchange of 3 + K numbers a
+            row (two more for is_top1 or rank), none in the backward.
+        check: that the ranks agree on shapes, ids and options, by an exchange of 256 bytes before it; where they do
+            not, all of them raise.
+        backend: as for policy_loss.
+
+    Returns:
+        TokenStats: fp32 (fp64 for fp64 logits), is_top1 bool, rank int64.
     """
     if vocab is not None:
-        refuse_beside_vocab(keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
+        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, inplace_backward=inplace_backward)
         return vocab.token_logprobs(
             logits, ids, temperature=temperature, softcap=softcap, logit_scale=logit_scale, keep_mask=keep_mask,
             row_mask=row_mask, ignore_index=ignore_index, outputs=outputs, backend=backend, check=check,
@@ -122,12 +107,6 @@ def token_logprobs(
         )
         found |= {name: results[kernel_ops.RESULTS.index(name)] for name in names}
     return TokenStats({name: found[name] for name in outputs})
-
-
-def refuse_beside_vocab(**options: Any) -> None:
-    for name, option in options.items():
-        if option is not None and option is not False:
-            raise wrong(name, "one beside vocab", "none")
 
 
 def by_mask(

@@ -136,7 +136,7 @@ def aggregation_weights(
     )
     share = weights.span_weight
     per_sequence = torch.where(share == 0, 0.0, share / weights.normalizer).float()
-    return layout.per_token(per_sequence, per_sequence).view(layout.shape)
+    return torch.where(layout.valid(), layout.spread(per_sequence), 0).view(layout.shape)
 
 
 def _packed_like(cu_seqlens: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
 """linear_policy_loss: policy_loss from hidden states and the head, without the logits."""
 
 import dataclasses
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch.checks import check_name
+from ..batch.checks import as_saved, check_name
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
 from ..logprobs.from_logits import IGNORED, check_ids
+from ..logprobs.vocabulary import Vocabulary, refuse_beside_vocab
 from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..observed import observed
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
-from .policy_arguments import corrected, policy_loss_inputs
+from .policy_arguments import BatchOnRanks, as_batch_on_ranks, corrected, policy_loss_inputs
 from .regularizers import regularizers_of
 
 
@@ -56,80 +59,152 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     on_policy: bool = False,
     without_advantage: str = "skip",
+    vocab: Vocabulary | None = None,
+    context: BatchOnRanks | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, LinearMetrics]:
     """policy_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
         loss = sum_t w_t (gate(s_t) + kl_coef r_t kl_t - entropy_coef entropy_t),   logits = hidden @ weight^T + bias
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
-    here); ignore_index takes a token out like the mask does. weight, bias, temperature, softcap, logit_scale,
-    keep_mask, compute_dtype: as for linear_token_logprobs. old_logp, advantages, advantages_per, mask to normalizer: as
-    for policy_loss; rollout_logp needs old_logp. on_policy (or old_logp None): old_logp is the current policy's own and
-    is not read.
-    ref_logp: log-probs of the reference model, of the shape of ids; kl to entropy_weight: as for policy_loss.
-
     The loss carries the gradients of hidden, weight and bias, each computed in the forward only where it is required;
     the backward multiplies them by the upstream gradient. Under no_grad there is the forward alone. A chunk is of as
-    many tokens as memory_budget allows (bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU). Where several chunks
-    add to a bf16 weight gradient, its fp32 sums, 4 V D bytes, come on top; one chunk of all tokens may take as much
-    instead. The gradients of fp16 tensors are kept in fp32 until the backward has multiplied them, by a loss scale for
-    one, and those of fp16 logits are lifted by a power of two meanwhile: neither underflows in between.
+    many tokens as memory_budget allows. Where several chunks add to a bf16 weight gradient, its fp32 sums, 4 V D bytes,
+    come on top; one chunk of all tokens may take as much instead. The gradients of fp16 tensors are kept in fp32 until
+    the backward has multiplied them, by a loss scale for one, and those of fp16 logits are lifted by a power of two
+    meanwhile: neither underflows in between.
+
     One pass, 6 N D V flops, holds for every objective whose coefficient depends on no later token (statistics of a
     token, prefixes with flow "local", on-policy); for the others, and kl_ratio "span_mean", chunks end with sequences.
     Where a sequence does not fit into a chunk, or fewer than 64 tokens do, the gradients need a second pass, 8 N D V
     flops, and so do those of objectives with a form (tokenrl/objectives/forms/base.py), where not all logits fit:
     metrics.passes says which.
+
     A frozen head (weight and bias require no gradient, as under LoRA) takes one pass there too, 4 N D V flops as
     anywhere, unless there is an entropy term, whose second pass of 6 it takes; beside the budget it may hold [N, D]
     numbers in fp32, which become hidden's gradient where that is in fp32 itself.
+
     On a CPU with a small D the sums over the vocabulary outweigh the GEMMs, one pass saves a quarter at most, and
     chunks that leave the cache may lose that: at V = 50000, D = 256 it took 1.1 of the time of linear_token_logprobs
     and policy_loss, with memory_budget=32 << 20 0.8 of it.
-    Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
-    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not), unless
-    without_advantage="compute" asks for their metrics. Tokens whose coefficient is zero enter no GEMM of the backward.
-    main_grad: fp32 [V, D]: the backward adds the weight's gradient to it, and weight.grad gets none; where
-    weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory without meaning.
 
-    Returns (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
-    made, of the shape of ids, without gradient, 0 where none was. Differentiating twice raises. Errors: ValueError
-    naming the argument, what was given and what is accepted.
+    Tokens that the mask leaves out enter no GEMM and may hold anything; nor do sequences whose advantages are all zero
+    where no other term wants them (metrics.left_out counts their tokens, the other metrics do not). Tokens whose
+    coefficient is zero enter no GEMM of the backward. Differentiating twice raises.
+
+    Args:
+        objective: as for policy_loss.
+        hidden: [B, T, D], or packed [N, D] with cu_seqlens; dtypes as for linear_token_logprobs.
+        weight: the head's, [V, D].
+        ids: integers [B, T] or [N], aligned with hidden (never shifted here).
+        old_logp: as for policy_loss; None: on_policy.
+        advantages: as for policy_loss.
+        bias: [V].
+        temperature: as for token_logprobs.
+        softcap: as for token_logprobs.
+        logit_scale: as for token_logprobs.
+        keep_mask: as for linear_token_logprobs.
+        mask: as for policy_loss.
+        cu_seqlens: as for policy_loss.
+        advantages_per: as for policy_loss.
+        segment_ids: as for policy_loss.
+        group_ids: as for policy_loss.
+        rollout_logp: as for policy_loss; it needs old_logp.
+        correction: as for policy_loss.
+        token_weight: as for policy_loss.
+        aggregation: as for policy_loss.
+        normalizer: as for policy_loss.
+        ref_logp: log-probs of the reference model, of the shape of ids.
+        kl: as for policy_loss.
+        kl_coef: as for policy_loss.
+        kl_weight: as for policy_loss.
+        kl_ratio: as for policy_loss.
+        entropy_coef: as for policy_loss.
+        entropy_weight: as for policy_loss.
+        ignore_index: an id of it takes a token out like the mask does.
+        compute_dtype: as for linear_token_logprobs.
+        memory_budget: bytes of logits; None: 256 MiB on a CPU, 1 GiB on a GPU.
+        main_grad: as for linear_token_logprobs, fp32 [V, D].
+        on_policy: old_logp is the current policy's own and is not read.
+        without_advantage: "skip", or "compute" for the metrics of sequences that have none.
+        vocab: as for linear_token_logprobs: weight, bias, keep_mask and main_grad are this rank's rows of the head, all
+            else is the same on all ranks, hidden too unless the VocabShard says sequence_parallel; so are loss and
+            metrics. One exchange a chunk, 16 bytes a token, while the logits of the next chunk are made (each takes
+            half of memory_budget then); the ranks' shares of hidden's gradient are summed in the forward, a chunk at a
+            time, and the backward has no collective.
+        context: as for policy_loss: hidden is [n, D] of this rank's tokens, all else of the whole batch, weight's
+            gradient the own tokens' share. The log-probs of all tokens are needed before a coefficient is known:
+            linear_token_logprobs makes them, 8 N D V flops unless the own logits fit into memory_budget. Without
+            main_grad, and beside vocab without its sequence_parallel.
+        reduce_hidden_grad: False leaves that sum to the caller.
+        check: as for token_logprobs.
+        backend: as for policy_loss.
+
+    Returns:
+        (loss 0-d, LinearMetrics); metrics.logp and metrics.token_entropy are the log-probs and entropies that were
+            made, of the shape of ids, without gradient, 0 where none was.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
-    check_name("without_advantage", without_advantage, ("skip", "compute"))
-    row, head = find_objective(objective), head_arguments(
-        hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
-    )  # fmt: skip
-    check_ids(head.like, ids, ())
-    if ids.dim() != hidden.dim() - 1:
-        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
-    chosen = backends.choose(backend, hidden.device, row.gate.name)
-    check_main_grad_backend(main_grad, chosen)
-    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
-    named = ids.reshape(-1) != ignore_index
-    layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
-    dtype = sum_dtype(head.like.dtype)
-    old_logp = None if on_policy else old_logp
-    old_logp, token_weight = corrected(
-        row, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction, kl_ratio
-    )
-    regularizers = regularizers_of(
-        layout, dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
-        entropy_coef=entropy_coef, entropy_weight=entropy_weight,
-    )  # fmt: skip
-    inputs = policy_loss_inputs(
-        row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
-        token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
-        normalizer=normalizer, regularizers=regularizers,
-    )  # fmt: skip
-    valid = layout.valid()
-    flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
-    silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
-    if silent and without_advantage == "skip" and inputs.advantages is not None:
-        layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
-    loss, raw, *per_token = dispatch.linear_policy_loss(chosen, layout, flat, main_grad, inputs)
+    if vocab is not None:
+        refuse_beside_vocab(vocab)
+    on_ranks: list[Any] = [vocab] if vocab is not None else []
+    on_ranks += [as_batch_on_ranks(context)] if context is not None else []
+    with ExitStack() as checks:
+        agreements = [checks.enter_context(x.agreement("linear_policy_loss", hidden, check)) for x in on_ranks]
+        check_name("without_advantage", without_advantage, ("skip", "compute"))
+        row, head = find_objective(objective), (head_arguments if vocab is None else vocab.head_arguments)(
+            hidden if context is None else context.hidden_of_batch(hidden), weight, bias, temperature, softcap,
+            logit_scale, keep_mask, compute_dtype, memory_budget, main_grad
+        )  # fmt: skip
+        if context is not None:
+            head = dataclasses.replace(head, hidden=as_saved(hidden))
+        layout = _layout(head.like, ids, mask, cu_seqlens, ignore_index)
+        chosen = backends.choose(backend, hidden.device, row.gate.name)
+        check_main_grad_backend(main_grad, chosen)
+        dtype = sum_dtype(head.like.dtype)
+        old_logp = None if on_policy else old_logp
+        old_logp, token_weight = corrected(
+            row, layout, old_logp, None, rollout_logp, segment_ids, token_weight, correction, kl_ratio
+        )
+        regularizers = regularizers_of(
+            layout, dtype, ref_logp=ref_logp, kl=kl, kl_coef=kl_coef, kl_weight=kl_weight, kl_ratio=kl_ratio,
+            entropy_coef=entropy_coef, entropy_weight=entropy_weight,
+        )  # fmt: skip
+        inputs = policy_loss_inputs(
+            row, layout, dtype, chosen, old_logp=old_logp, advantages=advantages, advantages_per=advantages_per,
+            token_weight=token_weight, segment_ids=segment_ids, group_ids=group_ids, aggregation=aggregation,
+            normalizer=normalizer, regularizers=regularizers,
+        )  # fmt: skip
+        valid = layout.valid()
+        flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
+        silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
+        if silent and without_advantage == "skip" and inputs.advantages is not None:
+            layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
+        call = chosen, layout, flat, head.main_grad, inputs
+        for some, agreed in zip(on_ranks, agreements, strict=True):
+            some.agree(agreed, *call)
+    if context is not None:
+        loss, raw, *per_token = context.linear_policy_loss(vocab, reduce_hidden_grad, *call)
+    elif vocab is None:
+        loss, raw, *per_token = dispatch.linear_policy_loss(*call)
+    else:
+        loss, raw, *per_token = vocab.linear_policy_loss(reduce_hidden_grad, *call)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]), *(x.view(ids.shape) for x in per_token))
+
+
+def _layout(like: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
+    """Of the ids, those that are ignored left out. like: logits [.., V]."""
+    check_ids(like, ids, ())
+    if ids.dim() != like.dim() - 1:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(like.shape[:-1])}")
+    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
+    named = ids.reshape(-1) != ignore_index
+    return dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
 
 
 def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:

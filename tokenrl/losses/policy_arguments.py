@@ -1,7 +1,8 @@
 """The checks of a policy loss's arguments, once for both fronts: what a caller gave -> PolicyLossInputs."""
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ from .rollout_correction import importance_weights
 
 CORRECTION = ("level", "segment_ids", "bound", "low", "high", "clamp", "normalize", "unknown")  # of importance_weights
 TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's default
+
+
+@runtime_checkable
+class BatchOnRanks(Protocol):
+    """A batch whose tokens lie on several ranks: tokenrl.distributed.ContextShard."""
+
+    def of_batch(self, logp: Tensor, entropy: Tensor | None, check: bool) -> tuple[Tensor, Tensor | None]: ...
+    def hidden_of_batch(self, hidden: Tensor) -> Tensor: ...
+    def agreement(self, what: str, like: Tensor, check: bool) -> AbstractContextManager[Any]: ...
+    def agree(self, agreed: Any, *loss: Any) -> None: ...
+    def linear_policy_loss(self, vocab: Any, reduce_hidden_grad: bool, *loss: Any) -> tuple[Tensor, ...]: ...
+
+
+def as_batch_on_ranks(context: object) -> BatchOnRanks:
+    if not isinstance(context, BatchOnRanks):
+        raise wrong("context", described(context), "a tokenrl.distributed.ContextShard")
+    return context
 
 
 def policy_loss_inputs(

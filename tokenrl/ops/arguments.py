@@ -14,8 +14,8 @@ from typing_extensions import Self
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor | None]: "Tensor?[]", float: "float",
-    list[float]: "float[]", int: "int", bool: "bool", list[bool]: "bool[]", str: "str",
-    str | None: "str?", list[str]: "str[]",
+    list[float]: "float[]", int: "int", list[int]: "int[]", bool: "bool",
+    list[bool]: "bool[]", str: "str", str | None: "str?", list[str]: "str[]",
 }  # fmt: skip
 
 

@@ -13,11 +13,14 @@ import torch
 
 from ..batch.checks import check_name
 from ..errors import wrong
-from ..objectives.gates import GATES
+from ..objectives.gates import GATES, MAX_PARAMS
 from ..objectives.gates.base import Gate
 from . import divergence_ops, kernel_ops, linear_divergence_ops, linear_ops
 
-_BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates/table.h; more may be registered
+BUILT_IN = frozenset(GATES)  # those with a functor in csrc/gates/table.h; more may be registered
+# The gates that the CPU kernels have, and of those that tokenrl.fuse made what its kernel gives of single tokens.
+CPU_GATES: dict[str, Callable[..., torch.Tensor] | None] = dict.fromkeys(GATES)
+NOT_FUSED: dict[tuple[str, str], str] = {}  # (backend, gate): why tokenrl.fuse made no kernel
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Backend:
     namespace: str | None
     why_not: Callable[[torch.device], str | None]
     automatic: Callable[[torch.device], bool] = lambda device: True
-    gates: Callable[[], Collection[str]] = lambda: _BUILT_IN
+    gates: Callable[[], Collection[str]] = lambda: BUILT_IN
 
     @property
     def is_reference(self) -> bool:
@@ -40,7 +43,8 @@ class Backend:
         """Why a gate of that name cannot run on it, or None."""
         if gate is None or self.namespace is None or gate in self.gates():
             return None
-        return f"it has no kernel of the gate {gate!r}"
+        why = NOT_FUSED.get((self.name, gate))
+        return f"it has no kernel of the gate {gate!r}" + (f": {why}" if why else "")
 
     @property
     def ops(self) -> Any:
@@ -148,7 +152,7 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 BACKENDS = {
     "cuda": Backend("cuda", "tokenrl", _why_not_native("cuda")),
-    "cpu": Backend("cpu", "tokenrl", _why_not_native("cpu")),
+    "cpu": Backend("cpu", "tokenrl", _why_not_native("cpu"), gates=lambda: CPU_GATES),
     "triton": Backend(
         "triton", "tokenrl_triton", _why_not_triton, lambda device: device.type == "cuda", lambda: TRITON_GATES
     ),
@@ -179,14 +183,18 @@ def register_triton(gate: type[Gate], function: Callable[..., Any]) -> None:
     """
     if TRITON_REASON:
         raise RuntimeError(f"gate {gate.name!r} gets no Triton kernel: {TRITON_REASON}")
-    from ..triton_kernels.gates import NEED_POSITION
-    from ..triton_kernels.objective import MAX_PARAMS
-
     if GATES.get(gate.name) is not gate:
         raise wrong("gate", gate.__name__, "a gate of a registered objective (tokenrl.register)")
     if gate.name in TRITON_GATES:
         raise wrong("gate", repr(gate.name), "a gate that has no Triton function yet")
     if len(gate().params()) > MAX_PARAMS:
         raise wrong("gate", f"{len(gate().params())} parameters", f"at most {MAX_PARAMS} in a kernel")
-    TRITON_GATES[gate.name] = function
-    NEED_POSITION.add(gate.name)
+    add_triton(gate.name, function, reads_position=True)
+
+
+def add_triton(gate: str, function: Callable[..., Any], reads_position: bool) -> None:
+    from ..triton_kernels.gates import NEED_POSITION
+
+    TRITON_GATES[gate] = function
+    if reads_position:
+        NEED_POSITION.add(gate)

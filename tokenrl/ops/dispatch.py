@@ -143,10 +143,10 @@ def linear_token_logprobs(
 
 def to_keep(chosen: Backend, head: HeadInputs, *, logp_alone: bool = False) -> str:
     """What the forward of linear_token_logprobs keeps for its backward (tokenrl/ops/linear/kept.py)."""
-    return "nothing" if chosen.is_reference else kept.to_keep(head, _wanted(head), logp_alone)
+    return "nothing" if chosen.is_reference else kept.to_keep(head, wanted(head), logp_alone)
 
 
-def _wanted(head: HeadInputs) -> list[bool]:
+def wanted(head: HeadInputs) -> list[bool]:
     """Of which of hidden, weight and bias there will be a gradient."""
     tensors = (head.hidden, head.weight, head.bias)
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
@@ -248,38 +248,52 @@ def linear_policy_loss(
 ) -> tuple[Tensor, ...]:
     """(loss, raw metrics [15] of policy_loss from hidden states, with the number of passes over the logits, log-probs
     [N], entropies [N])."""
-    one_op = not chosen.is_reference and inputs.form is None
-    return (_one_op if one_op else _two_ops)(chosen, layout, head, main_grad, inputs)
+    if not in_one_op(chosen, inputs):
+        return _two_ops(chosen, layout, head, main_grad, inputs)
+    return call(chosen.namespace, "linear_policy_loss", *one_op_inputs(layout, head, main_grad, inputs))[:4]
 
 
-def _one_op(
-    chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
-) -> tuple[Tensor, ...]:
-    assert not chosen.is_reference
+def in_one_op(chosen: Backend, inputs: PolicyLossInputs) -> bool:
+    """Whether the loss is op linear_policy_loss, or torch around the log-probs of linear_token_logprobs."""
+    return not chosen.is_reference and inputs.form is None
+
+
+def one_op_inputs(
+    layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
+) -> LinearPolicyLossInputs:
     row, weights, extra = inputs.row, inputs.weights, inputs.regularizers
     advantages = inputs.advantages
     if advantages is not None and advantages.numel() != layout.num_tokens:
         advantages = layout.spread(advantages).contiguous()
     numbers, bounds = _split(inputs.gate.params())
     kl_numbers, _ = _split(extra.kl.gate.params())
-    return call(
-        chosen.namespace, "linear_policy_loss", *LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
-            *head, _wanted(head), main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
-            weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
-            numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
-            extra.kl.cap, extra.kl_coef, extra.kl_weight, extra.kl_ratio, extra.entropy_coef, extra.entropy_weight,
-        )
-    )[:4]  # fmt: skip
+    return LinearPolicyLossInputs(  # type: ignore[call-arg]  # more after a *
+        *head, wanted(head), main_grad, inputs.old_logp, advantages, layout.mask, layout.cu_seqlens, inputs.starts,
+        weights.span_weight, weights.normalizer, inputs.token_weight, row.statistic, row.flow, inputs.gate.name,
+        numbers, bounds, row.clamp, row.cap, extra.ref_logp, extra.kl.gate.name, kl_numbers, extra.kl.clamp,
+        extra.kl.cap, extra.kl_coef, extra.kl_weight, extra.kl_ratio, extra.entropy_coef, extra.entropy_weight,
+    )  # fmt: skip
 
 
 def _two_ops(
     chosen: Backend, layout: Layout, head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs
 ) -> tuple[Tensor, ...]:
-    """By way of the log-probs of all tokens, in differentiable torch around the ops."""
-    head = replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
+    head = of_valid_tokens(layout, head)
     keep = to_keep(chosen, head, logp_alone=inputs.regularizers.entropy_coef == 0)
     logp, entropy, *_ = linear_token_logprobs(chosen, head, [], main_grad, keep)
-    logp = logp.squeeze(1)
+    return of_statistics(chosen, layout, logp.squeeze(1), entropy, inputs, again=keep == "nothing")
+
+
+def of_valid_tokens(layout: Layout, head: HeadInputs) -> HeadInputs:
+    """With the ids of the others ignored."""
+    return replace(head, ids=torch.where(layout.valid()[:, None], head.ids, IGNORED))
+
+
+def of_statistics(
+    chosen: Backend, layout: Layout, logp: Tensor, entropy: Tensor, inputs: PolicyLossInputs, *, again: bool
+) -> tuple[Tensor, ...]:
+    """linear_policy_loss of log-probs [N] and entropies [N], in differentiable torch around the ops. again: whether
+    their backward computes the logits a second time."""
     loss, raw = policy_loss(chosen, layout, logp, entropy, inputs)
-    passes = 2 if loss.requires_grad and not chosen.is_reference and keep == "nothing" else 1
+    passes = 2 if loss.requires_grad and not chosen.is_reference and again else 1
     return loss, torch.cat([raw, raw.new_full((1,), passes)]), logp.detach(), entropy.detach()

@@ -24,7 +24,7 @@ from .linear.head import HeadInputs
 from .linear.kept import kept_memory
 from .linear.main_grad import MainGrad
 
-_LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
+LOSS = "Tensor loss, Tensor metrics, Tensor logp, Tensor entropy"
 GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 SCHEMAS = {
@@ -38,7 +38,7 @@ SCHEMAS = {
         "Tensor? logits, bool[] wanted, Tensor(a!)? main_grad",
         returns=f"({GRADS})",
     ),
-    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({_LOSS}, {GRADS})"),
+    "linear_policy_loss": schema(LinearPolicyLossInputs, returns=f"({LOSS}, {GRADS})"),
 }
 
 
@@ -129,8 +129,8 @@ def _fake_backward(*args):
     return tuple(fake_results(inputs, wanted, dtypes_of(inputs)))
 
 
-def _fake_policy_loss(*args):
-    inputs = LinearPolicyLossInputs(*args)
+def fake_policy_loss(*args):
+    inputs, _ = LinearPolicyLossInputs.read(args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     logp, entropy = (loss.new_empty(inputs.ids.shape[0]) for _ in range(2))
     metrics = loss.new_empty(len(RAW) + 3, dtype=torch.float64)
@@ -177,16 +177,17 @@ def _statistics_backward(namespace: str) -> Callable[..., Any]:
     return backward
 
 
-def _save_policy_loss(ctx, inputs, output):
+def save_policy_loss(ctx, inputs, output):
+    """inputs: those of the op; others may follow."""
     loss, metrics, logp, entropy, *grads = output
-    given = LinearPolicyLossInputs(*inputs)
+    given, _ = LinearPolicyLossInputs.read(inputs)
     ctx.main_grad, ctx.wanted = MainGrad.of(given.main_grad, given.weight), given.wanted
     ctx.mark_non_differentiable(metrics, logp, entropy, *grads)
     ctx.save_for_backward(*grads, given.hidden, given.weight, given.bias)
     ctx.set_materialize_grads(False)
 
 
-def _policy_loss_backward(namespace: str) -> Callable[..., Any]:
+def policy_loss_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return None, None, None
@@ -224,7 +225,7 @@ def eager_numbers(function: Callable[..., Any], namespace: str) -> Callable[...,
 _IMPLEMENTATIONS = {
     "linear_token_logprobs": (_linear_token_logprobs, _fake_statistics),
     "linear_token_logprobs_backward": (_linear_token_logprobs_backward, _fake_backward),
-    "linear_policy_loss": (_linear_policy_loss, _fake_policy_loss),
+    "linear_policy_loss": (_linear_policy_loss, fake_policy_loss),
 }
 HOST_READS = torch.Tag.cudagraph_unsafe  # which rows there are: the host waits for it, and no graph can
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -239,4 +240,4 @@ def register(namespace: str) -> None:
             library.impl(op, eager_numbers(function, namespace), key)
         torch.library.register_fake(f"{namespace}::{op}", fake)
     register_derivative(namespace, "linear_token_logprobs", _save_statistics, _statistics_backward(namespace), 3)
-    register_derivative(namespace, "linear_policy_loss", _save_policy_loss, _policy_loss_backward(namespace), 3)
+    register_derivative(namespace, "linear_policy_loss", save_policy_loss, policy_loss_backward(namespace), 3)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...batch.checks import check_name
 from ...errors import described, wrong
-from ...logprobs.from_logits import TokenStats
+from ...logprobs.token_stats import TokenStats
 from ..cross_entropy import CrossEntropy, reduced
 
 

@@ -14,3 +14,4 @@ GATES: dict[str, type[Gate]] = {
         KlK3Unbiased, Identity,
     )
 }  # fmt: skip
+MAX_PARAMS = max(len(gate().params()) for gate in GATES.values())  # a kernel has room for as many

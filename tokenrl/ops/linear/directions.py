@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..kernel_ops import IGNORED
-from .chunk import Chunk
-from .gemm import empty, sum_dtype
+from .gemm import sum_dtype
 from .head import FEWEST_TOKENS, Head, compacted, fitting_whole_rows, rows_at, split, whole_rows_of
+from .ranks import ONE, OneRank, chunks_of
 from .token_logprobs import Gradients
 
 
@@ -32,14 +32,12 @@ def has_directions(head: Head, count: int, budget: int) -> bool:
     return fitting_whole_rows(head, budget) >= min(count, FEWEST_TOKENS)
 
 
-def directions(head: Head, hidden: Tensor, ids: Tensor, budget: int, out: Tensor) -> Found:
-    """Statistics of the ids [N]; fills out, zeros [N, D] in sum_dtype, with u."""
+def directions(head: Head, hidden: Tensor, ids: Tensor, budget: int, out: Tensor, ranks: OneRank = ONE) -> Found:
+    """Statistics of the ids [N]; fills out, zeros [N, D] in sum_dtype, with u, of each rank its share."""
     found = Found(*(hidden.new_zeros(ids.shape[0], dtype=sum_dtype(head.dtype)) for _ in Found._fields))
     index, count = compacted(ids != IGNORED)
-    rows = whole_rows_of(head, count, budget).rows
-    memory = empty(rows * head.vocab, hidden, head.dtype)
-    for at in split(count, rows):
-        chunk = Chunk.of(head, hidden, ids, rows_at(index, at), memory)
+    size = whole_rows_of(ranks.widest(head), count, budget // ranks.at_once).rows
+    for chunk in chunks_of(head, hidden, ids, [rows_at(index, at) for at in split(count, size)], ranks):
         for of_all, of_chunk in zip(found, (chunk.logp, chunk.entropy, chunk.lse, chunk.lse_rest), strict=True):
             of_all[chunk.rows] = of_chunk
         chunk.backward(torch.ones_like(found.logp), None, None, Gradients(out, None, None))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..derivatives import is_last_use, once
 from ..kernel_ops import IGNORED
-from .chunk import Chunk
-from .gemm import ProductSum, empty, scaled, sum_bytes, sum_dtype
+from .gemm import ProductSum, scaled, sum_bytes, sum_dtype
 from .head import HeadInputs, Rows, compacted, rows_at, split, whole_rows_of
 from .lift import lifted
 from .main_grad import MainGrad
+from .ranks import chunks_of
 from .token_logprobs import Gradients
 
 WEIGHT = 1  # its place among the tensors
@@ -32,11 +32,10 @@ def run(ops: Any, inputs: HeadInputs, terms: Terms, grads: Gradients) -> Tensor:
     index, count = compacted((ids != IGNORED).any(-1))
     values = inputs.hidden.new_zeros(len(ids), dtype=sum_dtype(head.dtype))
     rows = whole_rows_of(head, count, inputs.memory_budget, sum_bytes(grads.weight, head.dtype)).rows
-    memory, weight_sum = empty(rows * head.vocab, inputs.hidden, head.dtype), None
+    weight_sum = None
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
-    for at in split(count, rows):
-        own = Chunk.of(head, inputs.hidden, ids, rows_at(index, at), memory)
+    for own in chunks_of(head, inputs.hidden, ids, [rows_at(index, at) for at in split(count, rows)]):
         values[own.rows], by_logp, by_entropy = terms(own.rows, own.logp, own.entropy)
         if grads != Gradients(None, None, None):
             upstream, by = lifted(head, own.rows, (by_logp, by_entropy, None, None), own.states)

@@ -1,24 +1,26 @@
-"""python -m bench.readme PAGE: renders the tables of bench/results/ between their markers of a page of docs/."""
+"""python -m bench.pages PAGE: renders the tables of bench/results/ between their markers of a page of docs/."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import distill_table, markdown_table, overhead_table, plan_table, readme_table, trl_table
+from .report import distill_table, fused_table, markdown_table, overhead_table, plan_table, short_table, trl_table
 
 RESULTS = Path(__file__).parent / "results"
 # The markers' name -> the file of the results, and the table that is made of them.
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "bench": ("cpu.json", readme_table),
+    "bench": ("cpu.json", short_table),
     "trl": ("trl.json", lambda report: markdown_table(*trl_table(report))),
     "overhead": ("overhead.json", lambda report: markdown_table(*overhead_table(report))),
     "distill": ("distill.json", lambda report: markdown_table(*distill_table(report))),
+    "fused": ("fused.json", lambda report: markdown_table(*fused_table(report))),
     "plan": ("plan.json", lambda report: markdown_table(*plan_table(report))),
 }
 PAGES = {
     "docs/benchmarks/index.md": ("bench", "trl", "overhead"),
     "docs/benchmarks/distillation.md": ("distill",),
+    "docs/benchmarks/fused.md": ("fused",),
     "docs/guides/plan.md": ("plan",),
 }
 
@@ -50,7 +52,7 @@ def rendered(text: str, name: str, table: str) -> str:
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in PAGES:
-        sys.exit(f"usage: python -m bench.readme {' or '.join(PAGES)}")
+        sys.exit(f"usage: python -m bench.pages {' or '.join(PAGES)}")
     path = Path(sys.argv[1])
     text = path.read_text()
     for name in PAGES[sys.argv[1]]:

@@ -1,0 +1,1 @@
+"""Installed as tokenrl.csrc: sources that tokenrl.fuse compiles with a gate."""
