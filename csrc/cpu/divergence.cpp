@@ -97,9 +97,10 @@ class Sweep {
     if (of.origin == -infinity<T>()) of.origin = 0;
     return of;
   }
-  static inline double shift(const Weights<T>& of, T origin, double sum) {
+  // What logits of -inf weigh, next to nothing, it weighs relative to any.
+  static inline double shift(const Weights<T>& of, T origin) {
     const double by = static_cast<double>(of.origin) - static_cast<double>(origin);
-    return sum > 0 ? by * static_cast<double>(of.factor) : 0;
+    return of.origin == -infinity<T>() ? 0 : by * static_cast<double>(of.factor);
   }
   // After the logarithms of the weights have shifted.
   inline double value_after(double scale_p, double scale_r, double by_p, double by_r) const {
@@ -107,7 +108,7 @@ class Sweep {
     return shifted<Kind>(sums_.value, kOfP ? sums_.p : sums_.r, kOfP ? scale_p : scale_r, by_p, by_r);
   }
   inline void raise(T origin_p, T origin_r) {
-    const double by_p = shift(p_, origin_p, sums_.p), by_r = shift(r_, origin_r, sums_.r);
+    const double by_p = shift(p_, origin_p), by_r = shift(r_, origin_r);
     const double scale_p = ::exp(by_p), scale_r = ::exp(by_r);
     if constexpr (kWeighsLogs<Kind>) sums_.value = value_after(scale_p, scale_r, by_p, by_r);
     sums_.p *= scale_p, sums_.r *= scale_r;

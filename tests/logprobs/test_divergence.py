@@ -133,14 +133,16 @@ def test_logits_that_are_taken_out(backend):
         assert all(part.isfinite().all() for part in found) and found[1][0, 2] == 0 and found[2][0, 3] == 0
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skew_forward_kl", "bhattacharyya"])
 @EVERY_BACKEND
-def test_rows_without_a_distribution_are_nan_and_masked_rows_are_never_read(backend):
+def test_rows_without_a_distribution_are_nan_and_masked_rows_are_never_read(kind, backend):
     x, y = pair(2, rows=(4,))
     x[1], y[2], x[3] = torch.nan, -torch.inf, torch.nan
     mask = torch.tensor([True, True, True, False])
-    value, grad, other = run((x, y), "jsd", backend, torch.float32, device_of(backend), row_mask=mask)
+    value, grad, other = run((x, y), kind, backend, torch.float32, device_of(backend), row_mask=mask)
     assert value.isnan().tolist() == [False, True, True, False] and value[3] == 0
     assert grad[0].isfinite().all() and not grad[3].any() and not other[3].any()
+    assert grad[1].isnan().all()
 
 
 @EVERY_BACKEND
@@ -186,6 +188,7 @@ def test_the_bits_of_a_row_are_its_own(backend):
 X = torch.zeros(2, 5)
 ERRORS = {
     "kind": ({"kind": "forward-kl"}, "kind: got 'forward-kl', accepted: forward_kl, .* Did you mean 'forward_kl'"),
+    "no kind": ({"kind": None}, "kind: got None, accepted: a name of tokenrl.DIVERGENCES"),
     "kinds": ({"kind": ["jsd", "jsd"]}, "kind: got .*, accepted: at least one, each once"),
     "shape": (
         {"other_logits": X[:, 1:]},

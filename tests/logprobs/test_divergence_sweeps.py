@@ -17,9 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 
 def rows():
     """Both heads' logits: rising together by 400, against each other, one of them alone; masked at first, by -inf or by
-    the least number, in both heads; and by -inf in one, which the other gives no weight to speak of."""
+    the least number, in both heads; and by -inf in one, which the other gives no weight to speak of, once and while
+    that one outgrows its first block."""
     g = torch.Generator().manual_seed(0)
-    p, r = torch.randn(2, 6, VOCAB, generator=g)
+    p, r = torch.randn(2, 8, VOCAB, generator=g)
     ramp = torch.linspace(0, 400, VOCAB)
     p[0], r[0] = p[0] + ramp, r[0] + ramp
     p[1], r[1] = p[1] + ramp / 40, r[1] - ramp / 40
@@ -28,6 +29,10 @@ def rows():
     p[4, :3000] = r[4, :3000] = LEAST
     p[5, 2100:] += 1000
     r[5, :2100], r[5, 2100:] = -torch.inf, r[5, 2100:] + 20
+    for masked, other, row in ((p, r, 6), (r, p, 7)):
+        masked[row, :4200] = -torch.inf
+        other[row, 2100:4200] += 1000
+        other[row, 4200:] += 3000
     return p, r
 
 

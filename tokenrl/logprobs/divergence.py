@@ -98,7 +98,7 @@ def token_divergence(
 
 
 def _kinds(kind: Kinds) -> list[Divergence]:
-    if isinstance(kind, str | Divergence):
+    if isinstance(kind, str) or not isinstance(kind, Sequence):
         return [divergence(kind)]
     kinds = [divergence(one) for one in kind]
     names = [one.name for one in kinds]

@@ -227,12 +227,15 @@ def divergence(
     kind: Divergence,
 ) -> Tensor:  # fmt: skip
     """Of the rows, 0 where rows is false."""
-    value = kind.terms(*(_log_probs(x, rows, how) for x, how in ((logits, transform), (other_logits, other)))).sum(-1)
+    (log_p, some), (log_r, others) = (
+        _log_probs(x, rows, how) for x, how in ((logits, transform), (other_logits, other))
+    )
+    value = kind.terms(log_p, log_r).sum(-1) * torch.where(some & others, 1, torch.nan)  # a kind may select NaN away
     return value if rows is None else torch.where(rows, value, 0)
 
 
-def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Tensor:
-    """Of the rows that count, with -inf where a logit is, which gets no gradient."""
+def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
+    """Of the rows that count, with -inf where a logit is, which gets no gradient; and whether they have any."""
     if rows is not None:
         logits = torch.where(rows[..., None], logits, 0)
     *how, keep_mask = transform
@@ -241,8 +244,9 @@ def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> Ten
         z = torch.where(keep_mask if rows is None else keep_mask | ~rows[..., None], z, -torch.inf)
     z = z + torch.where(z == torch.inf, torch.nan, 0)
     gone = z == -torch.inf
-    log_p = torch.where(gone, z.detach(), z) - z.logsumexp(-1, keepdim=True)
-    return torch.where(gone, log_p.detach(), log_p)
+    lse = z.logsumexp(-1, keepdim=True)
+    log_p = torch.where(gone, z.detach(), z) - lse
+    return torch.where(gone, log_p.detach(), log_p), lse.detach().squeeze(-1).isfinite()
 
 
 def head_logits(head: HeadInputs) -> Tensor:
