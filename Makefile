@@ -45,6 +45,7 @@ lint: $(VENV)/.tools
 # The pages, from docs/index.md, in docs/_build.
 docs: $(VENV)/.built
 	$(VENV)/bin/python -m sphinx -W -n -q docs docs/_build
+	@echo docs/_build/index.html
 
 # On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
 gpu:

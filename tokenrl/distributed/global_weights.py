@@ -42,9 +42,14 @@ AVERAGED_OVER: dict[str, Callable[[Split], int]] = {
 def averaged_over(trainer: str, *, data: int = 1, context: int = 1, micro_batches: int = 1) -> int:
     """For averaged_over= of global_weights: by what a trainer's reduction divides the sum of the parts' gradients.
 
-    trainer: a name of AVERAGED_OVER. data, context: ranks; micro_batches: of each rank and optimizer step.
+    Args:
+        trainer: a name of AVERAGED_OVER.
+        data: data-parallel ranks.
+        context: context-parallel ranks.
+        micro_batches: of each rank and optimizer step.
 
-    Source: the trainers' code (notes)."""
+    Source: the trainers' code (notes).
+    """
     check_name("trainer", trainer, AVERAGED_OVER)
     for name, count in (("data", data), ("context", context), ("micro_batches", micro_batches)):
         check_number(name, count, 1)
@@ -69,16 +74,25 @@ def global_weights(
         w = global_weights("group-mean", [mask for mask, ... in micro_batches], group_ids=..., group=dp_group)
         loss, metrics = policy_loss(..., token_weight=w[i], aggregation="token-sum")     # of micro-batch i
 
-    aggregation: a mode of tokenrl.aggregation_weights, whose counts are those of all ranks and micro-batches; the
-    groups of group_ids may lie on several. masks: of this rank's micro-batches, bool [B, T], or [N] beside cu_seqlens
-    [S + 1]; as many as the rank has, one at least, all False where there is nothing. advantages, group_ids: of each
-    micro-batch, as for policy_loss; ids mean the same on all ranks. normalizer: as for policy_loss, of the whole
-    batch; "seq-mean-token-sum-norm" needs it.
-    averaged_over: by what the gradients are divided on their way, which is multiplied in: 1 where they are summed,
-    tokenrl.distributed.averaged_over(trainer, ...) else. The loss and kl, entropy of its metrics hold it too.
-    dtype: of the result. Two exchanges: the numbers of sequences, and 24 bytes of each sequence. check: that the ranks
-    agree on the mode, by one of 256 bytes before.
-    Returns a weight [B, T] or [N] for each mask, 0 in masked cells.
+    Two exchanges: the numbers of sequences, and 24 bytes of each sequence.
+
+    Args:
+        aggregation: a mode of tokenrl.aggregation_weights, whose counts are those of all ranks and micro-batches; the
+            groups of group_ids may lie on several.
+        masks: of this rank's micro-batches, bool [B, T], or [N] beside cu_seqlens; as many as the rank has, one at
+            least, all False where there is nothing.
+        group: the data-parallel ranks.
+        cu_seqlens: of each micro-batch, [S + 1].
+        advantages: of each micro-batch, as for policy_loss.
+        group_ids: of each micro-batch, as for policy_loss; they mean the same on all ranks.
+        normalizer: as for policy_loss, of the whole batch; "seq-mean-token-sum-norm" needs it.
+        averaged_over: by what the gradients are divided on their way, which is multiplied in: 1 where they are summed,
+            tokenrl.distributed.averaged_over(trainer, ...) else. The loss and kl, entropy of its metrics hold it too.
+        dtype: of the result.
+        check: that the ranks agree on the mode, by one exchange of 256 bytes before.
+
+    Returns:
+        a weight [B, T] or [N] for each mask, 0 in masked cells.
 
     Source: our reading of each mode over a split batch.
     """
