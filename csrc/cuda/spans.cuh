@@ -44,7 +44,8 @@ __device__ __forceinline__ unsigned bits_of(const bool* at, int live) {
   const Items<uint8_t> items = load_items(reinterpret_cast<const uint8_t*>(at), live);
   unsigned bits = 0;
 #pragma unroll
-  for (int k = 0; k < kItems; ++k) bits |= (items.of[k] ? 1u : 0u) << k;
+  for (int k = 0; k < kItems; ++k)
+    if (items.of[k]) bits |= 1u << k;
   return bits;
 }
 __device__ __forceinline__ unsigned valid_bits(const Spans& spans, int64_t first, int live) {
