@@ -181,20 +181,25 @@ def linear_policy_loss(
         )  # fmt: skip
         valid = layout.valid()
         flat = head.inputs(ids, valid.view(ids.shape), ignore_index)
-        silent = row.gate.uses_advantages and row.gate.vanishes and row.form is None and not inputs.regularizers.wanted
-        if silent and without_advantage == "skip" and inputs.advantages is not None:
-            layout = dataclasses.replace(layout, mask=_with_signal(layout, inputs.advantages))
+        if without_advantage == "skip":
+            layout = _with_signal(layout, inputs)
         call = chosen, layout, flat, head.main_grad, inputs
         for some, agreed in zip(on_ranks, agreements, strict=True):
             some.agree(agreed, *call)
-    if context is not None:
-        loss, raw, *per_token = context.linear_policy_loss(vocab, reduce_hidden_grad, *call)
-    elif vocab is None:
-        loss, raw, *per_token = dispatch.linear_policy_loss(*call)
-    else:
-        loss, raw, *per_token = vocab.linear_policy_loss(reduce_hidden_grad, *call)
+    loss, raw, *per_token = _computed(call, vocab, context, reduce_hidden_grad)
     left_out = (valid ^ layout.valid()).sum().to(raw.dtype)  # counted in integers
     return loss, LinearMetrics(torch.cat([raw, left_out[None]]), *(x.view(ids.shape) for x in per_token))
+
+
+def _computed(
+    call: tuple[Any, ...], vocab: Vocabulary | None, context: BatchOnRanks | None, reduce_hidden_grad: bool
+) -> tuple[Tensor, ...]:
+    """The loss, the sums of its metrics, and of each token the log-prob and more: of one process or on ranks."""
+    if context is not None:
+        return context.linear_policy_loss(vocab, reduce_hidden_grad, *call)
+    if vocab is not None:
+        return vocab.linear_policy_loss(reduce_hidden_grad, *call)
+    return dispatch.linear_policy_loss(*call)
 
 
 def _layout(like: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
@@ -207,10 +212,14 @@ def _layout(like: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor |
     return dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
 
 
-def _with_signal(layout: Layout, advantages: Tensor) -> Tensor:
-    """bool [N]: the valid tokens of sequences with an advantage other than zero."""
+def _with_signal(layout: Layout, inputs: dispatch.PolicyLossInputs) -> Layout:
+    """Without the sequences that have no advantage other than zero, where these add nothing to loss and gradients."""
+    gate, advantages = inputs.row.gate, inputs.advantages
+    silent = gate.uses_advantages and gate.vanishes and inputs.row.form is None and not inputs.regularizers.wanted
+    if advantages is None or not silent:
+        return layout
     signal = advantages != 0
     if advantages.numel() == layout.num_tokens:
         some = (layout.valid() & signal).cumsum(0)
         signal = torch.cat([some.new_zeros(1), some])[layout.cu_seqlens].diff() > 0
-    return layout.valid() & layout.spread(signal)
+    return dataclasses.replace(layout, mask=layout.valid() & layout.spread(signal))

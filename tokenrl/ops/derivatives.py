@@ -58,8 +58,8 @@ def transformed() -> bool:
 
 
 def is_last_use(ctx: Any) -> bool:
-    """Of what a backward has saved: no caller holds it, its graph is gone after it, and nobody traces."""
-    if not getattr(ctx, "alone", False) or torch.compiler.is_compiling():
+    """Of what a backward has saved: no caller holds it, its graph is gone after it, and nobody traces or transforms."""
+    if not getattr(ctx, "alone", False) or transformed():
         return False
     kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return not kept and torch._C._len_torch_dispatch_stack() == 0

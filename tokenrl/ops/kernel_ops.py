@@ -16,7 +16,7 @@ from ..batch.checks import values_known
 from ..objectives.metrics import RAW
 from . import ranges
 from .arguments import OpArguments, schema
-from .derivatives import register_derivative
+from .derivatives import is_last_use, register_derivative
 
 IGNORED = -100  # an id without a result
 # Of token_logprobs, in order; those after ALWAYS are empty unless they are asked for. lse_rest is what lse lost when it
@@ -155,12 +155,9 @@ def _save_objective(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _is_last_and_one(grad: Tensor) -> bool:
-    """Whether what was saved for a backward is the gradient itself: no other backward will read it, and its factor is
-    1. On a GPU a look were a sync, in a trace and inside torch.func there is nothing to see."""
-    if not values_known(grad) or torch._C._are_functorch_transforms_active():
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph() and grad.item() == 1
+def _is_the_gradient(ctx: Any, grad: Tensor) -> bool:
+    """Of what was saved for a backward, whose factor then is 1. On a GPU a look were a sync."""
+    return is_last_use(ctx) and values_known(grad) and grad.item() == 1
 
 
 def _objective_backward(namespace: str) -> Callable[..., Any]:
@@ -169,7 +166,7 @@ def _objective_backward(namespace: str) -> Callable[..., Any]:
         if grad_loss is None:
             return (None,)
         with ranges.around_backward(namespace, "objective", coef):
-            return (coef if _is_last_and_one(grad_loss) else grad_loss * coef,)
+            return (coef if _is_the_gradient(ctx, grad_loss) else grad_loss * coef,)
 
     return backward
 
