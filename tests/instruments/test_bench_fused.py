@@ -15,5 +15,5 @@ def test_fused_gates_stand_beside_built_in_ones(monkeypatch):
     with restored():
         found = fused.measure()
     head, [row] = fused_table({"fused": found})
-    assert len(head) == len(row) and row[0] == "ctpo" and all(float(number) > 0 for number in row[1:])
+    assert len(head) == len(row) and row[0] == "ctpo" and all(float(number.replace(",", "")) > 0 for number in row[1:])
     assert row[-1] == f"{found['ctpo']['fused'] / found['ctpo']['built in']:.2f}"
