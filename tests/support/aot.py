@@ -222,7 +222,8 @@ def preferences():
 
     x, mask, cu = torch.zeros(4096), torch.ones(4096, dtype=torch.bool), torch.arange(5) * 1024
     two_pairs, one = cu[:4].view(2, 2), torch.ones((), dtype=torch.float64)
-    for k, row in enumerate(PREFERENCES.values()):
+    distinct = {(row.link.name, row.score.name, row.coupling): row for row in PREFERENCES.values()}
+    for k, row in enumerate(distinct.values()):
         everything, labelled = k % 2 == 1, row.coupling == "labels"
         given = PreferenceOpInputs(
             x, x if row.divergence else None, x if everything else None, x if everything and row.divergence else None,
