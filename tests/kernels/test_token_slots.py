@@ -60,7 +60,7 @@ def test_the_scan_of_a_statistic_is_within_its_budget():
     walks = [loop for loop in found if count(loop, "BAR") == 2 and count(loop, "SHFL")]
     chunks = [loop for loop in walks if not any(set(other.every) < set(loop.every) for other in walks)]
     assert len(chunks) == 4  # forwards a sum and a minimum, backwards a sum and a copy
-    assert all(len(loop.every) <= SCAN + 75 for loop in chunks), [len(loop.every) for loop in chunks]
+    assert all(len(loop.every) <= SCAN + 80 for loop in chunks), [len(loop.every) for loop in chunks]
     assert not any(count(loop, "LDL", "STL") for loop in chunks)
 
 
