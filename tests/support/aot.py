@@ -244,7 +244,7 @@ def canary():
     """The forward kernel with far too many logits per thread: it must be seen to spill."""
     from tokenrl.triton_kernels import launch
 
-    launch.vocab_block, launch.vocab_warps = lambda *args, **options: 131072, lambda *args, **options: 4
+    launch.vocab_block, launch.vocab_warps = lambda *args, **options: 65536, lambda *args, **options: 4
     yield from list(logprobs())[:1]
 
 
