@@ -85,15 +85,8 @@ def barriers() -> list[str]:
     return [f"{name}:{i}" for name, lines in texts.items() for i, line in enumerate(lines, 1) if BARRIER in line]
 
 
-def text_at(place: str) -> str:
-    name, line = place.split(":")
-    return (ROOT / "csrc" / "cuda" / name).read_text().split("\n")[int(line) - 1]
-
-
 @pytest.mark.parametrize("place", barriers())
 def test_a_missing_barrier_is_caught(place):
     """In the program that is right with all of its barriers."""
-    if place.startswith("token_logprobs.cu") and "memory is free again" in text_at(place):
-        pytest.skip("no schedule of these cases has a warp still in a reduction when the next one begins")
     done = run(build(KERNELS[place.split(":")[0]], PLAIN), TOKENRL_WITHOUT_BARRIER=place)
     assert done.returncode != 0, f"no schedule notices that the barrier in {place} is gone"
