@@ -1,9 +1,9 @@
 """Builds the native part with ninja: tokenrl/_ops.so (the op library, no Python in it) and tokenrl/_bindings
 (pybind11).
 
-TOKENRL_NATIVE=0 leaves it out, for a wheel of any machine. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found, whether or not there is a GPU.
-TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in tokenrl/_build.py, which `tokenrl
-doctor` prints; there too are the flags with which tokenrl.fuse compiles a gate.
+TOKENRL_NATIVE=0 leaves it out, for a wheel of any machine. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found,
+whether or not there is a GPU. TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in
+tokenrl/_build.py, which `tokenrl doctor` prints; there too are the flags with which tokenrl.fuse compiles a gate.
 """
 
 import importlib.util

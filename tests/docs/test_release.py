@@ -84,7 +84,9 @@ def test_a_wheel_of_pure_python_has_every_module(released):
     with zipfile.ZipFile(released[1]) as archive:
         packed = set(archive.namelist())
     assert released[1].name == f"tokenrl-{version('tokenrl')}-py3-none-any.whl"
-    modules = {name for name in in_repository() if re.match(r"(tokenrl|bench|csrc|triton_kernels)/.*\.(py|jinja|typed)$", name)}
+    modules = {
+        name for name in in_repository() if re.match(r"(tokenrl|bench|csrc|triton_kernels)/.*\.(py|jinja|typed)$", name)
+    }
     modules = {re.sub("^(bench|csrc|triton_kernels)/", r"tokenrl/\1/", name) for name in modules}
     extra = {"tokenrl/_build.py", "tokenrl_pytest.py"}
     assert {name for name in packed if name.endswith((".py", ".jinja", ".typed"))} == modules | extra

@@ -210,7 +210,10 @@ FAULTS = {
     "version": ({"metadata": {"version": "2"}}, r"path: got .*, of version '2', accepted: 1 \(a newer tokenrl"),
     "words": ({"metadata": {"objective": "grpo"}}, "path: got .*, unread metadata"),
     "depth": ({"metadata": {"source": "[" * 100_000}}, "path: got .*, accepted: what tokenrl.record wrote"),
-    "digits": ({"metadata": {"settings": f'{{"kl_coef": {"9" * 5000}}}'}}, "path: got .*, accepted: what tokenrl.record wrote"),
+    "digits": (
+        {"metadata": {"settings": f'{{"kl_coef": {"9" * 5000}}}'}},
+        "path: got .*, accepted: what tokenrl.record wrote",
+    ),
     "no object": ({"metadata": {"source": "3"}}, "path: got .*, accepted: what tokenrl.record wrote"),
     "objective": (
         {"metadata": {"objective": json.dumps({"name": "grp"})}},

@@ -1,8 +1,9 @@
 """A recorded rollout batch: what a loss was called with, as tensors and words by the names of its arguments.
 
-A file is safetensors, so reading one runs no code (SECURITY.md). Its metadata are strings: format "tokenrl.rollout_batch", version,
-and three JSON objects: objective {"name", "parameters"}, settings (arguments that are no tensors) and source (where the
-batch came from, free words). Its tensors, tokens [B, T] padded or [N] packed, S sequences:
+A file is safetensors, so reading one runs no code (SECURITY.md). Its metadata are strings: format
+"tokenrl.rollout_batch", version, and three JSON objects: objective {"name", "parameters"}, settings (arguments that are
+no tensors) and source (where the batch came from, free words). Its tensors, tokens [B, T] padded or [N] packed, S
+sequences:
 
     ids                 int64, of the tokens; logits [.., V], or hidden [.., D], weight [V, D] and bias [V]: the head
     logp                fp32 or fp64, of the tokens: with no head, or beside it
