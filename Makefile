@@ -47,7 +47,8 @@ docs: $(VENV)/.built
 	$(VENV)/bin/python -m sphinx -W -n -q docs docs/_build
 	@echo docs/_build/index.html
 
-# On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
+# On a machine with a GPU, its own Python, torch and nvcc; no network: three calls of less than ten minutes each, which
+# bench/gpu.sh makes by name too. Tables go to bench/results/.
 gpu:
 	bash bench/gpu.sh
 
