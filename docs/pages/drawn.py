@@ -1,31 +1,17 @@
 """The committed pictures of docs/pictures, light and dark: `PYTHONPATH=.:docs python -m pages.drawn` writes them.
 
-headline: what bench/results/cpu.json measured in one run. flow: what goes into a loss.
+headline: what bench/results/cpu.json measured in one run. flow: what goes into a loss. ranks: a vocabulary on ever more
+of them, as bench/results/ranks.json has it.
 """
 
 import json
-from html import escape
 from pathlib import Path
-from typing import NamedTuple
+
+from .scaling import ranks
+from .svg import THEMES, Theme, bar, framed, text
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "pictures"
-FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
-
-
-class Theme(NamedTuple):
-    ink: str
-    muted: str
-    line: str
-    ours: str
-    other: str
-    box: str
-
-
-THEMES = {
-    "light": Theme("#1f2328", "#59636e", "#d1d9e0", "#2f6fb7", "#c3cad2", "#f6f8fa"),
-    "dark": Theme("#f0f6fc", "#9198a1", "#3d444d", "#5b9dee", "#59636e", "#151b23"),
-}
 # What is shown of the results: op, variant and dtype of a line, and what it is to a reader.
 SHOWN = (
     ("token_logprobs", "", "log-probs and entropy from logits"),
@@ -33,19 +19,6 @@ SHOWN = (
     ("linear_policy_loss", "half masked", "the same, half of the tokens masked"),
 )
 RIVALS = {"TRL": "TRL", "Liger": "Liger", "eager": "eager PyTorch", "compile": "torch.compile"}
-
-
-def text(x: float, y: float, said: str, colour: str, size: int = 14, more: str = "") -> str:
-    return f"<text x='{x:g}' y='{y:g}' fill='{colour}' font-size='{size}' {more}>{escape(said)}</text>"
-
-
-def bar(x: float, y: float, width: float, colour: str) -> str:
-    return f"<rect x='{x:g}' y='{y:g}' width='{width:.1f}' height='15' rx='2' fill='{colour}'/>"
-
-
-def framed(width: int, height: int, title: str, parts: list[str]) -> str:
-    head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' {FONT}>"
-    return "\n".join([head, f"<title>{escape(title)}</title>", *parts, "</svg>"]) + "\n"
 
 
 def measured(report: dict) -> list[tuple[str, dict[str, float]]]:
@@ -111,14 +84,14 @@ def flow(theme: Theme, _: dict) -> str:
     return framed(640, 224, "From hidden states or logits to the loss", parts)
 
 
-DRAWN = {"headline": headline, "flow": flow}
+DRAWN = {"headline": (headline, "cpu"), "flow": (flow, "cpu"), "ranks": (ranks, "ranks")}
 
 
 def all_pictures() -> dict[Path, str]:
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    results = {name: json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in ("cpu", "ranks")}
     return {
-        PICTURES / f"{name}-{theme}.svg": draw(colours, report)
-        for name, draw in DRAWN.items()
+        PICTURES / f"{name}-{theme}.svg": draw(colours, results[of])
+        for name, (draw, of) in DRAWN.items()
         for theme, colours in THEMES.items()
     }
 
