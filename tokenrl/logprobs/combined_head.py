@@ -25,8 +25,7 @@ def combined_head(
         a hidden + b other_hidden of weight, where other_weight is weight itself, a head that both share
 
     Gradients go to every tensor that requires one, by autograd. The weight, of D + D' columns, is a copy: of frozen
-    heads
-    make it once.
+    heads make it once.
 
     Args:
         hidden: [N, D] or [B, T, D], all tensors of one dtype.

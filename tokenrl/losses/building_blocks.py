@@ -70,8 +70,7 @@ def position_adaptive_clip(
     backend: str | None = None,
 ) -> Tensor:
     """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens. The gradient is 1 inside the
-    band
-    and 0 outside.
+    band and 0 outside.
 
     Args:
         log_ratio: x, fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats.

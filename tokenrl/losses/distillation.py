@@ -104,8 +104,7 @@ def linear_distillation_loss(
         loss = sum_t w_t T_t^power D(p_t, r_t),   logits = hidden @ weight^T + bias, other_logits likewise
 
     Tokens that are masked or weigh nothing enter no GEMM. The loss carries the gradients of hidden, weight and bias:
-    the
-    forward makes them, 6 N D V and 2 N D' V flops, the backward multiplies.
+    the forward makes them, 6 N D V and 2 N D' V flops, the backward multiplies.
 
     Args:
         objective: as for distillation_loss.

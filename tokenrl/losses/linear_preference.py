@@ -79,17 +79,15 @@ def linear_preference_loss(
     """preference_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
     The reference gets no gradient: a tensor of it that requires grad raises. Rows with a divergence, KL of the
-    reference to
-    the policy, need ref_hidden and make that here too.
+    reference to the policy, need ref_hidden and make that here too.
 
     The loss carries the gradients of hidden, weight, bias, token_weight and divergence_weight, each computed in the
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
     as many as memory_budget allows: 6 N D V flops, and 2 N D' V of a reference. Where a pair does not fit into one, and
     where a row sorts the batch that does not fit as a whole, the gradients need a second pass, 8 N D V, and 4 N D' V
-    beside
-    a divergence: metrics.passes says which. So it is without a divergence where fewer than 64 tokens fit into a chunk,
-    and
-    under torch.func and in a trace by torch.compile, where a divergence takes those of linear_token_divergence on top.
+    beside a divergence: metrics.passes says which. So it is without a divergence where fewer than 64 tokens fit into a
+    chunk, and under torch.func and in a trace by torch.compile, where a divergence takes those of
+    linear_token_divergence on top.
 
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
     coefficient is zero enter none of the backward where there is no divergence. Differentiating twice raises, but for

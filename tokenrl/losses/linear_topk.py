@@ -49,10 +49,9 @@ def linear_topk_distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """topk_distillation_loss from the student's hidden states, with its gradients, in one pass over chunks of tokens.
 
-    Tokens that are masked or weigh nothing enter no GEMM. The forward makes the gradients of hidden, weight and bias,
-    6 N D V flops, and the backward multiplies; in a trace by torch.compile and under torch.func it is
-    linear_token_logprobs
-    with 8.
+    Tokens that are masked or weigh nothing enter no GEMM. The forward makes the gradients of hidden, weight and bias, 6
+    N D V flops, and the backward multiplies; in a trace by torch.compile and under torch.func it is
+    linear_token_logprobs with 8.
 
     Args:
         objective: as for distillation_loss.

@@ -49,8 +49,7 @@ def unlearning_loss(
         loss = retain mean_r -logp + forget (alpha mean_f term(x) + smoothing mean_f D_t) + eos mean_e -logp
 
     Rows whose coefficient is not 0 need the masks they name. logp and divergence get gradients. Sums are fp64; a mean
-    over
-    nothing is 0.
+    over nothing is 0.
 
     Args:
         objective: a name in tokenrl.UNLEARNINGS, or what tokenrl.unlearning(name, ...) returns.

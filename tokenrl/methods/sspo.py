@@ -102,8 +102,7 @@ def entropy_bounds(
 
     H_k: mean entropy of the span k, a run of equal segment_ids among the valid tokens of a sequence. Where minimum and
     maximum differ by 1e-8 or less (a sequence of one span) h is 1/2; h is kept in [0, 1]. The source fixes that the
-    window
-    of a span grows with its entropy; the formula and its numbers are our reading.
+    window of a span grows with its entropy; the formula and its numbers are our reading.
 
     Args:
         entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.

@@ -120,8 +120,7 @@ def thr_threshold(
     """tau, fp64 [S]: the mean of thr over all tokens of the correct rows of each group; 0 where these have none.
 
     The source has "the mean influence of one correct response's tokens on the other correct responses"; that it is a
-    sum
-    over the others (as thr is), a mean over tokens and one number per group is our reading.
+    sum over the others (as thr is), a mean over tokens and one number per group is our reading.
 
     Args:
         thr: fp32 or fp64 [B, T], or [N] with cu_seqlens: thr(..., pairs="others"), so that this is the influence of a

@@ -115,8 +115,7 @@ def rank_surprisal_ratio(
         "data"       0-d: the mean over sequences of their mean rank by that of their mean -logp
 
     Divisors are at least 1e-12; a sequence without tokens is NaN and no part of "data". The variant of surprising
-    tokens
-    alone is that of mask=top_mask(-logp, share=0.3, mask=mask).
+    tokens alone is that of mask=top_mask(-logp, share=0.3, mask=mask).
 
     Args:
         logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, detached; with rank of one sweep, token_logprobs(logits, ids,

@@ -12,8 +12,7 @@ def entropy_threshold(entropy: Tensor, quantile: float, mask: Tensor | None = No
     """float64, 0-d: what the entropies of the fraction `quantile` of the valid tokens reach; inf if none is valid.
 
     The (1 - quantile) quantile, interpolated linearly between neighbours, as torch.quantile does (which takes 2^24
-    numbers
-    at most). For a batch in parts: of all parts.
+    numbers at most). For a batch in parts: of all parts.
 
     Args:
         entropy: fp32 or fp64 of any shape, in nats, a constant.

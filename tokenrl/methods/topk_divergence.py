@@ -35,8 +35,7 @@ def topk_divergence(
 
     At most the divergence over the whole vocabulary, equal to it if K = V (up to that 1e-8), and growing with K. Of one
     bucket, the sampled token, it is DPPO's binary divergence, whose code has the 1e-8 there. Where the K have a
-    probability
-    of 1, or above by rounding, the others have 0.
+    probability of 1, or above by rounding, the others have 0.
 
     Args:
         logp_topk: fp32 or fp64 [B, T, K], or [N, K] with cu_seqlens, K >= 1, of K distinct ids, the most likely ones of

@@ -32,8 +32,7 @@ def aligned_spans(ends: Sequence[int], other_ends: Sequence[int]) -> tuple[Tenso
     """(spans [n], spans of the other [m], how many): int64, the number of each token's span, -1 where there is none.
 
     A span ends where a token of each does; what is left of both at the end is one more, and what is left of one alone
-    is in
-    none.
+    is in none.
 
     Args:
         ends: where each token of a text ends, in bytes, ascending.

@@ -38,8 +38,7 @@ class Tally:
 
 def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float, float]]:
     """(norm, error, allowed) in the largest entry and in L2. The kernel may err at most twice as much as the base does,
-    plus
-    a few ulps of the largest entry.
+    plus a few ulps of the largest entry.
 
     Args:
         kernel: what is tested, of any shape and float dtype.
