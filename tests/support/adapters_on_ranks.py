@@ -10,21 +10,14 @@ import torch
 import torch.distributed as dist
 import verl_source
 from paths import ROOT
+from rank_numbers import TOLERANCE, generator, held, normal, part
+from slime_on_ranks import slime_context
 
 SPEC = importlib.util.spec_from_file_location("ray_workers", ROOT / "examples" / "ray_workers.py")
 example = importlib.util.module_from_spec(SPEC)
 sys.modules["ray_workers"] = example  # where its dataclass looks annotations up
 SPEC.loader.exec_module(example)
-TOLERANCE = 1e-12
 ROWS, WIDTH, VOCABULARY = 14, 8, 22
-
-
-def generator(seed=3):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=3):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def drawn():
@@ -47,17 +40,6 @@ def exact(hidden, weight, ids, temperature=1.0):
     rows = ((hidden @ weight.T) / temperature).log_softmax(-1)
     logp, entropy = rows.gather(-1, ids[..., None])[..., 0], -(rows.exp() * rows).sum(-1)
     return logp.detach(), entropy.detach(), *torch.autograd.grad(weighed(logp, entropy), (hidden, weight))
-
-
-def held(truth, found):
-    """Relative to the largest number of each."""
-    errors = [((x - y).abs().max() / x.abs().max()).item() for x, y in zip(truth, found, strict=True)]
-    assert max(errors) < TOLERANCE, errors
-
-
-def part(x, group, dim=0):
-    """This rank's, of equal ones."""
-    return x.chunk(group.size(), dim)[group.rank()].clone()
 
 
 class _GatherFromSequenceParallelRegion(torch.autograd.Function):
@@ -220,7 +202,7 @@ def trl_head(group):
     from torch.distributed.tensor import Shard, distribute_tensor
     from trl.trainer.utils import add_fused_lm_head
 
-    from tokenrl.distributed import wire
+    from tokenrl import wire
     from tokenrl.integrations.trl import patch_trl_head, unpatch_trl_head
 
     config = transformers.Qwen2Config(
@@ -278,6 +260,7 @@ CASES = {
     "verl, logits of Megatron's": verl_logits,
     "verl, Ulysses": verl_ulysses,
     "trl, a head of tensor-parallel ranks": trl_head,
+    "slime and miles, context-parallel responses": slime_context,
     "workers of an example": ray_workers,
 }
 

@@ -11,7 +11,8 @@ from vocab_cases import said
 from vocab_policy_cases import called, own_part
 
 import tokenrl
-from tokenrl.distributed import ContextShard, VocabShard, wire
+from tokenrl import wire
+from tokenrl.distributed import ContextShard, VocabShard
 
 
 def layouts(cu_seqlens, world):

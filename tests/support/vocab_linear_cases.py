@@ -8,7 +8,8 @@ from cases import kernel_backends
 from vocab_cases import GRADIENT, OUTPUTS, TOLERANCE, TWICE, said, sizes_of, weighed
 
 import tokenrl
-from tokenrl.distributed import VocabShard, wire
+from tokenrl import wire
+from tokenrl.distributed import VocabShard
 
 NAMES = tuple(name for name in OUTPUTS if name not in ("is_top1", "rank"))
 

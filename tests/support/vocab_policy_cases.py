@@ -11,7 +11,8 @@ from linear_policy_cases import make, packed
 from vocab_cases import TWICE, said, sizes_of
 
 import tokenrl
-from tokenrl.distributed import VocabShard, wire
+from tokenrl import wire
+from tokenrl.distributed import VocabShard
 from tokenrl.distributed.vocab_ranks import VocabRanks
 from tokenrl.distributed.vocabulary_parallel import NAMESPACE
 from tokenrl.ops import derivatives
@@ -240,8 +241,11 @@ def ops_hold_their_contract(group):
         loss(*leaves)
         tokenrl.linear_token_logprobs(*leaves, ids, vocab=shard, backend="cpu")
         tokenrl.token_logprobs(leaves[0] @ leaves[1].t(), ids, vocab=shard, backend="cpu")
+        pair = [leaves[0], leaves[1], leaves[0].detach() + 1, leaves[1].detach()]
+        tokenrl.token_divergence(pair[0] @ pair[1].t(), pair[2] @ pair[3].t(), "jsd", vocab=shard, backend="cpu")
+        tokenrl.linear_token_divergence(*pair, vocab=shard, backend="cpu")
     called = [(op, inputs) for namespace, op, inputs in found if namespace == NAMESPACE]
-    assert len(called) == 3, called
+    assert len(called) == 5, called
     for op, inputs in called:
         torch.library.opcheck(getattr(torch.ops.tokenrl_distributed, op), inputs, test_utils=CHECKS)
 

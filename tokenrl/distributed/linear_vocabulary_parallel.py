@@ -80,7 +80,7 @@ def results(chosen: Backend, given: ShardInputs, inputs: HeadInputs, outputs: li
     if not chosen.is_reference:
         return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, outputs, *given), strict=True))
     ranks = VocabRanks(given)
-    logits = reference.head_logits(replace(inputs, hidden=_OfAllTokens.apply(inputs.hidden, given)))
+    logits = reference.head_logits(replace(inputs, hidden=OfAllTokens.apply(inputs.hidden, given)))
     keep = None if inputs.keep_mask is None else inputs.keep_mask.expand(logits.shape)
     transform = Transform(inputs.temperature, inputs.temperatures, inputs.softcap, inputs.logit_scale, keep)
     own = differentiable(chosen, logits, ranks.own_ids(inputs.ids), transform, outputs)
@@ -93,7 +93,7 @@ def _summed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return ranks.finish(shares).to(grad.dtype), None
 
 
-class _OfAllTokens(torch.autograd.Function):
+class OfAllTokens(torch.autograd.Function):
     """hidden, whose gradient is the sum of those of all ranks."""
 
     @staticmethod

@@ -9,12 +9,13 @@ from torch import Tensor
 from ..batch.checks import check_tensor
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
-from ..logprobs.divergence import head_pair, token_divergence
+from ..logprobs.divergence import head_pair, of_head_pair, token_divergence
 from ..logprobs.from_logits import as_transform
 from ..logprobs.topk import topk_token_divergence
+from ..logprobs.vocabulary import Vocabulary, agreement
 from ..objectives.distillation import Distillation, distillation
 from ..observed import observed
-from ..ops import backends, divergence_dispatch
+from ..ops import backends
 from ..ops.kernel_ops import Transform
 from ..ops.linear.gemm import sum_dtype, weighed_sum
 from .aggregation import span_weights
@@ -53,7 +54,8 @@ def distillation_loss(
         normalizer: as for policy_loss.
         temperature: of both, a number or one per token.
         backend: as for policy_loss.
-        heads: other_temperature, softcap, logit_scale, keep_mask and the other_* of token_divergence.
+        heads: other_temperature, softcap, logit_scale, keep_mask, the other_*, vocab and check of token_divergence.
+            Beside vocab mask, token_weight and the result are the same on all ranks.
 
     Returns:
         (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
@@ -97,6 +99,9 @@ def linear_distillation_loss(
     other_keep_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    vocab: Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """distillation_loss from hidden states and both heads, with its gradients, in one pass over chunks of tokens.
@@ -108,20 +113,28 @@ def linear_distillation_loss(
     distillation_loss and linear_token_divergence. Tokens that are masked or weigh nothing enter no GEMM. The loss
     carries the gradients of hidden, weight and bias: the forward makes them, 6 N D V and 2 N D' V flops, the backward
     multiplies.
+
+    vocab, reduce_hidden_grad, check: as for linear_token_divergence; mask, token_weight and all else of tokens are of
+    all of them, the same on all ranks, and so is the loss. The forward sums hidden's gradient too: the backward has no
+    collective.
     """
-    row, layout, weights = weighed_tokens(
-        objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
-        temperature, backend,
-    )  # fmt: skip
-    pays = layout.valid() & (weights != 0)
-    head, other = head_pair(
-        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
-        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
-         other_softcap, other_logit_scale, other_keep_mask),
-        pays.view(layout.shape), compute_dtype, memory_budget,
-    )  # fmt: skip
-    chosen = backends.choose(backend, hidden.device)
-    loss, values = divergence_dispatch.linear_divergence(chosen, head, other, row.divergence, weights)
+    with agreement(vocab, "linear_distillation_loss", hidden, check) as agreed:
+        of_all = hidden if vocab is None else hidden.new_empty(()).expand(*vocab.rows_of(hidden), 1)
+        row, layout, weights = weighed_tokens(
+            objective, "hidden", of_all, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
+            temperature, backend,
+        )  # fmt: skip
+        pays = layout.valid() & (weights != 0)
+        heads = head_pair(
+            (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+            (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+             other_softcap, other_logit_scale, other_keep_mask),
+            pays.view(layout.shape), compute_dtype, memory_budget, vocab,
+        )  # fmt: skip
+        chosen = backends.choose(backend, hidden.device)
+        if vocab is not None:
+            vocab.agree_on_divergence(agreed, *heads, row.divergence, True)
+    loss, values = of_head_pair(vocab, hidden, reduce_hidden_grad, chosen, *heads, row.divergence, weights)
     return loss, values.view(layout.shape)
 
 
