@@ -173,21 +173,38 @@ def linear_token_divergence(
     """token_divergence of the logits hidden @ weight^T + bias and other_hidden @ other_weight^T + other_bias, of which
     only chunks of whole rows are held.
 
-    hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
-    go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
-    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs. The rest as for
-    token_divergence; rows that row_mask leaves out enter no GEMM.
-
     The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
     weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both are
-    one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's
-    gradient must fit.
+    one GEMM. Gradients go to hidden, weight and bias, each where it requires one.
 
-    vocab: a tokenrl.distributed.VocabShard: weight, bias, keep_mask and those of the other head are this rank's rows,
-    both hidden states the same on all ranks, unless the VocabShard says sequence_parallel, and so are the divergences.
-    Two exchanges a chunk, of 8 numbers a token and of 3 at most; the backward, which makes the logits anew, has them
-    too, and sums the ranks' shares of hidden's gradient. reduce_hidden_grad: False leaves that sum to the caller.
-    check: as for token_logprobs.
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        other_hidden: [N, D'] or [B, T, D'], of the other head, which is frozen: a tensor of it that requires grad
+            raises.
+        other_weight: [V, D'].
+        kind: as for token_divergence, one alone.
+        bias: [V].
+        other_bias: [V].
+        temperature: as for token_divergence, and so are all up to keep_mask.
+        other_temperature: None: the temperature.
+        softcap: None for none.
+        other_softcap: likewise.
+        logit_scale: a number.
+        other_logit_scale: likewise.
+        keep_mask: bool [V], or of each row.
+        other_keep_mask: likewise.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and enter no GEMM.
+        compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs.
+        memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's gradient
+            must fit.
+        vocab: a tokenrl.distributed.VocabShard: weight, bias, keep_mask and those of the other head are this rank's
+            rows, both hidden states the same on all ranks, unless the VocabShard says sequence_parallel, and so are the
+            divergences. Two exchanges a chunk, of 8 numbers a token and of 3 at most; the backward, which makes the
+            logits anew, has them too, and sums the ranks' shares of hidden's gradient.
+        reduce_hidden_grad: False leaves that sum to the caller.
+        check: as for token_logprobs.
+        backend: as for policy_loss.
     """
     with agreement(vocab, "linear_token_divergence", hidden, check) as agreed:
         row, heads = divergence(kind), head_pair(

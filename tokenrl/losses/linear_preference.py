@@ -63,34 +63,63 @@ def linear_preference_loss(
 ) -> tuple[Tensor, LinearPreferenceMetrics]:
     """preference_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
-    here); ignore_index takes a token out like the masks do. weight, bias, temperature to keep_mask, compute_dtype: as
-    for linear_token_logprobs. mask to nll_normalizer: as for preference_loss.
-    ref_logp: of the shape of ids; or ref_hidden, [B, T, D'] or [N, D'], of which it is made here, with ref_weight
-    [V, D'], ref_bias and the options and dtype of the trained head. ref_weight None: weight and bias, then frozen
-    (an adapter's base model). Rows with a divergence, KL of the reference to the policy, need ref_hidden and make that
-    here too. The reference gets no gradient: a tensor of it that requires grad raises.
+    The reference gets no gradient: a tensor of it that requires grad raises. Rows with a divergence, KL of the
+    reference to the policy, need ref_hidden and make that here too.
 
     The loss carries the gradients of hidden, weight, bias, token_weight and divergence_weight, each computed in the
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
-    as many as memory_budget allows (as for linear_policy_loss): 6 N D V flops, and 2 N D' V of a reference. Where a
-    pair does not fit into one, and where a row sorts the batch that does not fit as a whole, the gradients need a
-    second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is without a divergence
-    where fewer than 64 tokens fit into a chunk, and under torch.func and in a trace by torch.compile, where a
-    divergence takes those of linear_token_divergence on top.
-    backend: as for linear_token_logprobs; what it has no kernel of once there are log-probs is the reference's.
-    main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
+    as many as memory_budget allows: 6 N D V flops, and 2 N D' V of a reference. Where a pair does not fit into one, and
+    where a row sorts the batch that does not fit as a whole, the gradients need a second pass, 8 N D V, and 4 N D' V
+    beside a divergence: metrics.passes says which. So it is without a divergence where fewer than 64 tokens fit into a
+    chunk, and under torch.func and in a trace by torch.compile, where a divergence takes those of
+    linear_token_divergence on top.
+
     Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
-    coefficient is zero enter none of the backward where there is no divergence.
+    coefficient is zero enter none of the backward where there is no divergence. Differentiating twice raises, but for
+    backend="reference".
 
-    vocab: as for linear_policy_loss: weight, bias, keep_mask, main_grad and those of the reference are this rank's rows
-    of the heads. One exchange a chunk, 16 bytes a token, beside a divergence two; the ranks' shares of hidden's
-    gradient are summed in the forward, unless reduce_hidden_grad is False; where linear_token_logprobs stands in, its
-    own exchanges. context: as for linear_policy_loss: hidden and ref_hidden are [n, D] of this rank's tokens, without
-    chunks of pairs, 8 N D V flops unless the own logits fit into memory_budget. check: as for policy_loss.
+    Args:
+        objective: as for preference_loss.
+        hidden: [B, T, D], or packed [N, D] with cu_seqlens.
+        weight: [V, D], as for linear_token_logprobs.
+        ids: integers [B, T] or [N], aligned with hidden (never shifted here).
+        ref_logp: fp32 or fp64 of the shape of ids; or ref_hidden.
+        bias: [V].
+        ref_hidden: [B, T, D'] or [N, D'], of which ref_logp is made here, with the options and dtype of the trained
+            head.
+        ref_weight: [V, D']; None: weight and bias, then frozen (an adapter's base model).
+        ref_bias: [V].
+        temperature: as for linear_token_logprobs, and so are all up to keep_mask.
+        softcap: None for none.
+        logit_scale: a number.
+        keep_mask: bool [V], or of each row.
+        mask: as for preference_loss, and so are all up to nll_normalizer.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2].
+        desirable: bool [S].
+        kl: a number, 0-d, or [K].
+        reward_shift: likewise.
+        token_weight: of the shape of ids.
+        divergence_weight: likewise.
+        pair_weight: [P] or [S].
+        nll_mask: bool of the shape of ids.
+        normalizer: in place of P.
+        nll_normalizer: in place of the tokens of the nll term.
+        ignore_index: an id that takes its token out like the masks do.
+        compute_dtype: as for linear_token_logprobs.
+        memory_budget: bytes of the chunks, as for linear_policy_loss.
+        main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
+        vocab: as for linear_policy_loss: weight, bias, keep_mask, main_grad and those of the reference are this rank's
+            rows of the heads. One exchange a chunk, 16 bytes a token, beside a divergence two; the ranks' shares of
+            hidden's gradient are summed in the forward; where linear_token_logprobs stands in, its own exchanges.
+        context: as for linear_policy_loss: hidden and ref_hidden are [n, D] of this rank's tokens, without chunks of
+            pairs, 8 N D V flops unless the own logits fit into memory_budget.
+        reduce_hidden_grad: False leaves that sum to the caller.
+        check: as for policy_loss.
+        backend: as for linear_token_logprobs; what it has no kernel of once there are log-probs is the reference's.
 
-    Returns (loss 0-d, LinearPreferenceMetrics). Differentiating twice raises, but for backend="reference". Errors:
-    ValueError naming the argument, what was given and what is accepted.
+    Returns:
+        (loss 0-d, LinearPreferenceMetrics).
     """
     how: dict[str, Any] = {
         "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "keep_mask": keep_mask,
