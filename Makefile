@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-trainers test-trl check fuzz lint docs gpu clean
+.PHONY: demo test test-trainers test-trl check fuzz lint docs dist wheel gpu clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/tokenrl demo
@@ -47,6 +47,22 @@ docs: $(VENV)/.built
 	$(VENV)/bin/python -m sphinx -W -n -q docs docs/_build
 	@echo docs/_build/index.html
 
+# In dist/: the source distribution, and a wheel of pure Python made of it.
+dist: $(VENV)/.release
+	rm -rf dist
+	TOKENRL_NATIVE=0 $(VENV)/bin/python -m build -n
+	$(VENV)/bin/python -m twine check --strict dist/*
+
+# In dist/: the wheel with the C++ kernels for this Python, made of the source distribution. It takes torch's libraries as
+# torch has them; what else it links to decides for which Linux it is.
+wheel: $(VENV)/.release
+	test -e dist/*.tar.gz || $(VENV)/bin/python -m build -n --sdist
+	rm -rf build/wheel
+	TOKENRL_CUDA=0 $(PIP) wheel -q --no-build-isolation --no-deps -w build/wheel dist/*.tar.gz
+	PATH="$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	    -w dist build/wheel/*.whl
+	$(VENV)/bin/python -m twine check --strict dist/*
+
 # On a machine with a GPU, its own Python, torch and nvcc; no network: three calls of less than ten minutes each, which
 # bench/gpu.sh makes by name too. Tables go to bench/results/.
 gpu:
@@ -82,5 +98,10 @@ $(VENV)/.tools: $(VENV)/.installed pyproject.toml
 	$(PIP) install -q $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 	touch $@
 
+# The tools of the extra release.
+$(VENV)/.release: $(VENV)/.installed pyproject.toml
+	$(PIP) install -q $(shell sed -n 's/^release = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build docs/_build tokenrl/*.so *.egg-info
+	rm -rf $(VENV) build dist docs/_build tokenrl/*.so *.egg-info

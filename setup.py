@@ -1,9 +1,9 @@
 """Builds the native part with ninja: tokenrl/_ops.so (the op library, no Python in it) and tokenrl/_bindings
 (pybind11).
 
-TOKENRL_NATIVE=0 leaves it out. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found, whether or not there is a GPU.
-TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in tokenrl/_build.py, which `tokenrl
-doctor` prints; there too are the flags with which tokenrl.fuse compiles a gate.
+TOKENRL_NATIVE=0 leaves it out, for a wheel of any machine. TOKENRL_CUDA=0|1|auto: CUDA kernels when nvcc is found,
+whether or not there is a GPU. TORCH_CUDA_ARCH_LIST: their targets. What cannot be built is recorded as a reason in
+tokenrl/_build.py, which `tokenrl doctor` prints; there too are the flags with which tokenrl.fuse compiles a gate.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
@@ -34,6 +35,7 @@ BESIDE = {  # packages that lie beside tokenrl/
     "tokenrl.csrc": "csrc",
 }
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
+NATIVE = os.environ.get("TOKENRL_NATIVE", "1") != "0"
 ISAS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma"
@@ -162,22 +164,33 @@ def bindings(ninja: Ninja, folder: Path, target: Path, ops: Path, toolkit: dict[
     return None
 
 
+def write_build(package: Path, native: str | None, bindings: str | None) -> None:
+    (package / "_build.py").write_text(
+        '"""Written by setup.py: why parts of the native code are missing, or None; its flags."""\n\n'
+        f"NATIVE_REASON = {native!r}\nBINDINGS_REASON = {bindings!r}\n"
+        f"CXX_FLAGS = {CXX_FLAGS!r}\nISA_FLAGS = {ISAS!r}\n"
+    )
+
+
+class BuildPython(build_py):
+    """Under TOKENRL_NATIVE=0 there is no BuildNative to say why the native code is missing."""
+
+    def run(self):
+        super().run()
+        if not NATIVE:
+            package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "tokenrl"
+            write_build(package, *["installed with TOKENRL_NATIVE=0"] * 2)
+
+
 class BuildNative(build_ext):
     """One ninja run for both libraries; anything missing becomes a reason, unless it was demanded."""
 
     def run(self):
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "tokenrl"
         package.mkdir(parents=True, exist_ok=True)
-        native, bindings_reason = self.build_native(package)
-        (package / "_build.py").write_text(
-            '"""Written by setup.py: why parts of the native code are missing, or None; its flags."""\n\n'
-            f"NATIVE_REASON = {native!r}\nBINDINGS_REASON = {bindings_reason!r}\n"
-            f"CXX_FLAGS = {CXX_FLAGS!r}\nISA_FLAGS = {ISAS!r}\n"
-        )
+        write_build(package, *self.build_native(package))
 
     def build_native(self, package: Path) -> tuple[str | None, str | None]:
-        if os.environ.get("TOKENRL_NATIVE", "1") == "0":
-            return "installed with TOKENRL_NATIVE=0", "installed with TOKENRL_NATIVE=0"
         toolkit, torch, compiler = cuda_toolkit(), package_folder("torch"), os.environ.get("CXX") or shutil.which("g++")
         for missing, reason in (
             (compiler, "no C++ compiler: install g++ or set CXX"),
@@ -208,13 +221,13 @@ setup(
     packages=[*find_packages(include=["tokenrl*"]), *BESIDE],
     package_dir={"tokenrl": "tokenrl", **BESIDE},
     py_modules=["tokenrl_pytest"],
+    include_package_data=False,  # what MANIFEST.in lists is for the source distribution
     package_data={
         "tokenrl": ["py.typed", "instruments/profiling/*.jinja"],
         "tokenrl.bench": ["results/*.json"],
         "tokenrl.csrc": ["*.h", "*/*.h", "cpu/*.cpp", "fused/*.cpp"],  # tokenrl.fuse compiles them
     },
-    ext_modules=[
-        Extension("tokenrl._ops", sources=[])
-    ],  # so that the wheel is a platform wheel; BuildNative knows the sources
-    cmdclass={"build_ext": BuildNative},
+    # So that the wheel is a platform wheel; BuildNative knows the sources.
+    ext_modules=[Extension("tokenrl._ops", sources=[])] if NATIVE else [],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import ranks
 from .report import distill_table, fused_table, markdown_table, overhead_table, plan_table, short_table, trl_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,12 +17,15 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "distill": ("distill.json", lambda report: markdown_table(*distill_table(report))),
     "fused": ("fused.json", lambda report: markdown_table(*fused_table(report))),
     "plan": ("plan.json", lambda report: markdown_table(*plan_table(report))),
+    "heads": ("ranks.json", ranks.heads_table),
+    "vocabularies": ("ranks.json", ranks.vocabularies_table),
+    "worlds": ("ranks.json", ranks.worlds_table),
 }
 PAGES = {
     "docs/benchmarks/index.md": ("bench", "trl", "overhead"),
     "docs/benchmarks/distillation.md": ("distill",),
     "docs/benchmarks/fused.md": ("fused",),
-    "docs/guides/plan.md": ("plan",),
+    "docs/guides/plan.md": ("heads", "vocabularies", "worlds", "plan"),
 }
 
 

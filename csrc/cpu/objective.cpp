@@ -25,18 +25,20 @@ inline void scan_tokens(const Spans& spans, Sequence q, Statistic statistic, con
   else scan_lanes(statistic, lanes.x, lanes.valid, q.end - q.begin, lanes.s, lanes.t, carry);
 }
 
-// One call on one gate.
-template <class T, class Gate>
+// One call.
+template <class T>
 struct Run {
   const ObjectiveArgs<T>& args;
   Statistic statistic;
-  bool through, per_token;  // per_token: some parameter is a tensor
+  bool through, positional;
+  GateBlock<T> gate_block;
 
-  inline Run(const ObjectiveArgs<T>& given, Statistic of, bool flows)
-      : args(given), statistic(of), through(flows), per_token(false) {
-    for (int j = 0; j < Gate::num_params; ++j) per_token = per_token || args.params[j].tensor;
+  inline Run(const ObjectiveArgs<T>& given, Statistic of, bool flows, const GateBlocks<T>& gate)
+      : args(given), statistic(of), through(flows), positional(gate.positional), gate_block(gate.of_numbers) {
+    for (int j = 0; j < gate.num_params; ++j)
+      if (args.params[j].tensor) gate_block = gate.of_tensors;
   }
-  inline bool scans() const { return statistic != Statistic::token || Gate::positional; }
+  inline bool scans() const { return statistic != Statistic::token || positional; }
   inline bool own() const { return statistic == Statistic::token && args.cap >= args.clamp; }
 
   // x and s of tokens q of a tile.
@@ -49,22 +51,19 @@ struct Run {
     return lanes;
   }
 
-  template <bool kPerToken>
   inline void loops(Sequence q, const Lanes<T>& lanes, Totals& totals) const {
     const int64_t n = q.end - q.begin;
     for (int64_t first = 0; first < n; first += kBlock) {
       const int64_t last = smaller(first + kBlock, n);
       if (own()) ratio_loop<true>(args.cap, first, last, lanes, totals);
       else ratio_loop<false>(args.cap, first, last, lanes, totals);
-      position_powers<T, Gate, kPerToken>(args, q.begin, first, last, lanes);
-      gate_loop<T, Gate, kPerToken>(args, q.begin, first, last, lanes, totals);
+      gate_block(args, q.begin, first, last, lanes, totals);
     }
   }
 
   inline void piece(const Tile& tile, Sequence q, T* memory, Carry& carry, Totals& totals) const {
     const Lanes<T> lanes = load_piece(tile, q, memory, carry);
-    if (per_token) loops<true>(q, lanes, totals);
-    else loops<false>(q, lanes, totals);
+    loops(q, lanes, totals);
     if (through && statistic != Statistic::token) adjoint_of(tile.spans, q, statistic, lanes.t, lanes.shared);
     store_coefficients(args, q, through, lanes);
   }
@@ -106,21 +105,11 @@ struct Run {
   }
 };
 
-template <class T, class Gate>
-void run_gate(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const Tiles& tiles, Totals* totals,
-              const Threads& threads) {
-  const int64_t grain = larger(int64_t{1}, kTile * tiles.count / larger(args.spans.num_tokens, int64_t{1}));
-  parallel(threads, tiles.count, grain, [&](int64_t begin, int64_t end) {
-    Run<T, Gate>(args, statistic, through).tiles(tiles.at.at + begin, tiles.at.at + end, totals + begin);
-  });
-}
-
 template <class T, class... Gate>
-bool run_named(std::tuple<Gate...>*, const char* name, const ObjectiveArgs<T>& args, Statistic statistic, bool through,
-               const Tiles& tiles, Totals* totals, const Threads& threads) {
-  return ((std::strcmp(Gate::name, name) == 0 &&
-           (run_gate<T, Gate>(args, statistic, through, tiles, totals, threads), true)) ||
-          ...);
+const GateBlocks<T>* find_gate(const char* name, std::tuple<Gate...>*) {
+  const GateBlocks<T>* found = nullptr;
+  ((std::strcmp(Gate::name, name) == 0 && (found = &kGateBlocks<T, Gate>)) || ...);
+  return found;
 }
 
 template <class T>
@@ -136,13 +125,17 @@ void add_up(const ObjectiveArgs<T>& args, const Totals* totals, int64_t count) {
 template <class T>
 bool objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                const Threads& threads) {
+  const GateBlocks<T>* found = find_gate<T>(gate, static_cast<TOKENRL_GATES*>(nullptr));
+  if (!found) return false;
   clear_outside(args.spans, args.coef);
   const Tiles tiles(args.spans, streams<T>(statistic, through));
   const Scratch<Totals> totals(tiles.count);
-  constexpr TOKENRL_GATES* gates = nullptr;
-  const bool known = run_named(gates, gate, args, statistic, through, tiles, totals.at, threads);
-  if (known) add_up(args, totals.at, tiles.count);
-  return known;
+  const Run<T> run(args, statistic, through, *found);
+  const int64_t grain = larger(int64_t{1}, kTile * tiles.count / larger(args.spans.num_tokens, int64_t{1}));
+  parallel(threads, tiles.count, grain,
+           [&](int64_t begin, int64_t end) { run.tiles(tiles.at.at + begin, tiles.at.at + end, totals.at + begin); });
+  add_up(args, totals.at, tiles.count);
+  return true;
 }
 
 template bool objective(const ObjectiveArgs<float>&, Statistic, bool, const char*, const Threads&);

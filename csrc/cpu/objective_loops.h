@@ -140,5 +140,28 @@ inline void gate_loop(const ObjectiveArgs<T>& args, int64_t token, int64_t first
   totals.add_sums(block);
 }
 
+// A gate's part of a block: powers of the position, value and partials. `token` is where the lanes begin.
+template <class T>
+using GateBlock = void (*)(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last,
+                           const Lanes<T>& lanes, Totals& totals);
+template <class T, class Gate, bool kPerToken>
+__attribute__((noinline)) void gate_block(const ObjectiveArgs<T>& args, int64_t token, int64_t first, int64_t last,
+                                          const Lanes<T>& lanes, Totals& totals) {
+  position_powers<T, Gate, kPerToken>(args, token, first, last, lanes);
+  gate_loop<T, Gate, kPerToken>(args, token, first, last, lanes, totals);
+}
+
+// All that depends on the gate: the rest of the objective is compiled once for all of them. Doubles do without loops of
+// their own for parameters that are numbers.
+template <class T>
+struct GateBlocks {
+  bool positional;
+  int num_params;
+  GateBlock<T> of_numbers, of_tensors;
+};
+template <class T, class Gate>
+constexpr GateBlocks<T> kGateBlocks{Gate::positional, Gate::num_params, &gate_block<T, Gate, std::is_same_v<T, double>>,
+                                    &gate_block<T, Gate, true>};
+
 }  // namespace
 }  // namespace tokenrl::cpu::TOKENRL_ISA

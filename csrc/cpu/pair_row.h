@@ -51,11 +51,27 @@ struct Step {
   }
 };
 
+// What loops over a row's own logits read. One for each type takes seconds to compile: fp16 does without, as T alone.
+template <class Logit, class T>
+using Read = std::conditional_t<std::is_same_v<Logit, Half>, T, Logit>;
+
+// The same function of blocks of the logits themselves and of blocks of y as T.
+template <class Logit, class T, class Result, class... Rest>
+struct OfBlock {
+  Result (*of_logits)(const Read<Logit, T>* y, const Read<Logit, T>* z, int64_t n, Rest...);
+  Result (*of_numbers)(const T* y, const T* z, int64_t n, Rest...);
+
+  template <class Stored>
+  inline Result operator()(const Stored* y, const Stored* z, int64_t n, Rest... rest) const {
+    if constexpr (std::is_same_v<Stored, T>) return of_numbers(y, z, n, rest...);
+    else return of_logits(y, z, n, rest...);
+  }
+};
+
 // visit(first, n, y, z) of each block of both rows: the logits themselves, or y as T.
 template <class Logit, class T, class Visit>
 inline void each_block(const Row<Logit, T>& p, const Row<Logit, T>& r, Visit&& visit) {
-  // A loop for each type that it reads takes seconds to compile; fp16 does without its own.
-  constexpr bool kReadsLogits = !std::is_same_v<Logit, Half>;
+  constexpr bool kReadsLogits = std::is_same_v<Read<Logit, T>, Logit>;
   const bool plain = kReadsLogits && p.plain() && r.plain();
   for (int64_t first = 0; first < p.args.vocab; first += kBlock) {
     const int64_t n = smaller(kBlock, p.args.vocab - first);
@@ -83,19 +99,24 @@ TRL_INLINE void each_step(const Stored* y, const Stored* z, int64_t n, Visit&& v
   }
 }
 
-// each(row, kind, params) of every row. False where there is no such kind.
-template <class Logit, class T, class Each, class... Kind>
+template <class Kind, class T>
+TRL_INLINE ParamsOf<Kind, T> params_of(const T* params) {
+  return params_from<Kind, T>([params](size_t k) { return params[k]; });
+}
+
+// each(row, loops) of every row, with the loops of the kind of that name: all that depends on it. False where there is
+// no such kind.
+template <class Loops, class Logit, class T, class Each, class... Kind>
 bool each_row(const DivergenceArgs<Logit, T>& args, const char* name, const Threads& threads, Each&& each,
               std::tuple<Kind...>*) {
+  Loops loops;
+  const bool known = ((std::strcmp(name, Kind::name) == 0 && (loops = Loops::template of<Kind>(), true)) || ...);
   const int64_t rows = args.of.batch * args.of.time, grain = larger(int64_t{1}, kPart / args.of.vocab);
-  const auto of = [&](auto kind) {
-    const auto params = params_from<decltype(kind), T>([&](size_t k) { return args.params[k]; });
+  if (known)
     parallel(threads, rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) each(row, kind, params);
+      for (int64_t row = begin; row < end; ++row) each(row, loops);
     });
-    return true;
-  };
-  return ((std::strcmp(name, Kind::name) == 0 && of(Kind())) || ...);
+  return known;
 }
 
 }  // namespace tokenrl::cpu::TOKENRL_ISA

@@ -1,6 +1,9 @@
 """How tokenrl inspect writes names and numbers."""
 
+import io
 import math
+
+from rich.console import Console
 
 from tokenrl.instruments.inspection import report
 
@@ -21,3 +24,9 @@ def test_numbers_in_few_characters():
         "1e+09",
     ]
     assert [report.size(x) for x in (16, 2500, 3 * 10**12)] == ["16 B", "2.5 KB", "3,000 GB"]
+
+
+def test_what_a_terminal_obeys_is_spelled():
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    report._wrapped(console, "made \x1b]0;title\x07[bold]b[/bold]\n\x1b[31m")
+    assert console.file.getvalue().strip() == r"made \x1b]0;title\x07[bold]b[/bold]\n\x1b[31m"

@@ -18,7 +18,9 @@ from tokenrl.instruments.machine_limits import Limits
 from tokenrl.instruments.plan import machines, model_config, report
 from tokenrl.instruments.plan.gpus import GPUS
 from tokenrl.instruments.plan.model import HOST, Machine, Shape, Step, Way
+from tokenrl.instruments.plan.network import Network, all_gather
 from tokenrl.instruments.plan.ways import ways
+from tokenrl.instruments.plan.world import World
 
 LARGE = Shape(32768, 5120, 151936, torch.bfloat16)
 SLOW = Limits(read=10.0, copy=5.0, exponentials=2.0, source="a test")
@@ -69,13 +71,13 @@ def test_logits_that_fit_are_not_computed_again():
 @pytest.mark.parametrize("name", HOST)
 def test_shards_hold_and_compute_less_and_send_what_they_have(name):
     alone, shared = (of(dataclasses.replace(LARGE, shards=k), "cuda")[name] for k in (1, 8))
-    assert shared.peaks[1] < alone.peaks[1] and sum(s.sent for s in alone.both) == 0
-    hidden, rows = 2 * LARGE.states * 4 * 7 // 8, LARGE.tokens * 7 * (12 if name == "eager" else 16)
-    assert sum(step.sent for step in shared.both) == hidden + rows
+    assert shared.peaks[1] < alone.peaks[1] and not any(step.sent for step in alone.both)
+    hidden, rows = 2 * LARGE.states * 4 * 7 // 8, LARGE.tokens * (2 * 7 * 12 // 8 if name == "eager" else 7 * 16)
+    assert sum(step.sent.bytes for step in shared.both if step.sent) == hidden + rows
 
 
 def machine(device: str, launch: float = 0.5) -> Machine:
-    return Machine("a test", device, SLOW, {"logits": 4.0}, launch, None, 100.0, "")
+    return Machine("a test", device, SLOW, {"logits": 4.0}, launch, None, Network(link=100.0, latency=1.0), "")
 
 
 def test_a_step_takes_the_larger_of_its_needs():
@@ -84,7 +86,7 @@ def test_a_step_takes_the_larger_of_its_needs():
     assert found.seconds(Step("reads", work)) == 2
     assert found.seconds(Step("writes", machine_limits.Work(20, 20, 2))) == 8
     assert found.seconds(Step("computes", work, flops=40, gemm="logits")) == 10
-    assert found.seconds(Step("sends", work, sent=300)) == 2 + 3
+    assert found.seconds(Step("sends", work, sent=all_gather(4, 100, times=2))) == 2 + 2 * 1 + 3
 
 
 def test_a_gpu_works_while_the_host_launches():
@@ -97,12 +99,12 @@ def test_a_gpu_works_while_the_host_launches():
 
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_plans(name):
-    found = report.plan(LARGE, name, 8, None, {})
+    found = report.plan(LARGE, name, World(8), None, {})
     assert found["source"].startswith(GPUS[name].source) and found["memory_bytes"] == GPUS[name].memory
     seconds = {row["way"]: row["both_seconds"] for row in found["ways"] if row["shards"] == 1}
     least = 6 * LARGE.tokens * LARGE.hidden * LARGE.vocab / GPUS[name].half
     assert all(least < taken < 3 * least for taken in seconds.values())
-    single = report.plan(dataclasses.replace(LARGE, dtype=torch.float32), name, 1, None, {})
+    single = report.plan(dataclasses.replace(LARGE, dtype=torch.float32), name, World(), None, {})
     assert single["gemm_flops_per_second"]["logits"] == pytest.approx(0.8 * GPUS[name].single)
 
 
@@ -186,11 +188,11 @@ def test_the_table_fits_80_columns():
 
 
 def test_json_is_the_plan():
-    outcome = called(*HEAD, "--gpu", "h200", "--shards", "4", "--budget", "4 GB", "--json")
+    outcome = called(*HEAD, "--gpu", "h200", "--tp", "4", "--budget", "4 GB", "--json")
     found = json.loads(outcome.output)
     assert {row["shards"] for row in found["ways"]} == {1, 4} and found["use"]["way"] == "linear_policy_loss"
-    assert found["ways"] == report.plan(LARGE, "h200", 4, 4 * 10**9, {})["ways"]
-    smaller = json.loads(called(*HEAD, "--gpu", "h200", "--shards", "1", "--json").output)
+    assert found["ways"] == report.plan(LARGE, "h200", World(4), 4 * 10**9, {})["ways"]
+    smaller = json.loads(called(*HEAD, "--gpu", "h200", "--tp", "1", "--json").output)
     assert {row["shards"] for row in smaller["ways"]} == {1}
     peaks = [
         next(r for r in f["ways"] if r["way"] == "linear_policy_loss")["both_peak_bytes"] for f in (smaller, found)
@@ -211,8 +213,11 @@ def test_the_shell_completes_gpus_and_options():
         env = {"_TOKENRL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         return CliRunner().invoke(cli.application(), env=env, prog_name="tokenrl").output.split()
 
+    assert completed("tokenrl plan --machine la") == ["launch=", "latency="]
     assert completed("tokenrl plan --gpu h") == ["h100-sxm", "h100-pcie", "h200"]
-    assert completed("tokenrl plan --shar") == ["--shards"] and completed("tokenrl bench --check") == ["--check-only"]
+    assert completed("tokenrl plan --sequ") == ["--sequences"] and completed("tokenrl bench --check") == [
+        "--check-only"
+    ]
 
 
 CONFIGS = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,8 +207,14 @@ def rollout_batch_file(path):
 
 FAULTS = {
     "format": ({"metadata": {"format": "else"}}, r"path: got .*, of format 'else', accepted: 'tokenrl.rollout_batch'"),
-    "version": ({"metadata": {"version": "2"}}, r"path: got .*, of version 2, accepted: 1 \(a newer tokenrl"),
+    "version": ({"metadata": {"version": "2"}}, r"path: got .*, of version '2', accepted: 1 \(a newer tokenrl"),
     "words": ({"metadata": {"objective": "grpo"}}, "path: got .*, unread metadata"),
+    "depth": ({"metadata": {"source": "[" * 100_000}}, "path: got .*, accepted: what tokenrl.record wrote"),
+    "digits": (
+        {"metadata": {"settings": f'{{"kl_coef": {"9" * 5000}}}'}},
+        "path: got .*, accepted: what tokenrl.record wrote",
+    ),
+    "no object": ({"metadata": {"source": "3"}}, "path: got .*, accepted: what tokenrl.record wrote"),
     "objective": (
         {"metadata": {"objective": json.dumps({"name": "grp"})}},
         "objective: got 'grp', .* Did you mean 'grpo'",
@@ -240,6 +247,25 @@ def test_a_file_that_is_wrong_is_named(fault, tmp_path):
     changes, message = FAULTS[fault]
     with pytest.raises(ValueError, match=f"^{message}"):
         tokenrl.load_batch(written(tmp_path, **changes))
+
+
+class Touch:
+    """What unpickling would do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_and_runs_nothing(tmp_path):
+    torch.save({"logp": Touch(tmp_path / "ran")}, tmp_path / "batch")
+    with pytest.raises(ValueError, match="^path: got .*, accepted: a file that tokenrl.record wrote"):
+        tokenrl.load_batch(tmp_path / "batch")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "batch", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so it would have
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -8])

@@ -1,8 +1,9 @@
 """A recorded rollout batch: what a loss was called with, as tensors and words by the names of its arguments.
 
-A file is safetensors, so reading one runs no code. Its metadata are strings: format "tokenrl.rollout_batch", version,
-and three JSON objects: objective {"name", "parameters"}, settings (arguments that are no tensors) and source (where the
-batch came from, free words). Its tensors, tokens [B, T] padded or [N] packed, S sequences:
+A file is safetensors, so reading one runs no code (SECURITY.md). Its metadata are strings: format
+"tokenrl.rollout_batch", version, and three JSON objects: objective {"name", "parameters"}, settings (arguments that are
+no tensors) and source (where the batch came from, free words). Its tensors, tokens [B, T] padded or [N] packed, S
+sequences:
 
     ids                 int64, of the tokens; logits [.., V], or hidden [.., D], weight [V, D] and bias [V]: the head
     logp                fp32 or fp64, of the tokens: with no head, or beside it
@@ -243,7 +244,18 @@ def save(batch: RolloutBatch, path: str | Path) -> None:
 
 
 def load_batch(path: str | Path) -> RolloutBatch:
-    """A file that tokenrl.record has written, checked. ValueError: what is wrong with it."""
+    """A file that tokenrl.record has written, checked; reading it runs no code.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        A tokenrl.RolloutBatch, on the CPU.
+
+    Raises:
+        ValueError: what is wrong with the file.
+        OSError: where there is none.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -255,11 +267,23 @@ def load_batch(path: str | Path) -> RolloutBatch:
     if metadata.get("format") != FORMAT:
         raise wrong("path", f"{path}, of format {metadata.get('format')!r}", f"{FORMAT!r}, as tokenrl.record writes it")
     if metadata.get("version") != str(VERSION):
-        raise wrong("path", f"{path}, of version {metadata.get('version')}", f"{VERSION} (a newer tokenrl reads newer)")
+        newer = f"{VERSION} (a newer tokenrl reads newer)"
+        raise wrong("path", f"{path}, of version {metadata.get('version')!r}", newer)
     try:
-        row, settings, source = (json.loads(metadata[name]) for name in ("objective", "settings", "source"))
+        row, settings, source = (_words(metadata[name]) for name in ("objective", "settings", "source"))
         chosen = _objective_of(row, tensors)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise wrong("path", f"{path}, unread metadata ({error!r})", "what tokenrl.record wrote") from None
     kept = {name: x for name, x in tensors.items() if not name.startswith(OF_OBJECTIVE)}
     return RolloutBatch(kept, chosen, settings, source)
+
+
+def _words(text: str) -> dict[str, Any]:
+    """A JSON object; TypeError where it is none, is nested too deeply, or has an integer of thousands of digits."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TypeError(str(error)) from None
+    if not isinstance(found, dict):
+        raise TypeError(f"{type(found).__name__} for an object")
+    return found

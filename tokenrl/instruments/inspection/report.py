@@ -32,8 +32,10 @@ def print_inspected(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _wrapped(console: Console, text: str) -> None:
-    """Of any length: words, and names that are longer than a line, are broken at its end."""
-    console.print(Padding(Text(text, overflow="fold"), (0, 0, 0, 0)))
+    """Of any length: words, and names that are longer than a line, are broken at its end. A file's words may hold what
+    a terminal obeys: it is shown as Python spells it."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    console.print(Padding(Text(shown, overflow="fold"), (0, 0, 0, 0)))
 
 
 def _counted(found: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What a loss head costs: time and memory of each way to compute it, from a model of bytes, flops and launches.
 
 N tokens, hidden states of D, a vocabulary of V (a shard: V / k), b bytes a number. A step is a GEMM or a kernel; it
-takes the larger of what its flops, its bytes and its exponentials take, and something for its launches.
+takes the larger of what its flops, its bytes and its exponentials take, and something for its launches. What ranks
+send each other is beside it, and behind it where chunks let it wait.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..machine_limits import Limits, Work
+from .network import Collective, Network
 
 # What a way costs the host on tensors of a few numbers, in additions of such: forward, and forward and backward.
 HOST = {
@@ -58,24 +60,26 @@ class Shape:
 
 class Step(NamedTuple):
     """gemm: which of the three it is, "logits", "hidden" or "weight", or "". launches: beside those of HOST.
-    sent: bytes to other shards."""
+    sent: to other shards."""
 
     name: str
     work: Work
     flops: int = 0
     gemm: str = ""
     launches: int = 0
-    sent: int = 0
+    sent: Collective | None = None
 
 
 @dataclass(frozen=True)
 class Way:
-    """forward, backward: its steps. peaks: bytes beyond the inputs, of the forward and of both."""
+    """forward, backward: its steps. peaks: bytes beyond the inputs, of the forward and of both. chunks: of the forward,
+    which sends what it has of one while it computes the next."""
 
     name: str
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     peaks: tuple[int, int]
+    chunks: int = 1
 
     @property
     def both(self) -> tuple[Step, ...]:
@@ -91,7 +95,8 @@ class Way:
 @dataclass(frozen=True)
 class Machine:
     """limits, gemms: bytes and exponentials per second, and flops of each of the three GEMMs. launch: seconds of the
-    host's small operation. memory: bytes, None: unknown. link: bytes per second to other shards."""
+    host's small operation. memory: bytes, None: unknown. network: to other ranks. walk: seconds a token of a kernel
+    along one sequence."""
 
     name: str
     device: str
@@ -99,18 +104,33 @@ class Machine:
     gemms: Mapping[str, float]
     launch: float
     memory: float | None
-    link: float
+    network: Network
     source: str
+    walk: float = 1e-6 / 1024
+
+    def computed(self, step: Step) -> float:
+        """Seconds: the larger of what a step's flops, bytes and exponentials take."""
+        flops = step.flops / self.gemms[step.gemm] if step.gemm else 0.0
+        return max(flops, self.limits.least(step.work)[0])
+
+    def sent(self, step: Step) -> float:
+        """Seconds on the way to other ranks."""
+        return 0.0 if step.sent is None else self.network.seconds(step.sent)
 
     def seconds(self, step: Step) -> float:
-        """The larger of what a step's flops, bytes and exponentials take, and what it sends."""
-        computed = step.flops / self.gemms[step.gemm] if step.gemm else 0.0
-        moved, _ = self.limits.least(step.work)
-        return max(computed, moved) + step.sent / self.link
+        return self.computed(step) + self.sent(step)
+
+    def in_turn(self, steps: tuple[Step, ...], chunks: int) -> float:
+        """Steps one after the other, but for what is sent of a chunk while the next is computed: all of it but the
+        last chunk's, or, where the network is the slower, all that is computed but the first's."""
+        computed, sent = sum(map(self.computed, steps)), list(filter(None, map(self.sent, steps)))
+        first, rest = sum(sent[:1]), sum(sent[1:])
+        return max(computed + (first + rest) / chunks, (computed + first) / chunks + rest)
 
     def times(self, way: Way) -> tuple[float, float]:
         """Seconds of forward and of both. A GPU works while the host launches, a CPU is the host."""
-        work = [sum(map(self.seconds, steps)) for steps in (way.forward, way.both)]
+        first = self.in_turn(way.forward, way.chunks)
+        work = [first, first + self.in_turn(way.backward, 1)]
         host = [count * self.launch for count in way.launches]
         together = max if self.device == "cuda" else float.__add__
         forward, both = map(together, work, host)

@@ -1,20 +1,21 @@
 """A plan as a table, and as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
-from .machines import machine_of
+from . import world as worlds
+from .machines import changed, machine_of
 from .model import Machine, Shape, Way
 from .model_config import LONG
+from .shown import gigabytes, milliseconds, wrapped
 from .ways import ways
+from .world import World
+from .world_report import print_world
 
 SPARE = 0.9  # of a GPU's memory, which the model and its activations must share
 ALIKE = 1.1  # of ways whose times differ by less the smallest is taken
@@ -26,7 +27,8 @@ def described(way: Way, machine: Machine, shape: Shape, measured: Measured) -> d
     gemms = sum(machine.seconds(step) for step in way.both if step.gemm)
     forward, both = machine.times(way)
     return {
-        "way": way.name, "shards": shape.shards, "forward_seconds": forward, "both_seconds": both,
+        "way": way.name, "tokens": shape.tokens, "shards": shape.shards,
+        "forward_seconds": forward, "both_seconds": both,
         "gemm_share": gemms / both, "flops": sum(step.flops for step in way.both),
         "bytes": sum(step.work.bytes for step in way.both), "launches": way.launches[1],
         "forward_peak_bytes": way.peaks[0], "both_peak_bytes": way.peaks[1],
@@ -35,19 +37,23 @@ def described(way: Way, machine: Machine, shape: Shape, measured: Measured) -> d
     }  # fmt: skip
 
 
-def plan(shape: Shape, gpu: str, shards: int, budget: int | None, measured: Measured) -> dict[str, Any]:
-    """All of it, as JSON has it. measured: of the whole shape on that machine, by way: seconds, bytes, machine."""
-    machine = machine_of(gpu, shape)
-    shapes = [shape, *([replace(shape, shards=shards)] if shards > 1 else [])]
+def plan(
+    batch: Shape, gpu: str, world: World, budget: int | None, measured: Measured,
+    numbers: Mapping[str, float] | None = None, across: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """All of it, as JSON has it. measured: of the whole batch on that machine, by way: seconds, bytes, machine.
+    numbers: of the machine, in place of its own. across: with what the ranks of the world send each other."""
+    machine = changed(machine_of(gpu, batch), numbers or {})
+    own = world.shape(batch)
     rows = [
-        described(way, machine, one, measured if one.shards == 1 else {})
-        for one in shapes for way in ways(one, machine.device, budget)
+        described(way, machine, one, measured if one == batch else {})
+        for one in dict.fromkeys((batch, own)) for way in ways(one, machine.device, budget)
     ]  # fmt: skip
     return {
-        "tokens": shape.tokens, "hidden": shape.hidden, "vocab": shape.vocab, "dtype": LONG[str(shape.dtype)[6:]],
-        "input_bytes": shape.inputs, "machine": machine.name, "source": machine.source, "memory_bytes": machine.memory,
+        "tokens": batch.tokens, "hidden": batch.hidden, "vocab": batch.vocab, "dtype": LONG[str(batch.dtype)[6:]],
+        "input_bytes": batch.inputs, "machine": machine.name, "source": machine.source, "memory_bytes": machine.memory,
         "gemm_flops_per_second": dict(machine.gemms), "copy_bytes_per_second": machine.limits.copy,
-        "ways": rows, "use": chosen(rows),
+        "ways": rows, "use": chosen(rows), "world": worlds.described(batch, world, machine, budget) if across else None,
     }  # fmt: skip
 
 
@@ -71,26 +77,37 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
     """The table, what to use, and where the numbers come from."""
     size = f"{found['tokens']:,} tokens, hidden {found['hidden']:,}, vocabulary {found['vocab']:,}, {found['dtype']}"
     console.print(f"{size}; hidden states and weight {gigabytes(found['input_bytes'])} GB", highlight=False)
-    _wrapped(console, f"{found['machine']}: {found['source']}")
-    for shards in dict.fromkeys(row["shards"] for row in found["ways"]):
-        console.print(_table([row for row in found["ways"] if row["shards"] == shards], shards), highlight=False)
+    wrapped(console, f"{found['machine']}: {found['source']}")
+    parts: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in found["ways"]:
+        parts.setdefault((row["tokens"], row["shards"]), []).append(row)
+    for (tokens, shards), rows in parts.items():
+        console.print(_table(rows, _title(shards, -(-found["tokens"] // tokens))), highlight=False)
     if not all(row["fits"] for row in found["ways"]):
-        _wrapped(console, f"! beside hidden states and weight more than {SPARE:.0%} of the memory")
+        wrapped(console, f"! beside hidden states and weight more than {SPARE:.0%} of the memory")
     use = found["use"]
     name = use["way"] or "none"
     if use["way"] and use["shards"] > 1:
         name += f" on each of {use['shards']} vocabulary shards"
-    _wrapped(console, f"use {name}: {use['why']}")
+    wrapped(console, f"use {name}: {use['why']}")
     if found.get("tied"):
         size = gigabytes(found["hidden"] * found["vocab"] * (4 if found["dtype"] == "fp32" else 2))
-        _wrapped(console, f"the head is the embedding: {size} GB more while the gradients of both are there")
+        wrapped(console, f"the head is the embedding: {size} GB more while the gradients of both are there")
     machines = {row["measured"]["machine"] for row in found["ways"] if row["measured"]}
     beside = f"measured: {'; '.join(sorted(machines))}" if machines else "measured: no committed result of this shape"
-    _wrapped(console, beside)
+    wrapped(console, beside)
+    if found["world"]:
+        print_world(found["world"], console)
 
 
-def _table(rows: list[dict[str, Any]], shards: int) -> Table:
-    title = None if shards == 1 else f"each of {shards} vocabulary shards"
+def _title(shards: int, contexts: int) -> str | None:
+    """What a table's rows are of."""
+    if contexts > 1:
+        return f"each of {shards * contexts} ranks, tp {shards} x cp {contexts}"
+    return None if shards == 1 else f"each of {shards} vocabulary shards"
+
+
+def _table(rows: list[dict[str, Any]], title: str | None) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("way", no_wrap=True)  # numbers below never wrap either: they are short
     for name in ("fwd ms", "both ms", "GEMMs", "peak GB", "measured"):
@@ -103,15 +120,3 @@ def _table(rows: list[dict[str, Any]], shards: int) -> Table:
             "-" if taken is None else milliseconds(taken),
         )  # fmt: skip
     return table
-
-
-def _wrapped(console: Console, text: str) -> None:
-    console.print(Padding(Text(text), (0, 0, 0, 0)))
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.1f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f}"

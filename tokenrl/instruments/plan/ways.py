@@ -10,29 +10,37 @@ from ...ops.linear.gemm import CPU_ROWS
 from ...ops.linear.head import BYTES_PER_TILE, Head, Tiles, even, fitting_whole_rows, tiles_of, whole_rows_of
 from ...ops.linear.head import FEWEST_TOKENS as FEWEST
 from ...ops.linear.kept import gradient_sums, logits_fit
-from ...ops.linear.policy_loss import rows_of_chunk
+from ...ops.linear.policy_loss import WORTH_CUTTING, WORTH_EXCHANGING, rows_of_chunk
 from ..machine_limits import Work
 from ..work import gradient_of_logits, statistics_of_logits
 from .model import Shape, Step, Way, gemm, kernel
+from .network import all_gather, all_reduce
 
 SUM = 4  # bytes of a number in fp32: sums, log-probs, and what eager computes a softmax in
 EAGER_LOSS, OUR_LOSS = 1000, 200  # bytes of a token's loss, eager and ours: some 80 and 17 small ops
 PER_TILE, PER_CHUNK = 8, 24  # launches of one more: GEMMs, statistics, gradients, sums; the objective
 GATHERED = 16  # bytes of a row's statistics that vocabulary shards exchange
+EXCHANGE, HIDDEN_SUM = "exchange of statistics", "sum of hidden's gradient"
 
 
-def _exchange(shape: Shape, collectives: int, row_bytes: int) -> Iterator[Step]:
-    """What shards tell each other of each row."""
+def _exchange(shape: Shape, collectives: int = 1) -> Iterator[Step]:
+    """What shards tell each other of each row, in one all-gather or several."""
     if shape.shards > 1:
-        sent = shape.tokens * row_bytes * (shape.shards - 1)
-        yield Step("exchange of statistics", Work(0, 0, 0), launches=collectives, sent=sent)
+        sent = all_gather(shape.shards, shape.tokens * GATHERED, collectives)
+        yield Step(EXCHANGE, Work(0, 0, 0), launches=collectives, sent=sent)
 
 
-def _shared_hidden(shape: Shape) -> Iterator[Step]:
+def _megatrons_exchange(shape: Shape) -> Iterator[Step]:
+    """Three all-reduces of a number a row: maxima, sums, logits of the ids."""
+    if shape.shards > 1:
+        yield Step(EXCHANGE, Work(0, 0, 0), launches=3, sent=all_reduce(shape.shards, 3 * SUM * shape.tokens, 3))
+
+
+def _shared_hidden(shape: Shape, collectives: int = 1) -> Iterator[Step]:
     """The sum of the shards' gradients of hidden, in fp32, each in its ring."""
     if shape.shards > 1:
-        sent = 2 * shape.states * SUM * (shape.shards - 1) // shape.shards
-        yield Step("sum of hidden's gradient", Work(shape.states * SUM, shape.states * SUM, 0), sent=sent)
+        work = Work(shape.states * SUM, shape.states * SUM, 0)
+        yield Step(HIDDEN_SUM, work, sent=all_reduce(shape.shards, shape.states * SUM, collectives))
 
 
 def _statistics(shape: Shape, launches: int = 0) -> Step:
@@ -59,7 +67,7 @@ def eager(shape: Shape) -> Way:
         "eager",
         (
             gemm(shape, "logits"), *copies, kernel("log_softmax", cells * SUM, cells * SUM, cells),
-            *_exchange(shape, 3, 3 * SUM), _loss(shape, EAGER_LOSS // 2),
+            *_megatrons_exchange(shape), _loss(shape, EAGER_LOSS // 2),
         ),
         (
             kernel("gather's gradient", 0, cells * SUM),
@@ -78,7 +86,7 @@ def from_logits(shape: Shape) -> Way:
         "token_logprobs",
         (
             gemm(shape, "logits"), _statistics(shape),
-            *_exchange(shape, 1, GATHERED), _loss(shape, OUR_LOSS),
+            *_exchange(shape), _loss(shape, OUR_LOSS),
         ),
         (
             _gradient(shape), gemm(shape, "hidden"), gemm(shape, "weight"),
@@ -145,7 +153,7 @@ def from_hidden(shape: Shape, device: str, budget: int) -> Way:
     kept = logits_fit(_head(shape, device), shape.tokens, budget)
     forward, backward, held = _tiled(shape, device, budget, kept)
     results = (shape.weight + shape.states) * shape.size
-    steps = (*forward, *_exchange(shape, 1, GATHERED), _loss(shape, OUR_LOSS))
+    steps = (*forward, *_exchange(shape), _loss(shape, OUR_LOSS))
     return Way("linear_token_logprobs", steps, tuple(backward), (held[0], max(held[0], held[1] + results)))
 
 
@@ -168,8 +176,13 @@ def _sums(shape: Shape) -> int:
 
 def _chunk(shape: Shape, device: str, budget: int) -> int:
     """Tokens of a chunk of linear_policy_loss, 0 where too few fit."""
-    rows = rows_of_chunk(_head(shape, device), shape.tokens, budget, _sums(shape))
-    return even(shape.tokens, rows) if rows else 0
+    head, at_once = _head(shape, device), 1 if shape.shards == 1 else 2
+    fits = rows_of_chunk(head, shape.tokens, budget // at_once, _sums(shape) if at_once == 1 else 0)
+    if at_once > 1:  # as on ranks: one is exchanged while the next is made
+        worth = min(fits, max(_count(shape.tokens, WORTH_CUTTING), WORTH_EXCHANGING))
+        alone = rows_of_chunk(head, shape.tokens, budget, 0)
+        fits = worth or (alone if alone >= shape.tokens else 0)
+    return even(shape.tokens, fits) if fits else 0
 
 
 def one_pass(shape: Shape, device: str, rows: int) -> Way:
@@ -179,20 +192,24 @@ def one_pass(shape: Shape, device: str, rows: int) -> Way:
     summed = [kernel("sums of the weight's gradient", shape.weight * SUM * chunks, shape.weight * SUM * chunks)]
     forward = (
         gemm(shape, "logits"), _statistics(shape),
-        *_exchange(shape, chunks, GATHERED), _loss(shape, OUR_LOSS),
+        *_exchange(shape, chunks), _loss(shape, OUR_LOSS),
         _gradient(shape, PER_CHUNK * (chunks - 1)),
         gemm(shape, "hidden"), gemm(shape, "weight"), *summed * (chunks > 1),
-        *_shared_hidden(shape),
+        *_shared_hidden(shape, chunks),
     )  # fmt: skip
-    peak = rows * shape.columns * shape.size + waiting + sums * (chunks > 1)
-    return Way("linear_policy_loss", forward, (scaled,), (peak, max(peak, last)))
+    at_once = 1 if shape.shards == 1 else min(2, chunks)
+    shares = (
+        shape.states * (SUM - shape.size) * (shape.shards > 1)
+    )  # of hidden's gradient, rounded when they are summed
+    peak = at_once * rows * shape.columns * shape.size + waiting + shares + sums * (chunks > 1)
+    return Way("linear_policy_loss", forward, (scaled,), (peak, max(peak, last)), chunks)
 
 
 def two_passes(shape: Shape, device: str, budget: int) -> Way:
     """linear_policy_loss where a coefficient depends on tokens of later chunks, or hardly any row fits into one."""
     forward, backward, held = _tiled(shape, device, budget)
     waiting, last, scaled = _waiting(shape, device)
-    steps = (*forward, *_exchange(shape, 1, GATHERED), _loss(shape, OUR_LOSS), *backward)
+    steps = (*forward, *_exchange(shape), _loss(shape, OUR_LOSS), *backward)
     peak = max(held[0], held[1] + waiting)
     return Way("linear_policy_loss, 2 passes", steps, (scaled,), (peak, max(peak, last)))
 
