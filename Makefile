@@ -64,7 +64,8 @@ wheel: $(VENV)/.release
 	    -w dist build/wheel/*.whl
 	$(VENV)/bin/python -m twine check --strict dist/*
 
-# On a machine with a GPU, its own Python, torch and nvcc; no network. Tables go to bench/results/.
+# On a machine with a GPU, its own Python, torch and nvcc; no network: three calls of less than ten minutes each, which
+# bench/gpu.sh makes by name too. Tables go to bench/results/.
 gpu:
 	bash bench/gpu.sh
 

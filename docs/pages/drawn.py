@@ -16,19 +16,20 @@ PICTURES = ROOT / "docs" / "pictures"
 SHOWN = (
     ("token_logprobs", "", "log-probs and entropy from logits"),
     ("linear_policy_loss", "all active", "loss from hidden states"),
-    ("linear_policy_loss", "half masked", "the same, half of the tokens masked"),
+    ("linear_policy_loss", "half masked", "the same, half of it masked"),
 )
+WIDTH = 486  # so little that on a phone the letters are still read
 RIVALS = {"TRL": "TRL", "Liger": "Liger", "eager": "eager PyTorch", "compile": "torch.compile"}
 
 
-def measured(report: dict) -> list[tuple[str, dict[str, float]]]:
-    """For what is shown, milliseconds of forward and backward by who computed it, ours first."""
+def measured(report: dict) -> list[tuple[str, str, dict[str, float]]]:
+    """For what is shown, its shape and milliseconds of forward and backward by who computed it, ours first."""
     found = []
     for op, variant, title in SHOWN:
         line = next(x for x in report["lines"] if x["ours"] and (x["op"], x["variant"]) == (op, variant))
         times = {"tokenrl": line["both_ms"]}
         others = {RIVALS[name]: pair[1] * line["both_ms"] for name, pair in line["versus"].items() if pair and pair[1]}
-        found.append((f"{title}, {shape(line)}", times | dict(sorted(others.items(), key=lambda item: item[1]))))
+        found.append((title, shape(line), times | dict(sorted(others.items(), key=lambda item: item[1]))))
     return found
 
 
@@ -38,11 +39,12 @@ def shape(line: dict) -> str:
 
 def headline(theme: Theme, report: dict) -> str:
     """Bars of each case's times, on a scale of its own."""
-    left, room, parts, y = 112, 400, [], 20
-    parts.append(text(0, y, "Forward and backward, milliseconds on two CPU cores, shorter is better", theme.muted))
-    for title, times in measured(report):
+    left, room, parts, y = 116, 262, [], 20
+    parts.append(text(0, y, "Forward and backward, milliseconds on two CPU cores", theme.muted))
+    for title, size, times in measured(report):
         y += 34
-        parts.append(text(0, y, title, theme.ink, 15, "font-weight='600'"))
+        parts.append(text(0, y, title, theme.ink, 14, "font-weight='600'"))
+        parts.append(text(WIDTH, y, size, theme.muted, 12, "text-anchor='end'"))
         longest = max(times.values())
         for name, ms in times.items():
             y += 23
@@ -51,7 +53,7 @@ def headline(theme: Theme, report: dict) -> str:
             parts.append(bar(left, y - 12, width, theme.ours if ours else theme.other))
             said = f"{ms:,.0f}" if ours else f"{ms:,.0f}  ({ms / times['tokenrl']:.1f}x)"
             parts.append(text(left + width + 8, y, said, theme.ink if ours else theme.muted))
-    return framed(640, y + 14, "Time of tokenrl beside eager PyTorch, torch.compile, TRL and Liger", parts)
+    return framed(WIDTH, y + 14, "Time of tokenrl beside eager PyTorch, torch.compile, TRL and Liger", parts)
 
 
 def box(x: int, y: int, width: int, said: str, theme: Theme, ours: bool = False) -> str:
@@ -65,23 +67,25 @@ def arrow(x0: int, y0: int, x1: int, y1: int, theme: Theme) -> str:
 
 
 def flow(theme: Theme, _: dict) -> str:
-    """From what a model gives to the loss; the boxes with a coloured edge are ops."""
+    """From what a model gives to the loss; the boxes with a coloured edge are ops. The way without logits goes around
+    the left, where it crosses nothing."""
     tip = (
         "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' markerHeight='8' orient='auto'>"
         f"<path d='M0 0 L8 4 L0 8 z' fill='{theme.muted}'/></marker></defs>"
     )
-    parts = [tip, box(0, 8, 150, "hidden, lm_head", theme), box(0, 66, 150, "logits", theme)]
-    parts += [box(196, 8, 196, "linear_token_logprobs", theme, True), box(196, 66, 196, "token_logprobs", theme, True)]
-    parts += [box(440, 37, 192, "logp, entropy, ...", theme), box(440, 124, 192, "policy_loss", theme, True)]
-    parts += [box(0, 124, 150, "rewards", theme), box(196, 124, 196, "advantages, mask, w", theme)]
-    parts += [box(196, 182, 196, "linear_policy_loss", theme, True), box(440, 182, 192, "loss, metrics", theme)]
-    for ends in ((150, 25, 194, 25), (150, 83, 194, 83), (392, 25, 438, 46), (392, 83, 438, 62), (536, 71, 536, 122),
-                 (150, 141, 194, 141), (392, 141, 438, 141), (536, 158, 536, 180), (294, 158, 294, 180),
-                 (392, 199, 438, 199)):  # fmt: skip
+    parts = [tip, box(14, 8, 124, "hidden, lm_head", theme), box(14, 66, 124, "logits", theme)]
+    parts += [box(162, 8, 166, "linear_token_logprobs", theme, True), box(162, 66, 166, "token_logprobs", theme, True)]
+    parts += [box(354, 37, 126, "logp, entropy, ...", theme), box(354, 124, 126, "policy_loss", theme, True)]
+    parts += [box(14, 124, 124, "rewards", theme), box(162, 124, 166, "advantages, mask, w", theme)]
+    parts += [box(162, 182, 166, "linear_policy_loss", theme, True), box(354, 182, 126, "loss, metrics", theme)]
+    for ends in ((138, 25, 160, 25), (138, 83, 160, 83), (328, 25, 352, 46), (328, 83, 352, 62), (417, 71, 417, 122),
+                 (138, 141, 160, 141), (328, 141, 352, 141), (417, 158, 417, 180), (245, 158, 245, 180),
+                 (328, 199, 352, 199)):  # fmt: skip
         parts.append(arrow(*ends, theme))
-    way = f"M174 25 L174 199 L194 199' stroke='{theme.muted}' fill='none' stroke-dasharray='4 3' marker-end='url(#tip)"
-    parts += [f"<path d='{way}'/>", text(0, 204, "in one pass, no logits:", theme.muted, 13)]
-    return framed(640, 224, "From hidden states or logits to the loss", parts)
+    way = "M14 25 L4 25 L4 199 L160 199"
+    dashed = f"<path d='{way}' stroke='{theme.muted}' fill='none' stroke-dasharray='4 3' marker-end='url(#tip)'/>"
+    parts += [dashed, text(14, 192, "one pass, no logits", theme.muted, 13)]
+    return framed(WIDTH, 224, "From hidden states or logits to the loss", parts)
 
 
 DRAWN = {"headline": (headline, "cpu"), "flow": (flow, "cpu"), "ranks": (ranks, "ranks")}

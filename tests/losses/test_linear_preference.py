@@ -133,10 +133,10 @@ def test_only_what_is_wanted_is_made(backend, monkeypatch):
     hidden = leaves["hidden"].requires_grad_()
     seen, run = [], joined.run
 
-    def watched(inputs, heads, other, rows, chunks, evaluate, grads):
+    def watched(inputs, heads, other, rows, chunks, ranks, evaluate, grads):
         assert grads.weight is None and grads.bias is None and grads.hidden is not None and other is None
         seen.extend(chunks)
-        return run(inputs, heads, other, rows, chunks, evaluate, grads)
+        return run(inputs, heads, other, rows, chunks, ranks, evaluate, grads)
 
     monkeypatch.setattr(joined, "run", watched)
     loss, metrics = tokenrl.linear_preference_loss(

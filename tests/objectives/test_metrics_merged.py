@@ -1,16 +1,10 @@
 """Metrics of parts of a batch, micro-batches or ranks, against those of the whole."""
 
-import json
-import os
-import subprocess
-import sys
-
 import cases
 import linear_policy_cases
 import pytest
 import torch
 from cases import backends_to_test, device_of
-from paths import ROOT
 
 import tokenrl
 
@@ -83,42 +77,7 @@ def test_parts_are_checked():
             tokenrl.Metrics.merged(parts)
 
 
-RANK = """
-import json, os, sys
-import torch
-from torch import distributed
-import tokenrl
-store, rank, given = sys.argv[1], int(sys.argv[2]), torch.load(sys.argv[3])
-def of(rows):
-    logp, old, a, mask = (x[rows] for x in given)
-    return tokenrl.policy_loss("ppo", logp, old, a, mask=mask)[1]
-own = of(slice(rank, None, 2))
-assert own.reduce() is own, "without a process group"
-distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-alone = distributed.new_group([0]), distributed.new_group([1])
-found = own.reduce()
-assert own.reduce(alone[rank]).raw.equal(own.raw)
-print("FOUND" + json.dumps([found.raw.tolist(), of(slice(None)).raw.tolist()]), flush=True)
-distributed.barrier()
-os._exit(0)  # gloo's threads may abort a process that ends in order
-"""
-
-
-def test_two_processes_have_the_metrics_of_one(tmp_path):
-    case = cases.batch(2, rows=7)
-    torch.save([case[name] for name in ("logp", "old_logp", "advantages", "mask")], tmp_path / "batch.pt")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    python = sys.executable, "-W", "error::FutureWarning", "-c"
-    ranks = [
-        subprocess.Popen(
-            [*python, RANK, str(tmp_path / "store"), str(rank), str(tmp_path / "batch.pt")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    found = [json.loads(out.split("FOUND")[1]) for out, _ in said]
-    assert found[0] == found[1], "every rank has the same bits"
-    together, whole = found[0]
-    assert together == pytest.approx(whole, rel=1e-12) and together[0] == case["mask"].sum()
+def test_without_a_process_group_there_is_nothing_to_reduce():
+    """On ranks: the cases of data_cases.py, in tests/distributed."""
+    own = CALLS["ppo"](PARTS[0], "reference")[2]
+    assert own.reduce() is own

@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from vocab_cases import said
 
 import tokenrl
-from tokenrl.distributed import AVERAGED_OVER, averaged_over, global_weights, wire
+from tokenrl import wire
+from tokenrl.distributed import AVERAGED_OVER, averaged_over, global_weights
 from tokenrl.objectives.aggregations import AGGREGATIONS
 
 ROWS, NEAR = 11, functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)

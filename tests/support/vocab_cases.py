@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokenrl
-from tokenrl.distributed import VocabShard, wire
+from tokenrl import wire
+from tokenrl.distributed import VocabShard
 from tokenrl.distributed.agreement import Agreement
 from tokenrl.logprobs.from_logits import OUTPUTS
 

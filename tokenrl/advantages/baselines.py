@@ -18,8 +18,14 @@ def maxrl(
 ) -> Tensor:
     """MaxRL, A = (R - mean_g) / (mean_g + eps), 0 where mean_g <= 0: [S] -> [S].
 
-    For rewards that are not negative. eps: 0 in prime-rl, 1e-6 in SkyRL, where a group of one keeps its reward
-    (singleton="raw").
+    For rewards that are not negative.
+
+    Args:
+        rewards: fp32 or fp64 [S], at least 0, a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        eps: of the divisor: 0 in prime-rl, 1e-6 in SkyRL.
+        singleton: "zero", a group of one has an advantage of 0; "raw", it keeps its reward (SkyRL).
+        unscored: of a NaN among the rewards: "raise", or "nan", the advantage of that row, which no statistic sees.
 
     Source: arXiv 2602.02710, prime-rl, SkyRL (trainers).
     """
@@ -36,6 +42,12 @@ def soft_value(rewards: Tensor, group_ids: Tensor, *, tau: float = 1.0, unscored
 
     OPMD's other baseline, and A*PO's optimal value V*, of samples of the reference policy with tau = 0.5.
 
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        tau: temperature, above 0, in units of the reward: 0 would be the maximum, infinity the mean.
+        unscored: as for maxrl.
+
     Source: OPMD, Trinity-RFT; A*PO, arXiv 2505.20686, TRL (trainers).
     """
     check_number("tau", tau, above=0)
@@ -48,8 +60,14 @@ def soft_value(rewards: Tensor, group_ids: Tensor, *, tau: float = 1.0, unscored
 def opmd(
     rewards: Tensor, group_ids: Tensor, *, baseline: str = "mean", tau: float = 1.0, unscored: str = "raise"
 ) -> Tensor:
-    """OPMD, A = R - b_g: [S] -> [S]. baseline: "mean" of the group, or "soft", soft_value with tau. A group of one has
-    b = 0. For objective "opmd".
+    """OPMD, A = R - b_g: [S] -> [S], for objective "opmd". A group of one has b = 0.
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        baseline: b_g, "mean" of the group, or "soft", its soft_value.
+        tau: of soft_value, above 0.
+        unscored: as for maxrl.
 
     Source: Trinity-RFT (trainers).
     """
@@ -68,6 +86,12 @@ def asymre(rewards: Tensor, group_ids: Tensor, *, shift: float = -0.1, unscored:
 
     Below 0 the shift has the policy learn more from what went well than from what did not.
 
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        shift: added to the baseline, in units of the reward.
+        unscored: as for maxrl.
+
     Source: arXiv 2506.20520, Trinity-RFT (trainers).
     """
     check_number("shift", shift)
@@ -80,7 +104,11 @@ def rae(rewards: Tensor, agents: Tensor, baselines: Tensor, *, decay: float = 0.
     """RAE, A = R - b of the agent (or role) that earned it; then b <- decay b + (1 - decay) R, sequence by sequence in
     order: ([S], the baselines for the next call [K], fp64).
 
-    agents: integers [S] in [0, K). baselines: [K], zeros at first. decay: 0.95 is our reading of SPIRAL.
+    Args:
+        rewards: fp32 or fp64 [S], a constant, in the order in which they were earned.
+        agents: integers [S] in [0, K), whose reward it is.
+        baselines: fp32 or fp64 [K], b before the call; zeros at first.
+        decay: in [0, 1], of a baseline at each of its rewards; 0.95 is our reading of SPIRAL.
 
     Source: SPIRAL, arXiv 2506.24119, prime-rl (trainers).
     """

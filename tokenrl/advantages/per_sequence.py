@@ -28,9 +28,17 @@ def grpo(
 ) -> Tensor:
     """GRPO, A = (R - mean_g) / (std_g + eps): [S] -> [S].
 
-    scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL; LitePPO of ROLL).
-    unbiased, eps: verl's n - 1 and 1e-6; TRL has eps 1e-4. mean, std: [S], what to use instead of the statistics of the
-    rows of this call; with both (or mean and scale "none") group_ids are not needed.
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one. None with mean and std, or with mean and scale
+            "none".
+        scale: "std"; "none", Dr.GRPO, A = R - mean_g; "batch", std of all rewards of the call (TRL; LitePPO of ROLL).
+        eps: added to the std: verl's 1e-6, TRL has 1e-4.
+        unbiased: whether the std is over n - 1 (verl, TRL), or over n.
+        singleton: of a group of one: "raw", it has mean 0 and std 1, so keeps its reward; "zero", its advantage is 0.
+        mean: [S], in place of the mean of the rows of this call (group_statistics gives it).
+        std: [S], in place of their std.
+        unscored: of a NaN among the rewards: "raise", or "nan", the advantage of that row, which no statistic sees.
 
     Source: verl core_algos, TRL; Dr.GRPO, arXiv 2503.20783 (trainers).
     """
@@ -61,7 +69,13 @@ def rloo(
 ) -> Tensor:
     """RLOO, A = R - mean of the others = n / (n - 1) (R - mean_g): [S] -> [S].
 
-    singleton: "zero" as verl's rloo_vectorized, "raw" as its rloo. mean, count: [S] floats, of the whole group.
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one. None with mean and count.
+        singleton: of a group of one: "zero" as verl's rloo_vectorized, "raw", it keeps its reward, as its rloo.
+        mean: [S], the mean of the whole group, with count.
+        count: [S], floats, n of the whole group, with mean.
+        unscored: as for grpo.
 
     Source: arXiv 2402.14740, verl (trainers).
     """
@@ -81,6 +95,13 @@ def opo(
 
     Groups without a token stay finite (our reading; verl: NaN).
 
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        lengths: integers [S], tokens of each response, at least 0.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        singleton: as for grpo.
+        unscored: as for grpo.
+
     Source: arXiv 2505.23585, verl (trainers).
     """
     x, groups = as_rewards(rewards, unscored=unscored), as_groups(group_ids, rewards, unscored)
@@ -93,6 +114,11 @@ def remax(rewards: Tensor, greedy_rewards: Tensor, mask: Tensor | None = None) -
     """ReMax, A = R - R_greedy: [S], [S] -> [S].
 
     With rewards [B, T] and mask, as verl: A_t = sum_{j >= t} r_j - R_greedy over valid tokens, [B, T].
+
+    Args:
+        rewards: fp32 or fp64 [S], or of each token, [B, T]; a constant.
+        greedy_rewards: fp32 or fp64 [S] or [B]: what the greedy response to the same prompt got.
+        mask: bool [B, T], beside rewards of tokens.
 
     Source: arXiv 2310.10505, verl (trainers).
     """
@@ -117,8 +143,15 @@ def gpg(
 ) -> Tensor:
     """GPG, A = alpha (R - mean_g) / f_norm: [S] -> [S].
 
-    alpha: S / max(rewards that are not 0, 1) of the call if not given; as verl has it, this counts values, not groups,
-    so it means what the paper says for rewards of 0 and 1 only.
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one. None with mean.
+        f_norm: what is divided by, above 0.
+        alpha: None: S / max(rewards that are not 0, 1) of the call. As verl has it, this counts values, not groups, so
+            it means what the paper says for rewards of 0 and 1 only.
+        singleton: as for grpo.
+        mean: [S], in place of the mean of the rows of this call.
+        unscored: as for grpo.
 
     Source: arXiv 2504.02546, verl (trainers).
     """
@@ -137,8 +170,14 @@ def pass_at_k(
 ) -> Tensor:
     """A = r_max - r_2nd for the best rollout of a group, 0 for the others: [S] -> [S].
 
-    scale: "std" divides by std_g + eps, "none" does not. A shared maximum gives 0; so does a group of one (our reading;
-    verl raises).
+    A shared maximum gives 0; so does a group of one (our reading; verl raises).
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        scale: "std" divides by std_g + eps, over n - 1; "none" does not.
+        eps: at least 0.
+        unscored: as for grpo.
 
     Source: arXiv 2503.19595, verl grpo_passk (trainers).
     """
@@ -164,8 +203,17 @@ def gdpo(
 ) -> Tensor:
     """GDPO, whitened sum_k w_k (R_k - mean_gk) / (std_gk + eps): [S, K], weights [K] -> [S].
 
-    Whitening is (x - mean) / sqrt(var + 1e-8), variance over n - 1, over tokens if lengths [S] are given (each
-    sequence counts n_i times, as verl), else over sequences (as TRL, which has / (std + 1e-4)).
+    Whitening is (x - mean) / sqrt(var + 1e-8), variance over n - 1.
+
+    Args:
+        rewards: fp32 or fp64 [S, K], of K kinds, a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        weights: [K], w; None: 1 each.
+        lengths: integers [S]: whitening is over tokens, each sequence counts n_i times (verl); None: over sequences
+            (TRL, which has / (std + 1e-4)).
+        eps: added to each std_gk.
+        singleton: as for grpo.
+        unscored: as for grpo.
 
     Source: arXiv 2601.05242, verl, TRL (trainers).
     """
@@ -191,6 +239,10 @@ def pama(advantages: Tensor, *, form: str = "signed") -> Tensor:
         "noon"     min_k max(A_k, 0), the paper's surrogate
 
     Of sequences or of tokens, for policy_loss.
+
+    Args:
+        advantages: fp32 or fp64 [..., K], K >= 1; no gradient passes.
+        form: "signed" or "noon", as above.
 
     Source: arXiv 2508.07768 (notes).
     """

@@ -45,9 +45,17 @@ def whiten(
     eps: float = 1e-8,
     unscored: str = "raise",
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T].
+    """(x - mean) / sqrt(var + eps) over all valid tokens, variance over N - 1: [B, T] -> [B, T]. One token gives 0 (our
+    reading; verl raises, and adds 1e-8 to N).
 
-    mean, var: of a larger batch. One token gives 0 (our reading; verl raises, and adds 1e-8 to N).
+    Args:
+        values: fp32 or fp64 [B, T], or [N] with cu_seqlens; a constant.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        mean: a number or 0-d, of a larger batch, with var.
+        var: likewise, its variance.
+        eps: at least 0.
+        unscored: of a NaN among valid values: "raise", or "nan", which the statistics leave out.
 
     Source: verl masked_whiten (trainers).
     """
@@ -67,7 +75,11 @@ def discounted_returns(
 ) -> Tensor:
     """G_t = r_t + gamma G_{t+1} over valid tokens: [B, T] -> [B, T]. A masked cell costs no discount (verl).
 
-    gamma: a number, or one per sequence, [S].
+    Args:
+        token_rewards: fp32 or fp64 [B, T], or [N] with cu_seqlens; a constant.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        gamma: in [0, 1], a number, or one per sequence, [S].
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     valid = valid_of(token_rewards, mask, cu_seqlens, "token_rewards")
     gamma = _discount("gamma", gamma, valid)
@@ -82,7 +94,14 @@ def reinforce_plus_plus(
     cu_seqlens: Tensor | None = None,
     unscored: str = "raise",
 ) -> Tensor:
-    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T]. gamma: a number, or [S].
+    """REINFORCE++, discounted_returns whitened over all valid tokens: [B, T] -> [B, T].
+
+    Args:
+        token_rewards: fp32 or fp64 [B, T], or [N] with cu_seqlens; a constant.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        gamma: in [0, 1], a number, or one per sequence, [S].
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        unscored: as for whiten.
 
     Source: arXiv 2501.03262, verl (trainers).
     """
@@ -102,6 +121,14 @@ def reinforce_plus_plus_baseline(
     unscored: str = "raise",
 ) -> Tensor:
     """R - mean_g on every token of a sequence, whitened over all valid tokens: [S], mask [B, T] -> [B, T].
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        mask: bool [B, T], or [N] with cu_seqlens: the shape of the result.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        singleton: as for grpo.
+        unscored: as for grpo.
 
     Source: arXiv 2501.03262, verl (trainers).
     """
@@ -126,10 +153,18 @@ def gae(
     """GAE over valid tokens: (advantages, returns), [B, T] each.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V; V = A = 0 after the last.
-    gamma, lam: numbers, or one per sequence, [S], as VAPO's lambda of 1 - 1 / (alpha n).
-    holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next cell,
-    and a masked one has r = V = 0 (OpenRLHF, and the code of RTO's authors). whiten: the advantages only, over all
-    tokens.
+
+    Args:
+        token_rewards: fp32 or fp64 [B, T], or [N] with cu_seqlens; a constant.
+        values: V, of that shape.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        gamma: in [0, 1], a number, or one per sequence, [S].
+        lam: likewise, as VAPO's lambda of 1 - 1 / (alpha n).
+        whiten: the advantages only, over all tokens.
+        holes: "skip", t + 1 is the next valid token, so a tool's output costs no discount; "count", it is the next
+            cell, and a masked one has r = V = 0 (OpenRLHF, and the code of RTO's authors).
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        unscored: as for whiten, of token_rewards.
 
     Source: arXiv 1506.02438, verl (trainers).
     """
@@ -166,10 +201,22 @@ def otb(
 ) -> Tensor:
     """Optimal token baseline, A_t = G_t - sum_i G_t W_t / (sum_i W_t + eps) over the group's tokens at t: [B, T].
 
-    G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens.
-    position: what t is, "column" (verl optimal_token_baseline) or the count of valid tokens, "valid" (its multi-turn
-    one). zero_tail: no baseline for the longest sequence past the length of the second. Nor for a sequence alone in
-    its group; sequences without tokens do not count (our reading).
+    G: undiscounted returns. W_t = sum_{j <= t} (1 - 2 pi_j + sum_pi_squared_j) is_weights_j^2 over valid tokens. No
+    baseline for a sequence alone in its group; sequences without tokens do not count (our reading).
+
+    Args:
+        token_rewards: fp32 or fp64 [B, T], or [N] with cu_seqlens; a constant, as all of the tokens are.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        logp: log pi of the sampled tokens, of that shape.
+        sum_pi_squared: sum_v p_v^2, of that shape: exp of log_sum_sq_probs of token_logprobs.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        is_weights: of that shape; None: 1.
+        position: what t is, "column" (verl optimal_token_baseline) or the count of valid tokens, "valid" (its
+            multi-turn one).
+        zero_tail: no baseline for the longest sequence past the length of the second.
+        eps: added to the divisor.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        unscored: as for whiten, of token_rewards.
 
     Source: verl (trainers).
     """

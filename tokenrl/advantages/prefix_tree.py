@@ -36,15 +36,26 @@ def tempo(
     their rewards. So a token at which the tree does not branch has the advantage of grpo, and where it branches the
     change of the expected reward is added.
 
-    rewards: fp32 or fp64 [S]; group_ids: integers [S]; the rows of a group must be in one call, as the tree is made of
-    them. ids: integers [B, T], or [N] with cu_seqlens [S + 1], the tokens of the responses, tool output included: what
-    lies in a hole of the mask (bool, of the shape of ids) is part of the prefix and is compared.
-    holes: "stop" (authors' code), tokens after the first masked cell of a row have the advantage of grpo; "skip" (our
-    reading), they go on with the walk; a branch inside a hole was not the policy's, and its change of V is nobody's.
-    ends: "valid" (our reading), a response ends with its last valid token, where it leaves those that go on; what
-    masked cells after it hold does not matter. "cells" (authors' code), all cells of a row are compared, so that a
-    response which ended shares a prefix with one that samples the id of the padding.
-    scale, eps, unbiased, singleton, mean, std [S]: as in grpo; V always is of the rewards of the call.
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; the rows of a group must be in one call, as the tree is made of them.
+        ids: integers [B, T], or [N] with cu_seqlens, the tokens of the responses, tool output included: what lies in a
+            hole of the mask is part of the prefix and is compared.
+        mask: bool of that shape.
+        scale: as for grpo, "std" or "none".
+        eps: as for grpo.
+        unbiased: as for grpo.
+        singleton: as for grpo.
+        holes: "stop" (authors' code), tokens after the first masked cell of a row have the advantage of grpo; "skip"
+            (our reading), they go on with the walk; a branch inside a hole was not the policy's, and its change of V is
+            nobody's.
+        ends: "valid" (our reading), a response ends with its last valid token, where it leaves those that go on; what
+            masked cells after it hold does not matter. "cells" (authors' code), all cells of a row are compared, so
+            that a response which ended shares a prefix with one that samples the id of the padding.
+        mean: [S], as for grpo; V always is of the rewards of the call.
+        std: [S], likewise.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        unscored: as for grpo.
 
     Source: arXiv 2509.18314 (authors' code).
     """
@@ -75,7 +86,13 @@ def prefix_values(
     0 in masked cells, in the dtype of the rewards. Of rewards 0 and 1 the share of right answers among the rollouts
     that go on from this prefix; where no other shares it, the own reward. Labels for value_loss.
 
-    rewards, group_ids, ids, mask, cu_seqlens: as for tempo with holes "skip" and ends "valid".
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; the rows of a group must be in one call.
+        ids: integers [B, T], or [N] with cu_seqlens, as for tempo with holes "skip" and ends "valid".
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        unscored: as for grpo.
 
     Source: TVM, arXiv 2407.12863 (abstract and figures; holes are our reading).
     """

@@ -26,7 +26,14 @@ def token_rewards(
 
     a reward shaped by a potential, whose sum over a sequence is DPO's. With beta times the logits for Q*(s, .), V*(s)
     is beta times the lse of token_logprobs, both up to a number per state. For credit maps, search, or as the
-    token_rewards of gae. logp, ref_logp: fp32 or fp64, constant.
+    token_rewards of gae.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the policy, a constant.
+        ref_logp: of its reference, of that shape.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        beta: above 0.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: arXiv 2404.12358 (notes).
     """
@@ -54,9 +61,20 @@ def rto(
         r_t = clamp(scale (dpo_logp - ref_logp), +-clip) - kl_coef (old_logp - ref_logp)
               + clamp(rewards, +-reward_clip) on the last valid token
 
-    dpo_logp, ref_logp, old_logp: fp32 or fp64, of a DPO policy, its reference and the sampling policy. rewards: [S], of
-    the responses. clip, reward_clip: None turns a clamp off. A response without tokens gets none of its reward. The
-    authors' GAE is gae(r, values, mask, 1.0, 0.95, whiten=False, holes="count").
+    A response without tokens gets none of its reward. The authors' GAE is gae(r, values, mask, 1.0, 0.95, whiten=False,
+    holes="count").
+
+    Args:
+        dpo_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of a DPO policy, a constant.
+        ref_logp: of its reference, of that shape.
+        old_logp: of the sampling policy, of that shape.
+        rewards: [S], of the responses.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        scale: of the DPO policy's reward of a token.
+        clip: its largest size, above 0; None: no bound.
+        kl_coef: at least 0, in units of the reward per nat.
+        reward_clip: the largest size of a response's reward, above 0; None: no bound.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: arXiv 2404.18922 (authors' code).
     """
@@ -96,8 +114,12 @@ def kl_estimate(
 ) -> Tensor:
     """The estimate of KL(pi || ref) of each token, of logp's shape and dtype, for a KL in the reward: r - coef kl.
 
-    logp (of the sampling policy), ref_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens. kl: a row kl_* of the table of
-    objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1".
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the sampling policy, a constant.
+        ref_logp: of the reference, of that shape.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        kl: a row kl_* of the table of objectives, with its formula and clamp; verl's use_kl_in_reward has "kl_k1".
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     row = kl_estimator(kl)
     valid = valid_of(logp, mask, cu_seqlens, "logp")
@@ -112,7 +134,14 @@ def overlong_penalty(
     """DAPO's soft overlong punishment, to be added to the rewards: integers n [S] -> [S].
 
     factor max(min((max_length - buffer - n) / buffer, 0), floor): 0 up to max_length - buffer, then linear down to
-    -factor at max_length. floor: the paper's -1; None for verl, which goes on falling beyond max_length.
+    -factor at max_length.
+
+    Args:
+        lengths: integers [S], n, tokens of the responses.
+        max_length: tokens.
+        buffer: tokens, above 0, at most max_length.
+        factor: in units of the reward.
+        floor: at most 0: the paper's -1; None for verl, which goes on falling beyond max_length.
 
     Source: arXiv 2503.14476 (paper); verl (trainers).
     """
@@ -130,8 +159,10 @@ def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None =
     """Overlong filtering: bool [S], False for the responses that were cut off, to be joined to the mask of the loss,
     mask & kept[:, None].
 
-    A response is cut off that has max_length tokens or more, unless finished (bool [S]) says that it ended of itself,
-    with an end-of-sequence token, as in TRL.
+    Args:
+        lengths: integers [S], tokens of the responses.
+        max_length: tokens: a response of as many, or more, was cut off.
+        finished: bool [S], unless it ended of itself, with an end-of-sequence token, as in TRL. None: none did.
 
     Source: DAPO, arXiv 2503.14476 (paper); TRL mask_truncated_completions, ms-swift overlong_filter (trainers).
     """
@@ -146,8 +177,13 @@ def overlong_mask(lengths: Tensor, *, max_length: int, finished: Tensor | None =
 
 
 def reasoning_budget(progress: float, *, initial: float = 800, minimum: int = 1, gamma: float = 0.2) -> int:
-    """RMT's budget of thinking tokens, max(minimum, floor(initial gamma^progress)), progress the fraction of training
-    done.
+    """RMT's budget of thinking tokens, max(minimum, floor(initial gamma^progress)).
+
+    Args:
+        progress: the fraction of training done, in [0, 1].
+        initial: tokens, of the budget at progress 0.
+        minimum: tokens, at least 1.
+        gamma: above 0, at most 1: what is left of the budget at progress 1.
 
     Source: arXiv 2509.24375 (notes).
     """
@@ -162,6 +198,11 @@ def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
     """RMT's reward of a response's length, a triangle: r_max n / budget up to the budget, then down to 0 at twice the
     budget, and 0 beyond: integers n [S] -> [S].
 
+    Args:
+        lengths: integers [S], n, tokens of the responses.
+        budget: tokens, above 0.
+        r_max: the reward at the budget.
+
     Source: arXiv 2509.24375 (notes, which have no number for r_max).
     """
     check_number("budget", budget, above=0, accepted="a positive number")
@@ -172,6 +213,11 @@ def length_reward(lengths: Tensor, budget: int, r_max: float) -> Tensor:
 
 def rmt_reward(correct: Tensor, length_rewards: Tensor, weight: float) -> Tensor:
     """RMT's reward, (1 - weight) correct + weight length_rewards: bool [S], fp32 or fp64 [S] -> [S].
+
+    Args:
+        correct: bool [S], whether the answer is right.
+        length_rewards: fp32 or fp64 [S], of length_reward.
+        weight: of these, in [0, 1].
 
     Source: arXiv 2509.24375 (notes, which have no number for weight).
     """

@@ -62,7 +62,14 @@ def spo_mask(
     old_logp: Tensor, mask: Tensor | None = None, *, threshold: float = 0.9, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """bool of old_logp's shape: the valid tokens with exp(old_logp) < threshold, which alone have a loss and are
-    counted in its mean."""
+    counted in its mean.
+
+    Args:
+        old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        mask: bool of that shape.
+        threshold: a probability, above 0 and at most 1.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+    """
     _check_threshold(threshold)
     layout = layout_of(old_logp, mask=mask, cu_seqlens=cu_seqlens, name="old_logp")
     check_floats("old_logp", old_logp)
@@ -80,10 +87,17 @@ def spo_cutpoints(
     cu_seqlens: Tensor | None = None,
 ) -> SpoCuts:
     """Where to estimate values: before the first token of a row with exp(old_logp) < threshold, and before every
-    interval-th such token after it. old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1].
+    interval-th such token after it.
 
     The authors' code counts a state by its last token, one less than positions. Masked cells are no tokens to cut at;
     they count in positions, as a rollout has to go on from them too (our reading).
+
+    Args:
+        old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        mask: bool of that shape.
+        threshold: a probability, above 0 and at most 1.
+        interval: an integer, at least 1.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     if not isinstance(interval, int) or interval < 1:
         raise wrong("interval", interval, "an integer, at least 1")
@@ -119,10 +133,16 @@ def spo_chain(
 ) -> Tensor:
     """A_t = V(end of t's segment) - V(its start): [S, K], [S] -> old_logp's shape and values' dtype.
 
-    values: fp32 or fp64 [S, K], of the row's k-th cut (spo_cutpoints; of other segments just as well); what lies past a
-    row's last segment may be anything. rewards: [S], the score of the response, the value at the end of its last
-    segment. segment_ids: integers of old_logp's shape, 0, 1, ... along a row and -1 where no value is known: these
-    tokens get 0. threshold: so do tokens with exp(old_logp) > threshold; None keeps them.
+    Args:
+        values: fp32 or fp64 [S, K], of the row's k-th cut (spo_cutpoints; of other segments just as well); what lies
+            past a row's last segment may be anything.
+        rewards: [S], the score of the response, the value at the end of its last segment.
+        segment_ids: integers of old_logp's shape, 0, 1, ... along a row and -1 where no value is known: these tokens
+            get 0.
+        old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        mask: bool of that shape.
+        threshold: tokens with exp(old_logp) > threshold get 0, too; None keeps them.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     if threshold is not None:
         _check_threshold(threshold)
@@ -157,12 +177,17 @@ def spo_tree(
     tolerance: float = 1e-9,
 ) -> SpoEdges:
     """Advantages of the edges of trees, A = V(node) - V(parent) ("rloo"), or that divided by the std (over n) of the
-    parent's children + eps ("grpo").
+    parent's children + eps ("grpo"). A kept edge is a training sample: its advantage stands on the tokens of its own
+    segment.
 
-    values: fp32 or fp64 [N]. parents: integers [N], the index of each node's parent in any order, -1 for a root.
-    inner: "mean", the value of a node with children is the mean of theirs, and what values holds there is not read;
-    "given", values holds it. tolerance: differences of values up to it are rounding, and 0 (our reading).
-    A kept edge is a training sample: its advantage stands on the tokens of its own segment.
+    Args:
+        values: fp32 or fp64 [N], of the nodes, a constant.
+        parents: integers [N], the index of each node's parent in any order, -1 for a root.
+        method: "rloo" or "grpo".
+        inner: "mean", the value of a node with children is the mean of theirs, and what values holds there is not read;
+            "given", values holds it.
+        eps: at least 0.
+        tolerance: differences of values up to it are rounding, and 0 (our reading).
     """
     for name, value, accepted in (("method", method, METHODS), ("inner", inner, INNER)):
         check_name(name, value, accepted)

@@ -94,7 +94,15 @@ def group_statistics(
     rewards: Tensor, group_ids: Tensor, *, unbiased: bool = True, singleton: str = "raw", unscored: str = "raise"
 ) -> GroupStatistics:
     """Mean, std (over n - 1, or n if not unbiased) and count of each sequence's group, fp64 [S]: gather the rewards of
-    all ranks, call this, and hand the own slice to grpo, rloo, gpg as mean=, std=, count=."""
+    all ranks, call this, and hand the own slice to grpo, rloo, gpg as mean=, std=, count=.
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        group_ids: integers [S]; rollouts of one prompt share one.
+        unbiased: whether std is over n - 1, or over n.
+        singleton: as for tokenrl.advantages.grpo.
+        unscored: as for tokenrl.advantages.grpo.
+    """
     x = as_rewards(rewards, unscored=unscored)
     return statistics_of(x, as_groups(group_ids, x, unscored), unbiased, singleton)
 

@@ -11,13 +11,22 @@ def selective_log_softmax(
 ) -> torch.Tensor:
     """TRL: the log-probs of index, [...] or [..., K], under softmax(logits / temperature) (dtype: see above).
 
-    row_mask: of index's shape; where it is zero, so are the result and the gradient.
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [..., V].
+        index: integers [...], or [..., K] for K ids a row.
+        temperature: a number above 0.
+        row_mask: of index's shape; where it is zero, so are the result and the gradient.
     """
     return stats_of(logits, index, temperature, row_mask, ("logp",)).logp.view(index.shape)
 
 
 def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
-    """TRL: the entropy of softmax(logits), [...]. chunk_size has no effect: nothing is chunked."""
+    """TRL: the entropy of softmax(logits), [...], in nats.
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [..., V].
+        chunk_size: no effect: nothing is chunked.
+    """
     check_tensor("logits", logits)
     rows = logits.shape[:-1]
     index = torch.zeros(rows, dtype=torch.int64, device=logits.device)
@@ -31,8 +40,15 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """TRL: (log-probs of index [...], entropy [...]) of softmax(logits / temperature) in one pass; both zero where
-    row_mask, of index's shape, is."""
+    """TRL: (log-probs of index [...], entropy [...]) of softmax(logits / temperature) in one pass.
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [..., V].
+        index: integers [...].
+        entropy_requires_grad: False gives the entropy without its gradient.
+        temperature: a number above 0.
+        row_mask: of index's shape; where it is zero, so are both, and the gradient.
+    """
     stats = stats_of(logits, index, temperature, row_mask, ("logp", "entropy"))
     entropy = stats.entropy.view(logits.shape[:-1])
     return stats.logp.view(index.shape), entropy if entropy_requires_grad else entropy.detach()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import wire
+from .. import wire
 
 FIELDS = 30  # at most; the two numbers before them: a flag of failure, and what the fields are
 RUN_WIDE = "TOKENRL_DIST_CHECK"  # "0": no call compares

@@ -8,11 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import wire
 from ..batch.checks import check_name, check_tensor
 from ..errors import described, wrong
 from ..ops.derivatives import call, register_derivative
-from . import policy_context_parallel, wire
+from . import policy_context_parallel
 from .agreement import Agreement
+from .said import agree_on_preference
 from .vocab_shard import as_group
 from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE
 
@@ -87,9 +89,11 @@ class ContextShard:
     def agreement(self, what: str, like: Tensor, check: bool) -> Agreement:
         return Agreement(what, self.group, like.device, check)
 
-    def of_batch(self, logp: Tensor, entropy: Tensor | None, check: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropies [N] of this rank's [n]."""
-        return policy_context_parallel.of_batch(self, logp, entropy, check)
+    def of_batch(
+        self, logp: Tensor, beside: Tensor | None, check: bool, name: str = "entropy"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs, and the argument of that name beside them, [N] of this rank's [n]."""
+        return policy_context_parallel.of_batch(self, logp, beside, check, name)
 
     def hidden_of_batch(self, hidden: Tensor) -> Tensor:
         """Stands for the batch's [N, D], of this rank's [n, D]: their shape, dtype and device on one number."""
@@ -98,6 +102,10 @@ class ContextShard:
 
     def agree(self, agreed: Agreement, *loss: Any) -> None:
         policy_context_parallel.agree(self, agreed, *loss)
+
+    def agree_on_preference(self, agreed: Agreement, *loss: Any) -> None:
+        agreed.same(pieces=self.pieces)
+        agree_on_preference(agreed, *loss)
 
     def linear_policy_loss(self, vocab: Any, reduce_hidden_grad: bool, *loss: Any) -> tuple[Tensor, ...]:
         return policy_context_parallel.linear_policy_loss(self, vocab, reduce_hidden_grad, *loss)

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import wire
 from ..ops import kernel_ops
 from ..ops.kernel_ops import IGNORED, RESULTS
 from ..ops.linear.token_logprobs import local_ids, merged
-from . import wire
 
 SUMMED_ROWS = 64  # whose kept logits are counted at a time, as a sum of bools copies them
 Part = dict[str, Tensor]

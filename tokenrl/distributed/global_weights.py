@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import wire
 from ..batch.checks import check_constant, check_integers, check_name, check_number, check_positive
 from ..batch.layout import Layout, layout_of
 from ..errors import described, wrong
 from ..losses.aggregation import span_weights
 from ..ops import backends
-from . import wire
 from .agreement import Agreement
 from .vocab_shard import as_group
 
@@ -105,7 +105,7 @@ def global_weights(
         layouts, own = _read(masks, parts)
         given = [name for name, x in parts.items() if x is not None and name != "cu_seqlens"]
         agreed.same(aggregation=aggregation, averaged_over=averaged_over, normalizer=normalizer, given=given)
-    sizes, sequences = _gathered(own, group)
+    sizes, sequences = wire.all_gather_rows(own, group)
     lengths, signs, groups = sequences.unbind(1)
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     tokens = torch.empty(int(bounds[-1]), dtype=torch.bool, device=device)
@@ -164,12 +164,3 @@ def _groups(layout: Layout, group_ids: Tensor | None) -> Tensor:
         return torch.zeros_like(layout.cu_seqlens[1:])
     check_integers("group_ids", group_ids)
     return layout.flat_sequences("group_ids", group_ids, torch.int64)
-
-
-def _gathered(own: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Tensor]:
-    """(of each rank how many rows, the rows of all), of this rank's [S, ...]."""
-    sizes = wire.all_gather(own.new_tensor([len(own)]), group).view(-1).tolist()
-    padded = own.new_zeros(max(sizes), *own.shape[1:])
-    padded[: len(own)] = own
-    every = wire.all_gather(padded, group)
-    return sizes, torch.cat([some[:size] for some, size in zip(every, sizes, strict=True)])

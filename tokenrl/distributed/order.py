@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import wire
 from ..ops.kernel_ops import IGNORED
-from . import wire
 
 NAMES = ("is_top1", "rank")
 ROWS = 64  # compared at a time

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from .vocab_shard import VocabShard
 
 
-def of_batch(shard: "ContextShard", logp: Tensor, entropy: Tensor | None, check: bool) -> tuple[Tensor, Tensor | None]:
+def of_batch(
+    shard: "ContextShard", logp: Tensor, beside: Tensor | None, check: bool, name: str
+) -> tuple[Tensor, Tensor | None]:
     """[N] of the own tokens' [n], in one exchange."""
-    if entropy is None:
+    if beside is None:
         return shard.gathered(logp, check=check), None
-    if entropy.shape != logp.shape:
-        raise wrong("entropy", f"shape {list(entropy.shape)}", f"one per own token, {list(logp.shape)}")
-    return _both(shard, logp, entropy.to(logp.dtype), check)
+    if beside.shape != logp.shape:
+        raise wrong(name, f"shape {list(beside.shape)}", f"one per own token, {list(logp.shape)}")
+    return _both(shard, logp, beside.to(logp.dtype), check)
 
 
 def _both(shard: "ContextShard", logp: Tensor, entropy: Tensor, check: bool) -> tuple[Tensor, Tensor]:
@@ -40,8 +42,6 @@ def agree(
     shard: "ContextShard", agreed: "Agreement", chosen: Backend, layout: Layout, head: HeadInputs,
     main_grad: Tensor | None, inputs: PolicyLossInputs,
 ) -> None:  # fmt: skip
-    if main_grad is not None:
-        raise wrong("main_grad", "one beside context", "none")
     if layout.width is not None:
         raise wrong("cu_seqlens", None, "that of the packed batch, beside context")
     agreed.same(pieces=shard.pieces, **said_of_loss(layout, head, inputs))
@@ -50,15 +50,16 @@ def agree(
 
 def linear_policy_loss(
     shard: "ContextShard", vocab: "VocabShard | None", reduce_hidden_grad: bool, chosen: Backend, layout: Layout,
-    head: HeadInputs, _: Tensor | None, inputs: PolicyLossInputs,
+    head: HeadInputs, main_grad: Tensor | None, inputs: PolicyLossInputs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As dispatch.linear_policy_loss; of head hidden is the own tokens', all else that of the batch."""
     own = _of_own_tokens(shard, dispatch.of_valid_tokens(layout, head))
     if vocab is None:
         keep = dispatch.to_keep(chosen, own, logp_alone=inputs.regularizers.entropy_coef == 0)
-        logp, entropy = dispatch.linear_token_logprobs(chosen, own, [], None, keep)[:2]
+        logp, entropy = dispatch.linear_token_logprobs(chosen, own, [], main_grad, keep)[:2]
     else:
-        found = linear_vocabulary_parallel.results(chosen, vocab.inputs(chosen, own, 1, reduce_hidden_grad), own, [])
+        given = vocab.inputs(chosen, own, 1, reduce_hidden_grad)
+        found = linear_vocabulary_parallel.results(chosen, given, own, [], main_grad)
         logp, entropy, keep = found["logp"], found["entropy"], "nothing"
     whole = _both(shard, logp.squeeze(1), entropy, check=False)
     return dispatch.of_statistics(chosen, layout, *whole, inputs, again=keep == "nothing")

@@ -1,7 +1,8 @@
 """What ranks compare of a call before its first exchange, as text."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..batch.layout import Layout
@@ -9,6 +10,10 @@ from ..ops import dispatch
 from ..ops.dispatch import PolicyLossInputs
 from ..ops.kernel_ops import Transform
 from ..ops.linear.head import HeadInputs
+from ..ops.preference_reference import PreferenceInputs
+
+if TYPE_CHECKING:
+    from .agreement import Agreement
 
 
 def said_of(transform: Transform | HeadInputs) -> str:
@@ -39,3 +44,16 @@ def _optional(inputs: PolicyLossInputs) -> dict[str, Tensor | None]:
         "segment_ids": inputs.starts, "ref_logp": extra.ref_logp, "kl_weight": extra.kl_weight,
         "entropy_weight": extra.entropy_weight,
     }  # fmt: skip
+
+
+def agree_on_preference(agreed: "Agreement", layout: Layout, head: HeadInputs, inputs: PreferenceInputs) -> None:
+    row = inputs.row
+    optional = {name: x is not None for name, x in vars(inputs).items() if x is None or isinstance(x, Tensor)}
+    agreed.same(
+        tokens=layout.num_tokens, dtype=head.dtype, transform=said_of(head), gradients=dispatch.wanted(head),
+        memory_budget=head.memory_budget, objective=f"{row.name} {row.link.params()} {row.score.params()}",
+        optional=sorted(name for name, there in optional.items() if there),
+    )  # fmt: skip
+    agreed.contents(ids=head.ids, mask=layout.valid(), cu_seqlens=layout.cu_seqlens)
+    if inputs.sides is not None:
+        agreed.contents(pairs=torch.stack(inputs.sides))

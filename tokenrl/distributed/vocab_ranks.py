@@ -2,22 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .. import wire
 from ..ops import linear_ops
 from ..ops.arguments import OpArguments
 from ..ops.kernel_ops import RESULTS
 from ..ops.linear.chunk import Chunk
-from ..ops.linear.head import Head, HeadInputs, Rows
-from ..ops.linear.ranks import OneRank
+from ..ops.linear.head import Head, Rows
+from ..ops.linear.ranks import AnyHead, OneRank
 from ..ops.linear.token_logprobs import Gradients
-from . import wire
+from .divergence_exchange import of_columns
 from .exchange import in_order, shard_ids, start
 
-AnyHead = TypeVar("AnyHead", bound=HeadInputs)
 SUMS = ("all_reduce", "reduce_scatter", "none")
 
 
@@ -52,6 +51,12 @@ class VocabRanks(OneRank):
         rows = max(max(self.given.sizes), 1)
         return replace(head, weight=head.weight.new_empty(()).expand(rows, head.weight.shape[1]))
 
+    def travels_in(self, dtype: torch.dtype) -> torch.dtype:
+        return self.given.wire_dtype
+
+    def summed(self, sums: int) -> int:
+        return 0
+
     def own_ids(self, ids: Tensor) -> Tensor:
         return shard_ids(ids, self.given.sizes, self.group.rank())
 
@@ -79,6 +84,25 @@ class VocabRanks(OneRank):
             return chunk
 
         return arrive
+
+    def whole_pair(self, own: Chunk, other: Chunk, ids: Tensor) -> None:
+        """In one exchange: the rows of one head, then those of the other."""
+        names = ("logp", "entropy", "lse", "lse_rest")
+        both = {name: torch.cat([getattr(own, name), getattr(other, name)]) for name in names}
+        ids = ids[own.rows].repeat(2)[:, None]
+        both["logp"] = both["logp"][:, None]
+        found = start(both, ids, None, [], self.group, self.given.sizes)()
+        found["logp"] = found["logp"].squeeze(1)
+        for name in names:
+            of_own, of_other = found[name].tensor_split(2)
+            setattr(own, name, of_own)
+            setattr(other, name, of_other)
+
+    def diverged(
+        self, kind: str, found: Sequence[Tensor], own: Tensor, whole: Tensor, counted: Tensor | None
+    ) -> Sequence[Tensor]:
+        value, by_p, by_r = found
+        return of_columns(kind, (value, by_p, by_r), own, whole, counted, self.group)
 
     def merged(
         self, statistics: list[Tensor], ids: Tensor, keep_mask: Tensor | None = None, outputs: Sequence[str] = ()

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.functional import pad
 
+from .. import wire
 from ..batch.checks import as_saved, check_number, check_tensor
 from ..errors import described, wrong
 from ..logprobs import from_hidden
@@ -20,9 +21,16 @@ from ..logprobs.token_stats import TokenStats
 from ..ops.backends import Backend
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs
-from . import linear_vocabulary_parallel, policy_vocabulary_parallel, vocabulary_parallel, wire
+from . import (
+    divergence_vocabulary_parallel,
+    linear_divergence_vocabulary_parallel,
+    linear_vocabulary_parallel,
+    policy_vocabulary_parallel,
+    vocabulary_parallel,
+)
 from .agreement import Agreement
-from .vocab_ranks import ShardInputs
+from .said import agree_on_preference
+from .vocab_ranks import ShardInputs, VocabRanks
 
 MEGATRON_MULTIPLE = 128  # of the vocabulary, times the group's size
 
@@ -170,6 +178,31 @@ class VocabShard:
 
     def linear_token_logprobs(self, hidden: Tensor, weight: Tensor, ids: Tensor, **how: Any) -> TokenStats:
         return linear_vocabulary_parallel.linear_token_logprobs(self, hidden, weight, ids, **how)
+
+    def token_divergences(
+        self, kinds: Any, pair: tuple[Tensor, Tensor], options: Any, row_mask: Tensor | None, backend: str | None,
+        check: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        check_local("logits", pair[0])
+        return divergence_vocabulary_parallel.token_divergences(self, kinds, pair, options, row_mask, backend, check)
+
+    def agree_on_preference(self, agreed: Agreement, *call: Any) -> None:
+        agreed.same(sizes=self.sizes)
+        agree_on_preference(agreed, *call)
+
+    def ranks(self, like: Tensor, reduce_hidden_grad: bool, chosen: Backend, head: HeadInputs) -> VocabRanks:
+        """What passes over chunks ask; like: hidden as it was given, [.., D]."""
+        return VocabRanks(self.inputs(chosen, head, like.shape[:-2].numel(), reduce_hidden_grad))
+
+    def agree_on_divergence(self, agreed: Agreement, *call: Any) -> None:
+        linear_divergence_vocabulary_parallel.agree(self, agreed, *call)
+
+    def linear_divergence(
+        self, like: Tensor, reduce_hidden_grad: bool, chosen: Backend, head: HeadInputs, *call: Any
+    ) -> tuple[Tensor, ...]:
+        """like: hidden as it was given, [.., D]."""
+        given = self.inputs(chosen, head, like.shape[:-2].numel(), reduce_hidden_grad)
+        return linear_divergence_vocabulary_parallel.linear_divergence(given, chosen, head, *call)
 
     def agreement(self, what: str, like: Tensor, check: bool) -> Agreement:
         check_local("hidden", like)

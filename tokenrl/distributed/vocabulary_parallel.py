@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import wire
 from ..batch.checks import unit_stride
 from ..logprobs import from_logits
 from ..logprobs.from_logits import OUTPUTS
@@ -21,7 +22,7 @@ from ..ops.backends import Backend
 from ..ops.derivatives import call, once, register_derivative
 from ..ops.kernel_ops import RESULTS, STATISTICS, Transform
 from ..ops.linear.token_logprobs import ELSEWHERE
-from . import order, wire
+from . import order
 from .agreement import Agreement
 from .exchange import Part, in_order, of_vocabulary, shard_ids
 from .said import said_of

@@ -244,7 +244,18 @@ def save(batch: RolloutBatch, path: str | Path) -> None:
 
 
 def load_batch(path: str | Path) -> RolloutBatch:
-    """A file that tokenrl.record has written, checked. ValueError: what is wrong with it."""
+    """A file that tokenrl.record has written, checked; reading it runs no code.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        A tokenrl.RolloutBatch, on the CPU.
+
+    Raises:
+        ValueError: what is wrong with the file.
+        OSError: where there is none.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -24,9 +24,18 @@ def combined_head(
         [a hidden | b other_hidden | a | b] of [weight | other_weight | bias | other_bias], of biases what there is
         a hidden + b other_hidden of weight, where other_weight is weight itself, a head that both share
 
-    hidden, other_hidden: [N, D] and [N, D'], or [B, T, D] and [B, T, D']; weight [V, D], other_weight [V, D'], bias
-    [V], all of one dtype. a, b: numbers or one per token, [N] or [B, T]. Gradients go to every tensor that requires
-    one, by autograd. The weight, of D + D' columns, is a copy: of frozen heads make it once.
+    Gradients go to every tensor that requires one, by autograd. The weight, of D + D' columns, is a copy: of frozen
+    heads make it once.
+
+    Args:
+        hidden: [N, D] or [B, T, D], all tensors of one dtype.
+        weight: [V, D].
+        other_hidden: [N, D'] or [B, T, D'].
+        other_weight: [V, D'].
+        a: a number, or one per token, [N] or [B, T].
+        b: likewise.
+        bias: [V], of the first head; None for none.
+        other_bias: [V], of the other one.
     """
     for name, x in (("hidden", hidden), ("weight", weight), ("other_hidden", other_hidden)):
         check_tensor(name, x)

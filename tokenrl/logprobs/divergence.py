@@ -1,6 +1,6 @@
 """token_divergence: how far a model's distribution over the vocabulary is from another one's, per token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..ops.linear.head import HeadInputs
 from .from_hidden import head_arguments
 from .from_logits import DTYPES, as_transform, check_row_mask, of_rows_read
 from .token_stats import TokenStats
+from .vocabulary import Vocabulary, agreement, refuse_beside_vocab
 
 Kinds = str | Divergence | Sequence[str | Divergence]
 
@@ -37,6 +38,8 @@ def token_divergence(
     keep_mask: Tensor | None = None,
     other_keep_mask: Tensor | None = None,
     row_mask: Tensor | None = None,
+    vocab: Vocabulary | None = None,
+    check: bool = True,
     backend: str | None = None,
 ) -> Tensor | TokenStats:
     """Divergences of p = softmax(z) from r = softmax(z'), z and z' the transformed logits, as in token_logprobs.
@@ -63,6 +66,11 @@ def token_divergence(
         keep_mask: as for token_logprobs.
         other_keep_mask: that of the other head.
         row_mask: bool [N] or [B, T]: rows where it is False give 0 and are never read.
+        vocab: a tokenrl.distributed.VocabShard: logits, other_logits and both keep_masks are this rank's columns of a
+            vocabulary that lies on several ranks, the divergences those of all of it, the same on each rank. One
+            exchange of 5 numbers a row for "forward_kl", "reverse_kl" and "cross_entropy", two, of 4 and 3, for any
+            other kind; none in the backward.
+        check: as for token_logprobs.
         backend: as for policy_loss.
 
     Returns:
@@ -74,27 +82,39 @@ def token_divergence(
 
     Source: see tokenrl.DIVERGENCES.
     """
-    kinds = _kinds(kind)
+    kinds, pair = _kinds(kind), (logits, other_logits)
+    other_temperature = temperature if other_temperature is None else other_temperature
+    own = temperature, softcap, logit_scale, keep_mask
+    other = other_temperature, other_softcap, other_logit_scale, other_keep_mask
+    if vocab is not None:
+        refuse_beside_vocab(vocab)
+        found = vocab.token_divergences(kinds, pair, (own, other), row_mask, backend, check)
+    else:
+        logits, other_logits, rows, transforms = checked_pair(*pair, (own, other), row_mask)
+        chosen = backends.choose(backend, logits.device)
+        found = pairs.divergences(chosen, unit_stride(logits), unit_stride(other_logits), rows, *transforms, kinds)
+    values = {kind.name: value for kind, value in zip(kinds, found, strict=True)}
+    return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
+
+
+def checked_pair(
+    logits: Tensor, other_logits: Tensor, options: Sequence[tuple[Any, ...]], row_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Transform, Transform]]:
+    """(both logits, which rows count, the transforms of both). options: temperature, softcap, logit_scale, keep_mask of
+    either."""
     for name, x in (("logits", logits), ("other_logits", other_logits)):
         check_tensor(name, x)
     _check_pair(logits, other_logits)
-    chosen = backends.choose(backend, logits.device)
-    own = as_transform(temperature, softcap, logit_scale, keep_mask, logits)
-    other_temperature = temperature if other_temperature is None else other_temperature
-    other = renamed(
-        "other", as_transform, other_temperature, other_softcap, other_logit_scale, other_keep_mask, other_logits
-    )
+    own, other = options
+    of: Callable[..., Transform] = as_transform
+    how = of(*own, logits), renamed("other", of, *other, other_logits)
     if row_mask is not None:
         check_row_mask(row_mask, logits)
     rows = None if row_mask is None else as_saved(row_mask.contiguous())
     ids = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     ids = ids if rows is None else ids.masked_fill(~rows, IGNORED)
-    pair = (logits, other_logits)
-    own, other = (_expanded(of_rows_read(how, ids, False), x) for how, x in zip((own, other), pair, strict=True))
-    logits, other_logits = map(unit_stride, pair)
-    found = pairs.divergences(chosen, logits, other_logits, rows, own, other, kinds)
-    values = {kind.name: value for kind, value in zip(kinds, found, strict=True)}
-    return values[kinds[0].name] if isinstance(kind, str | Divergence) else TokenStats(values)
+    first, second = (_expanded(of_rows_read(one, ids, False), logits) for one in how)
+    return logits, other_logits, rows, (first, second)
 
 
 def _kinds(kind: Kinds) -> list[Divergence]:
@@ -145,39 +165,83 @@ def linear_token_divergence(
     row_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    vocab: Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """token_divergence of the logits hidden @ weight^T + bias and other_hidden @ other_weight^T + other_bias, of which
     only chunks of whole rows are held.
 
-    hidden: [N, D] or [B, T, D]; weight: [V, D]; other_hidden: [N, D'] or [B, T, D']; other_weight: [V, D']. Gradients
-    go to hidden, weight and bias, each where it requires one; the other head is frozen: a tensor of it that requires
-    grad raises. compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs. The rest as for
-    token_divergence; rows that row_mask leaves out enter no GEMM.
-
     The backward makes the logits anew, 8 N D V and 4 N D' V flops in all; linear_distillation_loss, which knows the
     weight of each token, needs 6 and 2. Of the same weight and bias (other_weight=weight) a chunk's logits of both are
-    one GEMM. memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's
-    gradient must fit.
+    one GEMM. Gradients go to hidden, weight and bias, each where it requires one.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        other_hidden: [N, D'] or [B, T, D'], of the other head, which is frozen: a tensor of it that requires grad
+            raises.
+        other_weight: [V, D'].
+        kind: as for token_divergence, one alone.
+        bias: [V].
+        other_bias: [V].
+        temperature: as for token_divergence, and so are all up to keep_mask.
+        other_temperature: None: the temperature.
+        softcap: None for none.
+        other_softcap: likewise.
+        logit_scale: a number.
+        other_logit_scale: likewise.
+        keep_mask: bool [V], or of each row.
+        other_keep_mask: likewise.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and enter no GEMM.
+        compute_dtype: of the GEMMs of both heads, as for linear_token_logprobs.
+        memory_budget: bytes of the chunks, as for linear_token_logprobs; a row of both heads' logits and one's gradient
+            must fit.
+        vocab: a tokenrl.distributed.VocabShard: weight, bias, keep_mask and those of the other head are this rank's
+            rows, both hidden states the same on all ranks, unless the VocabShard says sequence_parallel, and so are the
+            divergences. Two exchanges a chunk, of 8 numbers a token and of 3 at most; the backward, which makes the
+            logits anew, has them too, and sums the ranks' shares of hidden's gradient.
+        reduce_hidden_grad: False leaves that sum to the caller.
+        check: as for token_logprobs.
+        backend: as for policy_loss.
     """
-    row, heads = divergence(kind), head_pair(
-        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
-        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
-         other_softcap, other_logit_scale, other_keep_mask),
-        row_mask, compute_dtype, memory_budget,
-    )  # fmt: skip
-    chosen = backends.choose(backend, hidden.device)
-    _, value = pairs.linear_divergence(chosen, *heads, row, None)
-    return value.view(hidden.shape[:-1])
+    with agreement(vocab, "linear_token_divergence", hidden, check) as agreed:
+        row, heads = divergence(kind), head_pair(
+            (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+            (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+             other_softcap, other_logit_scale, other_keep_mask),
+            row_mask, compute_dtype, memory_budget, vocab,
+        )  # fmt: skip
+        chosen = backends.choose(backend, hidden.device)
+        if vocab is not None:
+            vocab.agree_on_divergence(agreed, *heads, row, False)
+    _, value = of_head_pair(vocab, hidden, reduce_hidden_grad, chosen, *heads, row, None)
+    return value.view(rows_of(vocab, hidden))
+
+
+def of_head_pair(
+    vocab: Vocabulary | None, hidden: Tensor, reduce_hidden_grad: bool, chosen: backends.Backend, *call: Any
+) -> tuple[Tensor, ...]:
+    """(loss, divergences [N]) of what divergence_dispatch.linear_divergence takes, of one process or on ranks."""
+    if vocab is not None:
+        return vocab.linear_divergence(hidden, reduce_hidden_grad, chosen, *call)
+    return pairs.linear_divergence(chosen, *call)
+
+
+def rows_of(vocab: Vocabulary | None, hidden: Tensor) -> tuple[int, ...]:
+    """[N] or [B, T], of all tokens, where hidden is of some."""
+    return tuple(hidden.shape[:-1]) if vocab is None else vocab.rows_of(hidden)
 
 
 def head_pair(
     own: tuple[Any, ...], other: tuple[Any, ...], row_mask: Tensor | None, compute_dtype: torch.dtype | None,
-    memory_budget: int | None,
+    memory_budget: int | None, vocab: Vocabulary | None = None,
 ) -> tuple[HeadInputs, HeadInputs]:  # fmt: skip
     """Both heads, checked and flat; each is (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask)."""
     how = (compute_dtype, memory_budget, None)
-    heads = [head_arguments(*(*own, *how)), renamed("other", head_arguments, *other, *how)]
+    of: Callable[..., Any] = head_arguments if vocab is None else vocab.head_arguments
+    heads = [of(*own, *how), renamed("other", of, *other, *how)]
     for name, x in zip(("other_hidden", "other_weight", "other_bias"), other[:3], strict=True):
         if x is not None and x.requires_grad:
             raise wrong(name, "a tensor that requires grad", f"a frozen head ({name}.detach()); logits get gradients")

@@ -44,15 +44,21 @@ def topk_token_divergence(
         "truncated"     sum over the K of p and r as they are; may be negative
         "zero_outside"  sum over the whole vocabulary, r renormalised on the K and e^outside_logp outside
 
-    logp_topk, other_logp_topk: fp32 or fp64 log-probs of the same distinct ids of the whole vocabulary, of student and
-    teacher; "renormalised" takes logits too. kind: a row of tokenrl.DIVERGENCES; "zero_outside" knows forward_kl,
-    reverse_kl. topk_mask: bool [.., K], False where an entry is none (padding, an id that is there twice), which may
-    hold anything. row_mask: bool [..]: rows where it is False give 0 and may hold anything.
-
-    tail_floor: a bucket of less has this probability, and no gradient (TRL): sums of K probabilities near 1 are
-    rounded, and D(r || p) is infinite where that makes a bucket of p 0. limits: of the divergence, no gradient beyond
-    (verl: (0, 10)). logp_floor: of the log-probs of both, no gradient below (verl: -10). entropy: of p, [..], for the
-    reverse_kl of "zero_outside" (token_logprobs gives it, with its gradient).
+    Args:
+        logp_topk: fp32 or fp64 [.., K], K >= 1, the student's log-probs of distinct ids of the whole vocabulary;
+            "renormalised" takes logits too.
+        other_logp_topk: of that shape, the teacher's of the same ids.
+        kind: a row of tokenrl.DIVERGENCES; "zero_outside" knows forward_kl, reverse_kl.
+        rest: what becomes of the other ids, as above.
+        topk_mask: bool [.., K], False where an entry is none (padding, an id that is there twice), which may hold
+            anything.
+        row_mask: bool [..]: rows where it is False give 0 and may hold anything.
+        entropy: of p, [..], for the reverse_kl of "zero_outside" (token_logprobs gives it, with its gradient).
+        limits: (lowest, highest) of the divergence, no gradient beyond (verl: (0, 10)).
+        tail_floor: a bucket of less has this probability, and no gradient (TRL): sums of K probabilities near 1 are
+            rounded, and D(r || p) is infinite where that makes a bucket of p 0.
+        logp_floor: of the log-probs of both, no gradient below (verl: -10).
+        outside_logp: log r of the ids outside, of "zero_outside".
 
     Source: TRL 1.16's IW-OPD and SDPO ("tail"), ms-swift, NeMo-RL ("renormalised", "zero_outside"), verl ("truncated").
     verl-recipe's hand-written backward of "truncated" is not its derivative (p_v where that has p_v sum r), ours is.
@@ -139,9 +145,13 @@ def _listed(logp: Tensor, floor: float | None, topk_mask: Tensor | None, row_mas
 @torch.no_grad()
 def topk_ids(logits: Tensor, k: int, *, row_mask: Tensor | None = None, memory_budget: int | None = None) -> Tensor:
     """The ids of the k largest logits of each row, int64 [.., k], largest first, of equal ones the lower id first
-    (torch.topk says nothing of these, and bf16 logits are often equal). -100, which token_logprobs ignores, in rows
-    that row_mask leaves out. logits: [N, V] or [B, T, V]; NaN counts as -inf.
-    memory_budget: bytes held beyond the result; None: 256 MiB on a CPU, 1 GiB on a GPU.
+    (torch.topk says nothing of these, and bf16 logits are often equal).
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V]; NaN counts as -inf.
+        k: from 1 to V.
+        row_mask: bool [N] or [B, T]: rows that it leaves out have ids of -100, which token_logprobs ignores.
+        memory_budget: bytes held beyond the result; None: 256 MiB on a CPU, 1 GiB on a GPU.
     """
     check_tensor("logits", logits)
     if logits.dtype not in DTYPES or logits.dim() not in (2, 3):
@@ -161,7 +171,16 @@ def linear_topk_ids(
     memory_budget: int | None = None,
 ) -> Tensor:
     """topk_ids of the logits hidden @ weight^T + bias, of which only chunks of rows are held; softcap, scale and
-    temperature would not change them. hidden [N, D] or [B, T, D], weight [V, D], bias [V]."""
+    temperature would not change them.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        k: from 1 to V.
+        bias: [V].
+        row_mask: as for topk_ids.
+        memory_budget: bytes of the chunks, as for topk_ids.
+    """
     head = head_arguments(hidden, weight, bias, 1.0, None, 1.0, None, None, memory_budget, None)
     check_count("k", k, len(weight))
 
@@ -173,7 +192,12 @@ def linear_topk_ids(
 
 def union_topk_ids(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(both lists in one, [.., K + K'], topk_mask: False where an id was there before). For the JSD of TRL, over the K
-    of either model."""
+    of either model.
+
+    Args:
+        ids: integers [.., K], of one model.
+        other_ids: integers [.., K'], of the other.
+    """
     check_integers("ids", ids)
     check_integers("other_ids", other_ids)
     twice = (other_ids[..., :, None] == ids[..., None, :]).any(-1)

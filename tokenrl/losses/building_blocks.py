@@ -29,11 +29,18 @@ def prefix_ratio(
 ) -> Tensor:
     """Log of the prefix importance ratio of each token, with x = logp - old_logp over the valid tokens of its sequence.
 
-    kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO).
-    flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO); "min" is always
-    local.
-    logp, old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape. Returns that shape, 0
-    in masked cells.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; it alone gets a gradient.
+        old_logp: of that shape, a constant.
+        mask: bool of that shape; masked cells may hold anything, add nothing and are 0.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        kind: "sum" sum_{j <= t} x_j, "mean" the same over t, "min" sg[min_{j < t} x_j] + x_t (MinPRO).
+        flow: "through" the true derivative; "local" derivative 1 with respect to the own logp (CTPO); "min" is always
+            local.
+        backend: as for policy_loss.
+
+    Returns:
+        Of logp's shape and dtype, in nats.
 
     Source: CTPO, arXiv 2605.07331 (authors' code); MinPRO, arXiv 2601.22718 (notes).
     """
@@ -62,11 +69,17 @@ def position_adaptive_clip(
     power: float | Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens.
+    """clip(x_t, -eps_low t^power, eps_high t^power), t the 1-based count of valid tokens. The gradient is 1 inside the
+    band and 0 outside.
 
-    log_ratio: fp32 or fp64 [B, T], or [N] with cu_seqlens [S + 1]; mask bool of that shape; eps_low, eps_high, power:
-    numbers or tensors of that shape. Returns that shape, 0 in masked cells; the gradient is 1 inside the band and 0
-    outside.
+    Args:
+        log_ratio: x, fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats.
+        mask: bool of that shape; masked cells may hold anything and are 0.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        eps_low: a number, or a constant of that shape.
+        eps_high: likewise.
+        power: likewise.
+        backend: as for policy_loss.
 
     Source: CTPO, arXiv 2605.07331 (authors' code).
     """
@@ -98,10 +111,19 @@ def group_aggregate(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them.
+    """sum_t w_t values_t with the weights of tokenrl.aggregation_weights, without building them; 0-d. The gradient with
+    respect to values is w.
 
-    values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens [S + 1]; the other arguments as there. Returns
-    a 0-d tensor; the gradient with respect to values is w. Masked cells may hold anything.
+    Args:
+        values: fp32 or fp64 per-token losses [B, T], or [N] with cu_seqlens.
+        aggregation: a mode of tokenrl.aggregation_weights.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages: [B] (or [S]), or one per token, for "balanced".
+        advantages_per: as for policy_loss.
+        group_ids: integers [B] (or [S]), for "group-mean" and "balanced".
+        normalizer: the global count that the mode divides by, a number or 0-d; None: the batch's own.
+        backend: as for policy_loss.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, name="values")
     check_floats("values", values)

@@ -9,12 +9,13 @@ from torch import Tensor
 from ..batch.checks import check_tensor
 from ..batch.layout import Layout, layout_of
 from ..errors import wrong
-from ..logprobs.divergence import head_pair, token_divergence
+from ..logprobs.divergence import head_pair, of_head_pair, token_divergence
 from ..logprobs.from_logits import as_transform
 from ..logprobs.topk import topk_token_divergence
+from ..logprobs.vocabulary import Vocabulary, agreement
 from ..objectives.distillation import Distillation, distillation
 from ..observed import observed
-from ..ops import backends, divergence_dispatch
+from ..ops import backends
 from ..ops.kernel_ops import Transform
 from ..ops.linear.gemm import sum_dtype, weighed_sum
 from .aggregation import span_weights
@@ -53,7 +54,8 @@ def distillation_loss(
         normalizer: as for policy_loss.
         temperature: of both, a number or one per token.
         backend: as for policy_loss.
-        heads: other_temperature, softcap, logit_scale, keep_mask and the other_* of token_divergence.
+        heads: other_temperature, softcap, logit_scale, keep_mask, the other_*, vocab and check of token_divergence.
+            Beside vocab mask, token_weight and the result are the same on all ranks.
 
     Returns:
         (loss 0-d, the divergences of the tokens, of the shape of mask, without gradient, 0 where masked).
@@ -97,31 +99,67 @@ def linear_distillation_loss(
     other_keep_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    vocab: Vocabulary | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """distillation_loss from hidden states and both heads, with its gradients, in one pass over chunks of tokens.
 
         loss = sum_t w_t T_t^power D(p_t, r_t),   logits = hidden @ weight^T + bias, other_logits likewise
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens; weight [V, D]; other_hidden: [B, T, D'] or [N, D'];
-    other_weight [V, D']: of a frozen teacher, a tensor of it that requires grad raises. The rest as for
-    distillation_loss and linear_token_divergence. Tokens that are masked or weigh nothing enter no GEMM. The loss
-    carries the gradients of hidden, weight and bias: the forward makes them, 6 N D V and 2 N D' V flops, the backward
-    multiplies.
+    Tokens that are masked or weigh nothing enter no GEMM. The loss carries the gradients of hidden, weight and bias:
+    the forward makes them, 6 N D V and 2 N D' V flops, the backward multiplies.
+
+    Args:
+        objective: as for distillation_loss.
+        hidden: the student's, [B, T, D], or packed [N, D] with cu_seqlens.
+        weight: [V, D].
+        other_hidden: the teacher's, [B, T, D'] or [N, D']. It is frozen: a tensor of it that requires grad raises.
+        other_weight: [V, D'].
+        bias: [V].
+        other_bias: [V].
+        mask: bool of the tokens that pay; masked rows may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        token_weight: of the tokens, or [B, 1].
+        aggregation: as for policy_loss, without groups; None takes the objective's own.
+        normalizer: as for policy_loss.
+        temperature: of both, a number or one per token.
+        other_temperature: the teacher's; None: the temperature.
+        softcap: as for linear_token_divergence, and so are all up to memory_budget.
+        other_softcap: the teacher's.
+        logit_scale: a number.
+        other_logit_scale: the teacher's.
+        keep_mask: bool [V], or of each row.
+        other_keep_mask: the teacher's.
+        compute_dtype: of the GEMMs of both heads.
+        memory_budget: bytes of the chunks.
+        vocab: as for linear_token_divergence; mask, token_weight and all else of tokens are of all of them, the same on
+            all ranks, and so is the loss. The forward sums hidden's gradient too: the backward has no collective.
+        reduce_hidden_grad: as for linear_token_divergence.
+        check: as for token_logprobs.
+        backend: as for policy_loss.
+
+    Returns:
+        As distillation_loss.
     """
-    row, layout, weights = weighed_tokens(
-        objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
-        temperature, backend,
-    )  # fmt: skip
-    pays = layout.valid() & (weights != 0)
-    head, other = head_pair(
-        (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
-        (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
-         other_softcap, other_logit_scale, other_keep_mask),
-        pays.view(layout.shape), compute_dtype, memory_budget,
-    )  # fmt: skip
-    chosen = backends.choose(backend, hidden.device)
-    loss, values = divergence_dispatch.linear_divergence(chosen, head, other, row.divergence, weights)
+    with agreement(vocab, "linear_distillation_loss", hidden, check) as agreed:
+        of_all = hidden if vocab is None else hidden.new_empty(()).expand(*vocab.rows_of(hidden), 1)
+        row, layout, weights = weighed_tokens(
+            objective, "hidden", of_all, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,
+            temperature, backend,
+        )  # fmt: skip
+        pays = layout.valid() & (weights != 0)
+        heads = head_pair(
+            (hidden, weight, bias, temperature, softcap, logit_scale, keep_mask),
+            (other_hidden, other_weight, other_bias, temperature if other_temperature is None else other_temperature,
+             other_softcap, other_logit_scale, other_keep_mask),
+            pays.view(layout.shape), compute_dtype, memory_budget, vocab,
+        )  # fmt: skip
+        chosen = backends.choose(backend, hidden.device)
+        if vocab is not None:
+            vocab.agree_on_divergence(agreed, *heads, row.divergence, True)
+    loss, values = of_head_pair(vocab, hidden, reduce_hidden_grad, chosen, *heads, row.divergence, weights)
     return loss, values.view(layout.shape)
 
 
@@ -143,17 +181,31 @@ def topk_distillation_loss(
 
         loss = sum_t w_t T_t^power D(p_t, r_t),   D by topk_token_divergence
 
-    logp_topk, other_logp_topk: fp32 or fp64 [B, T, K], or packed [N, K] with cu_seqlens: log-probs of the same ids, of
-    the student by token_logprobs or linear_token_logprobs, of the teacher as they came. temperature: at which both were
-    made, for the row's T^power alone. lists: rest, topk_mask, entropy, limits, tail_floor, logp_floor, outside_logp of
-    topk_token_divergence, as
+    verl with use_policy_gradient takes the values of the result, their sign turned, as advantages of policy_loss. For
+    lists,
 
         rest="tail"                                             TRL's IW-OPD with loss_add_tail, SDPO with its tail
         rest="renormalised"                                     ms-swift, NeMo-RL, TRL without a tail
         rest="truncated", logp_floor=-10, limits=(0, 10)        verl's forward_kl_topk
 
-    The rest, the result and the errors as for distillation_loss. verl with use_policy_gradient takes the values of the
-    result, their sign turned, as advantages of policy_loss.
+    Args:
+        objective: as for distillation_loss.
+        logp_topk: fp32 or fp64 [B, T, K], or packed [N, K] with cu_seqlens: the student's log-probs of some ids, by
+            token_logprobs or linear_token_logprobs.
+        other_logp_topk: of that shape, the teacher's of the same ids, as they came.
+        mask: bool of the tokens that pay; masked rows may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        token_weight: of the tokens, or [B, 1].
+        aggregation: as for policy_loss, without groups; None takes the objective's own.
+        normalizer: as for policy_loss.
+        temperature: at which both were made, for the row's T^power alone.
+        lists: rest, topk_mask, entropy, limits, tail_floor, logp_floor, outside_logp of topk_token_divergence.
+
+    Returns:
+        As distillation_loss.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
     row, layout, weights = weighed_tokens(
         objective, "logp_topk", logp_topk, None, mask, cu_seqlens, token_weight, aggregation, normalizer, temperature,

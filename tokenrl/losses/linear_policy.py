@@ -12,13 +12,13 @@ from ..batch.layout import Layout, layout_of
 from ..errors import wrong
 from ..logprobs.from_hidden import check_main_grad_backend, head_arguments
 from ..logprobs.from_logits import IGNORED, check_ids
-from ..logprobs.vocabulary import Vocabulary, refuse_beside_vocab
+from ..logprobs.vocabulary import Vocabulary
 from ..objectives.metrics import LinearMetrics
 from ..objectives.policy import Objective, find_objective
 from ..observed import observed
 from ..ops import backends, dispatch
 from ..ops.linear.gemm import sum_dtype
-from .policy_arguments import BatchOnRanks, as_batch_on_ranks, corrected, policy_loss_inputs
+from .policy_arguments import BatchOnRanks, check_beside_context, corrected, policy_loss_inputs, ranks_of
 from .regularizers import regularizers_of
 
 
@@ -136,8 +136,8 @@ def linear_policy_loss(
             time, and the backward has no collective.
         context: as for policy_loss: hidden is [n, D] of this rank's tokens, all else of the whole batch, weight's
             gradient the own tokens' share. The log-probs of all tokens are needed before a coefficient is known:
-            linear_token_logprobs makes them, 8 N D V flops unless the own logits fit into memory_budget. Without
-            main_grad, and beside vocab without its sequence_parallel.
+            linear_token_logprobs makes them, 8 N D V flops unless the own logits fit into memory_budget. Beside
+            vocab without its sequence_parallel.
         reduce_hidden_grad: False leaves that sum to the caller.
         check: as for token_logprobs.
         backend: as for policy_loss.
@@ -149,12 +149,10 @@ def linear_policy_loss(
     Raises:
         ValueError: naming the argument, what was given and what is accepted.
     """
-    if vocab is not None:
-        refuse_beside_vocab(vocab)
-    on_ranks: list[Any] = [vocab] if vocab is not None else []
-    on_ranks += [as_batch_on_ranks(context)] if context is not None else []
+    on_ranks = ranks_of(vocab, context)
     with ExitStack() as checks:
         agreements = [checks.enter_context(x.agreement("linear_policy_loss", hidden, check)) for x in on_ranks]
+        check_beside_context(vocab, context)
         check_name("without_advantage", without_advantage, ("skip", "compute"))
         row, head = find_objective(objective), (head_arguments if vocab is None else vocab.head_arguments)(
             hidden if context is None else context.hidden_of_batch(hidden), weight, bias, temperature, softcap,

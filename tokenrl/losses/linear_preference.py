@@ -1,45 +1,26 @@
 """linear_preference_loss: preference_loss from hidden states and the head, without the logits."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.checks import check_constant
 from ..batch.layout import Layout, layout_of
-from ..batch.pairs import sides
 from ..errors import renamed, wrong
-from ..logprobs.divergence import head_pair, linear_token_divergence
-from ..logprobs.from_hidden import HeadArguments, check_main_grad_backend, head_arguments, linear_token_logprobs
+from ..logprobs.from_hidden import HeadArguments, check_main_grad_backend
 from ..logprobs.from_logits import IGNORED, check_ids
+from ..logprobs.vocabulary import Vocabulary
 from ..objectives.preference import Preference, preference
 from ..observed import observed
-from ..ops import backends, ranges
-from ..ops.backends import Backend
-from ..ops.derivatives import transformed
+from ..ops import backends
 from ..ops.linear.gemm import sum_dtype
-from ..ops.linear.head import HeadInputs
 from ..ops.preference_dispatch import of_logp_by
-from ..ops.preference_reference import PreferenceInputs
-from .preference import evaluate
+from .policy_arguments import BatchOnRanks, check_beside_context, ranks_of
 from .preference_arguments import check_needed, check_used, preference_inputs
-from .preference_chunks import ChunkedLoss
-
-Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
-OF_LOGITS = ("temperature", "softcap", "logit_scale", "keep_mask")
-
-
-class LinearPreferenceMetrics(NamedTuple):
-    """PreferenceMetrics; logp: the log-probs of the ids, of their shape, 0 where none was made; passes: 1 or 2."""
-
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    margins: Tensor
-    accuracy: Tensor
-    logp: Tensor
-    passes: int
+from .preference_from_hidden import Call, LinearPreferenceMetrics, Place, Tensors
 
 
 @observed
@@ -74,64 +55,114 @@ def linear_preference_loss(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     main_grad: Tensor | None = None,
+    vocab: Vocabulary | None = None,
+    context: BatchOnRanks | None = None,
+    reduce_hidden_grad: bool = True,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, LinearPreferenceMetrics]:
     """preference_loss of the log-probs of linear_token_logprobs, with its gradients, in one pass over chunks of tokens.
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens. ids: integers [B, T] or [N], aligned with hidden (never shifted
-    here); ignore_index takes a token out like the masks do. weight, bias, temperature to keep_mask, compute_dtype: as
-    for linear_token_logprobs. mask to nll_normalizer: as for preference_loss.
-    ref_logp: of the shape of ids; or ref_hidden, [B, T, D'] or [N, D'], of which it is made here, with ref_weight
-    [V, D'], ref_bias and the options and dtype of the trained head. ref_weight None: weight and bias, then frozen
-    (an adapter's base model). Rows with a divergence, KL of the reference to the policy, need ref_hidden and make that
-    here too. The reference gets no gradient: a tensor of it that requires grad raises.
+    The reference gets no gradient: a tensor of it that requires grad raises. Rows with a divergence, KL of the
+    reference to the policy, need ref_hidden and make that here too.
 
     The loss carries the gradients of hidden, weight, bias, token_weight and divergence_weight, each computed in the
     forward only where it is required; the backward multiplies them by the upstream gradient. Chunks are of whole pairs,
-    as many as memory_budget allows (as for linear_policy_loss): 6 N D V flops, and 2 N D' V of a reference. Where a
-    pair does not fit into one, and where a row sorts the batch that does not fit as a whole, the gradients need a
-    second pass, 8 N D V, and 4 N D' V beside a divergence: metrics.passes says which. So it is without a divergence
-    where fewer than 64 tokens fit into a chunk, and under torch.func and in a trace by torch.compile, where a
-    divergence takes those of linear_token_divergence on top.
-    backend: as for linear_token_logprobs; what it has no kernel of once there are log-probs is the reference's.
-    main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
-    Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
-    coefficient is zero enter none of the backward where there is no divergence.
+    as many as memory_budget allows: 6 N D V flops, and 2 N D' V of a reference. Where a pair does not fit into one, and
+    where a row sorts the batch that does not fit as a whole, the gradients need a second pass, 8 N D V, and 4 N D' V
+    beside a divergence: metrics.passes says which. So it is without a divergence where fewer than 64 tokens fit into a
+    chunk, and under torch.func and in a trace by torch.compile, where a divergence takes those of
+    linear_token_divergence on top.
 
-    Returns (loss 0-d, LinearPreferenceMetrics). Differentiating twice raises, but for backend="reference". Errors:
-    ValueError naming the argument, what was given and what is accepted.
+    Tokens that the masks leave out, and sequences in no pair, enter no GEMM and may hold anything; tokens whose
+    coefficient is zero enter none of the backward where there is no divergence. Differentiating twice raises, but for
+    backend="reference".
+
+    Args:
+        objective: as for preference_loss.
+        hidden: [B, T, D], or packed [N, D] with cu_seqlens.
+        weight: [V, D], as for linear_token_logprobs.
+        ids: integers [B, T] or [N], aligned with hidden (never shifted here).
+        ref_logp: fp32 or fp64 of the shape of ids; or ref_hidden.
+        bias: [V].
+        ref_hidden: [B, T, D'] or [N, D'], of which ref_logp is made here, with the options and dtype of the trained
+            head.
+        ref_weight: [V, D']; None: weight and bias, then frozen (an adapter's base model).
+        ref_bias: [V].
+        temperature: as for linear_token_logprobs, and so are all up to keep_mask.
+        softcap: None for none.
+        logit_scale: a number.
+        keep_mask: bool [V], or of each row.
+        mask: as for preference_loss, and so are all up to nll_normalizer.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2].
+        desirable: bool [S].
+        kl: a number, 0-d, or [K].
+        reward_shift: likewise.
+        token_weight: of the shape of ids.
+        divergence_weight: likewise.
+        pair_weight: [P] or [S].
+        nll_mask: bool of the shape of ids.
+        normalizer: in place of P.
+        nll_normalizer: in place of the tokens of the nll term.
+        ignore_index: an id that takes its token out like the masks do.
+        compute_dtype: as for linear_token_logprobs.
+        memory_budget: bytes of the chunks, as for linear_policy_loss.
+        main_grad: as for linear_token_logprobs, which the weight's gradient is added to by each backward.
+        vocab: as for linear_policy_loss: weight, bias, keep_mask, main_grad and those of the reference are this rank's
+            rows of the heads. One exchange a chunk, 16 bytes a token, beside a divergence two; the ranks' shares of
+            hidden's gradient are summed in the forward; where linear_token_logprobs stands in, its own exchanges.
+        context: as for linear_policy_loss: hidden and ref_hidden are [n, D] of this rank's tokens, without chunks of
+            pairs, 8 N D V flops unless the own logits fit into memory_budget.
+        reduce_hidden_grad: False leaves that sum to the caller.
+        check: as for policy_loss.
+        backend: as for linear_token_logprobs; what it has no kernel of once there are log-probs is the reference's.
+
+    Returns:
+        (loss 0-d, LinearPreferenceMetrics).
     """
-    row = preference(objective)
     how: dict[str, Any] = {
         "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "keep_mask": keep_mask,
         "compute_dtype": compute_dtype, "memory_budget": memory_budget,
     }  # fmt: skip
-    head = head_arguments(hidden, weight, bias, **how, main_grad=main_grad)
-    chosen = backends.choose(backend, hidden.device)
-    check_main_grad_backend(main_grad, chosen)
-    how["compute_dtype"] = head.like.dtype  # said to have been chosen, once
-    check_ids(head.like, ids, ())
-    if ids.dim() != hidden.dim() - 1:
-        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(hidden.shape[:-1])}")
-    layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
-    named = ids.reshape(-1) != ignore_index
-    layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
-    reference = _reference(row, (weight, bias), ref_logp, ref_hidden, ref_weight, ref_bias, how, head)
-    if reference is not None:  # made below, from hidden states
-        ref_logp = ids.new_zeros(ids.shape, dtype=sum_dtype(head.like.dtype))
-    inputs = preference_inputs(
-        row, layout, ref_logp=ref_logp, pairs=pairs, desirable=desirable, kl=kl, reward_shift=reward_shift,
-        token_weight=token_weight, divergence_weight=divergence_weight, pair_weight=pair_weight,
-        nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
-    )  # fmt: skip
+    on_ranks = ranks_of(vocab, context)
+    with ExitStack() as checks:
+        agreements = [checks.enter_context(x.agreement("linear_preference_loss", hidden, check)) for x in on_ranks]
+        check_beside_context(vocab, context)
+        row, place = preference(objective), Place(vocab, context, reduce_hidden_grad, check)
+        head = place.head_of(hidden, weight, bias, **how, main_grad=main_grad)
+        chosen = backends.choose(backend, hidden.device)
+        check_main_grad_backend(main_grad, chosen)
+        how["compute_dtype"] = head.like.dtype  # said to have been chosen, once
+        layout = _layout(head.like, ids, mask, cu_seqlens)
+        named = ids.reshape(-1) != ignore_index
+        layout = dataclasses.replace(layout, mask=named if layout.mask is None else named & layout.mask)
+        reference = _reference(row, (weight, bias), ref_logp, ref_hidden, ref_weight, ref_bias, how, head, place)
+        if reference is not None:  # made below, from hidden states
+            ref_logp = ids.new_zeros(ids.shape, dtype=sum_dtype(head.like.dtype))
+        inputs = preference_inputs(
+            row, layout, ref_logp=ref_logp, pairs=pairs, desirable=desirable, kl=kl, reward_shift=reward_shift,
+            token_weight=token_weight, divergence_weight=divergence_weight, pair_weight=pair_weight,
+            nll_mask=_named(nll_mask, named, layout), normalizer=normalizer, nll_normalizer=nll_normalizer,
+        )  # fmt: skip
+        for some, agreed in zip(on_ranks, agreements, strict=True):
+            flat = head.inputs(ids, layout.valid().view(ids.shape), ignore_index)
+            some.agree_on_preference(agreed, layout, flat, inputs)
     links = of_logp_by(chosen, inputs)
-    call = _Call((hidden, weight, bias), reference, ids, ignore_index, how, backend, links)
+    call = Call((hidden, weight, bias), reference, ids, ignore_index, how, backend, links, place)
     return call.loss(inputs, head, chosen)
+
+
+def _layout(like: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    check_ids(like, ids, ())
+    if ids.dim() != like.dim() - 1:
+        raise wrong("ids", f"shape {list(ids.shape)}", f"one id per token, {list(like.shape[:-1])}")
+    return layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
 
 
 def _reference(
     row: Preference, own: tuple[Tensor, Tensor | None], ref_logp: Tensor | None, hidden: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, how: dict[str, Any], head: HeadArguments,
+    weight: Tensor | None, bias: Tensor | None, how: dict[str, Any], head: HeadArguments, place: "Place",
 ) -> Tensors | None:  # fmt: skip
     """The reference's hidden states, weight and bias, checked; None where its log-probs are given, or none wanted."""
     if hidden is None:
@@ -144,7 +175,7 @@ def _reference(
     if ref_logp is not None:
         raise wrong("ref_logp", "one", "None beside ref_hidden, of which it is made")
     weight, bias = (weight, bias) if weight is not None else _shared(own, bias)
-    other = renamed("ref", head_arguments, hidden, weight, bias, *how.values(), None)
+    other = renamed("ref", place.head_of, hidden, weight, bias, *how.values(), None)
     for name, x in (("ref_hidden", hidden), ("ref_weight", weight), ("ref_bias", bias)):
         if x is not None:
             check_constant(name, x)
@@ -169,78 +200,3 @@ def _named(nll_mask: Tensor | None, named: Tensor, layout: Layout) -> Tensor | N
         return nll_mask
     fits = nll_mask.shape == layout.shape and nll_mask.device == named.device
     return nll_mask & named.view(layout.shape) if fits else nll_mask
-
-
-def _scored(inputs: PreferenceInputs) -> Tensor:
-    """bool [N]: the tokens of sequences that some link meets."""
-    valid, pairs = inputs.layout.valid(), inputs.sides
-    return valid if pairs is None else valid & inputs.layout.spread(sides(pairs, inputs.layout) != 0)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What both ways to compute it take. how: the options of both heads. links: what computes the loss of log-probs."""
-
-    tensors: Tensors
-    reference: Tensors | None
-    ids: Tensor
-    ignore_index: int
-    how: dict[str, Any]
-    backend: str | None
-    links: Backend
-
-    def loss(
-        self, inputs: PreferenceInputs, head: HeadArguments, chosen: Backend
-    ) -> tuple[Tensor, LinearPreferenceMetrics]:
-        scored = _scored(inputs)
-        nll_tokens = inputs.nll_tokens()
-        read = scored if nll_tokens is None else scored | nll_tokens
-        if self.reference is not None and inputs.row.divergence == 0:
-            inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
-        leaves = (*self.tensors, inputs.token_weight, inputs.divergence_weight)
-        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-        helps = any(wanted) or inputs.row.divergence > 0
-        if helps and not chosen.is_reference and not transformed():
-            flat, other = head.inputs(self.ids, read.view(self.ids.shape), self.ignore_index), None
-            if inputs.row.divergence > 0:
-                other = self._other_inputs(scored)
-            chunked = ChunkedLoss(self.links, inputs, flat, other, read, scored, leaves, wanted, head.main_grad)
-            if (found := chunked.find(ranges.kernels(str(chosen.namespace)))) is not None:
-                shaped = found.logp.view(self.ids.shape)
-                return found.loss, LinearPreferenceMetrics(*found.metrics, shaped, found.passes)
-        logp = self._logp(self.tensors, read, head.main_grad)
-        divergence = None
-        if inputs.row.divergence > 0:
-            inputs = dataclasses.replace(inputs, ref_logp=self._reference_logp(scored))
-            divergence = self._divergence(scored)
-        loss, metrics = evaluate(self.links, inputs, logp, divergence)
-        return loss, LinearPreferenceMetrics(*metrics, logp.detach().view(self.ids.shape), 2 if any(wanted) else 1)
-
-    def _other_inputs(self, rows: Tensor) -> HeadInputs:
-        """The reference's head."""
-        assert self.reference is not None
-        options = [self.how[name] for name in OF_LOGITS]
-        pair = ((*self.tensors, *options), (*self.reference, *options))
-        budget = self.how["memory_budget"]
-        return head_pair(*pair, rows.view(self.ids.shape), self.how["compute_dtype"], budget)[1]
-
-    def _logp(self, tensors: Tensors, rows: Tensor, main_grad: Tensor | None = None) -> Tensor:
-        hidden, weight, bias = tensors
-        return linear_token_logprobs(
-            hidden, weight, self.ids, bias=bias, row_mask=rows.view(self.ids.shape), ignore_index=self.ignore_index,
-            outputs=["logp"], main_grad=main_grad, backend=self.backend, **self.how,
-        ).logp.reshape(-1)  # fmt: skip
-
-    def _reference_logp(self, rows: Tensor) -> Tensor:
-        assert self.reference is not None
-        with torch.no_grad():  # as a decorator of a method it does not trace
-            return self._logp(self.reference, rows)
-
-    def _divergence(self, rows: Tensor) -> Tensor:
-        assert self.reference is not None
-        (hidden, weight, bias), (other, other_weight, other_bias) = self.tensors, self.reference
-        others = {f"other_{name}": x for name, x in self.how.items() if name in OF_LOGITS}
-        return linear_token_divergence(
-            hidden, weight, other, other_weight, bias=bias, other_bias=other_bias, backend=self.backend,
-            row_mask=rows.view(self.ids.shape), **self.how, **others,
-        ).reshape(-1)  # fmt: skip

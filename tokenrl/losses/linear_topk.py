@@ -49,15 +49,35 @@ def linear_topk_distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """topk_distillation_loss from the student's hidden states, with its gradients, in one pass over chunks of tokens.
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens; weight [V, D]; ids: integers [B, T, K] or [N, K];
-    other_logp_topk: fp32 or fp64 of their shape, the teacher's log-probs of these ids, a constant. temperature,
-    softcap, logit_scale, keep_mask, compute_dtype, memory_budget: as for linear_token_logprobs. lists:
-    rest, limits, tail_floor, logp_floor, outside_logp of topk_token_divergence; the entropy of "zero_outside" is made
-    here.
+    Tokens that are masked or weigh nothing enter no GEMM. The forward makes the gradients of hidden, weight and bias, 6
+    N D V flops, and the backward multiplies; in a trace by torch.compile and under torch.func it is
+    linear_token_logprobs with 8.
 
-    The rest and the result as for topk_distillation_loss. Tokens that are masked or weigh nothing enter no GEMM. The
-    forward makes the gradients of hidden, weight and bias, 6 N D V flops, and the backward multiplies; in a trace by
-    torch.compile and under torch.func it is linear_token_logprobs with 8.
+    Args:
+        objective: as for distillation_loss.
+        hidden: the student's, [B, T, D], or packed [N, D] with cu_seqlens.
+        weight: [V, D].
+        ids: integers [B, T, K] or [N, K].
+        other_logp_topk: fp32 or fp64 of their shape, the teacher's log-probs of these ids, a constant.
+        bias: [V].
+        mask: bool of the tokens that pay; masked rows may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        token_weight: of the tokens, or [B, 1].
+        aggregation: as for policy_loss, without groups; None takes the objective's own.
+        normalizer: as for policy_loss.
+        temperature: as for linear_token_logprobs; for the row's T^power, too.
+        softcap: as for linear_token_logprobs, and so are logit_scale, keep_mask, compute_dtype and memory_budget.
+        logit_scale: a number.
+        keep_mask: bool [V], or of each row.
+        topk_mask: bool of the shape of ids, as for topk_token_divergence.
+        compute_dtype: of the GEMMs.
+        memory_budget: bytes of the chunks.
+        backend: as for policy_loss.
+        lists: rest, limits, tail_floor, logp_floor, outside_logp of topk_token_divergence; the entropy of
+            "zero_outside" is made here.
+
+    Returns:
+        As distillation_loss.
     """
     row, layout, weights = weighed_tokens(
         objective, "hidden", hidden, compute_dtype, mask, cu_seqlens, token_weight, aggregation, normalizer,

@@ -11,6 +11,7 @@ from ..batch.checks import check_floats, check_integers, check_tensor
 from ..batch.layout import Layout
 from ..batch.spans import span_starts
 from ..errors import described, unknown, wrong
+from ..logprobs.vocabulary import Vocabulary, refuse_beside_vocab
 from ..objectives.gates.base import map_params
 from ..objectives.policy import Objective
 from ..ops.backends import Backend
@@ -27,10 +28,15 @@ TRUNCATED = {"level": "token", "bound": "truncate", "high": 2.0}  # verl's defau
 class BatchOnRanks(Protocol):
     """A batch whose tokens lie on several ranks: tokenrl.distributed.ContextShard."""
 
-    def of_batch(self, logp: Tensor, entropy: Tensor | None, check: bool) -> tuple[Tensor, Tensor | None]: ...
+    def of_batch(
+        self, logp: Tensor, beside: Tensor | None, check: bool, name: str = "entropy"
+    ) -> tuple[Tensor, Tensor | None]: ...
+    def take(self, x: Tensor) -> Tensor: ...
+    def gathered(self, x: Tensor, *, check: bool = True) -> Tensor: ...
     def hidden_of_batch(self, hidden: Tensor) -> Tensor: ...
     def agreement(self, what: str, like: Tensor, check: bool) -> AbstractContextManager[Any]: ...
     def agree(self, agreed: Any, *loss: Any) -> None: ...
+    def agree_on_preference(self, agreed: Any, *loss: Any) -> None: ...
     def linear_policy_loss(self, vocab: Any, reduce_hidden_grad: bool, *loss: Any) -> tuple[Tensor, ...]: ...
 
 
@@ -38,6 +44,21 @@ def as_batch_on_ranks(context: object) -> BatchOnRanks:
     if not isinstance(context, BatchOnRanks):
         raise wrong("context", described(context), "a tokenrl.distributed.ContextShard")
     return context
+
+
+def ranks_of(vocab: object, context: object) -> list[Any]:
+    """What of a call lies on ranks."""
+    found: list[Any] = []
+    if vocab is not None:
+        refuse_beside_vocab(vocab)
+        found.append(vocab)
+    return found if context is None else [*found, as_batch_on_ranks(context)]
+
+
+def check_beside_context(vocab: Vocabulary | None, context: BatchOnRanks | None) -> None:
+    if vocab is not None and context is not None and vocab.sequence_parallel:
+        accepted = "a VocabShard without it: hidden is of the context's own tokens, the same on all ranks of vocab"
+        raise wrong("vocab", "one of sequence_parallel hidden states beside context", accepted)
 
 
 def policy_loss_inputs(

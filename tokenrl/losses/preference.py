@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..batch.checks import check_floats
+from ..batch.checks import check_floats, check_tensor
 from ..batch.layout import layout_of
 from ..objectives.preference import Preference, preference
 from ..observed import observed
 from ..ops import preference_dispatch as dispatch
 from ..ops.backends import Backend
 from ..ops.preference_reference import PreferenceInputs
+from .policy_arguments import BatchOnRanks, as_batch_on_ranks
 from .preference_arguments import check_needed, preference_inputs
 
 
@@ -48,6 +49,8 @@ def preference_loss(
     nll_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     nll_normalizer: float | Tensor | None = None,
+    context: BatchOnRanks | None = None,
+    check: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, PreferenceMetrics]:
     """The loss of a policy on pairs of sequences, of which one is preferred, or on labelled ones.
@@ -80,6 +83,11 @@ def preference_loss(
         nll_mask: bool of the tokens of the nll term; None: those of chosen sequences.
         normalizer: what to divide by instead of P.
         nll_normalizer: what to divide by instead of the number of tokens of the nll term.
+        context: as for policy_loss: logp and divergence are [n], of this rank's tokens of a packed batch, all else is
+            of the whole batch; the way of "aot" and of "bco_unpaired" without a reward_shift to a batch on
+            data-parallel ranks, too. Where pairs add up the parts take normalizer (and nll_normalizer), such as
+            tokenrl.distributed.global_count, instead.
+        check: as for policy_loss.
         backend: "cuda", "cpu", "triton", "reference"; None takes TOKENRL_BACKEND, else the first that can run. Kernels
             differentiate once, and have no links of one's own and no gradient of the token_weight of an "aot" row with
             ref_logp.
@@ -92,6 +100,9 @@ def preference_loss(
         RuntimeError: with every backend's reason, when none can run the call.
     """
     row = preference(objective)
+    if context is not None:
+        check_tensor("logp", logp)
+        logp, divergence = as_batch_on_ranks(context).of_batch(logp, divergence, check, "divergence")
     check_floats("logp", logp)
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     check_needed(row, "divergence", divergence, row.divergence > 0)

@@ -14,6 +14,7 @@ from ..ops.backends import Backend
 from ..ops.linear import joined
 from ..ops.linear.head import HeadInputs
 from ..ops.linear.one_pass import with_gradients
+from ..ops.linear.ranks import OneRank
 from ..ops.linear.token_logprobs import Gradients
 from ..ops.linear_ops import gradients_of, waiting_dtypes
 from ..ops.preference_reference import PreferenceInputs
@@ -35,7 +36,7 @@ class Found(NamedTuple):
 class ChunkedLoss:
     """links: what computes the loss of log-probs. head, other: of the policy and, where its logits are needed beside
     them, of the reference. read, scored: bool [N], the tokens, and those with a divergence. leaves: hidden, weight,
-    bias, token_weight, divergence_weight; wanted: which of them get a gradient."""
+    bias, token_weight, divergence_weight; wanted: which of them get a gradient. ranks: who holds the heads' rows."""
 
     links: Backend
     inputs: PreferenceInputs
@@ -46,44 +47,48 @@ class ChunkedLoss:
     leaves: Sequence[Tensor | None]
     wanted: Sequence[bool]
     main_grad: Tensor | None
+    ranks: OneRank
 
     def find(self, ops: Any) -> Found | None:
         """None where the tokens that meet do not fit into a chunk: linear_token_logprobs makes no more flops then, but
         beside a divergence it would."""
         wanted = list(self.wanted[:OF_HEAD])
         with torch.no_grad(), torch.autocast(self.head.hidden.device.type, enabled=False):
-            grads = gradients_of(self.head, wanted, waiting_dtypes(self.head, self.main_grad))
-            evaluated = self._run(ops, grads)
-        if evaluated is None:
-            return None
-        of_hidden = None if grads.hidden is None else grads.hidden.view(self.leaves[0].shape)  # type: ignore[union-attr]
+            whole, (first, *dtypes) = self.ranks.of_all_tokens(self.head), waiting_dtypes(self.head, self.main_grad)
+            grads = gradients_of(whole, wanted, [self.ranks.travels_in(first), *dtypes])
+            evaluated = self._run(ops, whole, grads)
+            if evaluated is None:
+                return None
+            of_hidden = None if grads.hidden is None else self.ranks.finish(grads.hidden).to(first)
+        if of_hidden is not None:
+            of_hidden = of_hidden.view(self.leaves[0].shape)  # type: ignore[union-attr]
         made = (of_hidden, grads.weight, grads.bias, *(evaluated.by.get(name) for name in WEIGHTS))
         carrying = with_gradients("linear_preference_loss")
         loss = carrying.apply(evaluated.loss, self.main_grad, *self.leaves, *made)
         return Found(loss, evaluated.metrics, evaluated.logp, evaluated.passes)
 
-    def _run(self, ops: Any, grads: Gradients) -> "_Evaluated | None":
+    def _run(self, ops: Any, head: HeadInputs, grads: Gradients) -> "_Evaluated | None":
         heads = [one.head(ops) for one in (self.head, self.other) if one is not None]
-        budget, last = self.head.memory_budget, list[_Evaluated]()
-        most = functools.partial(joined.most_rows, heads, budget, grads)
+        budget, last, ranks = head.memory_budget, list[_Evaluated](), self.ranks
+        most = functools.partial(joined.most_rows, heads, budget, grads, ranks)
         chunks = joined.chunks_of(self.read, self.inputs.layout.rows(), lambda: _parts(self.inputs), most)
-        other = None if self.other is None else self.other.hidden
-        run = functools.partial(joined.run, self.head, heads, other, self.scored)
+        other = None if self.other is None else ranks.of_all_tokens(self.other).hidden
+        run = functools.partial(joined.run, head, heads, other, self.scored, ranks=ranks)
 
         def evaluate_so_far(found: joined.PerToken) -> joined.ByToken:
             last[:] = [self._evaluate(found)]
             return last[0].by_token
 
         if chunks is not None:
-            run(chunks, evaluate_so_far, grads)
+            run(chunks, evaluate=evaluate_so_far, grads=grads)
             return last[0]
         if self.other is None:
             return None
-        chunks = joined.even_chunks(self.read, heads, budget, grads)
-        by_token = evaluate_so_far(run(chunks, None, Gradients(None, None, None)))
+        chunks = joined.even_chunks(self.read, heads, budget, grads, ranks)
+        by_token = evaluate_so_far(run(chunks, evaluate=None, grads=Gradients(None, None, None)))
         if not any(self.wanted[:OF_HEAD]):
             return last[0]
-        run(chunks, lambda _: by_token, grads)
+        run(chunks, evaluate=lambda _: by_token, grads=grads)
         return last[0]._replace(passes=2)
 
     def _evaluate(self, found: joined.PerToken) -> "_Evaluated":

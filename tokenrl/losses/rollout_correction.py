@@ -34,14 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.checks import (
-    check_constant,
-    check_floats,
-    check_integers,
-    check_name,
-    check_number,
-    values_known,
-)
+from ..batch.checks import check_constant, check_floats, check_integers, check_name, check_number, values_known
 from ..batch.layout import Layout, layout_of
 from ..batch.spans import Spans, spans_of
 from ..errors import wrong
@@ -169,14 +162,21 @@ def importance_weights(
 ) -> Tensor:
     """Importance weights of the rollout's tokens, w_t = bound(exp(clamp(s_t))), of logp's shape and dtype.
 
-    logp, rollout_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; q = logp - rollout_logp. mask: bool of that shape.
-    level: s_t is "token" q_t, "sequence" sum of q over the row, "geometric" mean of q over the row, "segment" mean of q
-    over the token's segment: a run of equal segment_ids (integers of logp's shape) among the row's valid tokens.
-    bound: "truncate" min(w, high), and max(., low) if given; "mask" w where low <= w <= high (either may be None), else
-    0; "none" w.
-    clamp: s is clamped to [-clamp, clamp] before exp (the sum or mean, not its terms), None does not.
-    normalize: "batch" divides the bounded weights by their mean over the spans (tokens, sequences or segments) with a
-    valid token; the only option that looks beyond a row, so a split batch gives other weights.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, the trainer's, a constant.
+        rollout_logp: of that shape; q = logp - rollout_logp.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        level: s_t is "token" q_t, "sequence" sum of q over the row, "geometric" mean of q over the row, "segment" mean
+            of q over the token's segment.
+        segment_ids: integers of logp's shape: a run of equal ones among the row's valid tokens is a segment.
+        bound: "truncate" min(w, high), and max(., low) if given; "mask" w where low <= w <= high, else 0; "none" w.
+        low: a ratio, or None.
+        high: a ratio, or None.
+        clamp: s is clamped to [-clamp, clamp] before exp (the sum or mean, not its terms), None does not.
+        normalize: "batch" divides the bounded weights by their mean over the spans with a valid token; the only option
+            that looks beyond a row, so a split batch gives other weights.
+        unknown: of a NaN in rollout_logp, "raise" or "neutral".
 
     Source: verl rollout_correction for "token" and "sequence"; TRL, ROLL for the bounds and the other levels
     (trainers).
@@ -218,15 +218,22 @@ def rejection_mask(
     cu_seqlens: Tensor | None = None,
     unknown: str = "raise",
 ) -> Tensor:
-    """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds.
+    """bool of logp's shape: the valid tokens whose statistic, or whose row's, lies within the bounds, ends kept.
 
     With x = q clamped to +-20 token by token, k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x; with mu = exp(rollout_logp) and
     p = exp(logp), both within [1e-6, 1 - 1e-6], tv = |mu - p|, binary_kl = mu log(mu / p) + (1 - mu) log((1 - mu) /
-    (1 - p)), the divergences of taking the token or not. statistic: "token_", "seq_mean_" and the name of any,
-    "seq_sum_" and k1, k2, k3, "seq_max_" and k2, k3.
-    *_k1: low <= exp(statistic) <= high, either may be None. This ratio is rollout / train, the inverse of what
-    importance_weights gives, as in verl: to keep train / rollout in [a, b], low=1 / b, high=1 / a.
-    The others: statistic <= high. Both ends are kept. Several criteria: the & of several calls.
+    (1 - p)), the divergences of taking the token or not. Several criteria: the & of several calls.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, the trainer's, a constant.
+        rollout_logp: of that shape.
+        statistic: "token_", "seq_mean_" and the name of any, "seq_sum_" and k1, k2, k3, "seq_max_" and k2, k3.
+        low: of *_k1 alone: low <= exp(statistic). This ratio is rollout / train, the inverse of importance_weights', as
+            in verl: to keep train / rollout in [a, b], low=1 / b, high=1 / a.
+        high: of *_k1 exp(statistic) <= high, of the others statistic <= high.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        unknown: as for importance_weights.
 
     Source: verl; tv, binary_kl: OpenRLHF (trainers).
     """
@@ -267,9 +274,16 @@ def off_policy_sequence_mask(
 ) -> Tensor:
     """bool of logp's shape, OPSM: False for rows with A < 0 and mean(rollout_logp - logp) > threshold.
 
-    advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in TRL.
-    advantages_per: as for policy_loss.
-    threshold: nats per token.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, the trainer's, a constant.
+        rollout_logp: of that shape.
+        advantages: [B] (or [S]), or one per token, where only the tokens with A < 0 of such a row are dropped, as in
+            TRL.
+        advantages_per: as for policy_loss.
+        threshold: nats per token.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        unknown: as for importance_weights.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL off_policy_mask_threshold, 0.5 (trainers).
     """

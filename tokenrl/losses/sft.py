@@ -27,9 +27,17 @@ def sft_loss(
 ) -> tuple[Tensor, Metrics]:
     """sum_t w_t token_weight_t (-logp_t), cross entropy of given tokens: policy_loss("reinforce") with advantages 1.
 
-    logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens [S + 1]. mask: bool, the tokens that pay, such as those of
-    tokenrl.token_selection; masked cells may hold anything. token_weight: of logp's shape, or [B, 1], such as those of
-    tokenrl.sft_weights. aggregation, normalizer: w, as for policy_loss. Returns (loss 0-d, Metrics).
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it alone gets a gradient.
+        mask: bool, the tokens that pay, such as those of tokenrl.token_selection; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        token_weight: of logp's shape, or [B, 1], such as those of tokenrl.sft_weights.
+        aggregation: w, as for policy_loss.
+        normalizer: as for policy_loss.
+        backend: as for policy_loss.
+
+    Returns:
+        (loss 0-d, Metrics).
     """
     layout = layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     return policy_loss(
@@ -53,9 +61,20 @@ def linear_sft_loss(
     """sft_loss from hidden states and the head, with its gradients in one pass: 6 n D V flops of n tokens that mask
     keeps, as the others enter no GEMM, forward or backward.
 
-    hidden: [B, T, D], or packed [N, D] with cu_seqlens; ids: integers [B, T] or [N], aligned with hidden. head: bias,
-    temperature, softcap, logit_scale, keep_mask, ignore_index, compute_dtype, memory_budget, main_grad and backend of
-    linear_policy_loss. The rest as for sft_loss. Returns (loss 0-d, LinearMetrics, whose logp are the log-probs).
+    Args:
+        hidden: [B, T, D], or packed [N, D] with cu_seqlens.
+        weight: [V, D].
+        ids: integers [B, T] or [N], aligned with hidden.
+        mask: as for sft_loss, and so are all up to normalizer.
+        cu_seqlens: integers [S + 1].
+        token_weight: of the shape of ids, or [B, 1].
+        aggregation: w, as for policy_loss.
+        normalizer: as for policy_loss.
+        head: bias, temperature, softcap, logit_scale, keep_mask, ignore_index, compute_dtype, memory_budget, main_grad
+            and backend of linear_policy_loss.
+
+    Returns:
+        (loss 0-d, LinearMetrics, whose logp are the log-probs).
     """
     check_tensor("ids", ids)
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
@@ -80,11 +99,19 @@ def linear_multi_token_loss(
 
         CE_i = mean of -log p_i(ids_{t+i} | t) over the t whose token t + i is in the same sequence and in the mask
 
-    hidden: [K, B, T, D], or packed [K, N, D] with cu_seqlens [S + 1]: of the model itself and of its K - 1 heads for
-    later tokens; ids: integers [B, T] or [N], aligned with stream 0. coefs: K numbers, such as those of
-    sft_weights.caft_coefs; a stream whose coefficient is 0 enters no GEMM. mask: bool, of ids' shape. normalizer: [K],
-    what each stream's sum is divided by instead of its own count. head: as for linear_sft_loss. Returns (loss 0-d,
-    LinearMetrics of all streams, whose logp is [K, ..], 0 where there is no token).
+    Args:
+        hidden: [K, B, T, D], or packed [K, N, D] with cu_seqlens: of the model itself and of its K - 1 heads for later
+            tokens.
+        weight: [V, D], of all streams.
+        ids: integers [B, T] or [N], aligned with stream 0.
+        coefs: K numbers, such as those of sft_weights.caft_coefs; a stream whose coefficient is 0 enters no GEMM.
+        mask: bool, of ids' shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: [K], what each stream's sum is divided by instead of its own count.
+        head: as for linear_sft_loss.
+
+    Returns:
+        (loss 0-d, LinearMetrics of all streams, whose logp is [K, ..], 0 where there is no token).
 
     Source: CAFT's code (authors' code).
     """

@@ -61,10 +61,21 @@ def token_metrics(
 ) -> TokenMetrics:
     """The metrics of policy_loss before they are summed up.
 
-    Arguments as there, where no other has a part in them; logp may require a gradient, which ends here. backend: runs
-    the statistic; the bounds are the gate's in torch. For "vespo" with rollout_logp, whose importance weights w are
-    factors of its ratio, old_logp is old_logp - log w.
-    Raises ValueError for an objective with a form, whose tokens meet in other ways than through a statistic.
+    Args:
+        objective: a name in tokenrl.OBJECTIVES, or what tokenrl.objective(name, ...) returns; without a form.
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it may require a gradient, which ends here.
+        old_logp: of that shape; None means on-policy. For "vespo" with rollout_logp, whose importance weights w are
+            factors of its ratio, old_logp is old_logp - log w.
+        advantages: [B] (or [S]), or one per token; None for objectives that use none.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
+        segment_ids: as for policy_loss.
+        backend: runs the statistic; the bounds are the gate's in torch.
+
+    Raises:
+        ValueError: for an objective with a form, whose tokens meet in other ways than through a statistic; and as
+            policy_loss.
     """
     row, layout = find_objective(objective), layout_of(logp, mask=mask, cu_seqlens=cu_seqlens)
     if row.form is not None:

@@ -48,17 +48,28 @@ def unlearning_loss(
 
         loss = retain mean_r -logp + forget (alpha mean_f term(x) + smoothing mean_f D_t) + eos mean_e -logp
 
-    objective: a name in tokenrl.UNLEARNINGS, or what tokenrl.unlearning(name, ...) returns.
-    logp: fp32 or fp64, padded [B, T], or packed [N] with cu_seqlens [S + 1]. ref_logp: of the reference, of the same
-    shape, constant; None for rows without one. forget_mask, retain_mask: bool, of logp's shape, no token in both; other
-    cells may hold anything. A tri-mask of 0, 1, 2 is forget_mask=kinds == 2, retain_mask=kinds == 1. eos_mask: bool,
-    the ends of sequences; those to retain count. Rows whose coefficient is not 0 need the masks they name.
-    divergence: of "au", one per token: smoothing_kl of the logits, or linear_smoothing_kl. normalizer: what to divide
-    by instead of the number of tokens to forget (of sequences with any, for rows of sequences); retain_normalizer,
-    eos_normalizer: likewise.
+    Rows whose coefficient is not 0 need the masks they name. logp and divergence get gradients. Sums are fp64; a mean
+    over nothing is 0.
 
-    logp and divergence get gradients. Sums are fp64; a mean over nothing is 0. Returns (loss 0-d in the dtype of logp,
-    UnlearningParts). Errors: ValueError naming the argument, what was given and what is accepted.
+    Args:
+        objective: a name in tokenrl.UNLEARNINGS, or what tokenrl.unlearning(name, ...) returns.
+        logp: fp32 or fp64, padded [B, T], or packed [N] with cu_seqlens.
+        ref_logp: of the reference, of the same shape, constant; None for rows without one.
+        forget_mask: bool, of logp's shape. A tri-mask of 0, 1, 2 is forget_mask=kinds == 2, retain_mask=kinds == 1.
+        retain_mask: likewise, no token in both; other cells may hold anything.
+        eos_mask: bool, the ends of sequences; those to retain count.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        divergence: of "au", one per token: smoothing_kl of the logits, or linear_smoothing_kl.
+        normalizer: what to divide by instead of the number of tokens to forget (of sequences with any, for rows of
+            sequences).
+        retain_normalizer: likewise of tokens to retain.
+        eos_normalizer: likewise of ends.
+
+    Returns:
+        (loss 0-d in the dtype of logp, UnlearningParts).
+
+    Raises:
+        ValueError: naming the argument, what was given and what is accepted.
     """
     row = unlearning(objective)
     check_floats("logp", logp)
@@ -98,6 +109,14 @@ def smoothing_kl(
 
         target "detached"   d/dz_v = p_v - q_v                       q = softmax(z / tempered), a constant
         target "attached"   + q_v ((log q_v - log p_v) - D) / tempered     through both, as a copy of AU's code has it
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V].
+        tempered: above 0.
+        target: "detached" or "attached", as above.
+        temperature: a number above 0, or one per token.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and are never read.
+        backend: as for policy_loss.
     """
     check_name("target", target, TARGETS)
     check_positive("tempered", tempered)
@@ -117,7 +136,17 @@ def linear_smoothing_kl(
     bias: Tensor | None = None, row_mask: Tensor | None = None, **head: Any,
 ) -> Tensor:  # fmt: skip
     """smoothing_kl of the logits hidden @ weight^T + bias, which are not held, with target "detached" (another head is
-    frozen there). head: as for linear_token_divergence."""
+    frozen there).
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        tempered: above 0.
+        temperature: a number above 0, or one per token.
+        bias: [V].
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and enter no GEMM.
+        head: as for linear_token_divergence.
+    """
     check_positive("tempered", tempered)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None or name != "bias":

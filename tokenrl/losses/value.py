@@ -27,9 +27,15 @@ def value_loss(
         "mse"   l = (v - label)^2                                           dl / dv = 2 (v - label)
         "bce"   l = -label log sigma(v) - (1 - label) log sigma(-v)         dl / dv = sigma(v) - label
 
-    values: fp32 or fp64 [B, T], or packed [N] with cu_seqlens [S + 1]; logits of the value for "bce". labels: of their
-    shape, constant; in [0, 1] for "bce". mask: bool; masked cells may hold anything. aggregation, normalizer: w, as for
-    tokenrl.aggregation_weights.
+    Args:
+        values: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; logits of the value for "bce". They get a gradient.
+        labels: of their shape, constant; in [0, 1] for "bce".
+        kind: "mse" or "bce".
+        mask: bool; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        aggregation: w, as for tokenrl.aggregation_weights, without groups.
+        normalizer: as for tokenrl.aggregation_weights.
+        backend: as for policy_loss.
 
     Source: TVM, arXiv 2407.12863 (our reading: its loss is not known to us).
     """

@@ -19,13 +19,17 @@ MEANS = ("geometric", "arithmetic")
 def proximal_logp(
     logp: Tensor, rollout_logp: Tensor, versions: Tensor, current_version: int, *, mean: str = "geometric"
 ) -> Tensor:
-    """Of logp's shape and dtype: (1 - a) rollout_logp + a logp, a = (v - 1 - u) / (v - u) in [0, 1].
+    """Of logp's shape and dtype: (1 - a) rollout_logp + a logp, a = (v - 1 - u) / (v - u) in [0, 1], of the versions v
+    of the policy that is trained, v - 1 of the proximal one and u of that which sampled.
 
-    v: current_version, the number of the policy that is trained; v - 1 is the proximal one. u: versions, integers of
-    logp's shape, of the policy that sampled each token; where u is negative (a prompt's) or not below v, a = 0. mean:
-    "geometric", of probabilities, as above; "arithmetic", log((1 - a) p_rollout + a p).
-    logp, rollout_logp: fp32 or fp64 of one shape, any, constant. A cell whose log-probs are NaN is NaN.
-    A rollout_logp of -inf, of no probability, stays one in the geometric mean.
+    A cell whose log-probs are NaN is NaN. A rollout_logp of -inf, of no probability, stays one in the geometric mean.
+
+    Args:
+        logp: fp32 or fp64 of any shape, current, a constant.
+        rollout_logp: of that shape, of the policy that sampled.
+        versions: integers of that shape, u of each token; where u is negative (a prompt's) or not below v, a = 0.
+        current_version: an integer, v.
+        mean: "geometric", of probabilities, as above; "arithmetic", log((1 - a) p_rollout + a p).
 
     Source: arXiv 2512.06547, AReaL loglinear, linear (trainers; without its 1e-10 in the latter's logarithm).
     """

@@ -26,7 +26,13 @@ ADAKD = distillation("reverse_kd", power=2.0)
 
 
 def difficulty(logits: Tensor, other_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """h_t = sqrt(1 - sum sqrt(p r)), Hellinger's distance of student and teacher, [B, T], in [0, 1]; 0 where masked."""
+    """h_t = sqrt(1 - sum sqrt(p r)), Hellinger's distance of student and teacher, [B, T], in [0, 1]; 0 where masked.
+
+    Args:
+        logits: the student's, bf16, fp16, fp32 or fp64 [B, T, V]; no gradient passes.
+        other_logits: the teacher's, of the same shape and dtype.
+        mask: bool [B, T].
+    """
     found = token_divergence(logits.detach(), other_logits.detach(), "squared_hellinger", row_mask=mask)
     assert isinstance(found, Tensor)
     return found.clamp(min=0).sqrt()
@@ -34,7 +40,13 @@ def difficulty(logits: Tensor, other_logits: Tensor, *, mask: Tensor | None = No
 
 def focused(score: Tensor, ratio: float, *, mask: Tensor) -> Tensor:
     """bool of score's shape: the floor(ratio N) of the N valid tokens with the highest scores, at least one of them; of
-    equal scores the first."""
+    equal scores the first.
+
+    Args:
+        score: floats [B, T], such as difficulty.
+        ratio: in [0, 1], of LossAdaptiveFocus.
+        mask: bool of that shape.
+    """
     check_number("ratio", ratio, 0.0)
     if ratio > 1:
         raise wrong("ratio", ratio, "a number from 0 to 1")
@@ -49,8 +61,12 @@ def focused_temperature(
 ) -> Tensor:
     """T_t = base e^(-scale tanh log(h_t / median)), of the lower median of the kept tokens; 1 for the others.
 
-    score: h_t [B, T]; kept: bool. scale: 0.5 in the authors' scripts, 0.6 by their default. soften: hard tokens softer
-    instead, the sign turned.
+    Args:
+        score: h_t, floats [B, T].
+        kept: bool of that shape.
+        base: above 0.
+        scale: 0.5 in the authors' scripts, 0.6 by their default.
+        soften: hard tokens softer instead, the sign turned.
     """
     check_number("base", base, above=0)
     check_number("scale", scale)

@@ -36,7 +36,13 @@ def head_share(
 ) -> Tensor:
     """[..], fp32 or fp64: in [0, 1], 0 in rows that row_mask leaves out and where p = r.
 
-    logits, other_logits: of student and teacher, [N, V] or [B, T, V]; of equal probabilities the lower id is first."""
+    Args:
+        logits: the student's, floats [N, V] or [B, T, V].
+        other_logits: the teacher's, of that shape; of equal probabilities the lower id is first.
+        mass: in [0, 1], what the teacher's probabilities in the head sum up to at most.
+        row_mask: bool [N] or [B, T].
+        memory_budget: bytes held beyond inputs and result, as for topk_ids.
+    """
     for name, x in (("logits", logits), ("other_logits", other_logits)):
         check_tensor(name, x)
     if other_logits.shape != logits.shape:
@@ -62,7 +68,19 @@ def linear_head_share(
     memory_budget: int | None = None,
 ) -> Tensor:
     """head_share of the logits hidden @ weight^T + bias and those of the other head, of which only chunks of rows are
-    held."""
+    held.
+
+    Args:
+        hidden: the student's, [N, D] or [B, T, D]; no gradient passes.
+        weight: [V, D].
+        other_hidden: the teacher's, [N, D'] or [B, T, D'].
+        other_weight: [V, D'].
+        bias: [V].
+        other_bias: [V], without a gradient.
+        mass: as for head_share.
+        row_mask: bool [N] or [B, T].
+        memory_budget: bytes of the chunks, as for topk_ids.
+    """
     check_number("mass", mass, 0, 1)
     for name, x in (("other_hidden", other_hidden), ("other_weight", other_weight)):
         check_tensor(name, x)

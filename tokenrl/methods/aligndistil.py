@@ -38,9 +38,14 @@ def teacher_of(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(z*, of the logits' shape and dtype; coef, fp32 or fp64 [B, T]).
 
-    dpo_logits, other_logits: [B, T, V] or [N, V] of one dtype. beta: of the DPO models; beta2: 10 off-policy and 15
-    on-policy in the authors' scripts, a plain number near 1 in the variants that are not adaptive. mask: bool of the
-    tokens that are looked at.
+    Args:
+        variant: one of the four above.
+        dpo_logits: z_D, floats [B, T, V] or [N, V]; no gradient passes.
+        other_logits: z_R, of the same shape and dtype.
+        beta: of the DPO models, above 0.
+        beta2: 10 off-policy and 15 on-policy in the authors' scripts, a plain number near 1 in the variants that are
+            not adaptive.
+        mask: bool of the tokens that are looked at.
     """
     _check(variant, mask, dpo_logits=dpo_logits, other_logits=other_logits)
     dpo_logits, other_logits = dpo_logits.detach(), other_logits.detach()
@@ -60,7 +65,16 @@ def linear_teacher_of(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(hidden, weight, coef) of z* for linear_distillation_loss, by tokenrl.combined_head: no logits are held.
 
-    hidden: [B, T, D] or [N, D] of either model, weight [V, D]. The rest as for teacher_of.
+    Args:
+        variant: as for teacher_of.
+        dpo_hidden: [B, T, D] or [N, D] of the model whose logits are z_D.
+        dpo_weight: [V, D].
+        other_hidden: likewise of z_R.
+        other_weight: [V, D'].
+        beta: as for teacher_of.
+        beta2: as for teacher_of.
+        mask: bool of the tokens that are looked at.
+        memory_budget: bytes of the chunks, as for linear_token_logprobs.
     """
     given = {"dpo_hidden": dpo_hidden, "dpo_weight": dpo_weight, "other_hidden": other_hidden}
     _check(variant, mask, **given, other_weight=other_weight)

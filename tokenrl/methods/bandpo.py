@@ -42,8 +42,18 @@ def bandpo(
         kind "kl"    -p log r - (1 - p) log((1 - r p) / (1 - p))      by bisection
     at most delta, r in [0, 1 / p]. The authors' limits (eps_low, eps_high) at the ends: (1, 1 / p - 1) below p = 1e-6,
     and above 1 - 1e-6 (delta, 0), (0, 0), (1 - e^-delta, 0) for the three kinds.
-    "kl" is the code's default. relax: the window is at least eps_low, eps_high, those of a plain clip. 1 + eps_high is
-    at most ceiling. NaN stays.
+    NaN stays.
+
+    Args:
+        old_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        kind: "tv", "chi2" or "kl", the code's default.
+        delta: above 0, in the units of the divergence.
+        eps_low: in [0, 1], at least so wide is the window under relax.
+        eps_high: at least 0, likewise.
+        relax: whether the window is at least that of a plain clip, eps_low and eps_high.
+        ceiling: at least 1, at most so large is 1 + eps_high.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     check_name("kind", kind, KINDS)
     check_number("delta", delta, above=0, most=FINITE, accepted="a positive number")

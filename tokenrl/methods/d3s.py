@@ -25,7 +25,13 @@ TIE = 1e-12
 
 def d3s_schedule(progress: float, initial: float, final: float) -> float:
     """(1 - p) initial + p final: the number of rollouts or the fraction of tokens at progress p in [0, 1] of the
-    training."""
+    training.
+
+    Args:
+        progress: p, in [0, 1].
+        initial: the number at its beginning.
+        final: the number at its end.
+    """
     check_number("progress", progress, 0, 1)
     check_number("initial", initial)
     check_number("final", final)
@@ -38,6 +44,10 @@ def max_variance_rollouts(advantages: Tensor, keep: int) -> Tensor:
     They are the k largest and the keep - k smallest for one k; all k are tried on sums of the sorted advantages. Of the
     k whose variances agree to 1e-12 the largest is taken; of equal advantages the smaller ones are counted from the
     first row on and the larger ones from the last row on (our reading).
+
+    Args:
+        advantages: fp32 or fp64 [S], finite, a constant.
+        keep: an integer from 0 to S.
     """
     x = as_rewards(advantages, name="advantages")
     if not isinstance(keep, int) or not 0 <= keep <= x.numel():
@@ -77,7 +87,16 @@ def advantage_entropy_threshold(
     advantages_per: str | None = None,
 ) -> Tensor:
     """float64, 0-d: what |A| H reaches in the fraction of the valid tokens that advantage_entropy_mask keeps; inf if
-    none is valid. For a batch in parts: of all parts."""
+    none is valid. For a batch in parts: of all parts.
+
+    Args:
+        advantages: [B] (or [S]), or one per token; a constant.
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats.
+        fraction: above 0, at most 1.
+        mask: bool of that shape: the tokens of the selected rollouts.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
+    """
     valid, scores = _scores(advantages, entropy, mask, cu_seqlens, advantages_per)
     return _thresholds(scores, torch.zeros_like(valid.row), 1, fraction)[0]
 
@@ -93,15 +112,22 @@ def advantage_entropy_mask(
     scope: str = "batch",
     threshold: float | Tensor | None = None,
 ) -> Tensor:
-    """bool of entropy's shape: the top fraction of the valid tokens by |A| H, False in masked cells.
+    """bool of entropy's shape: the top fraction of the valid tokens by |A| H, False in masked cells. Of n tokens
+    floor(1 + fraction (n - 1)) are kept, and what ties with the last of them, as corrections.top_entropy_mask does (our
+    reading).
 
-    advantages: [B] (or [S]), or one per token (advantages_per: as for policy_loss). entropy: of the whole vocabulary,
-    of the logits at the temperature of the loss or without it (our reading). mask: the tokens of the selected rollouts.
-    scope: the tokens are compared within the "batch" (all selected rollouts) or within their "sequence"; the source can
-    be read both ways. Of n tokens floor(1 + fraction (n - 1)) are kept, and what ties with the last of them, as
-    corrections.top_entropy_mask does (our reading).
-    threshold: a number or 0-d tensor in place of fraction, for scope "batch": advantage_entropy_threshold of the whole
-    of a batch that comes in parts.
+    Args:
+        advantages: [B] (or [S]), or one per token; a constant.
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the whole vocabulary, of the logits at the temperature
+            of the loss or without it (our reading).
+        fraction: above 0, at most 1; None with a threshold.
+        mask: bool of that shape: the tokens of the selected rollouts.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
+        scope: the tokens are compared within the "batch" (all selected rollouts) or within their "sequence"; the source
+            can be read both ways.
+        threshold: a number or 0-d tensor in place of fraction, for scope "batch": advantage_entropy_threshold of the
+            whole of a batch that comes in parts.
     """
     check_name("scope", scope, SCOPES)
     if (threshold is None) == (fraction is None):

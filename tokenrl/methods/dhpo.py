@@ -21,9 +21,15 @@ def entropy_mix(
     The source has a min-max normalised entropy without gradient. That the extremes are those of the valid tokens of the
     response, that a high entropy gives the weight to the token ratio (1 - entropy_mix has it the other way round) and
     eps are our reading. A response of equal entropies has weight 0, masked cells too.
-    entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens. lowest, highest: H_min and H_max in place of the response's
-    own, a number, 0-d, or one per sequence [S] (of whole responses, where they come in parts); weights outside are cut
-    to [0, 1].
+
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        lowest: H_min in place of the response's own, a number, 0-d, or one per sequence [S] (of whole responses, where
+            they come in parts); weights outside are cut to [0, 1].
+        highest: H_max, likewise.
+        eps: at least 0.
 
     Source: DHPO, arXiv 2601.05607 (notes, our reading).
     """

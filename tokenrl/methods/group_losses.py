@@ -38,6 +38,16 @@ def target_po_loss(
     u: the scores of the group less their mean, over their standard deviation (of n) where that is above 1e-6. q is the
     same in every epoch over one batch, as S_old is.
 
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it alone gets a gradient.
+        old_logp: of that shape, of the policy that sampled.
+        scores: fp32 or fp64 [S], such as rewards.
+        group_ids: integers [S]; groups must be whole in a call.
+        eta: temperature, above 0.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: what to divide by instead of the number of groups, a number above 0 or 0-d.
+
     Source: TargetPO, arXiv 2604.06159 (paper, authors' code).
     """
     check_number("eta", eta, above=0)
@@ -62,10 +72,18 @@ def gvpo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean over groups of 1 / (2 (n - 1)) sum_i (R_i - sg[mean R] - A_i)^2, R = beta (S - S_old), n the group's size.
+    """Mean over groups of 1 / (2 (n - 1)) sum_i (R_i - sg[mean R] - A_i)^2, R = beta (S - S_old), n the group's size. A
+    group of one has the factor 1 / 2 (our reading).
 
-    advantages: rewards less the mean of their group. The recipe sums over the groups of a micro-batch: normalizer=1.
-    A group of one has the factor 1 / 2 (our reading).
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it alone gets a gradient.
+        old_logp: of that shape, of the policy that sampled.
+        advantages: fp32 or fp64 [S], A, rewards less the mean of their group.
+        group_ids: integers [S]; groups must be whole in a call.
+        beta: a number.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: as for target_po_loss; the recipe sums over the groups of a micro-batch: 1.
 
     Source: GVPO, arXiv 2504.19599 (authors' code, verl-recipe).
     """
@@ -89,10 +107,17 @@ def sppo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean over sequences of (S - S_old - eta R)^2: self-play.
+    """Mean over sequences of (S - S_old - eta R)^2: self-play. Pairs of a winner and a loser have preference_loss.
 
-    rewards: R, the win rate of a sequence against the policy less 1/2, or, as in verl-recipe, its reward less
-    advantages.soft_value of the whole batch with tau = 1 / eta. Pairs of a winner and a loser have preference_loss.
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it alone gets a gradient.
+        old_logp: of that shape, of the policy that sampled.
+        rewards: fp32 or fp64 [S], R, the win rate of a sequence against the policy less 1/2, or, as in verl-recipe, its
+            reward less advantages.soft_value of the whole batch with tau = 1 / eta.
+        eta: a number.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: what to divide by instead of the number of sequences, a number above 0 or 0-d.
 
     Source: arXiv 2405.00675, verl-recipe (trainers).
     """
@@ -114,6 +139,15 @@ def a_star_po_loss(
 ) -> Tensor:
     """Mean over sequences of (beta (S - S_ref) - A)^2, A = R - V*, V* the prompt's optimal value:
     advantages.soft_value(rewards, group_ids, tau=0.5) of eight samples of the reference policy.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens; it alone gets a gradient.
+        ref_logp: of that shape, of the reference.
+        advantages: fp32 or fp64 [S], A.
+        beta: a number.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: as for sppo_loss.
 
     Source: arXiv 2505.20686, TRL 1.16's A2PO (trainers).
     """
@@ -138,7 +172,18 @@ def flowrl_loss(
 ) -> Tensor:
     """Mean over sequences of w (log_z + m - m_ref - beta R)^2, w = min(e^(S - S_old), ceiling), without gradient.
 
-    log_z: [S], the learned log-partition function of a sequence's prompt; it gets a gradient where it requires one.
+    Args:
+        logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens.
+        old_logp: of that shape, of the policy that sampled.
+        ref_logp: of that shape, of the reference.
+        rewards: fp32 or fp64 [S], R.
+        log_z: fp32 or fp64 [S], the learned log-partition function of a sequence's prompt; it gets a gradient where it
+            requires one.
+        beta: a number.
+        ceiling: at least 0, of the weight.
+        mask: bool of that shape; masked cells may hold anything.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        normalizer: as for sppo_loss.
 
     Source: FlowRL, arXiv 2509.15207, verl-recipe (authors' code).
     """

@@ -32,12 +32,20 @@ def conflict_weights(
 ) -> Tensor:
     """lambda per token, of ids' shape and the advantages' dtype.
 
-    ids: integers [B, T], the sampled tokens. advantages: [S], those before any shaping; group_ids: integers [S].
     A token is in conflict where a rollout of its group with A > 0 and one with A < 0 have the same id at its position,
     counted in valid tokens from the left, or from the right. Its factor is `positive` in a row with A > 0 and
     `negative` in a row with A < 0, as long as all before it (from the right: behind it) are in conflict as well,
     else 1; lambda is the product of the factors from the left and from the right. Rows with A = 0 have 1 and match
     nobody. That masked cells inside a row are no positions is our reading.
+
+    Args:
+        ids: integers [B, T], or [N] with cu_seqlens, the sampled tokens.
+        advantages: fp32 or fp64 [S], those before any shaping.
+        group_ids: integers [S]; groups must be whole in a call.
+        mask: bool of the shape of ids.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        positive: a number.
+        negative: a number.
     """
     check_number("positive", positive)
     check_number("negative", negative)
@@ -57,7 +65,15 @@ def conflict_lengths(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """int64 [S]: the longer of a row's two conflict runs, at least 1: what the authors' code divides its loss by."""
+    """int64 [S]: the longer of a row's two conflict runs, at least 1: what the authors' code divides its loss by.
+
+    Args:
+        ids: as for conflict_weights, and so are the others.
+        advantages: fp32 or fp64 [S].
+        group_ids: integers [S].
+        mask: bool of the shape of ids.
+        cu_seqlens: integers [S + 1].
+    """
     _, _, (_, left), (_, right) = _runs(ids, advantages, group_ids, mask, cu_seqlens)
     return torch.maximum(left, right).clamp(min=1)
 
@@ -95,10 +111,18 @@ def entropy_shaped_advantages(
     scale: float = 0.1,
     threshold: float = 0.7,
 ) -> Tensor:
-    """A - scale <H>, and 0 where <H> > threshold: [S] -> [S], <H> the mean entropy of the row's valid tokens.
+    """A - scale <H>, and 0 where <H> > threshold: [S] -> [S], <H> the mean entropy of the row's valid tokens. A row
+    without
+    tokens has <H> = 0.
 
-    threshold: 0.7 in the code, ln 2 in the paper; inf: no row is dropped. The paper keeps all rows where the entropy of
-    the first policy is above it, the code does not. A row without tokens has <H> = 0.
+    Args:
+        advantages: fp32 or fp64 [S], a constant.
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        scale: at least 0, in units of the advantage per nat.
+        threshold: nats: 0.7 in the code, ln 2 in the paper; inf: no row is dropped. The paper keeps all rows where the
+            entropy of the first policy is above it, the code does not.
     """
     check_number("scale", scale, 0)
     check_number("threshold", threshold, 0, accepted="a number, at least 0 (inf: no row is dropped)")

@@ -32,7 +32,14 @@ class HapoStatistics(NamedTuple):
 def entropy_statistics(
     entropy: Tensor, *, quantile: float = 0.8, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> HapoStatistics:
-    """What hapo_score normalises with, of all valid tokens: for a batch in parts, call this on the whole of it."""
+    """What hapo_score normalises with, of all valid tokens: for a batch in parts, call this on the whole of it.
+
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        quantile: in [0, 1], of the pivot, as for hapo_score.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+    """
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     return _hapo_statistics(valid.take("entropy", entropy), quantile)
 
@@ -61,10 +68,17 @@ def hapo_score(
 
         x = log max(H, 1e-8), z = (x - pivot) / std, std^2 = mean (x - pivot)^2, h = z / max z, or z / |min z| below 0
 
-    pivot: the quantile of x over the valid tokens, that of the nearest rank (0.8 in every recipe of the authors).
-    Floors of 1e-8 under std^2, max z and |min z|. statistics: of the whole of a batch that comes in parts, in place of
-    quantile; the authors take those of each micro-batch. compat_sign_bug: |h|, what the authors' code computes (and ran
-    with): it divides by min z, not by its magnitude. h is kept in [-1, 1].
+    Floors of 1e-8 under std^2, max z and |min z|. h is kept in [-1, 1].
+
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        quantile: of x over the valid tokens, that of the nearest rank, for the pivot (0.8 in every recipe of the
+            authors).
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        statistics: hapo_statistics of the whole of a batch that comes in parts, in place of quantile; the authors take
+            those of each micro-batch.
+        compat_sign_bug: |h|, what the authors' code computes (and ran with): it divides by min z, not by its magnitude.
     """
     valid = valid_of(entropy, mask, cu_seqlens, "entropy")
     x = valid.take("entropy", entropy)
@@ -89,7 +103,19 @@ def reward_statistics(
     singleton: str = "raw",
     unscored: str = "raise",
 ) -> GroupStatistics:
-    """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=."""
+    """What hapo subtracts and divides by, fp64 [S]: hand the own slice of those of all rows to it as mean=, std=.
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant; all as for hapo.
+        lengths: integers [S].
+        group_ids: integers [S].
+        scale: "std" or "none".
+        eps: at least 0.
+        limit: above 0.
+        width: T, or None.
+        singleton: as for grpo.
+        unscored: as for grpo.
+    """
     check_name("scale", scale, SCALES)
     check_number("limit", limit, above=0, accepted="a positive number, inf to turn the fallback off")
     check_number("eps", eps, 0)
@@ -125,9 +151,20 @@ def hapo(
     mean and std (over n) are those of the group's tokens, a row counting n_i times. A group in which any row with
     tokens has |A| >= limit has those of grpo in their place; so have a group of one row, by singleton, and a row
     without tokens (our reading).
-    scale: "none" does not divide, and limit bounds R - mean. width: T of a padded batch; the authors' code also tests
-    the masked cells, whose reward is 0, as this then does. None (our reading): padding does not matter.
-    mean, std: [S], both or neither, of hapo_statistics over all rows of the groups; nothing else but eps is then used.
+
+    Args:
+        rewards: fp32 or fp64 [S], a constant.
+        lengths: integers [S], n, tokens of the responses. None with mean and std.
+        group_ids: integers [S]; rollouts of one prompt share one. None with mean and std.
+        scale: "none" does not divide, and limit bounds R - mean.
+        eps: added to the std.
+        limit: above 0, of |A|; inf turns the fallback off.
+        width: T of a padded batch; the authors' code also tests the masked cells, whose reward is 0, as this then does.
+            None (our reading): padding does not matter.
+        singleton: as for grpo.
+        mean: [S], with std, of hapo_statistics over all rows of the groups; nothing else but eps is then used.
+        std: [S], likewise.
+        unscored: as for grpo.
     """
     check_name("scale", scale, SCALES)
     check_number("eps", eps, 0)

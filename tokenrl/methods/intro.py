@@ -43,8 +43,17 @@ def candidates(
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """int64 [.., n]: the rationale's own token, ids [..], and n - 1 drawn from softmax(logits), with replacement; -100
-    in rows that row_mask leaves out. logits: [N, V] or [B, T, V], divided by the temperature of the rollout."""
+    """int64 [.., n]: the rationale's own token and n - 1 drawn from softmax(logits), with replacement; -100 in rows
+    that row_mask leaves out.
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V], divided by the temperature of the rollout.
+        ids: int32 or int64 [..], the rationale's.
+        n: from 1 to V.
+        row_mask: bool [..].
+        generator: of the draws.
+        memory_budget: bytes held beyond the result, as for topk_ids.
+    """
     check_tensor("logits", logits)
     if logits.dtype not in DTYPES or logits.dim() not in (2, 3):
         raise wrong("logits", described(logits), "bf16, fp16, fp32 or fp64 [N, V] or [B, T, V]")
@@ -67,7 +76,19 @@ def linear_candidates(
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """candidates of the logits (hidden @ weight^T + bias) / temperature, of which only chunks of rows are held."""
+    """candidates of the logits (hidden @ weight^T + bias) / temperature, of which only chunks of rows are held.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        ids: int32 or int64 [..], the rationale's.
+        n: from 1 to V.
+        bias: [V].
+        temperature: of the rollout, above 0.
+        row_mask: bool [..].
+        generator: of the draws.
+        memory_budget: bytes of the chunks, as for topk_ids.
+    """
     head = head_arguments(hidden, weight, bias, temperature, None, 1.0, None, None, memory_budget, None)
     own = _own(ids, head.like, n)
 
@@ -81,7 +102,11 @@ def log_weights(logp: Tensor, posterior_logp: Tensor, *, ceiling: float = 200.0)
     """log(min(posterior / pi, ceiling) / n), [.., n], of the dtype of logp: what stands for the teacher's log-probs in
     topk_distillation_loss(SAMPLED, ..., rest="truncated"). Without gradient: the posterior is the judge.
 
-    logp, posterior_logp: log-probs of the candidates [.., n]; the latter detached."""
+    Args:
+        logp: fp32 or fp64 [.., n], of the candidates; no gradient passes.
+        posterior_logp: of that shape, detached.
+        ceiling: above 0, of posterior / pi.
+    """
     check_number("ceiling", ceiling, above=0)
     check_floats("logp", logp)
     check_constant("posterior_logp", posterior_logp)

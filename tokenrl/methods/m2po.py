@@ -39,7 +39,14 @@ def m2po_threshold(
     """float64, 0-d: tau, the largest |x| of a harmful token with mean min(x^2, tau^2) < budget over these tokens; inf
     where their mean x^2 is within the budget, 0 where none is small enough.
 
-    advantages: [B] (or [S]), or one per token; advantages_per: as for policy_loss.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        old_logp: of that shape.
+        advantages: [B] (or [S]), or one per token; a constant.
+        budget: at least 0, in nats squared.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
     """
     _, squares, considered = _squares(logp, old_logp, advantages, mask, cu_seqlens, advantages_per)
     check_number("budget", budget, 0)
@@ -56,7 +63,14 @@ def m2po_bounds(
     threshold: float | Tensor, like: Tensor, *, least_low: float = 0.3, least_high: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """(eps_low, eps_high) = (1 - e^-tau, e^tau - 1), no less than least_low and least_high: of the shape and dtype of
-    `like`, one number for all tokens, as parameters of an objective."""
+    `like`, one number for all tokens, as parameters of an objective.
+
+    Args:
+        threshold: tau, a number or 0-d, in nats.
+        like: fp32 or fp64 of the tokens' shape.
+        least_low: in [0, 1].
+        least_high: at least 0.
+    """
     check_floats("like", like)
     check_number("least_low", least_low, 0, 1)
     check_number("least_high", least_high, 0)
@@ -77,10 +91,17 @@ def m2po_mask(
     advantages_per: str | None = None,
 ) -> Tensor:
     """bool of logp's shape: the valid tokens without the largest x^2 of those that are considered, so many of these
-    that the mean of the rest is at most budget.
+    that the mean of the rest is at most budget. Of equal ones the later in the batch go.
 
-    advantages: the harmful tokens are considered, and all of them may go (Trinity-RFT, after the final paper); None:
-    all are, and the smallest stays (AReaL). Of equal ones the later in the batch go.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        old_logp: of that shape.
+        advantages: [B] (or [S]), or one per token: the harmful tokens are considered, and all of them may go
+            (Trinity-RFT, after the final paper); None: all are, and the smallest stays (AReaL).
+        budget: at least 0, in nats squared.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
     """
     layout, squares, considered = _squares(logp, old_logp, advantages, mask, cu_seqlens, advantages_per)
     check_number("budget", budget, 0)

@@ -26,8 +26,12 @@ def mode_switch_loss(logits: Tensor, prefers_first: Tensor, *, kind: str = "sigm
         "sigmoid"   -log sigma(d)
         "hinge"     max(0, margin - d)
 
-    logits: fp32 or fp64 [S, 2], of the two tokens that open a mode, at the first position of a response without the
-    instruction to take one. prefers_first: bool [S], what the rewards of the prompt's rollouts in both modes say.
+    Args:
+        logits: fp32 or fp64 [S, 2], of the two tokens that open a mode, at the first position of a response without the
+            instruction to take one.
+        prefers_first: bool [S], what the rewards of the prompt's rollouts in both modes say.
+        kind: "sigmoid" or "hinge".
+        margin: of "hinge", in units of the logits.
 
     Source: Adaptive Deep Reasoning, arXiv 2505.20101 (our reading: its formula is not known to us).
     """
@@ -50,7 +54,11 @@ def degrpo_weights(
     """fp32 of the mask's shape, for aggregation "token-sum": alpha / n_c of the n_c control tokens, 1 / n of the n
     others, 0 in masked cells, so that the one token that chooses a mode does not drown in the rest.
 
-    control_mask: bool [B, T], or [N] with cu_seqlens [S + 1]; in the authors' code the first token of each response.
+    Args:
+        control_mask: bool [B, T], or [N] with cu_seqlens; in the authors' code the first token of each response.
+        alpha: at least 0.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: DeGRPO, Thinkless (authors' code).
     """

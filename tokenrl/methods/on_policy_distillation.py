@@ -47,10 +47,18 @@ def teacher_advantages(
 ) -> Tensor:
     """A_t = advantages_t + coef sum_{i >= t} gamma^(i - t) (teacher_logp_i - logp_i), inside each sequence.
 
-    logp: of the student for the tokens that it sampled, theirs then or the current ones (detached). advantages: of the
-    reward, [B] or one per token, advantages_per: as for policy_loss. gamma: 0 takes the token's own difference alone
-    (0^0 = 1). holes: "skip", a masked cell costs no discount; "count", it does (Tinker). limit: of the magnitude of the
-    differences (verl: 10).
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the student for the tokens that it sampled, theirs then or
+            the current ones (detached).
+        teacher_logp: of that shape, of the same tokens.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages: of the reward, [B] or one per token; None: 0.
+        advantages_per: as for policy_loss.
+        coef: a number.
+        gamma: in [0, 1]: 0 takes the token's own difference alone (0^0 = 1).
+        holes: "skip", a masked cell costs no discount; "count", it does (Tinker).
+        limit: above 0, of the magnitude of the differences (verl: 10), in nats.
 
     Source: Thinking Machines' tinker-cookbook, slime, ms-swift, verl (authors' code, trainers).
     """
@@ -73,7 +81,14 @@ def iw_opd_advantages(
     """w_t a_t, a_t = teacher_logp_t - logp_t, w_t = 1 + gamma (1 - sum_{i < t} |a_i| / max(sum_i |a_i|, eps)): early
     tokens, up to which the prefix is the teacher's too, weigh 1 + gamma, the last ones 1.
 
-    logp: of the rollout, or the current ones (detached) where nobody kept those.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the rollout, or the current ones (detached) where nobody
+            kept those.
+        teacher_logp: of that shape, of the same tokens.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        gamma: at least 0.
+        eps: above 0, in nats.
 
     Source: TRL 1.16's IW-OPD (trainers).
     """
@@ -102,9 +117,19 @@ def minillm_advantages(
     reward to go, without the divisor where normalize_length is False. gamma 0: the token's own difference.
 
     The exact term of a single step, which the method adds, is distillation_loss("reverse_kd", logits, teacher_logits).
-    compat: "trl" for what TRL computes: without normalize_length gamma^i in place of gamma^(i - t); a masked cell is a
-    step that counts 1e-4 in the divisor; and the result carries a gradient to logp where that requires one, which the
-    method has not. TRL's trainer masks no cell, as its mask is of ids that are never ignored.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the student for the tokens that it sampled.
+        teacher_logp: of that shape, of the same tokens.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages: of the reward, [B] or one per token; None: 0.
+        advantages_per: as for policy_loss.
+        gamma: in [0, 1].
+        normalize_length: whether there is a divisor.
+        compat: "trl" for what TRL computes: without normalize_length gamma^i in place of gamma^(i - t); a masked cell
+            is a step that counts 1e-4 in the divisor; and the result carries a gradient to logp where that requires
+            one, which the method has not. TRL's trainer masks no cell, as its mask is of ids that are never ignored.
 
     Source: arXiv 2306.08543 (paper); TRL at commit f2cd577 (trainers).
     """
@@ -153,6 +178,13 @@ def kept_probability(
     fall: float = 0.2,
 ) -> Tensor:
     """1 where e^logp >= e^old_logp - fall, else 0: a token whose probability fell further pays nothing.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        old_logp: of that shape.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        fall: above 0, a difference of probabilities.
 
     Source: prime-rl's ref_kl at commit 559b447 (trainers).
     """

@@ -53,7 +53,12 @@ def wpo_weights(
 ) -> Tensor:  # fmt: skip
     """fp64 [P]: w(y_w) w(y_l), w = exp(mean_t logp_t - log sum_v p_v^2), near 1 where the policy would say it itself.
 
-    log_sum_sq_probs: of token_logprobs.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; no gradient passes.
+        log_sum_sq_probs: of that shape, log sum_v p_v^2, of token_logprobs.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
 
     Source: WPO, arXiv 2406.11827, eq. 2 (TRL, without a bound).
     """
@@ -68,8 +73,14 @@ def ld_dpo_weights(
     logp: Tensor, *, alpha: float, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
     pairs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """1, and alpha for the tokens that come after as many as the shorter sequence of their pair has. Every sequence is
-    in one pair at most; of logp its shape and dtype count.
+    """1, and alpha for the tokens that come after as many as the shorter sequence of their pair has.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; its shape and dtype count.
+        alpha: in [0, 1].
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss; every sequence is in one pair at most.
 
     Source: LD-DPO, arXiv 2409.06411 (TRL ld_alpha).
     """
@@ -91,7 +102,14 @@ def tgdpo_weights(
 ) -> Tensor:  # fmt: skip
     """1 + alpha r_t in chosen sequences, 1 - alpha r_t in rejected ones, r_t = beta (aligned_logp_t - ref_logp_t).
 
-    aligned_logp: of a model that is aligned already (by DPO or SimPO). alpha: small enough to keep weights above 0.
+    Args:
+        aligned_logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of a model that is aligned already (by DPO or SimPO).
+        ref_logp: of that shape, of the reference.
+        beta: above 0.
+        alpha: at least 0, and small enough to keep weights above 0.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
 
     Source: TGDPO, arXiv 2506.14574 (authors' code).
     """
@@ -109,8 +127,13 @@ def cdpo_weights(
 ) -> Tensor:  # fmt: skip
     """1 - score in rejected sequences, so that tokens of wrong answers count most; in chosen ones 1, or the score.
 
-    score: softmax(2 z_pos - z_neg) of the token, by two models, one fitted to right answers and one to wrong ones, of
-    token_selection.critical_scores or linear_critical_scores. chosen: "one" or "score".
+    Args:
+        score: fp32 or fp64 [B, T], or [N] with cu_seqlens: of token_selection.critical_scores or
+            linear_critical_scores.
+        chosen: "one" or "score", what tokens of chosen sequences weigh.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
 
     Source: cDPO, arXiv 2411.19943 (authors' code, which forgets to sum over tokens: it compares position by position).
     """
@@ -127,7 +150,10 @@ def mapo_weights(activation: Tensor, *, mask: Tensor | None = None, cu_seqlens: 
     to its highest, 1. SparsePO's token_weight and divergence_weight without training: the mean of these over the layers
     of the reference model.
 
-    activation: any float dtype, [B, T, D], or [N, D] with cu_seqlens.
+    Args:
+        activation: any float dtype, [B, T, D], or [N, D] with cu_seqlens; no gradient passes.
+        mask: bool [B, T] or [N].
+        cu_seqlens: integers [S + 1].
 
     Source: MaPO of SparsePO, arXiv 2410.05102 (authors' code; that it normalises first changes nothing).
     """
@@ -142,6 +168,11 @@ def mapo_weights(activation: Tensor, *, mask: Tensor | None = None, cu_seqlens: 
 def tab_po_weights(weight: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Weights of tokens, at least 0, with mean 1 in each sequence.
 
+    Args:
+        weight: fp32 or fp64 [B, T], or [N] with cu_seqlens, at least 0.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+
     Source: TAB-PO, arXiv 2603.00025 (authors' code).
     """
     layout = layout_of(weight, mask=mask, cu_seqlens=cu_seqlens, name="weight")
@@ -155,10 +186,17 @@ def tab_po_barrier(
     cu_seqlens: Tensor | None = None, pairs: Tensor | None = None, pair_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """0-d: the mean over chosen sequences of sum_t g_t w_t (-logp_t) / max(1, sum_t g_t w_t), g_t = 1 where the
-    token's probability is below tau. It is added to the loss, times 1/2 in the paper; logp gets a gradient.
+    token's probability is below tau. It is added to the loss, times 1/2 in the paper.
 
-    weight: of tab_po_weights. per: "weight", or "token" for a divisor of max(1, sum_t g_t). pair_weight: [P], as for
-    preference_loss.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; it gets a gradient.
+        weight: of that shape, of tab_po_weights.
+        tau: a probability, above 0.
+        per: "weight", or "token" for a divisor of max(1, sum_t g_t).
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
+        pair_weight: [P], as for preference_loss.
 
     Source: TAB-PO, arXiv 2603.00025 (authors' code; per="token" that of their ablation).
     """
@@ -182,12 +220,18 @@ def t_reg_term(
     statistic: str = "sum", mask: Tensor | None = None, cu_seqlens: Tensor | None = None, pairs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """0-d: the mean over pairs of sigma(-margin) (L(y_w) + L(y_l)), L(y) = -sum_t beta r_t logp_t, and
-    r_t = sigma(better_logp_t - worse_logp_t) - 1/2. It is added to the loss, times 0.1 to 0.5 in the paper; logp gets a
-    gradient.
+    r_t = sigma(better_logp_t - worse_logp_t) - 1/2. It is added to the loss, times 0.1 to 0.5 in the paper.
 
-    better_logp, worse_logp: of the reference model, under a prompt that asks for a better answer and one that asks for
-    a worse one. margins: [P], metrics.margins of preference_loss (less gamma for SimPO's); they weigh, without
-    gradient. statistic: "sum" or "mean", of the tokens of each sequence.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens; it gets a gradient.
+        better_logp: of the reference model under a prompt that asks for a better answer.
+        worse_logp: under one that asks for a worse one.
+        margins: [P], metrics.margins of preference_loss (less gamma for SimPO's); they weigh, without gradient.
+        beta: above 0.
+        statistic: "sum" or "mean", of the tokens of each sequence.
+        mask: bool of the shape of logp.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
 
     Source: T-REG, arXiv 2412.02685 (notes; that the weight is constant and tokens are summed is our reading).
     """
@@ -210,6 +254,12 @@ def sparsepo_l1(
     its gradient, 0 where a weight is 0. It is added to the loss, times a factor for each of the two; where one mask is
     both, times the half of each.
 
+    Args:
+        weight: fp32 or fp64 [B, T], or [N] with cu_seqlens.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1].
+        pairs: integers [P, 2], as for preference_loss.
+
     Source: SparsePO, arXiv 2410.05102 (authors' code).
     """
     check_floats("weight", weight)
@@ -221,7 +271,11 @@ def sparsepo_l1(
 
 def mah_dpo_weights(dimension: Tensor, heads: int) -> Tensor:
     """fp64 [P]: P / (K n_d), so that the mean over pairs is the mean over the K heads that have any of the mean over
-    the n_d pairs of each. dimension: integers [P] in [0, heads), the head of each pair.
+    the n_d pairs of each.
+
+    Args:
+        dimension: integers [P] in [0, heads), the head of each pair.
+        heads: a whole number, at least 1.
 
     Source: MAH-DPO, arXiv 2510.01167 (authors' code).
     """

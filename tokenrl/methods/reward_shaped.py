@@ -39,9 +39,18 @@ def reward_shaped_nll(
     """[N] or [B, T], fp32 (fp64 of fp64 logits), with the gradient above; 0 where row_mask or an id of -100 leaves a
     row out. Its value is -p_id R_id log p_id, the cross entropy weighed, less the expected reward of the other tokens.
 
-    logits [N, V] or [B, T, V], ids, row_mask, temperature: as for token_logprobs. k: of lam_top and lam_tail, at most
-    V; where both are 0 no list is made. floor: 1 - p_id is at least this, as (1 - p)^beta has no bound for beta < 0
-    (our choice).
+    Args:
+        logits: bf16, fp16, fp32 or fp64 [N, V] or [B, T, V].
+        ids: integers, one per row.
+        beta: of (1 - p_id), as above.
+        lam_top: the reward of the other likely tokens.
+        lam_tail: the reward of the rest.
+        k: how many are likely, of lam_top and lam_tail, at most V; where both are 0 no list is made.
+        reading: "focal" or "power".
+        floor: above 0, at most 1: 1 - p_id is at least this, as (1 - p)^beta has no bound for beta < 0 (our choice).
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and are never read.
+        temperature: as for token_logprobs.
+        backend: as for policy_loss.
     """
     _check_ids(ids, "logits", logits)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
@@ -56,9 +65,24 @@ def linear_reward_shaped_nll(
     k: int = 100, reading: str = "focal", floor: float = 1e-6, bias: Tensor | None = None,
     row_mask: Tensor | None = None, memory_budget: int | None = None, **head: Any,
 ) -> Tensor:  # fmt: skip
-    """reward_shaped_nll of the logits hidden @ weight^T + bias, which are not held. head: temperature, main_grad and
-    the like of linear_token_logprobs; with a list no keep_mask, which it would not see. 8 N D V flops, and 2 more for a
-    list."""
+    """reward_shaped_nll of the logits hidden @ weight^T + bias, which are not held; 8 N D V flops, 2 more for a list.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [V, D].
+        ids: integers, one per row.
+        beta: as for reward_shaped_nll, and so are all up to floor.
+        lam_top: a number.
+        lam_tail: a number.
+        k: at most V.
+        reading: "focal" or "power".
+        floor: above 0, at most 1.
+        bias: [V].
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and enter no GEMM.
+        memory_budget: as for linear_token_logprobs.
+        head: temperature, main_grad and the like of linear_token_logprobs; with a list no keep_mask, which it would not
+            see.
+    """
     _check_ids(ids, "hidden", hidden)
     row = _Row(beta, lam_top, lam_tail, reading, floor)
     listed = None

@@ -38,8 +38,16 @@ def rlsd_advantages(
     """A (1 - share + share clip(e^(sign(A) (teacher_logp - logp)), 1 - eps, 1 + eps)): the sign stays, tokens that the
     informed self likes better carry more of a good reward and less of a bad one.
 
-    logp: of the policy that sampled. advantages: [B] or one per token; advantages_per: as for policy_loss. share: the
-    authors let it rise to 0.5 and fall again. negative_only: A >= 0 stays as it is.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, of the policy that sampled, a constant.
+        teacher_logp: of that shape, of the same tokens.
+        advantages: [B] (or [S]), or one per token; a constant.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
+        share: in [0, 1]; the authors let it rise to 0.5 and fall again.
+        eps: at least 0, of the clip.
+        negative_only: A >= 0 stays as it is.
     """
     check_number("share", share, 0, 1)
     check_number("eps", eps, 0)
@@ -61,7 +69,15 @@ def sdar_gate(
     cu_seqlens: Tensor | None = None,
     beta: float = 5.0,
 ) -> Tensor:
-    """sigmoid(beta (teacher_logp - logp)) of the current log-probs, detached: to 1 where the informed self is surer."""
+    """sigmoid(beta (teacher_logp - logp)) of the current log-probs, detached: to 1 where the informed self is surer.
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, current, detached.
+        teacher_logp: of that shape, of the same tokens.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        beta: a number, per nat.
+    """
     check_number("beta", beta)
     valid = valid_of(logp, mask, cu_seqlens, "logp")
     difference = valid.take("teacher_logp", teacher_logp) - valid.take("logp", logp)

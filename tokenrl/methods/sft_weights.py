@@ -37,8 +37,12 @@ def dft_weights(
 ) -> Tensor:
     """p^power, p = e^logp: the gradient of -p logp is that of cross entropy without its 1 / p.
 
-    power: 0 is cross entropy; the authors' semantically adaptive variant has 0.3 for numbers, 0.7 for words and 1 for
-    stop words.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        power: at least 0: 0 is cross entropy; the authors' semantically adaptive variant has 0.3 for numbers, 0.7 for
+            words and 1 for stop words.
 
     Source: DFT, arXiv 2508.05629 (authors' code, TRL, ms-swift).
     """
@@ -50,6 +54,11 @@ def dft_weights(
 def chord_weights(logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """phi = p (1 - p): neither what the policy would say anyway nor what it never would.
 
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+
     Source: CHORD, arXiv 2508.11408 (ms-swift).
     """
     valid = valid_of(logp, mask, cu_seqlens, "logp")
@@ -59,11 +68,13 @@ def chord_weights(logp: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tenso
 
 def nll_weights(tokens: Tensor, *, coef: float, count: float | Tensor | None = None) -> Tensor:
     """fp64 of tokens' shape: coef / count on the tokens whose mean of -logp is a term with coef, for `ntp` of objective
-    "rmt" with ntp_reduction="sum".
+    "rmt" with ntp_reduction="sum". Nothing is weighed where there are none.
 
-    tokens: bool, valid ones. ECHO's are those of tools, which must be in the mask of the loss too and out of its
-    normalizer; VAPO's those of correct answers, which are the policy's as well. count: of such tokens in all parts of a
-    batch, or ranks, a number or a 0-d tensor; None: of these. Nothing is weighed where there are none.
+    Args:
+        tokens: bool of any shape, valid ones. ECHO's are those of tools, which must be in the mask of the loss too and
+            out of its normalizer; VAPO's those of correct answers, which are the policy's as well.
+        coef: of the term.
+        count: of such tokens in all parts of a batch, or ranks, a number or a 0-d tensor; None: of these.
 
     Source: ECHO with coef 0.1, prime-rl (trainers); VAPO, arXiv 2504.05118, eq. 10 (paper).
     """
@@ -83,6 +94,13 @@ def nll_weights(tokens: Tensor, *, coef: float, count: float | Tensor | None = N
 def chord_share(step: float, *, warm_up: float, decay: float, peak: float, valley: float) -> float:
     """mu, the share of the supervised loss: from 0 to peak over `warm_up` steps, then along a cosine to valley over
     `decay`, and valley for good. Every number is the user's: the sources have none for all models.
+
+    Args:
+        step: at least 0.
+        warm_up: steps, at least 0.
+        decay: steps, at least 0.
+        peak: in [0, 1].
+        valley: in [0, 1].
 
     Source: CHORD, arXiv 2508.11408 (ms-swift).
     """
@@ -105,8 +123,15 @@ def caft_coefs(
     """[1, c_1, .., c_heads], c_i = decay^i scale s(step / steps), for linear_multi_token_loss: of the model's own next
     token, and of its heads for those after it.
 
-    schedule: s(x) is "constant" 1, "linear" x, "sine" sin(pi x / 2), "rsine" sin(pi (1 - x) / 2). ratio: the part of
-    training over which it runs, and its end for good (their sine_0.1: "sine", ratio 0.1).
+    Args:
+        step: at least 0.
+        steps: of the training, above 0.
+        heads: a whole number, at least 0.
+        decay: at least 0, from head to head.
+        scale: at least 0, of all of them.
+        schedule: s(x) is "constant" 1, "linear" x, "sine" sin(pi x / 2), "rsine" sin(pi (1 - x) / 2).
+        ratio: above 0, at most 1: the part of training over which it runs, and its end for good (their sine_0.1:
+            "sine", ratio 0.1).
 
     Source: CAFT's code (authors' code).
     """

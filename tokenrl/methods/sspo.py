@@ -32,6 +32,12 @@ def segment_ids(
     follows the last one is a span as well. A masked cell ends no span, whatever it holds. Which ids end a sentence, or
     a clause, is the tokenizer's matter: one that holds the mark with other text must be listed as well. All
     this is our reading.
+
+    Args:
+        ids: integers [B, T], or [N] with cu_seqlens.
+        delimiters: several ids, or integers of any shape.
+        mask: bool of the shape of ids.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     layout = layout_of(ids, mask=mask, cu_seqlens=cu_seqlens, name="ids")
     check_integers("ids", ids)
@@ -51,7 +57,14 @@ def entropy_range(
     entropy: Tensor, segment_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(lowest, highest) mean entropy of a span of the batch, fp64, 0-d; inf, -inf if there is none. For entropy_bounds
-    on a batch in parts: the minimum and the maximum of what the parts give."""
+    on a batch in parts: the minimum and the maximum of what the parts give.
+
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        segment_ids: integers of that shape.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+    """
     _, means = _span_means(entropy, segment_ids, mask, cu_seqlens)
     infinity = means.new_full((1,), torch.inf)
     return torch.cat([means, infinity]).amin(), torch.cat([means, -infinity]).amax()
@@ -87,11 +100,23 @@ def entropy_bounds(
         h_k = (H_k - min_j H_j) / (max_j H_j - min_j H_j),    f_k = low_factor + (high_factor - low_factor) h_k
         eps_low_k = eps_low f_k,    eps_high_k = eps_high f_k
 
-    H_k: mean entropy of the span k, a run of equal segment_ids (integers of entropy's shape) among the valid tokens of
-    a sequence. scope: minimum and maximum are those of the "sequence" or of the "batch"; lowest, highest: numbers in
-    their place for "batch", entropy_range of the whole of a batch that comes in parts. Where they differ by 1e-8 or
-    less (a sequence of one span) h is 1/2; h is kept in [0, 1].
-    The source fixes that the window of a span grows with its entropy; the formula and its numbers are our reading.
+    H_k: mean entropy of the span k, a run of equal segment_ids among the valid tokens of a sequence. Where minimum and
+    maximum differ by 1e-8 or less (a sequence of one span) h is 1/2; h is kept in [0, 1]. The source fixes that the
+    window of a span grows with its entropy; the formula and its numbers are our reading.
+
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        segment_ids: integers of that shape.
+        eps_low: at least 0, before the factor.
+        eps_high: at least 0, before the factor.
+        low_factor: at least 0, of the span with the lowest entropy.
+        high_factor: at least low_factor, of that with the highest.
+        scope: minimum and maximum are those of the "sequence" or of the "batch".
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        lowest: a number or 0-d in place of the minimum, for "batch": entropy_range of the whole of a batch that comes
+            in parts.
+        highest: likewise of the maximum; both or neither.
     """
     check_name("scope", scope, SCOPES)
     for name, x in (("eps_low", eps_low), ("eps_high", eps_high), ("low_factor", low_factor)):

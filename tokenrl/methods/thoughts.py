@@ -34,11 +34,17 @@ def thought_rewards(
     """R_t = sum_j (logp_{t,j} - base_logp_{t+j}), j = 0 .. J - 1, of base_logp's shape and dtype: how much better a
     thought at t makes the next J tokens. Without gradient.
 
-    base_logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens [S + 1], of the text itself. logp: [.., J], of token
-    t + j after a thought at t. mask: bool; tokens that are masked or past the end of their sequence, of which nothing
-    is read, add nothing, and a masked t has no reward. (The authors leave out the last J tokens of each row.)
-    passes: thoughts that were tried at each t, rows of [B, T] one after another of the same text: their mean is
-    subtracted. worse: what a thought below that mean gets, "zero" (authors' code), or "keep", what it has.
+    (The authors leave out the last J tokens of each row.)
+
+    Args:
+        logp: fp32 or fp64 [.., J], of token t + j after a thought at t; a constant.
+        base_logp: fp32 or fp64 [B, T], or packed [N] with cu_seqlens, of the text itself; a constant.
+        passes: thoughts that were tried at each t, rows of [B, T] one after another of the same text: their mean is
+            subtracted.
+        worse: what a thought below that mean gets, "zero" (authors' code), or "keep", what it has.
+        mask: bool; tokens that are masked or past the end of their sequence, of which nothing is read, add nothing, and
+            a masked t has no reward.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     check_name("worse", worse, WORSE)
     for name, x in (("logp", logp), ("base_logp", base_logp)):
@@ -69,11 +75,15 @@ def _centred(reward: Tensor, passes: int, padded: bool) -> Tensor:
 
 
 def multi_token_logp(logp: Tensor, ids: Tensor, *, how: str = "sum") -> Tensor:
-    """[..], of the K tokens that were drawn together at a step, so that policy_loss makes their ratio. logp [.., K]:
-    of token_logprobs of ids [.., K], of which -100 is none.
+    """[..], of the K tokens that were drawn together at a step, so that policy_loss makes their ratio.
 
         "sum"     of logits / K, as CoT2 normalises what it samples (temperature=K)
         "mean"    of the logits as they are: the ratio is the geometric mean
+
+    Args:
+        logp: fp32 or fp64 [.., K], of token_logprobs of these ids, with its gradient.
+        ids: integers [.., K], of which -100 is none.
+        how: "sum" or "mean".
     """
     check_name("how", how, HOWS)
     check_floats("logp", logp)

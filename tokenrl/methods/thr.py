@@ -52,14 +52,22 @@ def thr(
     """Token hidden reward: [B, T], or [N] with cu_seqlens; fp32 (fp64 of fp64 hidden). 0 where a group has no correct
     row.
 
-    hidden: [B, T, D] or [N, D], the state that predicts the token of its cell; weight: [V, D], the head's, with bias
-    [V]; or weight None and the logits, [B, T, V] or [N, V]. bf16, fp16, fp32 or fp64; GEMMs and sums are in fp32.
-    ids: integers [B, T]; correct: bool [S]; group_ids: integers [S].
-    vocabulary: <g_t, g_u> runs over the tokens that the "group"'s rows hold (notes) or over the "full" vocabulary; pi
-    is the softmax over all of it in both.
-    pairs: "all"; "distinct", without t = u, a pair that dominates the others; "others", without any u in the row of t
-    (for thr_threshold). The source does not say: "all" is our reading.
-    memory_budget: bytes held beyond inputs and results, as for linear_token_logprobs.
+    Args:
+        hidden: bf16, fp16, fp32 or fp64 [B, T, D] or [N, D], the state that predicts the token of its cell; GEMMs and
+            sums are in fp32. No gradient passes.
+        weight: [V, D], the head's; or None and the logits.
+        ids: integers [B, T] or [N].
+        correct: bool [S].
+        group_ids: integers [S]; groups must be whole in a call.
+        logits: [B, T, V] or [N, V], without a weight.
+        bias: [V], beside weight.
+        mask: bool [B, T] or [N].
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        vocabulary: <g_t, g_u> runs over the tokens that the "group"'s rows hold (notes) or over the "full" vocabulary;
+            pi is the softmax over all of it in both.
+        pairs: "all"; "distinct", without t = u, a pair that dominates the others; "others", without any u in the row of
+            t (for thr_threshold). The source does not say: "all" is our reading.
+        memory_budget: bytes held beyond inputs and results, as for linear_token_logprobs.
     """
     valid, s = influence(
         hidden, weight, ids, correct, group_ids, logits, bias, mask, cu_seqlens, vocabulary, pairs, True, memory_budget
@@ -84,7 +92,22 @@ def nthr(
     pairs: str = "all",
     memory_budget: int | None = None,
 ) -> Tensor:
-    """The score s_t of NTHR, neither signed by the row's reward nor divided by lengths; all else as in thr."""
+    """The score s_t of NTHR, neither signed by the row's reward nor divided by lengths; all else as in thr.
+
+    Args:
+        hidden: [B, T, D] or [N, D].
+        weight: [V, D], or None and the logits.
+        ids: integers [B, T] or [N].
+        correct: bool [S].
+        group_ids: integers [S].
+        logits: [B, T, V] or [N, V], without a weight.
+        bias: [V], beside weight.
+        mask: bool [B, T] or [N].
+        cu_seqlens: integers [S + 1].
+        vocabulary: "group" or "full".
+        pairs: "all", "distinct" or "others".
+        memory_budget: bytes held beyond inputs and results.
+    """
     valid, s = influence(
         hidden, weight, ids, correct, group_ids, logits, bias, mask, cu_seqlens, vocabulary, pairs, False, memory_budget
     )
@@ -96,9 +119,16 @@ def thr_threshold(
 ) -> Tensor:
     """tau, fp64 [S]: the mean of thr over all tokens of the correct rows of each group; 0 where these have none.
 
-    thr: thr(..., pairs="others"), so that this is the influence of a correct row's token on the other correct rows. The
-    source has "the mean influence of one correct response's tokens on the other correct responses"; that it is a sum
-    over the others (as thr is), a mean over tokens and one number per group is our reading.
+    The source has "the mean influence of one correct response's tokens on the other correct responses"; that it is a
+    sum over the others (as thr is), a mean over tokens and one number per group is our reading.
+
+    Args:
+        thr: fp32 or fp64 [B, T], or [N] with cu_seqlens: thr(..., pairs="others"), so that this is the influence of a
+            correct row's token on the other correct rows.
+        correct: bool [S].
+        group_ids: integers [S]; groups must be whole in a call.
+        mask: bool of the shape of thr.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     valid = valid_of(thr, mask, cu_seqlens, "thr")
     check_correct(correct, valid)
@@ -119,8 +149,14 @@ def thr_advantages(
 ) -> Tensor:
     """1[|thr_t| > tau] (1 + sign(thr_t) p) A, of thr's shape and the advantages' dtype.
 
-    advantages: [S], or of thr's shape (advantages_per: as for policy_loss). p: 0.1 favours exploitation, -0.1
-    exploration. tau: a number, 0-d, or one per sequence [S], as thr_threshold gives it.
+    Args:
+        thr: fp32 or fp64 [B, T], or [N] with cu_seqlens, of thr.
+        advantages: fp32 or fp64 [S], or of thr's shape; a constant.
+        p: finite: 0.1 favours exploitation, -0.1 exploration.
+        tau: a number, 0-d, or one per sequence [S], as thr_threshold gives it.
+        mask: bool of the shape of thr.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
     """
     check_number("p", p, -FINITE, FINITE, accepted="a finite number (0.1 or -0.1)")
     valid = valid_of(thr, mask, cu_seqlens, "thr")
@@ -140,8 +176,17 @@ def nthr_statistics(
     cu_seqlens: Tensor | None = None,
 ) -> NthrStatistics:
     """tau = beta min_i mean_t nthr_t over the correct rows i of the group, inf if it has none; eta = 2 |1/2 - p|, p the
-    fraction of its rows that are correct, or the number given: 0 in section 5.3 of the paper, whose beta is 1. fp64 [S]
-    each; rows without tokens count in p only (our reading)."""
+    fraction of its rows that are correct. fp64 [S] each; rows without tokens count in p only (our reading).
+
+    Args:
+        nthr: fp32 or fp64 [B, T], or [N] with cu_seqlens, of nthr.
+        correct: bool [S].
+        group_ids: integers [S]; groups must be whole in a call.
+        beta: a number.
+        eta: a number in place of 2 |1/2 - p|: 0 in section 5.3 of the paper, whose beta is 1.
+        mask: bool of the shape of nthr.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+    """
     check_number("beta", beta)
     if eta is not None:
         check_number("eta", eta, accepted="a number, None for 2 |1/2 - p|")
@@ -170,7 +215,15 @@ def nthr_advantages(
     """eta A at the tokens of rows that are not correct with nthr_t > tau, else A; of nthr's shape and the advantages'
     dtype.
 
-    advantages: [S], or of nthr's shape (advantages_per: as for policy_loss). tau, eta: of nthr_statistics, or numbers.
+    Args:
+        nthr: fp32 or fp64 [B, T], or [N] with cu_seqlens, of nthr.
+        advantages: fp32 or fp64 [S], or of nthr's shape; a constant.
+        correct: bool [S].
+        tau: of nthr_statistics, or a number.
+        eta: likewise.
+        mask: bool of the shape of nthr.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        advantages_per: as for policy_loss.
     """
     valid = valid_of(nthr, mask, cu_seqlens, "nthr")
     check_correct(correct, valid)

@@ -30,8 +30,13 @@ def top_mask(
 ) -> Tensor:  # fmt: skip
     """bool of score's shape: the `share` of the valid tokens with the highest scores; of equal scores the first.
 
-    score: fp32 or fp64. scope: of each "sequence", or of all tokens of the "batch". rounding of share times the count:
-    "ceil", or "floor", and then at least one.
+    Args:
+        score: fp32 or fp64 [B, T], or [N] with cu_seqlens, a constant.
+        share: of the tokens, above 0, at most 1.
+        scope: of each "sequence", or of all tokens of the "batch".
+        rounding: of share times the count: "ceil", or "floor", and then at least one.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
     """
     check_name("scope", scope, SCOPES)
     layout = layout_of(score, mask=mask, cu_seqlens=cu_seqlens, name="score")
@@ -46,10 +51,15 @@ def sstoken_mask(
 
         gamma (e_t - min e) / (max e - min e + 1e-8) + (1 - gamma) attention_t,   e_t = logp_t - history_logp_t
 
-    history_logp: of an earlier model, the frozen one or an average of the past, None for gamma 0. attention: of each
-    token to the prompt, None for gamma 1: attention weights of the last layer, the mean over heads, summed over the
-    prompt's positions. gamma: 0 is attention alone, the authors' warm-up (until they meet the 10000th sample). rho: 0.8
-    for models of 14B.
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, detached.
+        history_logp: of that shape, of an earlier model, the frozen one or an average of the past, None for gamma 0.
+        attention: of that shape, of each token to the prompt, None for gamma 1: attention weights of the last layer,
+            the mean over heads, summed over the prompt's positions.
+        gamma: in [0, 1]: 0 is attention alone, the authors' warm-up (until they meet the 10000th sample).
+        rho: above 0, at most 1; 0.8 for models of 14B.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: ssToken, arXiv 2510.18250 (authors' code; where rho n is an integer but for its rounding error, theirs keeps
     one token more).
@@ -75,8 +85,16 @@ def rho1_mask(
     mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """bool of logp's shape: the `share` of the tokens of the highest excess loss, ref_logp_t - logp_t: those that a
-    good reference predicts and the model does not yet (ssToken's sign is the other one). scope, rounding: as for
-    top_mask.
+    good reference predicts and the model does not yet (ssToken's sign is the other one).
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, detached.
+        ref_logp: of that shape, of the reference.
+        share: above 0, at most 1.
+        scope: as for top_mask.
+        rounding: as for top_mask.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: Rho-1, arXiv 2404.07965 (notes; that the batch is the scope, and its 60 to 70 %, our reading).
     """
@@ -96,9 +114,17 @@ def rank_surprisal_ratio(
         "token"      of logp's shape: rank_t / -logp_t, 0 in masked cells
         "data"       0-d: the mean over sequences of their mean rank by that of their mean -logp
 
-    logp, rank: of one sweep, token_logprobs(logits, ids, outputs=["logp", "rank"]). Divisors are at least 1e-12; a
-    sequence without tokens is NaN and no part of "data". The variant of surprising tokens alone is that of
-    mask=top_mask(-logp, share=0.3, mask=mask).
+    Divisors are at least 1e-12; a sequence without tokens is NaN and no part of "data". The variant of surprising
+    tokens alone is that of mask=top_mask(-logp, share=0.3, mask=mask).
+
+    Args:
+        logp: fp32 or fp64 [B, T], or [N] with cu_seqlens, detached; with rank of one sweep, token_logprobs(logits, ids,
+            outputs=["logp", "rank"]).
+        rank: integers of that shape.
+        r_max: at least 1.
+        per: "sequence", "token" or "data".
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: arXiv 2601.14249 (authors' code).
     """
@@ -125,9 +151,16 @@ def critical_scores(
     """softmax((1 + lam) z_pos - lam z_neg)[id], [N] or [B, T]: small where a token leads to wrong answers, as a model
     fitted to these likes it and one fitted to right answers does not. For preference_weights.cdpo_weights.
 
-    pos_logits, neg_logits: of both models, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), one copy of them. ids,
-    row_mask: as for token_logprobs; rows that either leaves out give 0. An id that is out of the vocabulary of z_pos,
-    -inf, is out; z_neg is finite elsewhere.
+    An id that is out of the vocabulary of z_pos, -inf, is out; z_neg is finite elsewhere.
+
+    Args:
+        pos_logits: of the model fitted to right answers, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), one
+            copy.
+        neg_logits: of the one fitted to wrong answers, of that shape.
+        ids: integers, one per row; rows of -100 give 0.
+        lam: at least 0.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0.
+        backend: as for policy_loss.
 
     Source: cDPO, arXiv 2411.19943 (authors' code, lam 1).
     """
@@ -150,7 +183,19 @@ def linear_critical_scores(
 ) -> Tensor:  # fmt: skip
     """critical_scores of the logits pos_hidden @ pos_weight^T and neg_hidden @ neg_weight^T, by one head of both
     (tokenrl.combined_head): no logits. Where both models share a head, as two adapters do, hand in the same tensor
-    twice: then it is one GEMM of the head's own width. The rest as for linear_token_logprobs."""
+    twice: then it is one GEMM of the head's own width.
+
+    Args:
+        pos_hidden: [N, D] or [B, T, D].
+        pos_weight: [V, D].
+        neg_hidden: [N, D'] or [B, T, D'].
+        neg_weight: [V, D'].
+        ids: integers, one per row; rows of -100 give 0.
+        lam: at least 0.
+        row_mask: bool [N] or [B, T]: rows where it is False give 0 and enter no GEMM.
+        memory_budget: as for linear_token_logprobs.
+        backend: as for policy_loss.
+    """
     _check_lam(lam)
     hidden, weight = combined_head(pos_hidden, pos_weight, neg_hidden, neg_weight, 1 + lam, -lam)
     how = {"row_mask": row_mask, "memory_budget": memory_budget, "backend": backend}

@@ -11,8 +11,13 @@ from ..errors import wrong
 def entropy_threshold(entropy: Tensor, quantile: float, mask: Tensor | None = None) -> Tensor:
     """float64, 0-d: what the entropies of the fraction `quantile` of the valid tokens reach; inf if none is valid.
 
-    entropy: fp32 or fp64 of any shape; mask: bool of that shape. The (1 - quantile) quantile, interpolated linearly
-    between neighbours, as torch.quantile does (which takes 2^24 numbers at most). For a batch in parts: of all parts.
+    The (1 - quantile) quantile, interpolated linearly between neighbours, as torch.quantile does (which takes 2^24
+    numbers at most). For a batch in parts: of all parts.
+
+    Args:
+        entropy: fp32 or fp64 of any shape, in nats, a constant.
+        quantile: above 0, at most 1.
+        mask: bool of that shape.
     """
     check_floats("entropy", entropy)
     check_constant("entropy", entropy)
@@ -43,11 +48,15 @@ def top_entropy_mask(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """bool of entropy's shape: the valid tokens with entropy >= threshold, the 80/20 rule.
+    """bool of entropy's shape: the valid tokens with entropy >= threshold, the 80/20 rule. The other tokens get weight
+    0 and stay in the count that the loss is divided by.
 
-    quantile: the fraction of the batch's valid tokens to keep, those of the highest entropy (ties are all kept).
-    threshold: a number or 0-d tensor in its place, entropy_threshold of the whole of a batch that comes in parts.
-    The other tokens get weight 0 and stay in the count that the loss is divided by.
+    Args:
+        entropy: fp32 or fp64 [B, T], or [N] with cu_seqlens, in nats, a constant.
+        quantile: the fraction of the batch's valid tokens to keep, those of the highest entropy (ties are all kept).
+        threshold: a number or 0-d tensor in its place, entropy_threshold of the whole of a batch that comes in parts.
+        mask: bool of that shape.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
 
     Source: arXiv 2506.01939, TRL (trainers).
     """

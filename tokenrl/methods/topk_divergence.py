@@ -34,13 +34,21 @@ def topk_divergence(
         "kl"    sum_b mu_b (log mu_b - log p_b), for the bucket of the others with 1e-8 added inside both logarithms
 
     At most the divergence over the whole vocabulary, equal to it if K = V (up to that 1e-8), and growing with K. Of one
-    bucket, the sampled token, it is DPPO's binary divergence, whose code has the 1e-8 there.
-    logp_topk, old_logp_topk: fp32 or fp64, log-probs of the same K distinct ids under both policies, the K most likely
-    ones of the policy that sampled (K = 20). -inf is an id of probability 0; mu > 0 where p = 0 has an infinite KL.
-    Where the K have a probability of 1, or above by rounding, the others have 0.
-    ids_topk, ids, logp, old_logp (all or none): the K ids, the sampled id and its two log-probs, of the shapes of
-    old_logp_topk and of the result; the sampled token is a bucket of its own where it is not among the K (CPPO). The
-    mask is policy_loss's: masked cells may hold anything and give 0.
+    bucket, the sampled token, it is DPPO's binary divergence, whose code has the 1e-8 there. Where the K have a
+    probability of 1, or above by rounding, the others have 0.
+
+    Args:
+        logp_topk: fp32 or fp64 [B, T, K], or [N, K] with cu_seqlens, K >= 1, of K distinct ids, the most likely ones of
+            the policy that sampled (K = 20). -inf is an id of probability 0; mu > 0 where p = 0 has an infinite KL.
+        old_logp_topk: of that shape, of the same ids under the policy that sampled.
+        kind: "tv" or "kl".
+        mask: policy_loss's, bool [B, T] or [N]: masked cells may hold anything and give 0.
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        ids_topk: integers, the K ids; with ids, logp and old_logp the sampled token is a bucket of its own where it is
+            not among the K (CPPO). All four or none.
+        ids: integers [B, T] or [N], the sampled ones.
+        logp: fp32 or fp64, theirs.
+        old_logp: likewise, under the policy that sampled.
 
     Source: DPPO, arXiv 2602.04879 (paper; the 1e-8: authors' code); CPPO, arXiv 2606.10968 (paper).
     """

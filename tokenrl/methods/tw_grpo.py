@@ -173,20 +173,25 @@ def tw_grpo_weights(
         D_it = sum_v exp(x) - x - 1,  x = M_tv - L_itv cut to [-11, 11];  d_t = mean_i D_it
         w_t = 1 + (alpha - 1) (d_t - min d) / (max d - min d + 1e-8), min and max of the group
 
-    logits: bf16, fp16, fp32 or fp64, aligned with the sampled tokens, at the temperature of the loss; finite in valid
-    cells: a column of -inf gives NaN, as in the authors' code (slice the padding of a vocabulary off). Views as
-    logits[:, :-1] are read in place, masked cells not at all.
-    group_ids: integers [S]; groups must be whole in a call. A position is a column of the row, or of the row's part of
-    a packed batch. A hole of the mask counts as the authors count the cells behind a row's end, so does a row without
-    tokens (our reading).
-    alpha: 1.7 in the authors' script, 1.4 and 1.5 are its defaults in their code.
-    positions: what min and max are of: "all" positions up to width (authors' code), where those at which a group has
-    ended have d = 0; "valid": those at which a row of the group has a token, so that padding does not matter.
-    width: T of the whole batch for a part of it; None: T of this call, in a packed batch its longest row.
-    detach_weights: False gives the weights the gradient they have in the authors' code, holding a few [tokens, V] in
-    fp32. policy_loss takes weights as constants: add sum(w_t sg[loss_t]) / tokens, less its own value.
-    memory_budget: bytes of the tiles of positions and columns in which all else is computed, as for
-    linear_token_logprobs.
+    A position is a column of the row, or of the row's part of a packed batch. A hole of the mask counts as the authors
+    count the cells behind a row's end, so does a row without tokens (our reading).
+
+    Args:
+        logits: bf16, fp16, fp32 or fp64, aligned with the sampled tokens, at the temperature of the loss; finite in
+            valid cells: a column of -inf gives NaN, as in the authors' code (slice the padding of a vocabulary off).
+            Views as logits[:, :-1] are read in place, masked cells not at all.
+        group_ids: integers [S]; groups must be whole in a call.
+        mask: bool [B, T] or [N].
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        alpha: the largest weight: 1.7 in the authors' script, 1.4 and 1.5 are its defaults in their code.
+        positions: what min and max are of: "all" positions up to width (authors' code), where those at which a group
+            has ended have d = 0; "valid": those at which a row of the group has a token, so that padding does not
+            matter.
+        width: T of the whole batch for a part of it; None: T of this call, in a packed batch its longest row.
+        detach_weights: False gives the weights the gradient they have in the authors' code, holding a few [tokens, V]
+            in fp32. policy_loss takes weights as constants: add sum(w_t sg[loss_t]) / tokens, less its own value.
+        memory_budget: bytes of the tiles of positions and columns in which all else is computed, as for
+            linear_token_logprobs.
     """
     valid, groups, slots, budget = _batch(
         logits, "logits", group_ids, mask, cu_seqlens, alpha, positions, width, memory_budget
@@ -218,11 +223,22 @@ def linear_tw_grpo_weights(
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """tw_grpo_weights of the logits (hidden @ weight^T + bias) / temperature, which are never held; no gradient.
+    """tw_grpo_weights of the logits (hidden @ weight^T + bias) / temperature, which are never held; no gradient; 4 N D
+    V flops.
 
-    hidden: [B, T, D], or [N, D] with cu_seqlens; 4 N D V flops.
-    weight: [V, D] (without the padding of the vocabulary: weight[:v]); bias, temperature (a number), compute_dtype,
-    memory_budget: as for linear_token_logprobs.
+    Args:
+        hidden: [B, T, D], or [N, D] with cu_seqlens.
+        weight: [V, D] (without the padding of the vocabulary: weight[:v]).
+        group_ids: integers [S]; groups must be whole in a call.
+        mask: bool [B, T] or [N].
+        cu_seqlens: integers [S + 1], where the sequences of a packed batch begin and end.
+        alpha: as for tw_grpo_weights.
+        positions: as for tw_grpo_weights.
+        width: as for tw_grpo_weights.
+        bias: [V].
+        temperature: a number, as for linear_token_logprobs.
+        compute_dtype: as for linear_token_logprobs.
+        memory_budget: as for linear_token_logprobs.
     """
     valid, groups, slots, budget = _batch(
         hidden, "hidden", group_ids, mask, cu_seqlens, alpha, positions, width, memory_budget

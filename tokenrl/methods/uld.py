@@ -31,8 +31,13 @@ MERGES = ("observed", "bayesian")
 def aligned_spans(ends: Sequence[int], other_ends: Sequence[int]) -> tuple[Tensor, Tensor, int]:
     """(spans [n], spans of the other [m], how many): int64, the number of each token's span, -1 where there is none.
 
-    ends, other_ends: where each token of a text ends, in bytes of the same text, ascending. A span ends where a token
-    of each does; what is left of both at the end is one more, and what is left of one alone is in none."""
+    A span ends where a token of each does; what is left of both at the end is one more, and what is left of one alone
+    is in none.
+
+    Args:
+        ends: where each token of a text ends, in bytes, ascending.
+        other_ends: likewise by the other tokenizer, of the same text.
+    """
     n, m = len(ends), len(other_ends)
     bounds, i, j = [(0, 0)], 0, 0
     while i < n and j < m:
@@ -63,8 +68,17 @@ def span_probabilities(
         "observed"   of the first token, times those of the ids behind it
         "bayesian"   of the last token, times those of the ids before it, as the chain rule has it
 
-    logits: [N, V]; ids: [N], the tokens of the text; spans: [N] in [0, number), -1 for none; temperature: a number.
-    floor: of the probabilities that are multiplied, no gradient below. Rows sum to less than 1."""
+    Rows sum to less than 1.
+
+    Args:
+        logits: floats [N, V], with their gradient.
+        ids: integers [N], the tokens of the text.
+        spans: integers [N] in [0, number), -1 for none; every span has a token.
+        number: of spans, C.
+        merge: "observed" or "bayesian".
+        temperature: a number above 0.
+        floor: above 0, of the probabilities that are multiplied, no gradient below.
+    """
     check_name("merge", merge, MERGES)
     check_positive("temperature", temperature)
     check_number("floor", floor, above=0)
@@ -87,8 +101,11 @@ def span_probabilities(
 def sorted_l1(p: Tensor, other: Tensor, *, most: int | None = None) -> Tensor:
     """[C]: sum |p_(i) - other_(i)| of the probabilities in descending order, of [C, V] and [C, V'].
 
-    The shorter one has zeros behind (ULD). most: only the so many largest of each, and no more than either has
-    (X-Token: 8192)."""
+    Args:
+        p: floats [C, V].
+        other: floats [C, V']; the narrower one has zeros behind (ULD).
+        most: only the so many largest of each, and no more than either has (X-Token: 8192). None: all.
+    """
     for name, x in (("p", p), ("other", other)):
         check_tensor(name, x)
         if x.dim() != 2 or not x.is_floating_point() or len(x) != len(p):
@@ -112,9 +129,17 @@ def hybrid_uld(
 ) -> Tensor:
     """[C]: weights[0] D of the ids that both vocabularies have, plus weights[1] sorted_l1 of all others.
 
-    matched, other_matched: int64 [n], ids of the same strings. kind: a row of tokenrl.DIVERGENCES, its terms summed
-    over the matched as they are, not renormalised. weights: None is n / V' and the rest to 1, which TRL has by default.
-    floor: of the matched probabilities, no gradient below. Where either has no other ids, these count nothing."""
+    Where either has no other ids, these count nothing.
+
+    Args:
+        p: floats [C, V], of span_probabilities.
+        other: floats [C, V'], the teacher's.
+        matched: int64 [n], ids of the strings that both vocabularies have.
+        other_matched: int64 [n], the teacher's ids of the same strings.
+        kind: a row of tokenrl.DIVERGENCES, its terms summed over the matched as they are, not renormalised.
+        weights: None is n / V' and the rest to 1, which TRL has by default.
+        floor: above 0, of the matched probabilities, no gradient below.
+    """
     row = divergence(kind)
     check_number("floor", floor, above=0)
     for name, x in (("p", p), ("other", other)):
@@ -133,12 +158,28 @@ def hybrid_uld(
 
 
 def without(x: Tensor, ids: Tensor) -> Tensor:
-    """The columns of all other ids."""
+    """The columns of all other ids.
+
+    Args:
+        x: [C, V].
+        ids: int64 [n], those that are left out.
+    """
     ids = as_saved(ids)
     return x[:, torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, ids, False)]
 
 
 def check_spans(name: str, logits: Tensor, spans: Tensor, number: int) -> None:
+    """That spans are numbers of spans, one per row of logits.
+
+    Args:
+        name: "spans" or "other_spans", for the error.
+        logits: floats [N, V].
+        spans: integers [N] in [-1, number).
+        number: of spans.
+
+    Raises:
+        ValueError: where they are not.
+    """
     rows = name.replace("spans", "logits")
     check_tensor(rows, logits)
     if logits.dim() != 2 or not logits.is_floating_point():

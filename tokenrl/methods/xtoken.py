@@ -29,7 +29,13 @@ EPS, RELAXED = 1e-10, 0.6
 
 
 def sparse_projection(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
-    """A, sparse [V, V'], of the dtype of weights: A[v, ids[v, i]] = weights[v, i]. ids: int64 [V, k], -1 for none."""
+    """A, sparse [V, V'], of the dtype of weights: A[v, ids[v, i]] = weights[v, i].
+
+    Args:
+        ids: int64 [V, k], of each student id its teacher ids, -1 for none.
+        weights: floats [V, k].
+        vocab: V', of the teacher.
+    """
     _check_projection(ids, weights, vocab)
     given = ids >= 0
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
@@ -42,6 +48,12 @@ def matched_ids(ids: Tensor, weights: Tensor, vocab: int, *, match: str = "relax
 
     "strict"    a weight of 1 and a second id of -1; of several for one teacher id the lowest
     "relaxed"   the largest weight of a row, at least 0.6; of several that of the largest weight, then the lowest
+
+    Args:
+        ids: as for sparse_projection.
+        weights: floats [V, k].
+        vocab: V', of the teacher.
+        match: "strict" or "relaxed".
     """
     check_name("match", match, MATCHES)
     _check_projection(ids, weights, vocab)
@@ -77,7 +89,18 @@ def p_kl(
         forward_kl  sum_K t (log t - log q)                          reverse_kl  sum_K q (log q - log t)
 
     The student averages probabilities and the teacher log-probs, so that t sums to less than 1, as in the trainer.
-    projection: sparse [V, V']; columns of other_logits behind V' are padding."""
+
+    Args:
+        logits: the student's, floats [N, V], with their gradient.
+        other_logits: the teacher's, floats [M, ..]; columns behind V' are padding. No gradient passes.
+        spans: integers [N] in [0, number), -1 for none.
+        other_spans: integers [M], likewise.
+        number: of spans, C.
+        projection: sparse [V, V'], of sparse_projection.
+        most: teacher ids that are looked at.
+        kind: "forward_kl" or "reverse_kl".
+        temperature: T, above 0.
+    """
     check_name("kind", kind, KINDS)
     check_positive("temperature", temperature)
     check_spans("spans", logits, spans, number)
@@ -115,7 +138,18 @@ def h_kl(
     """(values [C], valid bool [C]): T^2 (KL over the matched ids + sorted_l1 of all others, of the `most` largest), of
     the exponentials of each span's mean log-probs over the whole vocabularies, not renormalised.
 
-    matched, other_matched: of matched_ids. Columns of other_logits behind the teacher's vocabulary: cut them off."""
+    Args:
+        logits: the student's, floats [N, V], with their gradient.
+        other_logits: the teacher's, floats [M, V']; columns behind its vocabulary: cut them off. No gradient passes.
+        spans: integers [N] in [0, number), -1 for none.
+        other_spans: integers [M], likewise.
+        number: of spans, C.
+        matched: int64 [n], of matched_ids.
+        other_matched: int64 [n], the teacher's.
+        most: of the largest others of either model that are compared.
+        kind: "forward_kl" or "reverse_kl".
+        temperature: T, above 0.
+    """
     check_name("kind", kind, KINDS)
     check_positive("temperature", temperature)
     check_spans("spans", logits, spans, number)

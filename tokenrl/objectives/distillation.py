@@ -56,10 +56,16 @@ _CHANGEABLE = ("divergence", "aggregation", "power")
 
 
 def distillation(name: str | Distillation, **parameters: object) -> Distillation:
-    """A row of the table, with any of its parameters changed: those of its divergence (beta, share, alpha) and of the
-    row itself (divergence, aggregation, power).
+    """A row of the table, with any of its parameters changed.
 
         tokenrl.distillation("gkd", beta=0.1)
+
+    Args:
+        name: of tokenrl.DISTILLATIONS, or a row.
+        parameters: those of its divergence (beta, share, alpha) and of the row itself (divergence, aggregation, power).
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest.
     """
     if isinstance(name, Distillation):
         row = name

@@ -186,7 +186,15 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def divergence(kind: str | Divergence, **parameters: float) -> Divergence:
-    """A row of the table, with any of its parameters changed: divergence("jsd", beta=0.9)."""
+    """A row of the table, with any of its parameters changed: divergence("jsd", beta=0.9).
+
+    Args:
+        kind: of tokenrl.DIVERGENCES, or a row.
+        parameters: numbers above 0 and below the row's bound.
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest, and for a number out of range.
+    """
     if isinstance(kind, Divergence):
         row = kind
     else:

@@ -83,9 +83,9 @@ class Metrics:
         host sync. Without an initialised group, these."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
-        raws = [torch.empty_like(self.raw) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(raws, self.raw, group=group)
-        return self._pooled(torch.stack(raws))
+        from .. import wire  # of builds of torch without process groups there is none
+
+        return self._pooled(wire.all_gather(self.raw, group or distributed.distributed_c10d._get_default_group()))
 
     def _pooled(self: "AnyMetrics", raws: Tensor) -> "AnyMetrics":
         """raws: [parts, len(RAW)]."""

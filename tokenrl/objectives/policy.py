@@ -237,6 +237,12 @@ def register(row: Objective) -> Objective:
     and a value in torch. It runs at once on the reference backend, with autograd's derivative, and calls that name no
     backend get that one. Given its Triton function (register_triton) it runs on Triton too. The C++ backends run the
     gates of csrc/gates/table.h alone, and say so.
+
+    Args:
+        row: its name is not in the table yet.
+
+    Raises:
+        ValueError: where it is.
     """
     if row.name in OBJECTIVES:
         raise wrong("name", repr(row.name), "a name that is not in the table yet")

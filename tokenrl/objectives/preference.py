@@ -138,11 +138,17 @@ _CHANGEABLE = ("link", "score", "statistic", "reference", "coupling", "divergenc
 
 
 def preference(name: str | Preference, **parameters: object) -> Preference:
-    """A row of the table, with any of its parameters changed: those of its link and score (beta, label_smoothing,
-    gamma, tau, alpha, desirable_weight, ...) and of the row itself (link, score, statistic, reference, coupling,
-    divergence, divergence_flow, length, nll).
+    """A row of the table, with any of its parameters changed.
 
         tokenrl.preference("dpo", beta=0.2, label_smoothing=0.1)
+
+    Args:
+        name: of tokenrl.PREFERENCES, or a row.
+        parameters: those of its link and score (beta, label_smoothing, gamma, tau, alpha, desirable_weight, ...) and of
+            the row itself (link, score, statistic, reference, coupling, divergence, divergence_flow, length, nll).
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest, and for a value that a part does not accept.
     """
     if isinstance(name, Preference):
         row = name

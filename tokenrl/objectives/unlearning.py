@@ -156,10 +156,17 @@ _CHANGEABLE = ("term", "statistic", "reference", *COEFS)
 
 
 def unlearning(name: str | Unlearning, **parameters: object) -> Unlearning:
-    """A row of the table, with any of its parameters changed: those of its term (beta, gamma, floor) and of the row
-    itself (term, statistic, reference, retain, forget, eos, alpha, smoothing).
+    """A row of the table, with any of its parameters changed.
 
         tokenrl.unlearning("npo", beta=0.2, retain=1.0, reference="none")
+
+    Args:
+        name: of tokenrl.UNLEARNINGS, or a row.
+        parameters: those of its term (beta, gamma, floor) and of the row itself (term, statistic, reference, retain,
+            forget, eos, alpha, smoothing).
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest, and for a value that a part does not accept.
     """
     if isinstance(name, Unlearning):
         row = name

@@ -185,6 +185,14 @@ def register_triton(gate: type[Gate], function: Callable[..., Any]) -> None:
 
     of blocks of tokens, with parameters in the order of the gate's params(), as in triton_kernels/gates.py. `tokenrl
     parity --gate` holds it to the gate's value and derivatives; nothing derives one from the other.
+
+    Args:
+        gate: the class of a registered objective's gate.
+        function: of blocks of tokens, as above.
+
+    Raises:
+        RuntimeError: where Triton cannot run, with the reason.
+        ValueError: for a gate that is not registered, has a Triton function, or too many parameters.
     """
     if TRITON_REASON:
         raise RuntimeError(f"gate {gate.name!r} gets no Triton kernel: {TRITON_REASON}")

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..objectives.divergences import Divergence
 from . import reference
 from .backends import Backend
 from .derivatives import call
+from .dispatch import wanted
 from .kernel_ops import IGNORED, Transform
+from .linear.divergence import LinearDivergenceInputs
 from .linear.gemm import weighed_sum
 from .linear.head import HeadInputs
 
@@ -34,15 +35,23 @@ def linear_divergence(
 ) -> tuple[Tensor, ...]:
     """(sum_t w_t D_t, the divergences [N]) from hidden states; the loss is differentiable where there are weights, else
     the divergences are."""
-    transform = (other.temperature, other.temperatures, other.softcap, other.logit_scale, other.keep_mask)
     if chosen.is_reference:
         used = (head.ids != IGNORED).squeeze(1)
-        own = (head.temperature, head.temperatures, head.softcap, head.logit_scale, head.keep_mask)
         logits, other_logits = reference.head_logits(head), reference.head_logits(other)
-        value = reference.divergence(logits, other_logits, used, Transform(*own), Transform(*transform), kind)
+        value = reference.divergence(logits, other_logits, used, transform_of(head), transform_of(other), kind)
         loss = value.new_zeros(()) if weights is None else weighed_sum(weights, value)
         return loss, value if weights is None else value.detach()
-    tensors = (head.hidden, head.weight, head.bias)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    inputs = (*head, other.hidden, other.weight, other.bias, *transform, kind.name, kind.params(), weights, wanted)
-    return call(chosen.namespace, "linear_divergence", *inputs)[:2]
+    return call(chosen.namespace, "linear_divergence", *linear_inputs(head, other, kind, weights))[:2]
+
+
+def linear_inputs(
+    head: HeadInputs, other: HeadInputs, kind: Divergence, weights: Tensor | None
+) -> LinearDivergenceInputs:
+    return LinearDivergenceInputs(  # type: ignore[call-arg]  # more after a *
+        *head, other.hidden, other.weight, other.bias, *transform_of(other), kind.name, kind.params(), weights,
+        wanted(head),
+    )  # fmt: skip
+
+
+def transform_of(head: HeadInputs) -> Transform:
+    return Transform(head.temperature, head.temperatures, head.softcap, head.logit_scale, head.keep_mask)

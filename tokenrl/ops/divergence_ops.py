@@ -68,7 +68,7 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, other, _, *rest = inputs
     given = DivergenceInputs(*rest)
     _, *kept = output
@@ -79,7 +79,7 @@ def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.set_materialize_grads(False)
 
 
-def _divergence_backward(namespace: str) -> Callable[..., Any]:
+def divergence_backward(namespace: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None
@@ -99,4 +99,4 @@ def register(namespace: str) -> None:
     """Gives the ops of a namespace their fakes and derivatives."""
     for op, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{op}", fake)
-    register_derivative(namespace, "divergence", _save_divergence, _divergence_backward(namespace), 2)
+    register_derivative(namespace, "divergence", save_divergence, divergence_backward(namespace), 2)

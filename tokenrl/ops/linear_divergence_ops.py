@@ -9,9 +9,10 @@ from torch import Tensor
 from . import ranges
 from .arguments import schema
 from .derivatives import is_last_use, register_derivative
-from .linear import divergence
+from .linear import divergence, token_logprobs
 from .linear.divergence import LinearDivergenceInputs
 from .linear.gemm import scaled, sum_dtype, weighed_sum
+from .linear.ranks import ONE, OneRank
 from .linear_ops import (
     GRADS,
     HOST_READS,
@@ -29,26 +30,36 @@ SCHEMAS = {OP: schema(LinearDivergenceInputs, returns=f"(Tensor loss, Tensor val
 
 def _run(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     inputs = LinearDivergenceInputs(*args)
-    wanted = [inputs.weights is not None and want for want in inputs.wanted]
     dtypes = waiting_dtypes(inputs)
-    grads = gradients_of(inputs, wanted, dtypes)
-    value = divergence.run(ops, inputs, grads)
-    loss = value.new_zeros(()) if inputs.weights is None else weighed_sum(inputs.weights, value)
-    return loss, value, *results_of(grads, inputs.hidden, dtypes)
+    grads = gradients_of(inputs, now(inputs), dtypes)
+    return *evaluated(ops, inputs, grads, ONE), *results_of(grads, inputs.hidden, dtypes)
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs = LinearDivergenceInputs(*args)
+def now(inputs: LinearDivergenceInputs) -> list[bool]:
+    """The gradients that are made at once."""
+    return [inputs.weights is not None and want for want in inputs.wanted]
+
+
+def evaluated(
+    ops: Any, inputs: LinearDivergenceInputs, grads: token_logprobs.Gradients, ranks: OneRank
+) -> tuple[Tensor, Tensor]:
+    """(the loss, the divergences); fills grads."""
+    value = divergence.run(ops, inputs, grads, ranks)
+    return value.new_zeros(()) if inputs.weights is None else weighed_sum(inputs.weights, value), value
+
+
+def fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _ = LinearDivergenceInputs.read(args)
     loss = inputs.hidden.new_empty((), dtype=sum_dtype(inputs.dtype))
     value = loss.new_empty(inputs.ids.shape[0])
-    wanted = [inputs.weights is not None and want for want in inputs.wanted]
-    return loss, value, *fake_results(inputs, wanted, waiting_dtypes(inputs))
+    return loss, value, *fake_results(inputs, now(inputs), waiting_dtypes(inputs))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of the loss its gradients, which it has made; of the divergences what makes them again."""
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of the loss its gradients, which it has made; of the divergences what makes them again. inputs: others may follow
+    those of the op."""
     loss, value, *grads = output
-    given = LinearDivergenceInputs(*inputs)
+    given, ctx.more = LinearDivergenceInputs.read(inputs)
     ctx.wanted, ctx.given = given.wanted, None
     if given.weights is not None:
         ctx.mark_non_differentiable(value, *grads)
@@ -61,22 +72,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _backward(namespace: str) -> Callable[..., Any]:
+def backward_of(namespace: str, name: str = OP) -> Callable[..., Any]:
+    """Of the op of that name."""
+
     def backward(ctx: Any, grad_loss: Tensor | None, grad_value: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.given is None:
             if grad_loss is None:
                 return None, None, None
             *grads, hidden, weight, bias = ctx.saved_tensors
-            with ranges.around_backward(namespace, OP, hidden, weight):
+            with ranges.around_backward(namespace, name, hidden, weight):
                 found, last = zip(grads, (hidden, weight, bias), ctx.wanted, strict=True), is_last_use(ctx)
                 return tuple(scaled(g, grad_loss, x.dtype, last) if want else None for g, x, want in found)
         if grad_value is None:
             return None, None, None
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         given |= {"weights": grad_value.contiguous()}
-        op, inputs = ranges.kernels(namespace).linear_divergence, LinearDivergenceInputs(**given)
-        with ranges.around_backward(namespace, OP, inputs.hidden, inputs.weight):
-            _, _, *grads = op(*inputs)
+        op, inputs = getattr(ranges.kernels(namespace), name), LinearDivergenceInputs(**given)
+        with ranges.around_backward(namespace, name, inputs.hidden, inputs.weight):
+            _, _, *grads = op(*inputs, *ctx.more)
         found = zip(grads, dtypes_of(inputs), ctx.wanted, strict=True)
         return tuple(g.to(dtype) if want else None for g, dtype, want in found)
 
@@ -92,5 +105,5 @@ def register(namespace: str) -> None:
     library.define(OP + SCHEMAS[OP], tags=HOST_READS)
     for key in ("CPU", "CUDA"):
         library.impl(OP, eager_numbers(_run, namespace), key)
-    torch.library.register_fake(f"{namespace}::{OP}", _fake)
-    register_derivative(namespace, OP, _save, _backward(namespace), 3)
+    torch.library.register_fake(f"{namespace}::{OP}", fake)
+    register_derivative(namespace, OP, save, backward_of(namespace), 3)

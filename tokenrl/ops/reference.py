@@ -236,17 +236,27 @@ def divergence(
 
 def _log_probs(logits: Tensor, rows: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
     """Of the rows that count, with -inf where a logit is, which gets no gradient; and whether they have any."""
+    z = divergence_logits(logits, rows, transform)
+    lse = z.logsumexp(-1, keepdim=True)
+    return log_probs_under(z, lse), lse.detach().squeeze(-1).isfinite()
+
+
+def log_probs_under(z: Tensor, lse: Tensor) -> Tensor:
+    """z - lse, of which entries of -inf get no gradient."""
+    gone = z == -torch.inf
+    log_p = torch.where(gone, z.detach(), z) - lse
+    return torch.where(gone, log_p.detach(), log_p)
+
+
+def divergence_logits(logits: Tensor, rows: Tensor | None, transform: Transform) -> Tensor:
+    """Transformed, those of rows that do not count zeros."""
     if rows is not None:
         logits = torch.where(rows[..., None], logits, 0)
     *how, keep_mask = transform
     z = _transformed(torch.where(logits == -torch.inf, logits.detach(), logits), *how)
     if keep_mask is not None:
         z = torch.where(keep_mask if rows is None else keep_mask | ~rows[..., None], z, -torch.inf)
-    z = z + torch.where(z == torch.inf, torch.nan, 0)
-    gone = z == -torch.inf
-    lse = z.logsumexp(-1, keepdim=True)
-    log_p = torch.where(gone, z.detach(), z) - lse
-    return torch.where(gone, log_p.detach(), log_p), lse.detach().squeeze(-1).isfinite()
+    return z + torch.where(z == torch.inf, torch.nan, 0)
 
 
 def head_logits(head: HeadInputs) -> Tensor:

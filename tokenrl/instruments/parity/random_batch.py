@@ -17,10 +17,13 @@ def random_batch(
     seed: int = 0, objective: str | Objective = "grpo", *, head: str = "logits", **settings: Any
 ) -> RolloutBatch:
     """A small padded batch with what losses go wrong on: ragged lengths, holes, a temperature, advantages of both
-    signs, log ratios on both sides of usual clips, groups, a reference.
+    signs, log ratios on both sides of usual clips, groups, a reference. fp32, on the CPU.
 
-    objective: the one it is for. head: "logits" [8, 24, 31], or "hidden" [8, 24, 12] with a weight [31, 12]. settings:
-    others of a loss, as kl_coef=0.1. The same seed gives the same numbers. fp32, on the CPU.
+    Args:
+        seed: the same one gives the same numbers.
+        objective: the one it is for, a name or what tokenrl.objective returns.
+        head: "logits" [8, 24, 31], or "hidden" [8, 24, 12] with a weight [31, 12].
+        settings: others of a loss, as kl_coef=0.1.
     """
     check_name("head", head, HEADS)
     g = torch.Generator().manual_seed(seed)

@@ -37,10 +37,13 @@ class Tally:
 
 
 def errors(kernel: Tensor, truth: Tensor, base: Tensor) -> list[tuple[str, float, float]]:
-    """(norm, error, allowed) in the largest entry and in L2.
+    """(norm, error, allowed) in the largest entry and in L2. The kernel may err at most twice as much as the base does,
+    plus a few ulps of the largest entry.
 
-    kernel: what is tested. truth: the fp64 reference. base: the same reference in the kernel's precision. The kernel
-    may err at most twice as much as the base does, plus a few ulps of the largest entry.
+    Args:
+        kernel: what is tested, of any shape and float dtype.
+        truth: the fp64 reference, of that shape.
+        base: the same reference in the kernel's precision.
     """
     tally = Tally()
     tally.add(kernel, truth, base)
@@ -64,7 +67,17 @@ def odd_ones(kernel: Tensor, truth: Tensor) -> int:
 
 
 def close(kernel: Tensor, truth: Tensor, base: Tensor, what: str = "") -> None:
-    """Asserts the tolerance rule; entries that are not finite in the truth must be the same in the kernel."""
+    """Asserts the tolerance rule; entries that are not finite in the truth must be the same in the kernel.
+
+    Args:
+        kernel: what is tested, of any shape and float dtype.
+        truth: the fp64 reference, of that shape.
+        base: the same reference in the kernel's precision.
+        what: names it in the error.
+
+    Raises:
+        AssertionError: with the norm, the error and what is allowed.
+    """
     assert kernel.shape == truth.shape, f"{what}: shape {list(kernel.shape)}, truth {list(truth.shape)}"
     assert truth.dtype == torch.float64, "the truth is fp64"
     finite = truth.isfinite()

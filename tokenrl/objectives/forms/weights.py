@@ -155,13 +155,18 @@ class ClipCov(_Covariance):
     high: float = 5.0
     rate: float | None = None
 
-    @torch.no_grad()
-    def dropped(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens that are dropped, PPO's clip from below, from above)."""
+    def candidates(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens of which some are dropped, PPO's clip from below, from above)."""
         below, above, _ = tokens.gate.clipped(tokens.x, tokens.x, tokens.logp, tokens.advantages, tokens.positions())
         below, above = below & tokens.valid, above & tokens.valid
         covariance = self.covariance(tokens)
         inside = (covariance > self.low) & (covariance < self.high) & tokens.valid & ~below & ~above
+        return inside, below, above
+
+    @torch.no_grad()
+    def dropped(self, tokens: FormInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens that are dropped, PPO's clip from below, from above)."""
+        inside, below, above = self.candidates(tokens)
         if self.rate is not None:
             return inside & (torch.rand(inside.shape, device=inside.device) < self.rate), below, above
         candidates = inside.nonzero()[:, 0]

@@ -55,7 +55,11 @@ AnyClass = TypeVar("AnyClass", bound=type)
 
 @dataclass_transform(eq_default=False, frozen_default=True)
 def parametrised(cls: AnyClass) -> AnyClass:
-    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not)."""
+    """A frozen dataclass that knows its parameters' names where torch.compile traces (dataclasses.fields does not).
+
+    Args:
+        cls: a subclass of tokenrl.Gate, with its parameters as annotated fields.
+    """
     made: Any = dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(made)
     made.names = tuple(field.name for field in fields)

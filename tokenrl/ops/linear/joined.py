@@ -17,6 +17,7 @@ from .chunk import Chunk
 from .gemm import ProductSum, empty, sum_bytes, sum_dtype
 from .head import FEWEST_TOKENS, Head, HeadInputs, Rows, compacted, even, rows_at, split, too_small
 from .pair import Pair
+from .ranks import OneRank
 from .token_logprobs import Gradients
 
 ByToken = tuple[Tensor, Tensor | None]  # the loss's gradients by log-probs and divergences [N]
@@ -60,32 +61,34 @@ def chunks_of(
     return list(index[of_sequence[rows[index]].argsort(stable=True)].split(filled))
 
 
-def most_rows(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
+def most_rows(heads: Sequence[Head], budget: int, grads: Gradients, ranks: OneRank, count: int) -> int:
     """How many of so many tokens fit into a chunk of the logits of these heads; 0 where too few do."""
-    fit = _fitting(heads, budget, grads, count)
+    fit = _fitting(heads, budget, grads, ranks, count)
     return 0 if fit < min(count, FEWEST_TOKENS) else fit
 
 
-def _fitting(heads: Sequence[Head], budget: int, grads: Gradients, count: int) -> int:
-    return pair.most_rows(heads, count, budget, sum_bytes(grads.weight, heads[0].dtype))
+def _fitting(heads: Sequence[Head], budget: int, grads: Gradients, ranks: OneRank, count: int) -> int:
+    sums = ranks.summed(sum_bytes(grads.weight, heads[0].dtype))
+    return pair.most_rows([ranks.widest(head) for head in heads], count, budget, sums)
 
 
-def even_chunks(used: Tensor, heads: Sequence[Head], budget: int, grads: Gradients) -> list[Rows]:
+def even_chunks(used: Tensor, heads: Sequence[Head], budget: int, grads: Gradients, ranks: OneRank) -> list[Rows]:
     """The tokens of chunks that are cut anywhere, for two passes."""
     index, count = compacted(used)
-    fit = _fitting(heads, budget, grads, count)
+    fit = _fitting(heads, budget, grads, ranks, count)
     if fit < min(count, 1):
-        raise too_small(budget, len(heads) * heads[0].vocab)
+        raise too_small(budget, len(heads) * ranks.widest(heads[0]).vocab)
     return [rows_at(index, at) for at in split(count, even(count, max(fit, 1)))]
 
 
 def run(
     inputs: HeadInputs, heads: Sequence[Head], other_hidden: Tensor | None, rows: Tensor, chunks: list[Rows],
-    evaluate: Callable[[PerToken], ByToken] | None, grads: Gradients,
+    ranks: OneRank, evaluate: Callable[[PerToken], ByToken] | None, grads: Gradients,
 ) -> PerToken:  # fmt: skip
-    """Fills grads. heads: of the policy and, with other_hidden, of the reference. rows: bool [N], where there is a
-    divergence, KL of the reference to the policy. evaluate: from what is there by now to the gradients by log-probs and
-    divergences [N], of which those of the chunk's tokens are final; None: no gradients are made."""
+    """Fills grads, of hidden with sums that ranks.finish ends. heads: of the policy and, with other_hidden, of the
+    reference. rows: bool [N], where there is a divergence, KL of the reference to the policy. evaluate: from what is
+    there by now to the gradients by log-probs and divergences [N], of which those of the chunk's tokens are final;
+    None: no gradients are made."""
     head, ids, count = heads[0], inputs.ids.squeeze(1), inputs.ids.shape[0]
     found = PerToken(*(inputs.hidden.new_zeros(count, dtype=sum_dtype(head.dtype)) for _ in range(3)))
     sizes = [at.stop - at.start if isinstance(at, slice) else at.numel() for at in chunks]
@@ -95,17 +98,19 @@ def run(
         weight_sum = ProductSum(grads.weight, head.dtype, once=len(chunks) == 1, adds=grads.adds)
     for at in chunks:
         if other_hidden is None:
-            own = Chunk.of(head, inputs.hidden, ids, at, memory)
+            own = next(ranks.whole(iter([Chunk.of(head, inputs.hidden, ranks.own_ids(ids), at, memory)]), ids))
             found.logp[at] = own.logp
             if evaluate is not None:
                 own.backward(evaluate(found)[0], None, weight_sum, grads)
         else:
-            both = Pair(heads, (inputs.hidden, other_hidden), ids, at, memory, "forward_kl", [], rows[at])
+            both = Pair(heads, (inputs.hidden, other_hidden), ids, at, memory, "forward_kl", [], rows[at], ranks)
             found.logp[at], found.other_logp[at], found.divergence[at] = both.own.logp, both.other.logp, both.value
             if evaluate is not None:
                 by_logp, by_value = evaluate(found)
                 assert by_value is not None
                 both.own.accumulate(both.differentiate(by_value[at], by_logp[at]), weight_sum, grads)
+        if grads.hidden is not None:
+            ranks.add_up(grads.hidden, at)
     if weight_sum is not None:
         weight_sum.finish()
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 from .chunk import Chunk
 from .head import Head, Rows, as_tile, most_whole_rows, split
 from .lift import lift
+from .ranks import ONE, OneRank
 
 PARTS = 16  # of a pair: one is turned into its gradient at a time, in memory beside the logits
 
@@ -40,17 +41,22 @@ class Pair:
 
     def __init__(
         self, heads: Sequence[Head], hiddens: Sequence[Tensor], ids: Tensor, rows: Rows, memory: Tensor,
-        kind: str, params: list[float], counted: Tensor | None = None,
+        kind: str, params: list[float], counted: Tensor | None = None, ranks: OneRank = ONE,
     ):  # fmt: skip
         """The first head is the trained one. memory: for both heads' logits. counted: bool [n], of the tokens that have
         a divergence; None: all."""
         self.kind, self.params, self.counted = kind, params, counted
-        self.own, self.other = _chunks(heads, hiddens, ids, rows, memory)
-        known = torch.stack([x for chunk in (self.own, self.other) for x in (chunk.lse, chunk.lse_rest)])
+        self.own, self.other = _chunks(heads, hiddens, ranks.own_ids(ids), rows, memory)
+        known = self._known()
+        ranks.whole_pair(self.own, self.other, ids)
+        self.statistics = self._known()
         given = self._given(self.own, self.other, slice(None))
-        self.value, self.by_p, _, self.statistics = heads[0].ops.divergence(
-            self.own.logits, self.other.logits, known, *given
-        )
+        *found, _ = heads[0].ops.divergence(self.own.logits, self.other.logits, self.statistics, *given)
+        self.value, self.by_p, _ = ranks.diverged(kind, found, known, self.statistics, counted)
+
+    def _known(self) -> Tensor:
+        """The statistics of both, as op divergence takes them."""
+        return torch.stack([x for chunk in (self.own, self.other) for x in (chunk.lse, chunk.lse_rest)])
 
     def _given(self, own: Chunk, other: Chunk, some: slice) -> tuple[Any, ...]:
         """DivergenceInputs of some tokens."""

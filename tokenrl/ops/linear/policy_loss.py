@@ -37,8 +37,7 @@ def run(
     wanted = any(g is not None for g in (grads.hidden, grads.weight, grads.bias))
     index, count = compacted(inputs.active)
     head = inputs.head(ops)
-    # On several ranks the sum of a weight's gradient is each one's own, and must not decide.
-    summed = sum_bytes(grads.weight, head.dtype) if ranks.at_once == 1 else 0
+    summed = ranks.summed(sum_bytes(grads.weight, head.dtype))
     chunks = _chunks(inputs, ranks.widest(head), count, summed, ranks.at_once) if wanted else None
     once = chunks is None and _has_directions(inputs, ranks, head, count, grads)
     if chunks:

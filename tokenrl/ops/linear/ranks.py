@@ -5,12 +5,16 @@ exchange.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from .chunk import Chunk
 from .gemm import empty
-from .head import Head, Rows
+from .head import Head, HeadInputs, Rows
+
+AnyHead = TypeVar("AnyHead", bound=HeadInputs)
 
 
 class OneRank:
@@ -22,6 +26,19 @@ class OneRank:
         """The head by whose size chunks are cut: the same for all ranks."""
         return head
 
+    def of_all_tokens(self, inputs: AnyHead) -> AnyHead:
+        """With the hidden states of all tokens, where these are of some."""
+        return inputs
+
+    def travels_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which hidden's gradient, of this one, is made and summed."""
+        return dtype
+
+    def summed(self, sums: int) -> int:
+        """Of the bytes of the weight's gradients those that chunks are cut by: on several ranks each has its own, and
+        they must not decide."""
+        return sums
+
     def own_ids(self, ids: Tensor) -> Tensor:
         """ids of the whole vocabulary as those of this rank's rows."""
         return ids
@@ -29,6 +46,16 @@ class OneRank:
     def whole(self, chunks: Iterator[Chunk], ids: Tensor) -> Iterator[Chunk]:
         """The chunks, made of own_ids, with the statistics of the whole vocabulary. ids: of it, [N] or [N, K]."""
         return chunks
+
+    def whole_pair(self, own: Chunk, other: Chunk, ids: Tensor) -> None:
+        """Gives both heads' chunks of the same tokens the statistics of the whole vocabulary. ids: of it, [N]."""
+
+    def diverged(
+        self, kind: str, found: Sequence[Tensor], own: Tensor, whole: Tensor, counted: Tensor | None
+    ) -> Sequence[Tensor]:
+        """The value, by_p and by_r of op divergence for the own columns -> those of the whole vocabulary. own, whole:
+        the statistics of either; counted: bool [n], of rows that have a divergence."""
+        return found
 
     def merged(self, statistics: list[Tensor], ids: Tensor) -> list[Tensor]:
         """Results of token_logprobs for own_ids -> those of the whole vocabulary. ids: of it, [N, K]."""

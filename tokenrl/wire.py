@@ -55,6 +55,15 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return start_all_gather(x, group)()
 
 
+def all_gather_rows(own: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Tensor]:
+    """(of each rank how many rows, the rows of all), of this rank's [n, ...]; two exchanges."""
+    sizes = all_gather(torch.tensor([len(own)], device=own.device), group).view(-1).tolist()
+    padded = own.new_zeros(max(sizes), *own.shape[1:])
+    padded[: len(own)] = own
+    every = all_gather(padded, group)
+    return sizes, torch.cat([some[:size] for some, size in zip(every, sizes, strict=True)])
+
+
 def _renamed(name: str, deprecated: str) -> Callable[..., Any]:
     """torch 2.13 deprecates the name that 2.11 has."""
     return getattr(dist, name, None) or getattr(dist, deprecated)
