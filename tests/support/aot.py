@@ -177,15 +177,16 @@ def row_cases(label: str, logits, per_row: int, everything: bool):
 
 
 def logprobs():
-    """Over a vocabulary that 16 bytes divide and one that they do not; a single row is split over programs."""
+    """Over a vocabulary that 16 bytes divide and, fewer, one that they do not; a single row is split over programs."""
     for vocab in (151936, 50257):
         for dtype in (torch.bfloat16, torch.float32):
             label = f"{str(dtype).removeprefix('torch.')} V={vocab}"
             two, one = (torch.empty(1, rows, vocab, dtype=dtype) for rows in (2, 1))
             yield from row_cases(f"{label} plain", two, 1, False)
-            yield from row_cases(f"{label} K=1 everything", two, 1, True)
             yield from row_cases(f"{label} K=4 everything", two, 4, True)
-            yield from row_cases(f"{label} split", one, 1, False)
+            if vocab % 8 == 0:
+                yield from row_cases(f"{label} K=1 everything", two, 1, True)
+                yield from row_cases(f"{label} split", one, 1, False)
 
 
 def divergence_cases(label: str, logits, kind, everything: bool):
