@@ -1,5 +1,6 @@
 """Two processes on gloo, in one launch: TRL's trainer beside ours, whose counts of tokens and metrics are of both, in
-DDP and, held to that, with models that FSDP2 shards; fused models under FSDP2."""
+DDP and, held to that, with models that FSDP2 shards; fused models under FSDP2; heads and losses of trainers whose
+ranks share a vocabulary or a sequence."""
 
 import json
 import os
@@ -10,6 +11,8 @@ import pytest
 from paths import ROOT
 
 pytest.importorskip("trl", reason="trl is not installed (make test installs it)")
+
+from adapters_on_ranks import CASES
 
 from bench.trl_world import model_folder
 
@@ -32,4 +35,4 @@ def test_two_processes():
     ran = subprocess.run([*command, str(script), folders], capture_output=True, text=True, env=environment, cwd=ROOT)
     found = [line.removeprefix("HELD ") for line in ran.stdout.splitlines() if line.startswith("HELD ")]
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert found == [*HELD]
+    assert found == [*HELD, *CASES]

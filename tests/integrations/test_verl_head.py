@@ -114,8 +114,8 @@ def test_the_triton_head_gives_flat_results(modules):
         assert max(errors([ours[0].view(2, 7), ours[1].view(2, 7), *ours[2:]], [x.double() for x in theirs])) < 1e-6
 
 
-@pytest.mark.parametrize("given", [("none", "a process group"), ("mean", None)], ids=str)
-def test_a_split_vocabulary_keeps_verl_s_head(given, modules, monkeypatch):
+def test_a_reduced_loss_keeps_verl_s_head(modules, monkeypatch):
+    given = ("mean", None)
     calls = []
     monkeypatch.setattr(modules[head.KERNEL], "linear_cross_entropy", lambda *args: calls.append(args))
     verl.fuse()

@@ -82,6 +82,14 @@ def from_hidden(group):
     ):
         how = {"backend": backend, "temperature": temperature} | how
         check_linear(group, context, objective, case, **how)
+    *_, truth = called("ctpo", case, ("weight",), backend="cpu")
+    total = torch.ones_like(case["weight"])
+    own = case | {"hidden": context.take(case["hidden"]), "weight": case["weight"].clone().requires_grad_()}
+    first = [own.pop(name) for name in ("hidden", "weight", "ids", "old_logp", "advantages")]
+    loss, _ = tokenrl.linear_policy_loss("ctpo", *first, context=context, main_grad=total, backend="cpu", **own)
+    (2 * loss).backward()
+    assert first[1].grad is None
+    torch.testing.assert_close(wire.all_reduce(total - 1, group), truth["weight"], rtol=1e-12, atol=1e-12)
     hidden = context.take(case["hidden"])
     given = hidden[1:] if group.rank() else hidden, case["weight"], case["ids"], case["old_logp"], case["advantages"]
     call = functools.partial(tokenrl.linear_policy_loss, "ctpo", *given, cu_seqlens=case["cu_seqlens"])

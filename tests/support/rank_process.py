@@ -13,6 +13,7 @@ import traceback
 
 import context_cases
 import data_cases
+import example_cases
 import preference_rank_cases
 import statistics_cases
 import torch
@@ -25,11 +26,11 @@ import vocab_policy_cases
 WORLDS = (2, 3, 4)
 MODULES = (
     vocab_cases, vocab_linear_cases, vocab_policy_cases, context_cases, data_cases, vocab_divergence_cases,
-    preference_rank_cases, statistics_cases,
+    preference_rank_cases, statistics_cases, example_cases,
 )  # fmt: skip
 EVERY = {name: case for module in MODULES for name, case in module.CASES.items()}
 # What needs no more ranks than two, or no four: which run is the same to the exchange.
-ON_TWO = ("reference", "triton", "sim", "one_graph", "their_contract", "float32", "bfloat16", "fsdp2")
+ON_TWO = ("reference", "triton", "sim", "one_graph", "their_contract", "float32", "bfloat16", "fsdp2", "example")
 NOT_ON_FOUR = ("preference, ", "divergence, ", "statistics, ")
 
 

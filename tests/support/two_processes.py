@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 
+import adapters_on_ranks
 import torch
 import trl
 from accelerate import Accelerator
@@ -104,5 +105,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     trainers(json.loads(sys.argv[1]))
     fused_models()
+    warnings.resetwarnings()
+    adapters_on_ranks.run(torch.distributed.group.WORLD)
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends in order

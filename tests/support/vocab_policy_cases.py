@@ -145,26 +145,28 @@ def options(group):
 
 
 def megatron(group):
-    """Padded rows are not read; their gradient is none, and main_grad's rows of them stay."""
+    """Padded rows are not read; their gradient is none, and main_grad's rows of them stay; with a form, too."""
     shard = VocabShard.megatron(150, group)
     case, _ = given_of(group)
     weight, ids = torch.randn(150, DIM, generator=torch.Generator().manual_seed(5)).double(), case["ids"]
     case |= {"weight": weight, "bias": None}
-    expected, _, truth = called("ctpo", case, ("hidden", "weight"), backend="cpu")
-    own = torch.full((128, DIM), torch.nan, dtype=torch.float64)
-    own[: shard.size] = weight[shard.start : shard.start + shard.size]
-    own.requires_grad_().grad_added_to_main_grad = False
-    main_grad = torch.ones_like(own, requires_grad=False)
-    arguments = case["hidden"], own, ids, case["old_logp"], case["advantages"]
-    rest = {name: case[name] for name in ("mask", "token_weight", "segment_ids", "group_ids")}
-    loss, _ = tokenrl.linear_policy_loss("ctpo", *arguments, vocab=shard, main_grad=main_grad, backend="cpu", **rest)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    (2 * loss).backward()
-    if shard.size:
-        assert own.grad_added_to_main_grad and own.grad.shape == own.shape
-    added = main_grad[: shard.size] - 1
-    torch.testing.assert_close(added, truth["weight"][shard.start : shard.start + shard.size], rtol=1e-9, atol=1e-12)
-    assert main_grad[shard.size :].eq(1).all()
+    for objective in ("ctpo", "gmpo"):
+        expected, _, truth = called(objective, case, ("hidden", "weight"), backend="cpu")
+        own = torch.full((128, DIM), torch.nan, dtype=torch.float64)
+        own[: shard.size] = weight[shard.start : shard.start + shard.size]
+        own.requires_grad_().grad_added_to_main_grad = False
+        main_grad = torch.ones_like(own, requires_grad=False)
+        arguments = case["hidden"], own, ids, case["old_logp"], case["advantages"]
+        rest = {name: case[name] for name in ("mask", "token_weight", "segment_ids", "group_ids")}
+        how = {"vocab": shard, "main_grad": main_grad, "backend": "cpu"}
+        loss, _ = tokenrl.linear_policy_loss(objective, *arguments, **how, **rest)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        (2 * loss).backward()
+        if shard.size:
+            assert own.grad_added_to_main_grad and own.grad.shape == own.shape
+        added, whole = main_grad[: shard.size] - 1, truth["weight"][shard.start : shard.start + shard.size]
+        torch.testing.assert_close(added, whole, rtol=1e-9, atol=1e-12)
+        assert main_grad[shard.size :].eq(1).all()
 
 
 def sequence_parallel(group):

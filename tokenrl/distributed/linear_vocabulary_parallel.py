@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import wrong
 from ..logprobs import from_logits
+from ..logprobs.from_hidden import check_main_grad_backend
 from ..logprobs.from_logits import OUTPUTS
 from ..logprobs.token_stats import TokenStats
 from ..ops import backends, dispatch, kernel_ops, linear_ops, ranges, reference
@@ -24,6 +25,7 @@ from ..ops.linear import token_logprobs as tiles
 from ..ops.linear.gemm import sum_dtype
 from ..ops.linear.head import HeadInputs, tiles_of
 from ..ops.linear.kept import gradient_sums
+from ..ops.linear.main_grad import MainGrad
 from . import order
 from .agreement import Agreement
 from .exchange import Part, of_vocabulary
@@ -41,13 +43,14 @@ def linear_token_logprobs(
     shard: "VocabShard", hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None,
     temperature: float | Tensor, softcap: float | None, logit_scale: float, keep_mask: Tensor | None,
     row_mask: Tensor | None, ignore_index: int, outputs: Any, compute_dtype: torch.dtype | None,
-    memory_budget: int | None, reduce_hidden_grad: bool, backend: str | None, check: bool,
+    memory_budget: int | None, main_grad: Tensor | None, reduce_hidden_grad: bool, backend: str | None, check: bool,
 ) -> TokenStats:  # fmt: skip
     """tokenrl.linear_token_logprobs with vocab=shard."""
     with Agreement("linear_token_logprobs", shard.group, hidden.device, check) as agreed:
         head = shard.head_arguments(
-            hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, None
-        )
+            hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget,
+            main_grad,
+        )  # fmt: skip
         from_logits.check_ids(head.like, ids, outputs)
         names = [name for name in OUTPUTS if name in outputs]
         for name in {*names} & {*order.NAMES}:
@@ -60,12 +63,13 @@ def linear_token_logprobs(
         )  # fmt: skip
         agreed.contents(ids=inputs.ids)
         chosen = backends.choose(backend, hidden.device)
+        check_main_grad_backend(main_grad, chosen)
         if not chosen.is_reference:
             check_budget(inputs, any(wanted))
     asked = [name for name in names if name not in kernel_ops.ALWAYS]
     rows = head.like.shape[:-1]
     given = shard.inputs(chosen, inputs, rows[:-1].numel(), reduce_hidden_grad)
-    found = results(chosen, given, inputs, asked)
+    found = results(chosen, given, inputs, asked, head.main_grad)
     return TokenStats({name: found[name].view(ids.shape if name in kernel_ops.PER_ID else rows) for name in outputs})
 
 
@@ -75,10 +79,12 @@ def check_budget(inputs: HeadInputs, differentiable: bool) -> None:
     tiles_of(head, rows, inputs.memory_budget, sums=gradient_sums(head, rows) if differentiable else 0)
 
 
-def results(chosen: Backend, given: ShardInputs, inputs: HeadInputs, outputs: list[str]) -> Part:
+def results(
+    chosen: Backend, given: ShardInputs, inputs: HeadInputs, outputs: list[str], main_grad: Tensor | None
+) -> Part:
     """Those of op linear_token_logprobs over the whole vocabulary, by name."""
     if not chosen.is_reference:
-        return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, outputs, *given), strict=True))
+        return dict(zip(RESULTS, call(NAMESPACE, OP, *inputs, outputs, main_grad, *given), strict=True))
     ranks = VocabRanks(given)
     logits = reference.head_logits(replace(inputs, hidden=OfAllTokens.apply(inputs.hidden, given)))
     keep = None if inputs.keep_mask is None else inputs.keep_mask.expand(logits.shape)
@@ -109,15 +115,20 @@ class OfAllTokens(torch.autograd.Function):
 
 
 SCHEMAS = {
-    OP: schema(HeadInputs, "str[] outputs", ShardInputs, returns=STATISTICS),
+    OP: schema(HeadInputs, "str[] outputs, Tensor? main_grad", ShardInputs, returns=STATISTICS),
     f"{OP}_backward": schema(
-        HeadInputs, Upstream, SavedStatistics, "bool[] wanted", ShardInputs, returns=f"({linear_ops.GRADS})"
+        HeadInputs,
+        Upstream,
+        SavedStatistics,
+        "bool[] wanted, Tensor(a!)? main_grad",
+        ShardInputs,
+        returns=f"({linear_ops.GRADS})",
     ),
 }
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:
-    inputs, (outputs, *rest) = HeadInputs.read(args)
+    inputs, (outputs, _, *rest) = HeadInputs.read(args)
     given, _ = ShardInputs.read(tuple(rest))
     ranks, head = VocabRanks(given), inputs.head(ranges.kernels(given.kernels))
     with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
@@ -135,13 +146,13 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, rest = HeadInputs.read(args)
     upstream, rest = Upstream.read(rest)
-    saved, (wanted, *shard) = SavedStatistics.read(rest)
+    saved, (wanted, main_grad, *shard) = SavedStatistics.read(rest)
     given, _ = ShardInputs.read(tuple(shard))
     ranks, dtypes = VocabRanks(given), linear_ops.dtypes_of(inputs)
     head, own = inputs.head(ranges.kernels(given.kernels)), ranks.own_ids(inputs.ids)
     with torch.autocast(inputs.hidden.device.type, enabled=False), torch.no_grad():
         whole = ranks.of_all_tokens(inputs)
-        grads = linear_ops.gradients_of(whole, wanted, [given.wire_dtype, *dtypes[1:]])
+        grads = linear_ops.gradients_of(whole, wanted, [given.wire_dtype, *dtypes[1:]], main_grad)
         tiles.gradients(head, tuple(upstream), whole.hidden, own, tuple(saved), inputs.memory_budget, grads)
         if grads.hidden is not None:
             ranks.add_up(grads.hidden, slice(0, len(own)))
@@ -151,12 +162,14 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, rest = HeadInputs.read(args)
     _, rest = Upstream.read(rest)
-    _, (wanted, *_) = SavedStatistics.read(rest)
+    _, (wanted, main_grad, *_) = SavedStatistics.read(rest)
+    wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
     return tuple(linear_ops.fake_results(inputs, wanted, linear_ops.dtypes_of(inputs)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, (_, *ctx.shard) = HeadInputs.read(inputs)
+    head, (_, main_grad, *ctx.shard) = HeadInputs.read(inputs)
+    ctx.main_grad = MainGrad.of(main_grad, head.weight)
     _, entropy, lse, lse_rest, squares, *_ = output
     kernel_ops.mark_constants(ctx, output)
     ctx.tensors = [name for name, x in vars(head).items() if isinstance(x, Tensor)]
@@ -174,7 +187,10 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = HeadInputs(**ctx.given, **dict(zip(ctx.tensors, tensors, strict=True)))
     wanted = list(ctx.needs_input_grad[:3])
     op = getattr(ranges.kernels(NAMESPACE), f"{OP}_backward")
-    grads = op(*inputs, *wanted_of, lse, lse_rest, entropy, squares, wanted, *ctx.shard)
+    total = None if ctx.main_grad is None else ctx.main_grad.total
+    grads = list(op(*inputs, *wanted_of, lse, lse_rest, entropy, squares, wanted, total, *ctx.shard))
+    if wanted[1] and ctx.main_grad is not None:
+        grads[1] = ctx.main_grad.beside()
     return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 

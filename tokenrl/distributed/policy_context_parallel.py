@@ -57,10 +57,9 @@ def linear_policy_loss(
     if vocab is None:
         keep = dispatch.to_keep(chosen, own, logp_alone=inputs.regularizers.entropy_coef == 0)
         logp, entropy = dispatch.linear_token_logprobs(chosen, own, [], main_grad, keep)[:2]
-    elif main_grad is not None:
-        raise wrong("main_grad", "one beside vocab and context", "none")
     else:
-        found = linear_vocabulary_parallel.results(chosen, vocab.inputs(chosen, own, 1, reduce_hidden_grad), own, [])
+        given = vocab.inputs(chosen, own, 1, reduce_hidden_grad)
+        found = linear_vocabulary_parallel.results(chosen, given, own, [], main_grad)
         logp, entropy, keep = found["logp"], found["entropy"], "nothing"
     whole = _both(shard, logp.squeeze(1), entropy, check=False)
     return dispatch.of_statistics(chosen, layout, *whole, inputs, again=keep == "nothing")

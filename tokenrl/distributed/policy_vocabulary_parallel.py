@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..batch.layout import Layout
-from ..errors import wrong
 from ..ops import dispatch, linear_ops, ranges
 from ..ops.arguments import schema
 from ..ops.backends import Backend
@@ -37,8 +36,6 @@ def agree(
     inputs: PolicyLossInputs,
 ) -> None:  # fmt: skip
     """That all ranks compute the same loss of the same tokens; and that what the first chunk needs fits into memory."""
-    if main_grad is not None and not dispatch.in_one_op(chosen, inputs):
-        raise wrong("main_grad", f"one beside vocab and {inputs.row.name!r}, which has a form", "none")
     per_row = head.keep_mask is not None and head.keep_mask.shape[0] > 1
     agreed.same(
         sizes=shard.sizes, memory_budget=head.memory_budget, keep_mask="per row" if per_row else "of the vocabulary",
@@ -59,7 +56,7 @@ def linear_policy_loss(
     if dispatch.in_one_op(chosen, inputs):
         one_op = dispatch.one_op_inputs(layout, head, main_grad, inputs)
         return call(NAMESPACE, OP, *one_op, *given)[:4]
-    found = linear_vocabulary_parallel.results(chosen, given, dispatch.of_valid_tokens(layout, head), [])
+    found = linear_vocabulary_parallel.results(chosen, given, dispatch.of_valid_tokens(layout, head), [], main_grad)
     return dispatch.of_statistics(chosen, layout, found["logp"].squeeze(1), found["entropy"], inputs, again=True)
 
 

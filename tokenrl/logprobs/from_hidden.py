@@ -145,9 +145,9 @@ def linear_token_logprobs(
         main_grad: fp32 [V, D] (fp64 for fp64): the backward adds the weight's gradient to it, and weight.grad gets
             none; where weight has Megatron's grad_added_to_main_grad, that becomes True and weight.grad is memory
             without meaning.
-        vocab: as for token_logprobs: weight, bias and keep_mask are this rank's rows of the head, hidden and ids are
-            the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of hidden's
-            gradient are summed, in fp32, by one all-reduce. Without is_top1, rank and main_grad.
+        vocab: as for token_logprobs: weight, bias, keep_mask and main_grad are this rank's rows of the head, hidden and
+            ids are the same on all ranks. The exchange is one of the call; in the backward the ranks' shares of
+            hidden's gradient are summed, in fp32, by one all-reduce. Without is_top1 and rank.
         reduce_hidden_grad: False leaves that sum to the caller (Megatron's column-parallel region, DTensor's Partial).
         check: as for token_logprobs.
         backend: as for policy_loss.
@@ -159,12 +159,12 @@ def linear_token_logprobs(
         ValueError: naming the argument, what was given and what is accepted.
     """
     if vocab is not None:
-        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for, main_grad=main_grad)
+        refuse_beside_vocab(vocab, keep_mask_for=keep_mask_for)
         return vocab.linear_token_logprobs(
             hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             keep_mask=keep_mask, row_mask=row_mask, ignore_index=ignore_index, outputs=outputs,
-            compute_dtype=compute_dtype, memory_budget=memory_budget, reduce_hidden_grad=reduce_hidden_grad,
-            backend=backend, check=check,
+            compute_dtype=compute_dtype, memory_budget=memory_budget, main_grad=main_grad,
+            reduce_hidden_grad=reduce_hidden_grad, backend=backend, check=check,
         )  # fmt: skip
     head = head_arguments(
         hidden, weight, bias, temperature, softcap, logit_scale, keep_mask, compute_dtype, memory_budget, main_grad

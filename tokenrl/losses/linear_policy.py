@@ -137,7 +137,7 @@ def linear_policy_loss(
         context: as for policy_loss: hidden is [n, D] of this rank's tokens, all else of the whole batch, weight's
             gradient the own tokens' share. The log-probs of all tokens are needed before a coefficient is known:
             linear_token_logprobs makes them, 8 N D V flops unless the own logits fit into memory_budget. Beside
-            vocab without its sequence_parallel and without main_grad.
+            vocab without its sequence_parallel.
         reduce_hidden_grad: False leaves that sum to the caller.
         check: as for token_logprobs.
         backend: as for policy_loss.

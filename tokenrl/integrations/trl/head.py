@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
-from ..heads import check_weight, reduce_gradient
+from ..heads import check_weight, own_rows, reduce_gradient
 from ..hosts import check_parameters, require
 from .one_pass import running
 
@@ -38,13 +38,14 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """(log-probs [N], entropy, log_sum_sq_probs, mean_logits, is_top1), None where not among the outputs.
         chunk_size has no effect: the memory budget decides."""
-        head: dict[str, Any] = {
-            "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
-            "compute_dtype": head_dtype(hidden),
-        }  # fmt: skip
         for shared in (weight, bias):
             if shared is not None:
                 reduce_gradient(shared)
+        weight, bias, on_ranks = own_rows(weight, bias)
+        head: dict[str, Any] = {
+            "bias": bias, "temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale,
+            "compute_dtype": head_dtype(hidden), **on_ranks,
+        }  # fmt: skip
         if (one_pass := running()) is not None:
             return *one_pass.apply(hidden, weight, targets, **head), None, None, None
         check_weight(weight)  # one pass has its gradients before TRL lets go of a gathered weight
