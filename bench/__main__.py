@@ -125,6 +125,9 @@ def main(
     check_only: Annotated[bool, Option("--check-only", help="Small sizes, correctness only.")] = False,
     json: Annotated[Path | None, Option(help="File for the results as JSON.")] = None,
     png: Annotated[Path | None, Option(help="File for the figure.")] = None,
+    lines: Annotated[
+        Path | None, Option(help="File that the JSON line of each case is added to, when it is done.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder for {device}.md, {device}.json and {device}.png.")] = None,
 ) -> None:
     """Checks each backend against the fp64 reference, then times it beside eager PyTorch, torch.compile, TRL, Liger.
@@ -139,9 +142,11 @@ def main(
     findings = Findings()
     print(f"backends on {place}: {', '.join(names) or 'none'}", flush=True)
     for spec in tracked(specs, lambda spec: f"{spec.op} {'x'.join(map(str, spec.shape))}"):
-        case = make(spec, place)
+        case, before = make(spec, place), len(findings.lines)
         run_case(case, names, place, findings, repeats=repeats, compile=not no_compile, check_only=check_only)
         del case
+        if lines:
+            report.add_lines(findings.lines[before:], lines)
     if not check_only:
         result = {
             "device": place, "machine": machine_line(place, load, allocator), "lines": findings.lines,

@@ -235,6 +235,12 @@ def short_table(report: dict) -> str:
     return markdown_table(list(SHORT), rows)
 
 
+def add_lines(lines: list[dict], file: Path) -> None:
+    """What was measured so far stays where a run is ended by its limit."""
+    with file.open("a") as out:
+        out.writelines(f"{json.dumps(line)}\n" for line in lines)
+
+
 def write_json(report: dict, path: Path) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 

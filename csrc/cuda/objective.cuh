@@ -18,9 +18,41 @@ struct ObjectiveScratch {
 };
 
 // What is asked of the kernel. through: other tokens than those of its statistic have a part in a coefficient; where
-// that statistic is not the token alone, its adjoint has to spread them back.
+// that statistic is not the token alone, its adjoint has to spread them back. aligned: tokens that lie together in one
+// array, from a multiple of kItems on, are aligned in all of them.
 struct ObjectiveKind {
-  bool is_token, through, spreads_back, params_per_token;
+  bool is_token, through, spreads_back, params_per_token, aligned;
+};
+
+// Read from memory where it is needed; else the compiler holds it in a register, or in one that it spills.
+template <class V>
+__device__ __forceinline__ V read_again(const V& from) {
+  return *const_cast<const volatile V*>(&from);
+}
+
+// All threads' states combined, in thread 0; elsewhere anything. memory: [kWarps], shared, and free again after the
+// next barrier.
+template <class S, class Combine>
+__device__ __forceinline__ S reduce_to_first(S own, Combine combine, S* memory) {
+  own = first_of_lanes<kWarp>(own, combine);
+  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  return threadIdx.x < kWarp ? first_of_lanes<kWarps>(memory[threadIdx.x % kWarps], combine) : own;
+}
+
+// What a block works on, and the weight and advantage of its sequence. In shared memory: registers are the gate's.
+template <class T>
+struct BlockShare {
+  TileRange tiles;
+  T weight, advantage;
+
+  __device__ __forceinline__ static BlockShare of(const ObjectiveArgs<T>& args, const TileRange& tiles) {
+    if (tiles.first >= tiles.last) return {tiles, T(0), T(0)};
+    const double span_weight = args.span_weight[tiles.sequence];
+    const bool of_sequence = args.advantages && !args.advantages_per_token;
+    return {tiles, span_weight == 0 ? T(0) : static_cast<T>(span_weight / args.normalizer[0]),
+            of_sequence ? args.advantages[tiles.sequence] : T(0)};
+  }
 };
 
 // What args.coef holds in turn:
@@ -35,75 +67,143 @@ struct GatedTokens {
   const ObjectiveArgs<T>& args;
   const ObjectiveScratch<T>& scratch;
   const ObjectiveKind kind;
-  T weight, advantage;  // of the sequence
-  TileTotals<T> totals;
+  const BlockShare<T>& share;
+  ThreadRatios<T>& ratios;  // of this thread
+  T loss = 0;
+  Marks marks = {};
 
-  __device__ __forceinline__ ParamsOf<Gate, T> params(int64_t token) const {
-    if (kind.params_per_token) return params_at<Gate>(args.params, token);
-    return params_from<Gate, T>([&](size_t k) { return args.params[k].value; });
-  }
+  // What the gate is put on, of each of a thread's tokens; power: e^x. Bits: of valid tokens, and of those whose
+  // statistic has a gradient.
+  struct Tokens {
+    Items<T> logp, x, power, s, ratio, advantage, weight, position;
+    unsigned valid, passes;
+  };
 
-  __device__ __forceinline__ void observe(T x, T s, const Gated<T>& gated, bool positive) {
-    const double ratio = ratio_of(s);
-    const bool low = gated.low > 0, high = gated.high > 0;
-    using Counts = BoundCounts;
-    totals.add(TileTotals<T>{
-        T(0),
-        s,
-        s,
-        x,
-        ratio,
-        wide_excess(x),
-        ratio * ratio,
-        {Counts::both(true, gated.dual > 0), Counts::both(low, high), Counts::both(low & positive, high & positive)},
-        0});
-  }
-
-  // The coefficient of a valid token, as far as other tokens have no part in it.
-  __device__ __forceinline__ T evaluate(int64_t token, T statistic, T x, T logp, bool clamped) {
-    const T own = args.advantages_per_token ? args.advantages[token] : advantage;
-    const T w = args.token_weight ? weight * args.token_weight[token] : weight, s = smaller(statistic, args.cap);
-    const auto of_gate = params(token);
-    T t_power = 1;
-    if constexpr (Gate::positional) t_power = position_power<Gate>(T(scratch.counts[token]), of_gate);
-    const Gated<T> gated = Gate::eval(GateInput<T>{s, x, logp, own, t_power}, of_gate);
-    observe(x, s, gated, own > 0);
-    totals.loss += w != 0 ? w * gated.value : T(0);
-    const T shared = w != 0 && statistic <= args.cap && !clamped ? w * gated.d_s : T(0);
-    const T direct = w != 0 ? w * gated.d_logp : T(0);
-    if (!kind.spreads_back) return shared + direct;
-    scratch.direct[token] = direct;
-    return shared;
-  }
-
-  // A thread's tokens one after another, in one copy of the gate's code.
-  __device__ __forceinline__ void run(int64_t first, int live) {
-    unsigned valid = valid_bits(args.spans, first, live), clamped = 0;
-    const Items<T> old_logp = load_items(args.old_logp + first, live);
-    Items<T> logp = load_items(args.logp + first, live), x, statistic, coef;
-    if (!kind.is_token) statistic = load_items(args.coef + first, live);
+  __device__ __forceinline__ Tokens load(const Place& place) const {
+    Tokens tokens;
+    tokens.valid = valid_bits(args.spans, place), tokens.passes = 0;
+    Items<T> old_logp;
+    load_items(place, source(args.logp, tokens.logp), source(args.old_logp, old_logp));
+    if (!kind.is_token) load_items(place, source(args.coef, tokens.s));
+    if constexpr (Gate::positional) {
+      Items<int32_t> count;
+      load_items(place, source(scratch.counts, count));
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) tokens.position.of[k] = T(count.of[k]);
+    }
+    tokens.advantage = all_of(read_again(share.advantage)), tokens.weight = all_of(read_again(share.weight));
+    if (args.advantages_per_token) load_items(place, source(args.advantages, tokens.advantage));
+    if (args.token_weight) {
+      load_items(place, source(args.token_weight, tokens.weight));
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) tokens.weight.of[k] *= read_again(share.weight);
+    }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const T d = logp.of[k] - old_logp.of[k];
-      x.of[k] = clamp(d, -args.clamp, args.clamp);
-      if (!kind.is_token) continue;
-      statistic.of[k] = x.of[k];
-      if (kind.through) clamped |= (x.of[k] == d ? 0u : 1u) << k;
+      const T d = tokens.logp.of[k] - old_logp.of[k], x = within(d, -args.clamp, args.clamp);
+      tokens.x.of[k] = x;
+      if (!kind.through || !kind.is_token || x == d) tokens.passes |= 1u << k;
     }
-#pragma unroll 1
-    for (int64_t token = first; token < first + kItems; ++token, valid >>= 1, clamped >>= 1) {
-      const T s = turn(statistic), own = turn(x), at = turn(logp);
-      turn(coef, valid & 1 ? evaluate(token, s, own, at, clamped & 1) : T(0));
-    }
-    store_items(args.coef + first, live, coef);
-  }
-  // The first of some items, which moves behind the others.
-  __device__ __forceinline__ static T turn(Items<T>& items, T last = T(0)) {
-    const T first = items.of[0];
 #pragma unroll
-    for (int k = 1; k < kItems; ++k) items.of[k - 1] = items.of[k];
-    items.of[kItems - 1] = last;
-    return first;
+    for (int k = 0; k < kItems; ++k) tokens.power.of[k] = exponential(tokens.x.of[k]);
+    return tokens;
+  }
+  // The statistics, up to the cap, and their ratios. Where the statistic is the token, so is its ratio.
+  __device__ __forceinline__ void cap(Tokens& tokens) const {
+    if (kind.is_token) {
+      const T most = exponential(args.cap);
+      tokens.s = tokens.x, tokens.ratio = tokens.power;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k)
+        if (tokens.x.of[k] > args.cap) tokens.ratio.of[k] = most;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) tokens.ratio.of[k] = exponential(at_most(tokens.s.of[k], args.cap));
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!(tokens.s.of[k] <= args.cap)) tokens.passes &= ~(1u << k);
+      tokens.s.of[k] = at_most(tokens.s.of[k], args.cap);
+    }
+  }
+
+  // What a token gives to a coefficient: by its statistic, and directly.
+  struct Gradient {
+    T shared, direct;
+  };
+  // Of the first of some tokens.
+  template <class Params>
+  __device__ __forceinline__ Gradient evaluate(const Tokens& tokens, Params params) {
+    if (!(tokens.valid & 1)) return {T(0), T(0)};
+    const T s = tokens.s.of[0], x = tokens.x.of[0], ratio = tokens.ratio.of[0];
+    const T w = tokens.weight.of[0], own = tokens.advantage.of[0];
+    const auto of_gate = params();
+    const Gated<T> gated =
+        Gate::eval(GateInput<T>{s, x, tokens.logp.of[0], own, tokens.position.of[0], ratio}, of_gate);
+    marks.add(gated, own > 0);
+    loss += product(w, gated.value);
+    return {tokens.passes & 1 ? product(w, gated.d_s) : T(0), gated.d_logp == 0 ? T(0) : product(w, gated.d_logp)};
+  }
+
+  __device__ __forceinline__ void run(const Place& place) {
+    Tokens tokens = load(place);
+    cap(tokens);
+    observe(tokens);
+    Items<T> coef, direct;
+    const auto next = [&](auto params) {
+      const Gradient own = evaluate(tokens, params);
+      turn(tokens);
+      cuda::turn(coef, kind.spreads_back ? own.shared : own.shared + own.direct), cuda::turn(direct, own.direct);
+    };
+    if (kind.params_per_token) {
+      // In one copy of the gate's code.
+#pragma unroll 1
+      for (int64_t token = place.first; token < place.first + kItems; ++token)
+        next([&] {
+          const auto params = params_at<Gate>(args.params, token);
+          tokens.position.of[0] = power_at<Gate>(tokens.position.of[0], params);
+          return params;
+        });
+    } else {
+      const auto numbers = params_from<Gate, T>([&](size_t which) { return args.params[which].value; });
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) tokens.position.of[k] = power_at<Gate>(tokens.position.of[k], numbers);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) next([&] { return numbers; });
+    }
+    if (kind.spreads_back) store_items(place, scratch.direct, direct);
+    store_items(place, args.coef, coef);
+  }
+  __device__ __forceinline__ void observe(const Tokens& tokens) {
+    RatioTotals<T> totals = ratios.totals;
+    const bool some_far = !totals.are_near();
+    RatioSums<T> sums{};
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (tokens.valid >> k & 1)
+        totals.add(tokens.s.of[k], tokens.ratio.of[k], tokens.x.of[k], tokens.power.of[k], sums);
+    totals.tokens += __popc(tokens.valid);
+    if (totals.are_near()) totals.near.add(sums);
+    else add_far(tokens, some_far);
+    ratios.totals = totals;
+  }
+  // In one copy of its code.
+  __device__ __forceinline__ void add_far(Tokens tokens, bool to_some) {
+    RatioSums<double> sums{};
+#pragma unroll 1
+    for (; tokens.valid; turn(tokens)) {
+      if (!(tokens.valid & 1)) continue;
+      const double ratio = ratio_of(tokens.s.of[0]);
+      sums.add(RatioSums<double>{ratio, wide_excess(tokens.x.of[0]), ratio * ratio});
+    }
+    if (to_some) sums.add(ratios.far);
+    ratios.far = sums;
+  }
+
+  __device__ __forceinline__ static void turn(Tokens& tokens) {
+    cuda::turn(tokens.logp), cuda::turn(tokens.x), cuda::turn(tokens.power), cuda::turn(tokens.s);
+    cuda::turn(tokens.ratio), cuda::turn(tokens.advantage), cuda::turn(tokens.weight), cuda::turn(tokens.position);
+    tokens.valid >>= 1, tokens.passes >>= 1;
   }
 };
 
@@ -123,26 +223,35 @@ __device__ __forceinline__ void add_up_tiles(const ObjectiveArgs<T>& args, const
   for (int m = 0; m < kNumMetrics; ++m) args.metrics[m] = sum.metric(m);
 }
 
-// Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more.
-template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 1 : 3;
+// Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more, and in
+// those of three blocks it spills what gates of many parameters need.
+template <class T, class Gate>
+constexpr int kResident = sizeof(T) == 8           ? 1
+                          : (Gate::num_params > 4) ? 2
+                                                   : 3;
 
 template <class T, class Gate>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+__global__ void __launch_bounds__(kThreads, kResident<T, Gate>)
     objective_kernel(ObjectiveArgs<T> args, ObjectiveScratch<T> scratch, ObjectiveKind kind, bool apart) {
-  TRL_SHARED(TileTotals<T>, memory, kWarps);
-  const TileRange share = tile_range(args.spans, apart, [&](int64_t token) { args.coef[token] = 0; });
-  for (int64_t which = share.first; which < share.last; ++which) {
-    const double span_weight = args.span_weight[share.sequence];
-    const T weight = span_weight == 0 ? T(0) : static_cast<T>(span_weight / args.normalizer[0]);
-    const T advantage = args.advantages && !args.advantages_per_token ? args.advantages[share.sequence] : T(0);
-    GatedTokens<T, Gate> tokens{args, scratch, kind, weight, advantage, TileTotals<T>::nothing()};
-    const Sequence tile = share.tile(which);
-    for (int64_t first = tile.begin + threadIdx.x * kItems; first < tile.end; first += kChunk)
-      tokens.run(first, static_cast<int>(smaller(tile.end - first, int64_t{kItems})));
-    const TileTotals<T> totals = reduce(tokens.totals, Add{}, memory);
-    if (threadIdx.x == 0) scratch.totals[share.slot + which] = totals;
-    __syncthreads();  // memory is free again
+  TRL_SHARED(TileTotals<T>, memory, 2 * kWarps);  // of this tile and the one before
+  TRL_SHARED(ThreadRatios<T>, ratios, kThreads);
+  TRL_SHARED(BlockShare<T>, of_block, 1);
+  const TileRange found = tile_range(args.spans, apart, [&](int64_t token) { args.coef[token] = 0; });
+  if (threadIdx.x == 0) of_block[0] = BlockShare<T>::of(args, found);
+  __syncthreads();
+  const TileRange& share = of_block[0].tiles;
+  ThreadRatios<T>& own = ratios[threadIdx.x];
+  for (own.tile = share.first; own.tile < share.last; ++own.tile) {
+    GatedTokens<T, Gate> tokens{args, scratch, kind, of_block[0], own};
+    own.totals = RatioTotals<T>::nothing();
+    const Sequence tile = share.tile(own.tile);
+    int left = static_cast<int>(tile.end - tile.begin) - static_cast<int>(threadIdx.x) * kItems;
+    for (own.end = tile.end; left > 0; left -= kChunk)
+      tokens.run(place_before(read_again(own.end), left, kind.aligned));
+    const auto of_thread = TileTotals<T>::of(tokens.loss, tokens.marks, own);
+    const int64_t done = read_again(own.tile);
+    const auto totals = reduce_to_first(of_thread, Add{}, memory + done % 2 * kWarps);
+    if (threadIdx.x == 0) scratch.totals[share.slot + done] = totals;
   }
   if (is_last_block(scratch.ticket, gridDim.x)) add_up_tiles(args, scratch.totals);
 }

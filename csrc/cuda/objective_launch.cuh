@@ -35,9 +35,12 @@ template <class T, class Gate>
 bool launch_if_named(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate,
                      const ObjectiveScratch<T>& scratch, void* stream) {
   if (std::strcmp(Gate::name, gate) != 0) return false;
-  ObjectiveKind kind{statistic == Statistic::token, through, through && statistic != Statistic::token, false};
+  ObjectiveKind kind{statistic == Statistic::token, through, through && statistic != Statistic::token, false, false};
   for (int k = 0; k < Gate::num_params; ++k) kind.params_per_token |= args.params[k].tensor != nullptr;
-  StatisticRun<T> run{{args.spans, args.logp, args.old_logp, args.coef}, args.clamp, scratch.counts, scratch.sums, {}};
+  kind.aligned = are_aligned(args.spans, args.logp, args.old_logp, args.coef, scratch.counts, scratch.direct,
+                             args.token_weight, args.advantages_per_token ? args.advantages : nullptr);
+  StatisticRun<T> run{
+      {args.spans, args.logp, args.old_logp, args.coef}, args.clamp, scratch.counts, scratch.sums, {}, false};
   // Of a token alone a gate may still ask for the position, which a prefix counts.
   if (!kind.is_token) launch_statistic(run, statistic, false, stream);
   else if (Gate::positional) launch_statistic(run, Statistic::prefix_sum, false, stream);

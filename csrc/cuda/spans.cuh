@@ -17,43 +17,104 @@ struct alignas(sizeof(V) * kItems > 16 ? 16 : sizeof(V) * kItems) Items {
   V of[kItems];
 };
 template <class V>
-__device__ __forceinline__ bool lie_together(const V* at, int live) {
-  return live == kItems && reinterpret_cast<uintptr_t>(at) % alignof(Items<V>) == 0;
-}
-template <class V>
-__device__ __forceinline__ Items<V> load_items(const V* at, int live) {
-  if (lie_together(at, live)) return *reinterpret_cast<const Items<V>*>(at);
+__device__ __forceinline__ Items<V> all_of(V value) {
   Items<V> items;
 #pragma unroll
-  for (int k = 0; k < kItems; ++k) items.of[k] = k < live ? at[k] : V(0);
+  for (V& item : items.of) item = value;
   return items;
 }
+
+// The first of some items goes, the others move up, and one follows.
 template <class V>
-__device__ __forceinline__ void store_items(V* at, int live, const Items<V>& items) {
-  if (lie_together(at, live)) {
-    *reinterpret_cast<Items<V>*>(at) = items;
-    return;
-  }
+__device__ __forceinline__ V turn(Items<V>& items, V last = V(0)) {
+  const V first = items.of[0];
 #pragma unroll
-  for (int k = 0; k < kItems; ++k)
-    if (k < live) at[k] = items.of[k];
+  for (int k = 1; k < kItems; ++k) items.of[k - 1] = items.of[k];
+  items.of[kItems - 1] = last;
+  return first;
+}
+
+// The tokens of a thread, of which the first `live` are there; whether they lie aligned in every array.
+struct Place {
+  int64_t first;
+  int live;
+  bool together;
+};
+__device__ __forceinline__ Place place_at(int64_t first, int live, bool aligned) {
+  return {first, live, aligned && live == kItems && static_cast<unsigned>(first) % kItems == 0};
+}
+// Those from `first` on, before the end.
+__device__ __forceinline__ Place place_between(int64_t first, int64_t end, bool aligned) {
+  return place_at(first, static_cast<int>(clamp(end - first, int64_t{0}, int64_t{kItems})), aligned);
+}
+// Of the last `left` tokens before the end.
+__device__ __forceinline__ Place place_before(int64_t end, int left, bool aligned) {
+  return place_at(end - left, smaller(left, kItems), aligned);
+}
+// Whether tokens that lie together from a multiple of kItems on are aligned in all of these arrays.
+template <class... V>
+bool are_aligned(const Spans& spans, const V*... arrays) {
+  const auto is = [](auto* array) {
+    return reinterpret_cast<uintptr_t>(array) %
+               alignof(Items<std::remove_cv_t<std::remove_pointer_t<decltype(array)>>>) ==
+           0;
+  };
+  return is(spans.mask) && is(spans.starts) && (is(arrays) && ...);
+}
+
+template <class V>
+struct Source {
+  const V* from;
+  Items<V>& to;
+};
+template <class V>
+__device__ __forceinline__ Source<V> source(const V* from, Items<V>& to) {
+  return {from, to};
+}
+// Of several arrays at once, so that they share what it takes to know how: at once; one by one; or, at the end of a
+// tile, in one copy of the code, the last one there in place of those that are not. Not at all where none is there.
+template <class... V>
+__device__ __forceinline__ void load_items(const Place& place, Source<V>... sources) {
+  ((sources.from += place.first), ...);
+  if (place.together) {
+    ((sources.to = *reinterpret_cast<const Items<V>*>(sources.from)), ...);
+  } else if (place.live == kItems) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) ((sources.to.of[k] = sources.from[k]), ...);
+  } else if (place.live > 0) {
+#pragma unroll 1
+    for (int k = 0; k < kItems; ++k) (turn(sources.to, sources.from[smaller(k, place.live - 1)]), ...);
+  }
+}
+template <class V>
+__device__ __forceinline__ void store_items(const Place& place, V* at, Items<V> items) {
+  at += place.first;
+  if (place.together) {
+    *reinterpret_cast<Items<V>*>(at) = items;
+  } else if (place.live == kItems) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) at[k] = items.of[k];
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < place.live; ++k) at[k] = turn(items);
+  }
 }
 
 // One bit for each of a thread's tokens.
-__device__ __forceinline__ unsigned bits_of(const bool* at, int live) {
-  const Items<uint8_t> items = load_items(reinterpret_cast<const uint8_t*>(at), live);
-  unsigned bits = 0;
-#pragma unroll
-  for (int k = 0; k < kItems; ++k)
-    if (items.of[k]) bits |= 1u << k;
-  return bits;
+__device__ __forceinline__ unsigned bits_of(const bool* flags, const Place& place) {
+  Items<uint8_t> items;
+  load_items(place, source(reinterpret_cast<const uint8_t*>(flags), items));
+  uint32_t word;
+  std::memcpy(&word, &items, sizeof word);
+  return (word * 0x10204080u) >> 28;  // each is a byte, 0 or 1: their lowest bits meet in the product's highest
 }
-__device__ __forceinline__ unsigned valid_bits(const Spans& spans, int64_t first, int live) {
-  return spans.mask ? bits_of(spans.mask + first, live) : (1u << live) - 1;
+__device__ __forceinline__ unsigned valid_bits(const Spans& spans, const Place& place) {
+  const unsigned there = (1u << place.live) - 1;
+  return spans.mask ? bits_of(spans.mask, place) & there : there;
 }
 // Segments that start at these tokens; that of a sequence starts by itself.
-__device__ __forceinline__ unsigned start_bits(const Spans& spans, int64_t first, int live, unsigned valid) {
-  return spans.starts ? bits_of(spans.starts + first, live) & valid : 0;
+__device__ __forceinline__ unsigned start_bits(const Spans& spans, const Place& place, unsigned valid) {
+  return spans.starts ? bits_of(spans.starts, place) & valid : 0;
 }
 
 struct Sequence {
@@ -161,8 +222,9 @@ struct Combine {
 };
 
 // A walk over one tile after `carry`; the state that it alone leaves, in every thread. For each chunk of it:
-// pass.load(first, live) by tokens of this thread, pass.element(k) of the k-th, pass.visit(k, before, after) with the
-// state on both sides of it, pass.store(first, live). memory: [kWarps + 1].
+// pass.load(place) by tokens of this thread, pass.element(k) of the k-th, pass.visit(k, before, after) with the state
+// on both sides of it, pass.store(place); pass.aligned() says whether tokens are, in all of its arrays. memory: [kWarps
+// + 1].
 template <bool kBackwards, class T, Fold fold, class Pass>
 __device__ __forceinline__ Running<T> walk_tile(Sequence tile, Running<T> carry, Combine<T, fold> combine, Pass& pass,
                                                 Running<T>* memory) {
@@ -171,10 +233,10 @@ __device__ __forceinline__ Running<T> walk_tile(Sequence tile, Running<T> carry,
   Running<T> passed = combine.nothing();
   for (int64_t turn = 0; turn < chunks; ++turn) {
     const int64_t first = tile.begin + (kBackwards ? chunks - 1 - turn : turn) * kChunk + place * kItems;
-    const int live = static_cast<int>(clamp(tile.end - first, int64_t{0}, int64_t{kItems}));
+    const Place place = place_between(first, tile.end, pass.aligned());
     const auto item = [](int k) { return kBackwards ? kItems - 1 - k : k; };
     Running<T> own[kItems], all = combine.nothing();
-    pass.load(first, live);
+    pass.load(place);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) all = combine(all, own[k] = pass.element(item(k)));
     Running<T> state = scan_before(all, passed, combine, memory), after = combine(carry, state);
@@ -184,7 +246,7 @@ __device__ __forceinline__ Running<T> walk_tile(Sequence tile, Running<T> carry,
       after = combine(carry, state = combine(state, own[k]));
       pass.visit(item(k), before, after);
     }
-    pass.store(first, live);
+    pass.store(place);
     if (threadIdx.x == kThreads - 1) memory[kWarps] = state;
     __syncthreads();
     passed = memory[kWarps];

@@ -11,13 +11,14 @@ struct Tokens {
   Items<int32_t> count;
   unsigned valid, starts;
 
-  __device__ __forceinline__ void load(const StatisticRun<T>& run, int64_t first, int live) {
+  __device__ __forceinline__ void load(const StatisticRun<T>& run, const Place& place) {
     const StatisticArgs<T>& args = run.args;
-    valid = valid_bits(args.spans, first, live);
-    starts = start_bits(args.spans, first, live, valid);
-    x = load_items(args.input + first, live);
+    valid = valid_bits(args.spans, place);
+    starts = start_bits(args.spans, place, valid);
+    load_items(place, source(args.input, x));
     if (!args.input2) return;
-    const Items<T> other = load_items(args.input2 + first, live);
+    Items<T> other{};
+    load_items(place, source(args.input2, other));
 #pragma unroll
     for (int k = 0; k < kItems; ++k) x.of[k] = clamp(x.of[k] - other.of[k], -run.clamp, run.clamp);
   }
@@ -40,9 +41,10 @@ struct Prefix {
   int64_t begin = 0;
   Tokens<T> tokens = {};
 
-  __device__ __forceinline__ void load(int64_t first, int live) {
-    begin = first;
-    tokens.load(run, first, live);
+  __device__ __forceinline__ bool aligned() const { return run.aligned; }
+  __device__ __forceinline__ void load(const Place& place) {
+    begin = place.first;
+    tokens.load(run, place);
   }
   __device__ __forceinline__ Running<T> element(int k) const {
     return tokens.element(k, tokens.is_start(k), Combine<T, fold>{});
@@ -55,38 +57,35 @@ struct Prefix {
     tokens.count.of[k] = after.count;
     if (whole && begin + k == last) *whole = after;
   }
-  __device__ __forceinline__ void store(int64_t first, int live) const {
+  __device__ __forceinline__ void store(const Place& place) const {
     if (!writes) return;
-    store_items(run.args.output + first, live, tokens.x);
-    if (run.counts) store_items(run.counts + first, live, tokens.count);
+    store_items(place, run.args.output, tokens.x);
+    if (run.counts) store_items(place, run.counts, tokens.count);
   }
 };
 
 // The last bit of a span's end: whether the next token, maybe of another thread, starts one.
-__device__ __forceinline__ unsigned end_bits(const Spans& spans, int64_t end, int64_t first, int live,
-                                             unsigned starts) {
-  const int64_t next = first + live;
+__device__ __forceinline__ unsigned end_bits(const Spans& spans, int64_t end, const Place& place, unsigned starts) {
+  const int64_t next = place.first + place.live;
   const bool after = next == end || (next < end && spans.starts && spans.starts[next] && is_valid(spans, next));
-  return (starts >> 1) | (live > 0 && after ? 1u << (live - 1) : 0u);
+  return (starts >> 1) | (place.live > 0 && after ? 1u << (place.live - 1) : 0u);
 }
 
 // What a thread does with the adjoint of its tokens.
 template <class T>
-__device__ __forceinline__ void store_adjoint(const StatisticRun<T>& run, int64_t first, int live, unsigned valid,
+__device__ __forceinline__ void store_adjoint(const StatisticRun<T>& run, const Place& place, unsigned valid,
                                               Items<T> adjoint) {
-  Items<T> direct{}, logp, old_logp;
+  Items<T> direct{}, logp{}, old_logp{};
   const bool own = run.own.direct;
-  if (own) {
-    direct = load_items(run.own.direct + first, live);
-    logp = load_items(run.own.logp + first, live), old_logp = load_items(run.own.old_logp + first, live);
-  }
+  if (own)
+    load_items(place, source(run.own.direct, direct), source(run.own.logp, logp), source(run.own.old_logp, old_logp));
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const T d = own ? logp.of[k] - old_logp.of[k] : T(0);
     const bool passes = !own || (d >= -run.clamp && d <= run.clamp);
     adjoint.of[k] = valid >> k & 1 ? (passes ? adjoint.of[k] : T(0)) + direct.of[k] : T(0);
   }
-  store_items(run.args.output + first, live, adjoint);
+  store_items(place, run.args.output, adjoint);
 }
 
 // Hands what the last token of each span has to all of its tokens.
@@ -95,15 +94,15 @@ struct Total {
   const StatisticRun<T>& run;
   Statistic statistic;
   int64_t end;  // of the sequence
-  Tokens<T> tokens;
-  unsigned ends;
+  Tokens<T> tokens = {};
+  unsigned ends = 0;
 
-  __device__ __forceinline__ void load(int64_t first, int live) {
-    tokens.valid = valid_bits(run.args.spans, first, live);
-    tokens.starts = start_bits(run.args.spans, first, live, tokens.valid);
-    ends = end_bits(run.args.spans, end, first, live, tokens.starts);
-    tokens.x = load_items(run.args.output + first, live);
-    tokens.count = load_items(run.counts + first, live);
+  __device__ __forceinline__ bool aligned() const { return run.aligned; }
+  __device__ __forceinline__ void load(const Place& place) {
+    tokens.valid = valid_bits(run.args.spans, place);
+    tokens.starts = start_bits(run.args.spans, place, tokens.valid);
+    ends = end_bits(run.args.spans, end, place, tokens.starts);
+    load_items(place, source<T>(run.args.output, tokens.x), source<int32_t>(run.counts, tokens.count));
   }
   __device__ __forceinline__ Running<T> element(int k) const {
     return {int32_t(ends >> k & 1), tokens.count.of[k], tokens.x.of[k]};
@@ -111,9 +110,7 @@ struct Total {
   __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
     tokens.x.of[k] = statistic == Statistic::span_mean ? after.value / T(larger(after.count, 1)) : after.value;
   }
-  __device__ __forceinline__ void store(int64_t first, int live) const {
-    store_adjoint(run, first, live, tokens.valid, tokens.x);
-  }
+  __device__ __forceinline__ void store(const Place& place) const { store_adjoint(run, place, tokens.valid, tokens.x); }
 };
 
 // Adjoint of a prefix statistic: sums from each token to the end of its span, each term of a mean over its count.
@@ -123,14 +120,15 @@ struct Suffix {
   Statistic statistic;
   int64_t end;
   bool writes;
-  Tokens<T> tokens;
-  unsigned ends;
+  Tokens<T> tokens = {};
+  unsigned ends = 0;
 
-  __device__ __forceinline__ void load(int64_t first, int live) {
-    tokens.load(run, first, live);
-    ends = end_bits(run.args.spans, end, first, live, tokens.starts);
+  __device__ __forceinline__ bool aligned() const { return run.aligned; }
+  __device__ __forceinline__ void load(const Place& place) {
+    tokens.load(run, place);
+    ends = end_bits(run.args.spans, end, place, tokens.starts);
     if (statistic != Statistic::prefix_mean) return;
-    tokens.count = load_items(run.counts + first, live);
+    load_items(place, source<int32_t>(run.counts, tokens.count));
 #pragma unroll
     for (int k = 0; k < kItems; ++k) tokens.x.of[k] /= T(larger(tokens.count.of[k], 1));
   }
@@ -140,8 +138,8 @@ struct Suffix {
   __device__ __forceinline__ void visit(int k, const Running<T>&, const Running<T>& after) {
     tokens.x.of[k] = after.value;
   }
-  __device__ __forceinline__ void store(int64_t first, int live) const {
-    if (writes) store_adjoint(run, first, live, tokens.valid, tokens.x);
+  __device__ __forceinline__ void store(const Place& place) const {
+    if (writes) store_adjoint(run, place, tokens.valid, tokens.x);
   }
 };
 
@@ -150,10 +148,10 @@ template <class T>
 __device__ __forceinline__ void copy_values(const StatisticRun<T>& run, const TileRange& share) {
   const int64_t begin = share.tile(share.first).begin, end = share.tile(share.last - 1).end;
   for (int64_t first = begin + threadIdx.x * kItems; first < end; first += kChunk) {
-    Tokens<T> tokens;
-    const int live = static_cast<int>(smaller(end - first, int64_t{kItems}));
-    tokens.load(run, first, live);
-    store_adjoint(run, first, live, tokens.valid, tokens.x);
+    Tokens<T> tokens{};
+    const Place place = place_between(first, end, run.aligned);
+    tokens.load(run, place);
+    store_adjoint(run, place, tokens.valid, tokens.x);
   }
 }
 
@@ -166,11 +164,8 @@ __device__ __forceinline__ void spread(const StatisticRun<T>& run, Statistic sta
   const T value = statistic == Statistic::span_mean ? total.value / T(larger(total.count, 1)) : total.value;
   const Sequence tile = share.tile(share.first);
   for (int64_t first = tile.begin + threadIdx.x * kItems; first < tile.end; first += kChunk) {
-    const int live = static_cast<int>(smaller(tile.end - first, int64_t{kItems}));
-    Items<T> values;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) values.of[k] = value;
-    store_adjoint(run, first, live, valid_bits(run.args.spans, first, live), values);
+    const Place place = place_between(first, tile.end, run.aligned);
+    store_adjoint(run, place, valid_bits(run.args.spans, place), all_of(value));
   }
 }
 
@@ -230,7 +225,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 template <class T>
-void launch_statistic(const StatisticRun<T>& run, Statistic statistic, bool adjoint, void* stream) {
+void launch_statistic(StatisticRun<T> run, Statistic statistic, bool adjoint, void* stream) {
+  run.aligned = are_aligned(run.args.spans, run.args.input, run.args.input2, run.args.output, run.counts, run.own.logp,
+                            run.own.old_logp, run.own.direct);
   const bool over_span = statistic == Statistic::span_sum || statistic == Statistic::span_mean;
   const bool apart = are_tiles_apart(run.args.spans) && !(over_span && run.args.spans.starts);
   const int64_t blocks = blocks_of(run.args.spans, apart);
@@ -238,8 +235,8 @@ void launch_statistic(const StatisticRun<T>& run, Statistic statistic, bool adjo
     TRL_LAUNCH((tile_kernel<T>), blocks, kThreads, 0, stream, run, statistic, adjoint);
   TRL_LAUNCH((statistic_kernel<T>), blocks, kThreads, 0, stream, run, statistic, adjoint, apart);
 }
-template void launch_statistic(const StatisticRun<float>&, Statistic, bool, void*);
-template void launch_statistic(const StatisticRun<double>&, Statistic, bool, void*);
+template void launch_statistic(StatisticRun<float>, Statistic, bool, void*);
+template void launch_statistic(StatisticRun<double>, Statistic, bool, void*);
 
 template <class T>
 size_t statistic_scratch_bytes(const StatisticArgs<T>& args) {
@@ -251,7 +248,7 @@ const char* statistic(const StatisticArgs<T>& args, Statistic statistic, bool ad
   auto* counts = static_cast<int32_t*>(scratch);
   auto* sums =
       reinterpret_cast<Running<T>*>(static_cast<char*>(scratch) + aligned(args.spans.num_tokens * sizeof(int32_t)));
-  const StatisticRun<T> run{args, infinity<T>(), counts, sums, {}};
+  const StatisticRun<T> run{args, infinity<T>(), counts, sums, {}, false};
   if (adjoint && statistic == Statistic::prefix_mean)
     launch_statistic(run, statistic, false, stream);  // for its counts
   launch_statistic(run, statistic, adjoint, stream);

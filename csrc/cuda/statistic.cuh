@@ -19,10 +19,11 @@ struct StatisticRun {
   int32_t* counts;   // [N]: written forwards, of prefixes and spans; read by the adjoint of a mean over a prefix
   Running<T>* sums;  // [num_slots]
   OwnShare<T> own;
+  bool aligned;  // launch_statistic finds out
 };
 
 template <class T>
-void launch_statistic(const StatisticRun<T>& run, Statistic statistic, bool adjoint, void* stream);
+void launch_statistic(StatisticRun<T> run, Statistic statistic, bool adjoint, void* stream);
 
 inline size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 

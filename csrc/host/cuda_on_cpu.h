@@ -83,6 +83,8 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+
 // One fibre runs at a time. Sums of fractions in any order would not repeat, so those atomics do not exist here.
 template <class V>
 V atomicAdd(V* at, V value) {

@@ -28,6 +28,8 @@ DRIVERS = {
 # Which driver notices that a barrier of a file is missing.
 KERNELS = {
     "block.cuh": "objective",
+    "objective.cuh": "objective",
+    "preference.cu": "preference",
     "spans.cuh": "objective",
     "aggregation_weights.cu": "aggregation_weights",
     "token_logprobs.cu": "token_logprobs",

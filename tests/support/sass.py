@@ -98,6 +98,27 @@ def loops(kernel: str) -> list[Loop]:
     return found
 
 
+def longest_way(loop: Loop, apart: list[Loop]) -> list[Instruction]:
+    """The longest way from a loop's head to its tail that enters none of the loops `apart`: the most that one turn
+    takes, as of two sides of a branch it takes one."""
+    code = {i.at: i for i in loop.every if not any(i in other.every for other in apart)}
+    head, tail = loop.steady[0].at, loop.steady[-1].at
+    places = [i.at for i in loop.every]
+    behind = dict(zip(places, places[1:], strict=False))
+    way: dict[int, list[Instruction] | None] = {tail: [code[tail]]}
+    # Jumps within a turn go forwards: each place is reached after those before it.
+    for at in sorted(code, reverse=True):
+        if at == tail:
+            continue
+        steps = [] if code[at].ends else [behind.get(at)]
+        ways = [way[then] for then in (*steps, code[at].target) if then is not None and way.get(then) and then > at]
+        best = max(ways, key=len, default=None)
+        way[at] = best and [code[at], *best]
+    found = way.get(head)
+    assert found, "no way through the loop without the loops apart"
+    return found
+
+
 def steady_loops(kernel: str, wide_loads: int = 4) -> list[Loop]:
     """Those whose steady way has so many 16-byte loads, none of them around another such loop."""
     wide = [loop for loop in loops(kernel) if loop.count("LDG.E.128") == wide_loads]
