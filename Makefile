@@ -1,6 +1,7 @@
 # `make demo` and `make test` need python3 (3.10 or newer) with pip, g++ and make, nothing else; everything goes into .venv.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
+# Modules are compiled when they are first imported: most never are.
 PIP := $(PYTHON) -m pip --python $(VENV)/bin/python
 # One test worker per core with one thread of torch; whoever is done first takes from the others.
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
@@ -72,14 +73,14 @@ gpu:
 # the version that the GPU tables were made with.
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PIP) install -q -r requirements.txt
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q "triton==3.6.0"
+	$(PIP) install -q --no-compile -r requirements.txt
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install -q --no-compile "triton==3.6.0"
 	touch $@
 
 # What the hooks of tokenrl.integrations and the drop-ins of tokenrl.compat are compared with.
 $(VENV)/.rivals: $(VENV)/.installed
-	$(PIP) install -q -r requirements.txt "trl==1.16.0" "peft==0.21.2"
-	$(PIP) install -q --no-deps "verl==0.9.1" "liger-kernel==0.8.5"
+	$(PIP) install -q --no-compile -r requirements.txt "trl==1.16.0" "peft==0.21.2"
+	$(PIP) install -q --no-compile --no-deps "verl==0.9.1" "liger-kernel==0.8.5"
 	touch $@
 
 # Trainers that exclude each other's dependencies: their wheels, unpacked, for tests that run the text of a function of theirs.
@@ -90,17 +91,17 @@ build/hosts/.done: Makefile
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(PIP) install -q --no-build-isolation --no-deps -e .
+	$(PIP) install -q --no-compile --no-build-isolation --no-deps -e .
 	touch $@
 
 # The pinned tools of the extra dev; they need no build of the package.
 $(VENV)/.tools: $(VENV)/.installed pyproject.toml
-	$(PIP) install -q $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+	$(PIP) install -q --no-compile $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 	touch $@
 
 # The tools of the extra release.
 $(VENV)/.release: $(VENV)/.installed pyproject.toml
-	$(PIP) install -q $(shell sed -n 's/^release = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+	$(PIP) install -q --no-compile $(shell sed -n 's/^release = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import docstrings, papers, reference, rows
+from . import compared, docstrings, papers, reference, rows
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -18,6 +18,8 @@ WRITTEN: dict[str, Callable[[str], str]] = {
     "families": rows.of_all,
     "aggregations": rows.of_aggregations,
     "advantages": rows.of_advantages,
+    "pictured": compared.pictured,
+    "gallery": rows.of_gallery,
     "methods": papers.of_methods,
     "papers": papers.of_others,
 }

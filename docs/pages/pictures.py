@@ -23,6 +23,8 @@ POINTS = 81
 
 
 class Curve(NamedTuple):
+    """value and slope: what is drawn above and below."""
+
     label: str
     value: Tensor
     slope: Tensor
@@ -161,6 +163,7 @@ def _drawn(picture: Picture) -> str:
     for axes in figure.axes:
         axes.relim()
         axes.autoscale_view()
+    figure.subplots_adjust(top=0.9 if len(picture.curves) <= 2 else 0.84)  # two rows of a legend
     out = io.StringIO()
     with matplotlib.rc_context(STYLE):
         if len(picture.curves) > 1:

@@ -101,3 +101,11 @@ def of_advantages(_: str) -> str:
             kind = "class" if inspect.isclass(thing) else "func"
             lines.append(f"| {{py:{kind}}}`~tokenrl.{module}.{name}` | {escaped(text)} |")
     return "\n".join(lines)
+
+
+def of_gallery(name: str) -> str:
+    """A committed picture, that of the reader's scheme."""
+    return "\n".join(
+        f"```{{image}} pictures/gallery/{name}-{theme}.svg\n:class: only-{theme}\n:alt: {name}\n:width: 100%\n```"
+        for theme in ("light", "dark")
+    )

@@ -9,8 +9,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 import torch.distributed as dist
 import verl_source
+from models_on_ranks import fused_model, trl_head
 from paths import ROOT
-from rank_numbers import TOLERANCE, generator, held, normal, part
+from rank_numbers import TOLERANCE, generator, held, normal, part, weighed
 from slime_on_ranks import slime_context
 
 SPEC = importlib.util.spec_from_file_location("ray_workers", ROOT / "examples" / "ray_workers.py")
@@ -27,11 +28,6 @@ def drawn():
         normal(VOCABULARY, WIDTH, seed=4),
         torch.randint(VOCABULARY, (ROWS,), generator=generator()),
     )
-
-
-def weighed(logp, entropy):
-    """A loss whose gradients differ from token to token."""
-    return (logp * normal(*logp.shape, seed=5)).sum() + (entropy * normal(*entropy.shape, seed=6)).sum()
 
 
 def exact(hidden, weight, ids, temperature=1.0):
@@ -194,52 +190,6 @@ def verl_ulysses(group):
     held(truth, (loss, torch.cat(every)[: ROWS - 1] / world, of_weight / world))
 
 
-def trl_head(group):
-    """TRL's fused head (trl.trainer.utils.add_fused_lm_head) whose weight is sharded over the ranks of a mesh's "tp"
-    dimension: TRL gathers it, each rank computes its own rows, of which there are not as many on each."""
-    import transformers
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from trl.trainer.utils import add_fused_lm_head
-
-    from tokenrl import wire
-    from tokenrl.integrations.trl import patch_trl_head, unpatch_trl_head
-
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY + 1, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    labels = torch.randint(VOCABULARY, (2, 7), generator=generator())
-
-    def made():
-        torch.manual_seed(0)
-        return transformers.Qwen2ForCausalLM(config).double()
-
-    def run(model, ids):
-        out = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False)
-        weighed(out.log_probs, out.entropy).backward()
-        return out.log_probs.detach(), out.entropy.detach(), model.model.embed_tokens.weight.grad
-
-    whole = made()
-    rows = whole(input_ids=labels, use_cache=False).logits[:, :-1].log_softmax(-1)
-    logp, entropy = rows.gather(-1, labels[:, 1:, None])[..., 0], -(rows.exp() * rows).sum(-1)
-    weighed(logp, entropy).backward()
-    truth = logp.detach(), entropy.detach(), whole.model.embed_tokens.weight.grad
-    patch_trl_head()
-    try:
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        model = made()
-        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        with wire.counted() as sent:
-            found = run(model, labels)
-        held(truth, found)
-        held((whole.lm_head.weight.grad,), (model.lm_head.weight.grad.full_tensor(),))
-        assert [kind for kind, _ in sent] == ["all_gather", "all_gather", "all_reduce"], sent
-    finally:
-        unpatch_trl_head()
-
-
 def ray_workers(group):
     """The ranks of examples/ray_workers.py, without Ray: both share the vocabulary, then each has half of the batch."""
     for tp, dp in ((2, 1), (1, 2)):
@@ -260,6 +210,7 @@ CASES = {
     "verl, logits of Megatron's": verl_logits,
     "verl, Ulysses": verl_ulysses,
     "trl, a head of tensor-parallel ranks": trl_head,
+    "fused, a tensor-parallel model": fused_model,
     "slime and miles, context-parallel responses": slime_context,
     "workers of an example": ray_workers,
 }

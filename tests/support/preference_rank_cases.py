@@ -165,7 +165,11 @@ def preference_errors(group):
     def call(name="simpo", **how):
         return called(name, own, LEAVES, **{"vocab": shard, "backend": "cpu"} | how)
 
-    said(lambda: call(tokenrl.preference("simpo", beta=2.0 + last)), "objective: simpo", f"on {where}")
+    said(lambda: call(tokenrl.preference("simpo", beta=2.0 + last)), "objective: ", "simpo", f"on {where}")
+    said(lambda: call(tokenrl.preference("simpo", nll=0.5 * last)), "objective: ", "nll=0.5", f"on {where}")
+    of_ref = {"ref_logp": torch.zeros(S, T).double()} if last else given("dpo", sizes) | {}
+    of_ref = {key: x[at] if key in ("ref_weight", "ref_bias") else x for key, x in of_ref.items() if "ref" in key}
+    said(lambda: call("dpo", **of_ref), "ref_width: 3 on rank 0", f"None on {where}")
     said(lambda: call(mask=case["mask"] & (not last)), "mask (contents): differ between ranks")
     said(lambda: call(ids=case["ids"][1:] if last else case["ids"]), f"{where}: ValueError: ids: got shape")
     context = ContextShard(group, torch.arange(0, S * T + 1, T))

@@ -22,3 +22,8 @@ def held(truth, found):
 def part(x, group, dim=0):
     """This rank's, of equal ones."""
     return x.chunk(group.size(), dim)[group.rank()].clone()
+
+
+def weighed(logp, entropy):
+    """A loss whose gradients differ from token to token."""
+    return (logp * normal(*logp.shape, seed=5)).sum() + (entropy * normal(*entropy.shape, seed=6)).sum()

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from unittest import mock
 
+import pytest
 import torch
 from cases import kernel_backends
 from vocab_cases import TWICE, said, sizes_of
@@ -10,6 +12,7 @@ from vocab_cases import TWICE, said, sizes_of
 import tokenrl
 from tokenrl import wire
 from tokenrl.distributed import VocabShard
+from tokenrl.distributed.vocab_ranks import VocabRanks
 
 NEAR = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
 KINDS = [*tokenrl.DIVERGENCES]
@@ -209,6 +212,39 @@ def shared_and_in_parts(group):
     compare_heads(group, functools.partial(of_one_head, backend="cpu"), (trained, same), sizes)
 
 
+def of_lists(group):
+    """Over K ids: the loss of log-probs that lie on no rank."""
+    sizes = sizes_of("unequal", group.size())
+    (hidden, weight, bias), _, mask = states(sizes)
+    g, at = torch.Generator().manual_seed(1), own_columns(group, sizes)
+    ids = torch.rand(3, 4, sum(sizes), generator=g).argsort(-1)[..., :3]
+    teacher = torch.randn(3, 4, 3, generator=g, dtype=torch.float64).log_softmax(-1) - 0.5
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    how = {"mask": mask, "rest": "tail"}
+    expected, _ = tokenrl.linear_topk_distillation_loss("gkd", *leaves[:2], ids, teacher, bias=leaves[2], **how)
+    own = [x.clone().requires_grad_() for x in (hidden, weight[at], bias[at])]
+    shard = VocabShard(group, sizes)
+    logp = tokenrl.linear_token_logprobs(*own[:2], ids, bias=own[2], outputs=["logp"], row_mask=mask, vocab=shard).logp
+    found, _ = tokenrl.topk_distillation_loss("gkd", logp, teacher, **how)
+    NEAR(found, expected)
+    truth, grads = torch.autograd.grad(expected, leaves), torch.autograd.grad(found, own)
+    NEAR(grads, (truth[0], truth[1][at], truth[2][at]))
+
+
+def canary(group):
+    """What a comparison must notice: what the own columns add, alone; statistics of these."""
+    sizes = sizes_of("unequal", group.size())
+    trained, other, row_mask = states(sizes)
+
+    def loss(*heads, **how):
+        return tokenrl.linear_distillation_loss("gkd", *heads, mask=row_mask, backend="cpu", **how)[0]
+
+    faults = {"diverged": lambda ranks, kind, found, *_: found, "whole_pair": lambda *_: None}
+    for name, fault in faults.items():
+        with mock.patch.object(VocabRanks, name, fault), pytest.raises(AssertionError, match="Tensor-likes|Scalars"):
+            compare_heads(group, loss, (trained, other), sizes)
+
+
 def head_errors(group):
     sizes, last, where = sizes_of("equal", group.size()), group.rank() == group.size() - 1, f"rank {group.size() - 1}"
     at = own_columns(group, sizes)
@@ -223,6 +259,9 @@ def head_errors(group):
         lambda: call(*given[:3], other_weight[at][: 7 if last else 8]), f"{where}: ValueError: other_weight: got shape"
     )
     said(lambda: call(mask=mask & (not last)), "rows_read (contents): differ between ranks")
+    said(lambda: call(*given[:2], *[x[..., : 3 - last] for x in given[2:]]), "width: [4, 3] on rank 0")
+    per_row = torch.ones(3, 4, weight[at].shape[0], dtype=torch.bool)
+    said(lambda: call(keep_mask=per_row if last else None), "keep_mask:", "per row")
     said(lambda: call(memory_budget=1), "memory_budget: got 1 bytes")
     said(lambda: call(memory_budget=4096 - last), "memory_budget: 4096 on rank 0")
     said(lambda: call(vocab="x"), "vocab: got 'x', a str, accepted: a tokenrl.distributed.VocabShard")
@@ -234,5 +273,5 @@ CASES = {f"divergence, {case.__name__}, {b}": functools.partial(case, b)
 CASES |= {f"divergence, from_states, {b}": functools.partial(from_states, b) for b in ("reference", "cpu")}
 CASES |= {
     f"divergence, {case.__name__}": case
-    for case in (divergence_collectives, divergence_errors, shared_and_in_parts, head_errors)
+    for case in (divergence_collectives, divergence_errors, shared_and_in_parts, of_lists, canary, head_errors)
 }

@@ -23,7 +23,7 @@ from ..ops.linear.head import HeadInputs
 from .agreement import Agreement
 from .divergence_vocabulary_parallel import by_reference
 from .linear_vocabulary_parallel import OfAllTokens
-from .said import said_of
+from .said import said_of_heads
 from .vocab_ranks import ShardInputs, VocabRanks
 from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE
 
@@ -38,8 +38,8 @@ def agree(
 ) -> None:
     """weighed: whether the tokens' weights are known, and with them the gradients."""
     agreed.same(
-        rows=len(head.ids), dtype=head.compute_dtype, sizes=shard.sizes, kind=kind, memory_budget=head.memory_budget,
-        transforms=[said_of(x) for x in (head, other)], gradients=dispatch.wanted(head), weighed=weighed,
+        rows=len(head.ids), sizes=shard.sizes, kind=kind, **said_of_heads(head, other),
+        gradients=dispatch.wanted(head), weighed=weighed,
     )  # fmt: skip
     agreed.contents(rows_read=head.ids != IGNORED)
 

@@ -36,11 +36,7 @@ def agree(
     inputs: PolicyLossInputs,
 ) -> None:  # fmt: skip
     """That all ranks compute the same loss of the same tokens; and that what the first chunk needs fits into memory."""
-    per_row = head.keep_mask is not None and head.keep_mask.shape[0] > 1
-    agreed.same(
-        sizes=shard.sizes, memory_budget=head.memory_budget, keep_mask="per row" if per_row else "of the vocabulary",
-        **said_of_loss(layout, head, inputs),
-    )  # fmt: skip
+    agreed.same(sizes=shard.sizes, **said_of_loss(layout, head, inputs))
     agreed.contents(ids=head.ids, mask=layout.valid(), cu_seqlens=layout.cu_seqlens)
     if not chosen.is_reference:
         linear_vocabulary_parallel.check_budget(head, any(dispatch.wanted(head)))

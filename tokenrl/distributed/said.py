@@ -22,14 +22,28 @@ def said_of(transform: Transform | HeadInputs) -> str:
     return f"{transform.temperature}{per_row} {transform.softcap} {transform.logit_scale}"
 
 
+def said_of_heads(*heads: HeadInputs) -> dict[str, Any]:
+    """What chunks are cut by, which set how often ranks exchange, and of what size."""
+    return {
+        "memory_budget": heads[0].memory_budget,
+        "dtype": heads[0].compute_dtype,
+        "width": [head.hidden.shape[1] for head in heads],
+        "keep_mask": ["per row" if _per_row(head) else "of the vocabulary" for head in heads],
+        "transform": [said_of(head) for head in heads],
+    }
+
+
+def _per_row(head: HeadInputs) -> bool:
+    return head.keep_mask is not None and head.keep_mask.shape[0] > 1
+
+
 def said_of_loss(layout: Layout, head: HeadInputs, inputs: PolicyLossInputs) -> dict[str, Any]:
     """Of a loss from hidden states; ranks with other numbers would each train another one."""
     extra = inputs.regularizers
     numbers = [p for p in inputs.gate.params() if not isinstance(p, Tensor)]
     return {
         "tokens": layout.num_tokens,
-        "dtype": head.dtype,
-        "transform": said_of(head),
+        **said_of_heads(head),
         "gradients": dispatch.wanted(head),
         "objective": f"{inputs.row.name} {inputs.aggregation} {numbers}",
         "terms": f"{extra.kl.name} {extra.kl_coef} {extra.kl_ratio} {extra.entropy_coef}",
@@ -46,13 +60,14 @@ def _optional(inputs: PolicyLossInputs) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
-def agree_on_preference(agreed: "Agreement", layout: Layout, head: HeadInputs, inputs: PreferenceInputs) -> None:
-    row = inputs.row
+def agree_on_preference(
+    agreed: "Agreement", layout: Layout, head: HeadInputs, inputs: PreferenceInputs, ref_width: int | None
+) -> None:
+    """ref_width: of the reference's hidden states; None: its log-probs are given, or none wanted."""
     optional = {name: x is not None for name, x in vars(inputs).items() if x is None or isinstance(x, Tensor)}
     agreed.same(
-        tokens=layout.num_tokens, dtype=head.dtype, transform=said_of(head), gradients=dispatch.wanted(head),
-        memory_budget=head.memory_budget, objective=f"{row.name} {row.link.params()} {row.score.params()}",
-        optional=sorted(name for name, there in optional.items() if there),
+        tokens=layout.num_tokens, **said_of_heads(head), ref_width=ref_width, gradients=dispatch.wanted(head),
+        objective=inputs.row, optional=sorted(name for name, there in optional.items() if there),
     )  # fmt: skip
     agreed.contents(ids=head.ids, mask=layout.valid(), cu_seqlens=layout.cu_seqlens)
     if inputs.sides is not None:

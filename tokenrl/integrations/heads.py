@@ -63,3 +63,21 @@ def own_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
     shard = VocabShard.even(weight.shape[0], spec.mesh.get_group(dim))
     rows = slice(shard.start, shard.start + shard.size)
     return weight[rows], None if bias is None else bias[rows], {"vocab": shard}
+
+
+def local_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """As own_rows, of a head that its ranks hold side by side as DTensors, which nobody has gathered."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return weight, bias, {}
+    names = mesh.mesh_dim_names or ()
+    if TENSOR_PARALLEL not in names:
+        accepted = f"a whole tensor, or a DTensor of a mesh with a dimension {TENSOR_PARALLEL!r}"
+        raise wrong("lm_head.weight", f"a DTensor of a mesh with dimensions {names}", accepted)
+    from torch.distributed.tensor import DTensor
+
+    from ..distributed import VocabShard
+
+    shard = VocabShard.of_dtensor(weight)
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    return own, bias.to_local() if isinstance(bias, DTensor) else bias, {"vocab": shard}

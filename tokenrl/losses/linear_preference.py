@@ -147,7 +147,8 @@ def linear_preference_loss(
         )  # fmt: skip
         for some, agreed in zip(on_ranks, agreements, strict=True):
             flat = head.inputs(ids, layout.valid().view(ids.shape), ignore_index)
-            some.agree_on_preference(agreed, layout, flat, inputs)
+            ref_width = None if reference is None else reference[0].shape[-1]
+            some.agree_on_preference(agreed, layout, flat, inputs, ref_width)
     links = of_logp_by(chosen, inputs)
     call = Call((hidden, weight, bias), reference, ids, ignore_index, how, backend, links, place)
     return call.loss(inputs, head, chosen)

@@ -53,6 +53,9 @@ def linear_topk_distillation_loss(
     N D V flops, and the backward multiplies; in a trace by torch.compile and under torch.func it is
     linear_token_logprobs with 8.
 
+    Of a head on one process. Where its rows lie on several ranks it is topk_distillation_loss of the log-probs of
+    linear_token_logprobs(hidden, weight, ids, vocab=...), with 8 flops.
+
     Args:
         objective: as for distillation_loss.
         hidden: the student's, [B, T, D], or packed [N, D] with cu_seqlens.

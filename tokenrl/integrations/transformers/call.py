@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from ...errors import wrong
 from ...logprobs.from_hidden import head_dtype, linear_token_logprobs
 from ...logprobs.from_logits import DTYPES, IGNORED, OUTPUTS
-from ..heads import check_weight
+from ..heads import check_weight, local_rows
 from ..hosts import instead
 from .logits import Logits, StandIn
 
@@ -98,11 +98,13 @@ class LabelledCall:
     def statistics(
         self, softcap: float | None, logit_scale: float, ignore_index: int, hidden: Tensor, ids: Tensor
     ) -> tuple[Tensor, ...]:
-        """The head's forward, within its module's call, where FSDP has gathered the weight."""
+        """The head's forward, within its module's call, where FSDP has gathered the weight, and in the place of tensor
+        parallelism's forward, which would gather logits."""
+        weight, bias, on_ranks = local_rows(self.head.weight, self.head.bias)
         found = linear_token_logprobs(
-            hidden, self.head.weight, ids.to(hidden.device), bias=self.head.bias, softcap=softcap,
+            hidden, weight, ids.to(hidden.device), bias=bias, softcap=softcap,
             logit_scale=logit_scale, ignore_index=ignore_index, outputs=self.fused.outputs,
-            compute_dtype=self.fused.compute_dtype or head_dtype(hidden), **(self.fused.options or {}),
+            compute_dtype=self.fused.compute_dtype or head_dtype(hidden), **(self.fused.options or {}), **on_ranks,
         )  # fmt: skip
         return tuple(x.clone() for x in found)  # the hooks of FSDP2 warn of views
 
