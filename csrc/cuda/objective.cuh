@@ -224,11 +224,14 @@ __device__ __forceinline__ void add_up_tiles(const ObjectiveArgs<T>& args, const
 }
 
 // Blocks that share a multiprocessor: left to itself, the compiler spills registers of some kernels to fit more, and in
-// those of three blocks it spills what gates of many parameters need.
+// those of three blocks it spills what gates of many parameters need; elsewhere than on sm_90, what most need.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kMostResident = 2;
+#else
+constexpr int kMostResident = 3;
+#endif
 template <class T, class Gate>
-constexpr int kResident = sizeof(T) == 8           ? 1
-                          : (Gate::num_params > 4) ? 2
-                                                   : 3;
+constexpr int kResident = sizeof(T) == 8 ? 1 : (Gate::num_params > 4 ? 2 : kMostResident);
 
 template <class T, class Gate>
 __global__ void __launch_bounds__(kThreads, kResident<T, Gate>)
