@@ -2,9 +2,10 @@
 
 import sys
 
-from ._versions import check_versions
+from ._versions import check_versions, installed
 
 check_versions()
+__version__ = installed("tokenrl") or "unknown"  # of a checkout on the path
 
 from . import advantages, compat  # noqa: E402
 from .advantages import rewards  # noqa: E402

@@ -1,5 +1,6 @@
 """The versions that tokenrl supports, checked once at import."""
 
+import importlib.metadata
 import sys
 
 import torch
@@ -21,3 +22,11 @@ def check_versions(python: tuple[int, int] = sys.version_info[:2], torch_version
             raise ImportError(
                 f"tokenrl supports {name} {_text(lowest)} to {_text(highest)}; this is {name} {_text(tuple(version))}."
             )
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

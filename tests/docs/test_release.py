@@ -114,7 +114,7 @@ def test_an_installed_wheel_computes_what_the_checkout_does(released, tmp_path):
 def test_the_version_has_one_home():
     (said,) = re.findall(r'^VERSION = "(.+)"', (ROOT / "setup.py").read_text(), re.M)
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
-    assert newest == said == version("tokenrl")
+    assert newest == said == version("tokenrl") == tokenrl.__version__
     assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
     assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text())
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import _versions
+from .._versions import installed
 from ..ops.backends import BACKENDS, choose
-from .remedies import build_info, here, installed, remedies, shown
+from .remedies import build_info, here, remedies, shown
 
 
 def versions() -> list[tuple[str, str, str]]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from .._versions import installed
 from .machine_limits import limits
 from .progress import tracked
-from .remedies import build_info, installed
+from .remedies import build_info
 
 CPUINFO = Path("/proc/cpuinfo")
 

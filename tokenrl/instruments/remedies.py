@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import _versions
+from .._versions import installed
 from ..ops import backends
 
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall . in a checkout"
@@ -65,13 +65,6 @@ def version_of(text: str | None) -> Version | None:
 
 def shown(version: Version | None) -> str:
     return ".".join(map(str, version or ()))
-
-
-def installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def build_info() -> dict[str, Any]:
