@@ -5,6 +5,10 @@
 #include "launch.h"
 #include "objective.cuh"
 
+#ifndef TOKENRL_GATES  // tests sanitize a few
+#define TOKENRL_GATES Gates
+#endif
+
 namespace tokenrl::cuda {
 
 template <class T, class... Gate>
@@ -64,7 +68,7 @@ template <class T>
 const char* objective(const ObjectiveArgs<T>& args, Statistic statistic, bool through, const char* gate, void* memory,
                       unsigned* ticket, void* stream) {
   const auto scratch = objective_scratch<T>(memory, ticket, args.spans);
-  if (!launch_named(static_cast<Gates*>(nullptr), args, statistic, through, gate, scratch, stream))
+  if (!launch_named(static_cast<TOKENRL_GATES*>(nullptr), args, statistic, through, gate, scratch, stream))
     return "no gate of that name";
   return launch_error();
 }

@@ -3,6 +3,10 @@
 #include "../../../csrc/cuda/launch.h"
 #include "batch.h"
 
+#ifndef TOKENRL_GATES
+#define TOKENRL_GATES Gates
+#endif
+
 namespace tokenrl {
 
 struct Options {
@@ -171,8 +175,8 @@ int main(int argc, char**) {
     run(arguments(batch, options), options, "ppo_clip");
     return 0;
   }
-  check_all<float>(static_cast<Gates*>(nullptr));
-  check_all<double>(static_cast<Gates*>(nullptr));
+  check_all<float>(static_cast<TOKENRL_GATES*>(nullptr));
+  check_all<double>(static_cast<TOKENRL_GATES*>(nullptr));
   check_empty<float>();
   check_tiles();
   std::printf("all as expected\n");
