@@ -74,6 +74,14 @@ def test_a_variable_that_triton_read_before_it_changed_is_named(when):
     assert ran.stdout.count("TRITON_INTERPRET changed") == 2, ran.stdout + ran.stderr
 
 
+def test_an_import_leaves_the_compiler_alone():
+    """It takes twice as long as torch itself; what is marked for it, is marked as it does."""
+    code = "import sys, tokenrl; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(backends._cuda_refusal).items() and vars(marked)
+
+
 @pytest.mark.parametrize("python,torch_version,name", [((3, 9), "2.13.0", "Python"), ((3, 11), "2.10.1", "torch")])
 def test_unsupported_versions_are_named(python, torch_version, name):
     with pytest.raises(ImportError, match=f"supports {name} .* to "):
