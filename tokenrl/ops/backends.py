@@ -127,7 +127,7 @@ def _cuda_refusal(device: int) -> str | None:
     return _ask_cuda(device)
 
 
-# What torch.compiler.assume_constant_result does, which imports the compiler: two thirds of the time of `import tokenrl`.
+# What torch.compiler.assume_constant_result does; that imports the compiler, which takes twice as long as torch itself.
 _cuda_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
