@@ -1,6 +1,7 @@
 """What is released: the source distribution is the repository, a wheel made of it computes what the checkout does, and
 the workflow runs what `make` runs, on the Pythons that are supported."""
 
+import fcntl
 import json
 import os
 import re
@@ -57,7 +58,9 @@ def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     env = {**os.environ, "TOKENRL_NATIVE": "0"}
     make = ("setup.py", "-q", "egg_info", "--egg-base", str(folder), "sdist", "--dist-dir", str(folder))
-    ran(sys.executable, *make, cwd=ROOT, env=env)
+    with open(tmp_path_factory.getbasetemp().parent / "release.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # all workers' distributions are put together in one folder of the checkout
+        ran(sys.executable, *make, cwd=ROOT, env=env)
     (source,) = folder.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
