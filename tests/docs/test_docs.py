@@ -27,6 +27,12 @@ def test_readme_is_short():
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
 
 
+def test_readme_names_the_architectures_of_the_build():
+    built = re.search(r'^ARCHITECTURES = "(.+)"', (ROOT / "setup.py").read_text(), re.M)[1]
+    names = [f"sm_{one.removesuffix('+PTX').replace('.', '')}" for one in built.split(";")]
+    assert f"{', '.join(names[:-1])} and {names[-1]}" in " ".join(README.split())
+
+
 def test_the_numbers_of_readme_are_those_of_the_results():
     """Each is followed by a link to where it stands."""
     results = {name: json.loads((ROOT / f"bench/results/{name}.json").read_text()) for name in ("cpu", "trl")}

@@ -9,19 +9,20 @@ import functools
 import inspect
 
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
+from triton.language import semantic
 from triton.runtime import interpreter
 
 
 def install() -> None:
     """The functions are private to Triton: where one is missing, nothing is replaced."""
     names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype")
-    if all(hasattr(interpreter, name) for name in names):
+    if all(hasattr(interpreter, name) for name in names) and hasattr(semantic, "TritonSemantic"):
         interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
         interpreter._get_np_dtype = _looked_up(interpreter._get_np_dtype)
         tl.block_type.__init__ = _of_known_shape(tl.block_type.__init__)
         tl.tensor.__init__ = _as_its_block(tl.tensor.__init__)
-        TritonSemantic.broadcast_impl_value = _between_shapes(TritonSemantic.broadcast_impl_value)
+        of_shapes = semantic.TritonSemantic
+        of_shapes.broadcast_impl_value = _between_shapes(of_shapes.broadcast_impl_value)
 
 
 def _once_per_launch(patch):
