@@ -3,10 +3,6 @@
 #include "objective_loops.h"
 #include "objective_tiles.h"
 
-#ifndef TOKENRL_GATES  // csrc/fused/library.cpp compiles this for another tuple of gates
-#define TOKENRL_GATES Gates
-#endif
-
 namespace tokenrl::cpu::TOKENRL_ISA {
 namespace {
 

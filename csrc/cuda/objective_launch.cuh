@@ -5,10 +5,6 @@
 #include "launch.h"
 #include "objective.cuh"
 
-#ifndef TOKENRL_GATES  // tests sanitize a few
-#define TOKENRL_GATES Gates
-#endif
-
 namespace tokenrl::cuda {
 
 template <class T, class... Gate>

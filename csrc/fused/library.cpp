@@ -1,6 +1,7 @@
 // The CPU kernels of the objective of one gate, as a library: tokenrl/fusion/ writes the gate and compiles this, with
 // the flags of csrc/cpu/objective.cpp, for the machine's own instruction set. TOKENRL_FUSED_GATE: the file that defines
 // tokenrl::fused::Gate.
+#define TOKENRL_GATES fused::Gates
 #include "../gates/table.h"
 #include "functions.h"
 #include "values.h"
@@ -21,7 +22,6 @@ TRL_HD double position_power<fused::Gate>(double t, const fused::Gate::Params<do
 }
 }  // namespace tokenrl
 
-#define TOKENRL_GATES fused::Gates
 #include "../cpu/added_gates.h"
 #include "../cpu/objective.cpp"
 #include "../cpu/threads.cpp"

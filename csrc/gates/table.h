@@ -15,4 +15,9 @@ using Gates = std::tuple<Ratio, PpoClip, PpoNtp, LogBand, Sapo, Cfpo, SppoToken,
 
 inline constexpr int kMaxParams = most_params(static_cast<Gates*>(nullptr));
 
+// The gates that the objective is compiled for: all, unless a build names a tuple of others or of a few.
+#ifndef TOKENRL_GATES
+#define TOKENRL_GATES Gates
+#endif
+
 }  // namespace tokenrl

@@ -3,10 +3,6 @@
 #include "../../../csrc/cuda/launch.h"
 #include "batch.h"
 
-#ifndef TOKENRL_GATES
-#define TOKENRL_GATES Gates
-#endif
-
 namespace tokenrl {
 
 struct Options {
