@@ -11,8 +11,9 @@ from vocab_cases import TWICE, said, sizes_of
 
 import tokenrl
 from tokenrl import wire
-from tokenrl.distributed import VocabShard
+from tokenrl.distributed import VocabShard, divergence_exchange
 from tokenrl.distributed.vocab_ranks import VocabRanks
+from tokenrl.ops.linear.ranks import OneRank
 
 NEAR = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
 KINDS = [*tokenrl.DIVERGENCES]
@@ -182,7 +183,7 @@ def from_states(backend, group):
     def loss(objective, *heads, **how):
         return tokenrl.linear_distillation_loss(objective, *heads, mask=row_mask, backend=backend, **how)[0]
 
-    chunks = ["all_gather"] * 2 + ["all_reduce"]
+    chunks = ["all_gather", "all_reduce"]
     chunks = None if backend == "reference" else ["all_gather", *chunks, *chunks, *chunks]
     compare_heads(
         group, functools.partial(loss, "kd"), given, sizes, temperature=2.0, memory_budget=2 * chunk, sends=chunks
@@ -239,9 +240,12 @@ def canary(group):
     def loss(*heads, **how):
         return tokenrl.linear_distillation_loss("gkd", *heads, mask=row_mask, backend="cpu", **how)[0]
 
-    faults = {"diverged": lambda ranks, kind, found, *_: found, "whole_pair": lambda *_: None}
-    for name, fault in faults.items():
-        with mock.patch.object(VocabRanks, name, fault), pytest.raises(AssertionError, match="Tensor-likes|Scalars"):
+    faults = (
+        (VocabRanks, "divergence", OneRank.divergence),
+        (divergence_exchange, "whole_statistics", lambda parts: parts[group.rank()]),
+    )
+    for fault in faults:
+        with mock.patch.object(*fault), pytest.raises(AssertionError, match="Tensor-likes|Scalars"):
             compare_heads(group, loss, (trained, other), sizes)
 
 

@@ -8,15 +8,20 @@ probability. A kind that weighs logs, such as sum r (log r - log p), is of the r
 and takes one read of the logits. Any other is a sum over the vocabulary once both lse are known.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import wire
+from ..ops.divergence_ops import DivergenceInputs
 
 P, R = 0, 1  # the trained head and the other one
 # Kinds of one read: whose probability weighs, and whether by its own log too.
 WEIGHED_BY = {"forward_kl": (R, True), "reverse_kl": (P, True), "cross_entropy": (R, False)}
+FOR_LSE = "forward_kl"  # the kernels find both lse in one read, beside it
 Sums = tuple[Tensor, Tensor, Tensor]  # [n] each: the divergence, by_p, by_r, as op divergence has them
 
 
@@ -59,18 +64,30 @@ def of_one_read(kind: str, value: Tensor) -> Sums:
     return value, by[P], by[R]
 
 
-def of_columns(
-    kind: str, found: Sums, own: Tensor, whole: Tensor, counted: Tensor | None, group: dist.ProcessGroup
-) -> Sums:
-    """Of the vocabulary, of the own columns' results: one exchange. own, whole: statistics; counted: bool [n], of rows
-    that have a divergence; None: all."""
-    dtype = whole.dtype
-    if kind in WEIGHED_BY:
-        sent = weighed(kind, found[0], own, whole)[None]
-    else:
-        sent = torch.stack(found)
-    total = wire.all_gather(sent.to(dtype), group).double().sum(0)
-    sums = of_one_read(kind, total[0]) if kind in WEIGHED_BY else tuple(total)
-    counted = torch.ones_like(whole[0], dtype=torch.bool) if counted is None else counted
-    value, by_p, by_r = (torch.where(counted, x, 0).to(dtype) for x in sums)  # none a view of another
-    return value, by_p, by_r
+def of_vocabulary(
+    ops: Any, group: dist.ProcessGroup, logits: Tensor, other_logits: Tensor, statistics: Tensor | None,
+    given: DivergenceInputs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Op divergence of the vocabulary, by that of the own columns [n, V_r]. One exchange where statistics, of the
+    vocabulary, are given, or the kind is of one read; else two."""
+    *lead, _, _ = given
+    one_read = given.kind in WEIGHED_BY
+    if statistics is None:
+        kind = (given.kind, given.params) if one_read else (FOR_LSE, [])
+        value, _, _, own = ops.divergence(logits, other_logits, None, *lead, *kind)
+        every = wire.all_gather(torch.cat([own, value[None]] if one_read else [own]), group)
+        statistics = whole_statistics(every[:, :4])
+        if one_read:
+            total = weighed(given.kind, every[:, 4], every[:, :4], statistics).sum(0)
+            return *_counted(of_one_read(given.kind, total), given.rows, value.dtype), statistics
+    *found, own = ops.divergence(logits, other_logits, statistics, *given)
+    sent = weighed(given.kind, found[0], own, statistics)[None] if one_read else torch.stack(found)
+    total = wire.all_gather(sent.to(statistics.dtype), group).double().sum(0)
+    sums = of_one_read(given.kind, total[0]) if one_read else tuple(total)
+    return *_counted(sums, given.rows, statistics.dtype), statistics
+
+
+def _counted(sums: Sequence[Tensor], rows: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """0 where there is no divergence; none a view of another."""
+    rows = torch.ones_like(sums[0], dtype=torch.bool) if rows is None else rows
+    return (torch.where(rows, x, 0).to(dtype) for x in sums)

@@ -23,7 +23,7 @@ from ..ops.derivatives import call, once, register_derivative
 from ..ops.divergence_ops import DivergenceInputs
 from ..ops.kernel_ops import Transform
 from .agreement import Agreement
-from .divergence_exchange import WEIGHED_BY, of_columns, of_one_read, weighed, whole_lse, whole_statistics
+from .divergence_exchange import of_vocabulary, whole_lse
 from .said import said_of
 from .vocabulary_parallel import LIBRARY, NAMESPACE, ONCE
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .vocab_shard import VocabShard
 
 OP = "vocab_divergence"
-FOR_LSE = "forward_kl"  # the kernels find both lse in one read, beside it
 SCHEMA = schema(
     "Tensor logits, Tensor other_logits, Tensor? statistics", DivergenceInputs, "str kernels, str group",
     returns="(Tensor value, Tensor by_p, Tensor by_r, Tensor statistics)",
@@ -145,22 +144,8 @@ class _Summed(torch.autograd.Function):
 
 def _run(logits: Tensor, other_logits: Tensor, statistics: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     given, (kernels, name) = DivergenceInputs.read(rest)
-    run, group, own = ranges.kernels(kernels).divergence, wire.group_named(name), statistics
-    one_read = given.kind in WEIGHED_BY
-    *lead, _, _ = given
-    if statistics is None:
-        kind = (given.kind, given.params) if one_read else (FOR_LSE, [])
-        value, _, _, own = run(logits, other_logits, None, *lead, *kind)
-        every = wire.all_gather(torch.cat([own, value[None]] if one_read else [own]), group)
-        statistics = whole_statistics(every[:, :4])
-        if one_read:
-            total = weighed(given.kind, every[:, 4], every[:, :4], statistics).sum(0)
-            counted = torch.ones_like(value, dtype=torch.bool) if given.rows is None else given.rows
-            sums = (torch.where(counted, x, 0).to(value.dtype) for x in of_one_read(given.kind, total))
-            return *sums, statistics
-    *found, own = run(logits, other_logits, statistics, *given)
-    value, by_p, by_r = found
-    return *of_columns(given.kind, (value, by_p, by_r), own, statistics, given.rows, group), statistics.clone()
+    found = of_vocabulary(ranges.kernels(kernels), wire.group_named(name), logits, other_logits, statistics, given)
+    return *found[:3], found[3] if statistics is None else found[3].clone()
 
 
 def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,8 +1,7 @@
 """Divergences of two heads whose rows lie side by side on the ranks of a group, from hidden states.
 
-A chunk's statistics travel, 8 numbers a token, then what each rank's columns add, 3 at most. Gradients are made in the
-forward where the weights of the tokens are known, as on one rank; else the backward makes the logits anew, with the
-same exchanges.
+A chunk has the exchanges of a divergence of logits (divergence_exchange.py). Gradients are made in the forward where
+the weights of the tokens are known, as on one rank; else the backward makes the logits anew, with the same exchanges.
 """
 
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +10,13 @@ from torch import Tensor
 from .. import wire
 from ..ops import linear_ops
 from ..ops.arguments import OpArguments
+from ..ops.divergence_ops import DivergenceInputs
 from ..ops.kernel_ops import RESULTS
 from ..ops.linear.chunk import Chunk
 from ..ops.linear.head import Head, Rows
 from ..ops.linear.ranks import AnyHead, OneRank
 from ..ops.linear.token_logprobs import Gradients
-from .divergence_exchange import of_columns
+from .divergence_exchange import of_vocabulary
 from .exchange import in_order, shard_ids, start
 
 SUMS = ("all_reduce", "reduce_scatter", "none")
@@ -98,11 +100,10 @@ class VocabRanks(OneRank):
             setattr(own, name, of_own)
             setattr(other, name, of_other)
 
-    def diverged(
-        self, kind: str, found: Sequence[Tensor], own: Tensor, whole: Tensor, counted: Tensor | None
-    ) -> Sequence[Tensor]:
-        value, by_p, by_r = found
-        return of_columns(kind, (value, by_p, by_r), own, whole, counted, self.group)
+    def divergence(
+        self, ops: Any, logits: Tensor, other_logits: Tensor, statistics: Tensor | None, given: DivergenceInputs
+    ) -> tuple[Tensor, ...]:
+        return of_vocabulary(ops, self.group, logits, other_logits, statistics, given)
 
     def merged(
         self, statistics: list[Tensor], ids: Tensor, keep_mask: Tensor | None = None, outputs: Sequence[str] = ()

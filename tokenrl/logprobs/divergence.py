@@ -200,8 +200,8 @@ def linear_token_divergence(
             must fit.
         vocab: a tokenrl.distributed.VocabShard: weight, bias, keep_mask and those of the other head are this rank's
             rows, both hidden states the same on all ranks, unless the VocabShard says sequence_parallel, and so are the
-            divergences. Two exchanges a chunk, of 8 numbers a token and of 3 at most; the backward, which makes the
-            logits anew, has them too, and sums the ranks' shares of hidden's gradient.
+            divergences. The exchanges of token_divergence, a chunk; the backward, which makes the logits anew, has them
+            too, and sums the ranks' shares of hidden's gradient.
         reduce_hidden_grad: False leaves that sum to the caller.
         check: as for token_logprobs.
         backend: as for policy_loss.

@@ -63,7 +63,7 @@ def run(ops: Any, inputs: LinearDivergenceInputs, grads: Gradients, ranks: OneRa
     if grads.weight is not None:
         weight_sum = ProductSum(grads.weight, head.dtype, once=rows >= count, adds=grads.adds)
     for at in split(count, rows):
-        pair = Pair(heads, hiddens, ids, rows_at(index, at), memory, inputs.kind, inputs.params, None, ranks)
+        pair = Pair(heads, hiddens, None, rows_at(index, at), memory, inputs.kind, inputs.params, None, ranks)
         value[pair.own.rows] = pair.value
         if grads != Gradients(None, None, None):
             assert inputs.weights is not None

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import Chunk
+from ..divergence_ops import DivergenceInputs
+from .chunk import Chunk, Logits
 from .head import Head, Rows, as_tile, most_whole_rows, split
 from .lift import lift
 from .ranks import ONE, OneRank
@@ -37,31 +38,35 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class Pair:
-    """value: the tokens' divergences [n]."""
+    """value: the tokens' divergences [n]. Of ids also their log-probs: own and other are Chunks."""
+
+    own: Any
+    other: Any
 
     def __init__(
-        self, heads: Sequence[Head], hiddens: Sequence[Tensor], ids: Tensor, rows: Rows, memory: Tensor,
+        self, heads: Sequence[Head], hiddens: Sequence[Tensor], ids: Tensor | None, rows: Rows, memory: Tensor,
         kind: str, params: list[float], counted: Tensor | None = None, ranks: OneRank = ONE,
     ):  # fmt: skip
         """The first head is the trained one. memory: for both heads' logits. counted: bool [n], of the tokens that have
         a divergence; None: all."""
         self.kind, self.params, self.counted = kind, params, counted
-        self.own, self.other = _chunks(heads, hiddens, ranks.own_ids(ids), rows, memory)
-        known = self._known()
-        ranks.whole_pair(self.own, self.other, ids)
-        self.statistics = self._known()
+        self.own, self.other = _logits(heads, hiddens, rows, memory)
+        statistics = None if ids is None else self._log_probs(ids, ranks)
         given = self._given(self.own, self.other, slice(None))
-        *found, _ = heads[0].ops.divergence(self.own.logits, self.other.logits, self.statistics, *given)
-        self.value, self.by_p, _ = ranks.diverged(kind, found, known, self.statistics, counted)
+        both = self.own.logits, self.other.logits
+        self.value, self.by_p, _, self.statistics = ranks.divergence(heads[0].ops, *both, statistics, given)
 
-    def _known(self) -> Tensor:
+    def _log_probs(self, ids: Tensor, ranks: OneRank) -> Tensor:
         """The statistics of both, as op divergence takes them."""
+        own_ids = ranks.own_ids(ids)[self.own.rows]
+        self.own, self.other = Chunk(self.own, own_ids), Chunk(self.other, own_ids)
+        ranks.whole_pair(self.own, self.other, ids)
         return torch.stack([x for chunk in (self.own, self.other) for x in (chunk.lse, chunk.lse_rest)])
 
-    def _given(self, own: Chunk, other: Chunk, some: slice) -> tuple[Any, ...]:
-        """DivergenceInputs of some tokens."""
+    def _given(self, own: Logits, other: Logits, some: slice) -> DivergenceInputs:
+        """Of some tokens."""
         counted = None if self.counted is None else self.counted[some]
-        return counted, *own.transform(), *other.transform(), self.kind, self.params
+        return DivergenceInputs.read((counted, *own.transform(), *other.transform(), self.kind, self.params))[0]
 
     def differentiate(self, by_value: Tensor, by_logp: Tensor | None = None) -> float:
         """Turns the trained head's logits into 2^k times their gradient; 2^-k. by_value, by_logp: the loss's gradients
@@ -94,19 +99,14 @@ def _parts(count: int) -> Iterator[slice]:
     return split(count, -(-count // PARTS))
 
 
-def _chunks(
-    heads: Sequence[Head], hiddens: Sequence[Tensor], ids: Tensor, rows: Rows, memory: Tensor
-) -> tuple[Chunk, Chunk]:
+def _logits(heads: Sequence[Head], hiddens: Sequence[Tensor], rows: Rows, memory: Tensor) -> tuple[Logits, Logits]:
     own, other = heads
     if not shared(heads, hiddens):
         room = memory.numel() // 2
         both = zip(heads, hiddens, (memory[:room], memory[room:]), strict=True)
-        first, second = (Chunk.of(head, hidden, ids, rows, part) for head, hidden, part in both)
+        first, second = (Logits.made(head, hidden, rows, part) for head, hidden, part in both)
         return first, second
     states = torch.cat([hidden[rows].to(own.dtype) for hidden in hiddens])
     logits = own.whole_logits(states, as_tile(memory, states.shape[0], slice(0, own.vocab)))
     count = states.shape[0] // 2
-    return (
-        Chunk(own, states[:count], ids[rows], rows, logits[:count]),
-        Chunk(other, states[count:], ids[rows], rows, logits[count:]),
-    )
+    return Logits(own, states[:count], rows, logits[:count]), Logits(other, states[count:], rows, logits[count:])

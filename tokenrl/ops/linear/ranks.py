@@ -5,11 +5,12 @@ exchange.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..divergence_ops import DivergenceInputs
 from .chunk import Chunk
 from .gemm import empty
 from .head import Head, HeadInputs, Rows
@@ -50,11 +51,12 @@ class OneRank:
     def whole_pair(self, own: Chunk, other: Chunk, ids: Tensor) -> None:
         """Gives both heads' chunks of the same tokens the statistics of the whole vocabulary. ids: of it, [N]."""
 
-    def diverged(
-        self, kind: str, found: Sequence[Tensor], own: Tensor, whole: Tensor, counted: Tensor | None
-    ) -> Sequence[Tensor]:
-        """The value, by_p and by_r of op divergence for the own columns -> those of the whole vocabulary. own, whole:
-        the statistics of either; counted: bool [n], of rows that have a divergence."""
+    def divergence(
+        self, ops: Any, logits: Tensor, other_logits: Tensor, statistics: Tensor | None, given: DivergenceInputs
+    ) -> tuple[Tensor, ...]:
+        """Op divergence of ops for these columns -> that of the whole vocabulary. statistics: of it; None: not known
+        yet."""
+        found: tuple[Tensor, ...] = ops.divergence(logits, other_logits, statistics, *given)
         return found
 
     def merged(self, statistics: list[Tensor], ids: Tensor) -> list[Tensor]:
