@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from .launch import FOR_NVIDIA
+from .launch import FOR_NVIDIA, INTERPRETED
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _INSTRUCTION = tl.constexpr(FOR_NVIDIA)
+_ROUNDS_PRODUCTS = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -29,6 +30,26 @@ def product(a, b):
 @triton.jit
 def clip(x, low, high):
     return smaller(larger(x, low), high)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a b + c of a block a, in fp32 rounded once: in the interpreter, which rounds the product, too, in fp64."""
+    if _ROUNDS_PRODUCTS and a.dtype == tl.float32:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def widen(x, T: tl.constexpr):
+    """A block x in T. Of bf16 in one instruction each, where the compiler would take a half out of its word first."""
+    if _INSTRUCTION and x.dtype == tl.bfloat16 and T == tl.float32:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(T)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.kernel_ops import ALWAYS, logprob_results
 from . import launch
-from .row_state import empty, over_lanes, together, walk
+from .row_state import over_lanes, together, walk
 from .scalar import LN_2
 from .vocabulary import (
     IGNORED,
@@ -108,7 +108,8 @@ def _store_state(
 def forward_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = out[0].dtype.element_ty
     row, part = tl.program_id(0).to(tl.int64), 0
@@ -130,8 +131,8 @@ def forward_kernel(
         own, _ = load_own(logits, keep, begin, keep_begin, id, known, T)
         low, high = part_to_sum(begin, vocab, part, parts, BLOCK, SPLIT)
         state = walk(
-            empty(BLOCK // VEC, KP, WANT, T), logits, keep, low, high, keep_begin - begin, own, begin + id, slot, K,
-            factor, bend, KP, WANT, SOFTCAP, BLOCK, VEC, T,
+            logits, keep, low, high, keep_begin - begin, own, begin + id, slot, K, factor, bend, KP, WANT, SOFTCAP,
+            BLOCK // (LANES * VEC), LANES, VEC, T,
         )  # fmt: skip
         if SPLIT:
             _leave(scratch, counts, row, part, parts, K, slot, real, state, factor, KP, WANT)
@@ -213,8 +214,9 @@ def token_logprobs(
     how = {"KP": triton.next_power_of_2(per_row), "WANT": want, "SOFTCAP": capped}
     with launch.on_device_of(logits):
         forward_kernel[(rows * parts,)](
-            *common, **how, SPLIT=parts > 1, ALIGNED=aligned, BLOCK=block, VEC=vector(logits),
-            num_warps=warps, **launch.several_ids(per_row if top1 or rank else 1),
+            *common, **how, SPLIT=parts > 1, ALIGNED=aligned, BLOCK=block,
+            LANES=min(32 * warps, block // vector(logits)), VEC=vector(logits), num_warps=warps,
+            **launch.several_ids(per_row if top1 or rank else 1),
         )  # fmt: skip
         if parts > 1:
             merge_kernel[(rows,)](*common, **how, PARTS=triton.next_power_of_2(parts), num_warps=1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scalar import tanh
+from .scalar import tanh, widen
 
 IGNORED = tl.constexpr(-100)
 STAGES = tl.constexpr(3)  # blocks on their way from memory while one is worked on
@@ -68,7 +68,7 @@ def blocks_of(low, high, BLOCK: tl.constexpr, VEC: tl.constexpr):
 def load_block(logits, keep, at, keep_lag, inside, T: tl.constexpr):
     """(logits, which of them count): those outside the row or its keep mask are -inf."""
     x = tl.load(logits + at) if inside is None else tl.load(logits + at, mask=inside, other=-float("inf"))
-    x = x.to(T)
+    x = widen(x, T)
     if keep is None:
         return x, tl.full((), 1, tl.int1) if inside is None else inside
     else:

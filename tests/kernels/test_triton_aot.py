@@ -83,18 +83,18 @@ def test_logits_are_read_16_bytes_at_a_time():
 
 
 def test_a_plain_row_costs_one_exponential_per_logit():
-    """And in the forward one per 16 bytes, which rescales the sums where their maximum moves."""
+    """And in the forward one per turn, which rescales the sums where their maximum moves."""
     rows = [row for row in kernels(WHOLE) if row["kernel"] in ("forward_kernel", "backward_kernel")]
     rows = [row for row in rows if row["case"].endswith((" plain", " split")) and row["loop_loads"]]
     # Of each dtype: forward and backward of the even vocabulary, plain and split; the plain backward of the odd one.
     assert len(rows) == 2 * (2 * 2 + 1)
     for row in rows:
         logits = row["loop_loads"] * (8 if row["case"].startswith("bfloat16") else 4)
-        rescaling = row["loop_loads"] if row["kernel"] == "forward_kernel" else 0
+        rescaling = 1 if row["kernel"] == "forward_kernel" else 0
         assert 0 < row["loop_exponentials"] <= logits + rescaling, row
 
 
-@pytest.mark.parametrize("logit, most", [("bfloat16", 11.5), ("float32", 11.75)])
+@pytest.mark.parametrize("logit, most", [("bfloat16", 9.0), ("float32", 8.5)])
 def test_what_the_forward_issues_per_logit(logit, most):
     """Per turn of its loop, instructions of all kinds; csrc/cuda takes 7.25 (test_issue_slots.py)."""
     rows = [row for row in kernels(WHOLE) if row["case"] == f"{logit} V=151936 plain"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
-from sass import loops
+from sass import Loop, loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -57,15 +57,22 @@ def dump(kernel, option: str) -> str:
         return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def copies(loop: Loop) -> int:
+    """Loads of 16 bytes to registers or to shared memory."""
+    return loop.count("LDG.E.128") + loop.count("LDGSTS.E.BYPASS.128")
+
+
 def resources(kernel, arch: int) -> dict:
-    """Registers, stack bytes, accesses to them (a frame of which ptxas makes no use is no spill), shared memory, and
-    the share of a multiprocessor's 64 warps that fit into it."""
+    """Instructions of a turn of the loop over whole blocks, of several that of the rows that are no exception, which is
+    the shortest; registers, stack bytes, accesses to them (a frame of which ptxas makes no use is no spill), shared
+    memory, and the share of a multiprocessor's 64 warps that fit into it."""
     text = dump(kernel, "-res-usage")
     usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     sass = dump(kernel, "-sass")
     usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass)) if usage["stack"] else 0
-    turns = [loop.steady for loop in loops(sass) if loop.count("MUFU.EX2")]
-    usage["loop_instructions"] = max(map(len, turns), default=0)
+    turns = [loop for loop in loops(sass) if loop.count("MUFU.EX2")]
+    widest = max(map(copies, turns), default=0)
+    usage["loop_instructions"] = min((len(loop.steady) for loop in turns if copies(loop) == widest), default=0)
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     memory = (164 if arch == 80 else 228) * 1024
     blocks = min(64 // warps, 65536 // (-(-usage["reg"] // 8) * 8 * 32 * warps), memory // (shared + 1024), 32)
