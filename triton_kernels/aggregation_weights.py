@@ -33,12 +33,14 @@ def finish(counts, n, ticket, normalizer, scale, POSITIVE: tl.constexpr, TILE: t
         tl.store(normalizer, tl.sum(sums, 0).to(tl.float64) * tl.full((), scale, tl.float64))
 
 
-@triton.jit
+@launch.kernel
 def count_kernel(
-    spans, advantages, counts, signs, span_weight, ticket, normalizer, scale: tl.float64, PER_TOKEN: tl.constexpr,
-    SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    cu_seqlens, mask, starts, num_tokens, num_sequences, advantages, counts, signs, span_weight, ticket, normalizer,
+    scale: tl.float64, PER_TOKEN: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Valid tokens and sign of one sequence; its weight where that needs no group; the normaliser, but of groups."""
+    spans = Spans(cu_seqlens, mask, starts, num_tokens, num_sequences)
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     numbers, sums = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.float64)
@@ -73,7 +75,7 @@ def balanced_weight(rows, positives, negatives, tokens_positive, tokens_negative
     return tl.where(sign != 0, size / tl.maximum(rows, 1).to(tl.float64) / tl.maximum(tokens, 1.0), 0.0)
 
 
-@triton.jit
+@launch.kernel
 def group_kernel(
     counts, signs, group_ids, span_weight, leading, ticket, normalizer, num_sequences, scale: tl.float64,
     SPAN: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
@@ -133,7 +135,7 @@ def aggregation_weights(
     ticket = launch.ticket(cu_seqlens)
     with launch.on_device_of(cu_seqlens):
         count_kernel[(sequences,)](
-            Spans(cu_seqlens, mask, None, num_tokens, sequences), advantages, counts, signs, span_weight, ticket,
+            cu_seqlens, mask, None, num_tokens, sequences, advantages, counts, signs, span_weight, ticket,
             normalizer, scale, PER_TOKEN=per_token, SPAN=span, UNIT=unit, BLOCK=block, TILE=128,
             num_warps=launch.token_warps(block),
         )  # fmt: skip

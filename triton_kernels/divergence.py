@@ -14,8 +14,8 @@ from torch import Tensor
 from ..ops.divergence_ops import divergence_results
 from . import launch
 from .divergences import WEIGHT
-from .pair_row import Call, call_of, diverged, load_z, log_prob, lse_of, row_of
-from .vocabulary import STAGES, aligned_rows, lanes_of, lse_and_rest, part_to_sum
+from .pair_row import Call, Strides, call_of, diverged, load_z, log_prob, lse_of, row_of
+from .vocabulary import STAGES, lanes_of, lse_and_rest, part_to_sum
 
 SWEPT = tl.constexpr(5)  # numbers per part that a sweep leaves
 
@@ -103,9 +103,10 @@ def _store_swept(out, statistics, row, rows, m_p, m_r, sum_p, sum_r, value, KIND
         _store_sums(out, row, (lse - lse) + (other_lse - other_lse), whole, by_p, by_r)
 
 
-@triton.jit
+@launch.kernel
 def sweep_kernel(
-    heads, counted, out, statistics, scratch, rows, vocab, time, parts, scale: tl.float64, inner: tl.float64,
+    heads, stride_batch, stride_time, keep_batch, keep_time, other_batch, other_time, other_keep_batch,
+    other_keep_time, counted, out, statistics, scratch, rows, vocab, time, parts, scale: tl.float64, inner: tl.float64,
     other_scale: tl.float64, other_inner: tl.float64, KIND: tl.constexpr, WEIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -119,9 +120,11 @@ def sweep_kernel(
     if counted is not None:
         counts = tl.load(counted + row) != 0
     if counts:
+        strides = Strides(stride_batch, stride_time, keep_batch, keep_time)
+        other_strides = Strides(other_batch, other_time, other_keep_batch, other_keep_time)
         of = (
-            row_of(heads[0], row, time, scale, inner, ALIGNED[0], VEC, T),
-            row_of(heads[1], row, time, other_scale, other_inner, ALIGNED[1], VEC, T),
+            row_of(heads[0], strides, row, time, scale, inner, ALIGNED[0], VEC, T),
+            row_of(heads[1], other_strides, row, time, other_scale, other_inner, ALIGNED[1], VEC, T),
         )
         none, least = tl.zeros((BLOCK // VEC,), T), tl.full((), -float("inf"), T)
         state, lanes = (least, least, none, none, none), lanes_of(BLOCK, VEC)
@@ -152,7 +155,7 @@ def sweep_kernel(
         _store_zeros(out, statistics, row, rows)
 
 
-@triton.jit
+@launch.kernel
 def sweep_merge_kernel(
     counted, out, statistics, scratch, rows, parts, KIND: tl.constexpr, WEIGHT: tl.constexpr, PARTS: tl.constexpr
 ):
@@ -190,9 +193,10 @@ def _add_block(
     return sums[0] + tl.sum(value, 1), sums[1] + tl.sum(by_p, 1), sums[2] + tl.sum(by_r, 1)
 
 
-@triton.jit
+@launch.kernel
 def divergence_kernel(
-    heads, counted, out, statistics, rows, vocab, time, parts, scale: tl.float64, inner: tl.float64,
+    heads, stride_batch, stride_time, keep_batch, keep_time, other_batch, other_time, other_keep_batch,
+    other_keep_time, counted, out, statistics, rows, vocab, time, parts, scale: tl.float64, inner: tl.float64,
     other_scale: tl.float64, other_inner: tl.float64, first: tl.float64, second: tl.float64, KIND: tl.constexpr,
     NUM_PARAMS: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -210,9 +214,11 @@ def divergence_kernel(
     sums, odd = (none, none, none), tl.zeros((), T)
     if counts:
         params = tl.full((), first, T), tl.full((), second, T)
+        strides = Strides(stride_batch, stride_time, keep_batch, keep_time)
+        other_strides = Strides(other_batch, other_time, other_keep_batch, other_keep_time)
         of = (
-            row_of(heads[0], row, time, scale, inner, ALIGNED[0], VEC, T),
-            row_of(heads[1], row, time, other_scale, other_inner, ALIGNED[1], VEC, T),
+            row_of(heads[0], strides, row, time, scale, inner, ALIGNED[0], VEC, T),
+            row_of(heads[1], other_strides, row, time, other_scale, other_inner, ALIGNED[1], VEC, T),
         )
         lse, lanes = (lse_of(statistics, row, rows, 0), lse_of(statistics, row, rows, 1)), lanes_of(BLOCK, VEC)
         low, high = part_to_sum(0, vocab, part, parts, BLOCK, SPLIT)
@@ -227,7 +233,7 @@ def divergence_kernel(
     _store_sums(out, tl.program_id(0), odd, tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0))
 
 
-@triton.jit
+@launch.kernel
 def divergence_merge_kernel(of_parts, out, parts, PARTS: tl.constexpr):
     """The sums of a row from those of its parts."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
@@ -240,8 +246,9 @@ def _sweep(call: Call, out: tuple[Tensor, ...], statistics: Tensor, kind: dict) 
     rows, parts = out[0].numel(), call.sizes[-1]
     scratch = statistics.new_empty(rows * SWEPT.value * parts) if parts > 1 else None
     sweep_kernel[(rows * parts,)](
-        call.heads, call.counted, out, statistics, scratch, rows, *call.sizes, *call.scales, **kind, **call.launch
-    )
+        call.heads, *call.strides, call.counted, out, statistics, scratch, rows, *call.sizes, *call.scales, **kind,
+        **call.launch,
+    )  # fmt: skip
     if parts > 1:
         sweep_merge_kernel[(rows,)](
             call.counted, out, statistics, scratch, rows, parts, **kind, PARTS=triton.next_power_of_2(parts),
@@ -253,8 +260,8 @@ def _sum(call: Call, out: tuple[Tensor, ...], statistics: Tensor) -> None:
     rows, parts = out[0].numel(), call.sizes[-1]
     sums = out if parts == 1 else tuple(x.new_empty(rows * parts) for x in out)
     divergence_kernel[(rows * parts,)](
-        call.heads, call.counted, sums, statistics, rows, *call.sizes, *call.scales, *call.params, **call.kind,
-        **call.launch,
+        call.heads, *call.strides, call.counted, sums, statistics, rows, *call.sizes, *call.scales, *call.params,
+        **call.kind, **call.launch,
     )  # fmt: skip
     if parts > 1:
         divergence_merge_kernel[(rows,)](sums, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
@@ -269,7 +276,6 @@ def divergence(
         found.copy_(statistics)
     if out[0].numel():
         call, weight = call_of(logits, other_logits, given), WEIGHT.get(given[-2])
-        call.launch["ALIGNED"] = (aligned_rows(logits), aligned_rows(other_logits))
         with launch.on_device_of(logits):
             if weight is not None or statistics is None:
                 # What no kind asks about compiles once for all that have no weight.

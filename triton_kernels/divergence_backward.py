@@ -9,8 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .pair_row import call_of, diverged, load_z, log_prob, lse_of, row_of
-from .vocabulary import STAGES, blocks_of, lanes_of, part_of, row_begin, row_strides, store_zeros
+from .pair_row import Strides, call_of, diverged, load_z, log_prob, lse_of, row_of
+from .vocabulary import (
+    STAGES,
+    aligned_rows,
+    blocks_of,
+    in_packs,
+    lanes_of,
+    part_of,
+    row_begin,
+    row_strides,
+    store_zeros,
+)
 
 
 @triton.jit
@@ -30,14 +40,15 @@ def _store_block(
     tl.store(grad + to, dx.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launch.kernel
 def divergence_backward_kernel(
-    heads, counted, statistics, upstreams, bys, grad, rows, vocab, time, parts, grad_batch, grad_time,
+    heads, stride_batch, stride_time, keep_batch, keep_time, other_batch, other_time, other_keep_batch,
+    other_keep_time, counted, statistics, upstreams, bys, grad, rows, vocab, time, parts, grad_batch, grad_time,
     scale: tl.float64, inner: tl.float64, other_scale: tl.float64, other_inner: tl.float64, first: tl.float64,
     second: tl.float64, KIND: tl.constexpr, NUM_PARAMS: tl.constexpr, OF_OTHER: tl.constexpr, SOFTCAP: tl.constexpr,
-    SAME: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """SAME: of each head, whether its rows lie as those of the gradient."""
+    """SAME: of each head, whether its rows lie as those of the gradient; ALIGNED: whether they and these are."""
     T: tl.constexpr = bys.dtype.element_ty
     row, part = tl.program_id(0).to(tl.int64), 0
     if SPLIT:
@@ -53,14 +64,19 @@ def divergence_backward_kernel(
         store_zeros(grad, low, high, BLOCK)
     else:
         by, params = tl.load(bys + row), (tl.full((), first, T), tl.full((), second, T))
+        strides = Strides(stride_batch, stride_time, keep_batch, keep_time)
+        other_strides = Strides(other_batch, other_time, other_keep_batch, other_keep_time)
         of = (
-            row_of(heads[0], row, time, scale, inner, False, VEC, T),
-            row_of(heads[1], row, time, other_scale, other_inner, False, VEC, T),
+            row_of(heads[0], strides, row, time, scale, inner, ALIGNED[0], VEC, T),
+            row_of(heads[1], other_strides, row, time, other_scale, other_inner, ALIGNED[1], VEC, T),
         )
         lse = (lse_of(statistics, row, rows, 0), lse_of(statistics, row, rows, 1))
         # Blocks are aligned in the gradient; `lag` leads to the same logit of a padded or sliced input.
         here = tl.zeros((), tl.int64)
-        lag = (here if SAME[0] else of[0].begin - begin, here if SAME[1] else of[1].begin - begin)
+        lag = (
+            here if SAME[0] else in_packs(of[0].begin - begin, ALIGNED[0], VEC),
+            here if SAME[1] else in_packs(of[1].begin - begin, ALIGNED[1], VEC),
+        )
         lanes = lanes_of(BLOCK, VEC)
         top, start, stop = blocks_of(low, high, BLOCK, VEC)
         if top < low:
@@ -87,10 +103,12 @@ def divergence_backward(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if by.numel():
         call = call_of(logits, other_logits, given)
+        call.launch["ALIGNED"] = tuple(aligned and aligned_rows(out) for aligned in call.launch["ALIGNED"])
         same = tuple(row_strides(x) == row_strides(out) for x in (logits, other_logits))
         with launch.on_device_of(logits):
             divergence_backward_kernel[(by.numel() * call.sizes[-1],)](
-                call.heads, call.counted, statistics, grad, by, out, by.numel(), *call.sizes, *row_strides(out),
-                *call.scales, *call.params, OF_OTHER=of == "other_logits", SAME=same, **call.kind, **call.launch,
+                call.heads, *call.strides, call.counted, statistics, grad, by, out, by.numel(), *call.sizes,
+                *row_strides(out), *call.scales, *call.params, OF_OTHER=of == "other_logits", SAME=same, **call.kind,
+                **call.launch,
             )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from . import launch
 BLOCK = 4096 if launch.INTERPRETED else 128  # the interpreter pays per operation, not per element
 
 
-@triton.jit
+@launch.kernel
 def gate_kernel(
     s, x, logp, advantages, t, out, n, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, p4: tl.float64,
     p5: tl.float64, GATE: tl.constexpr, NUM_PARAMS: tl.constexpr, BLOCK: tl.constexpr,

@@ -15,6 +15,22 @@ MADE_ALIKE = isinstance(tl.sum, triton.JITFunction) != INTERPRETED
 FOR_NVIDIA = not INTERPRETED and torch.version.hip is None
 
 
+# Arguments of kernels that differ from call to call: counts, and distances between rows. Of what is in a tuple Triton
+# asks nevertheless.
+COUNTS = (
+    "time", "K", "parts", "rows", "n", "num_tokens", "num_sequences", "num_losses", "stride_batch", "stride_time",
+    "keep_batch", "keep_time", "grad_batch", "grad_time", "other_batch", "other_time", "other_keep_batch",
+    "other_keep_time",
+)  # fmt: skip
+
+
+def kernel(function):
+    """A kernel that is compiled once for all of its COUNTS. Triton else asks of each whether it is 1 and whether 16
+    divides it, and a run whose batches vary would have it compiled again and again, a second each. What 16 bytes divide
+    the kernels are told by an option of their own."""
+    return triton.jit(function, do_not_specialize=COUNTS)
+
+
 def on_device_of(x: Tensor):
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
+
 
 class LinkInputs(NamedTuple):
-    """Kernel argument. scores: [7, S], as score_kernel leaves them. memory: [4, M], the two scores of a link and the
+    """scores: [7, S], as score_kernel leaves them. memory: [4, M], the two scores of a link and the
     gradient in them; orders: int64 [2, M], in which they meet, None where in none."""
 
     pairs: Tensor | None
@@ -211,12 +213,15 @@ def or_else(number, own):
         return tl.load(number)
 
 
-@triton.jit
+@launch.kernel
 def link_kernel(
-    given, beta: tl.float64, divergence: tl.float64, nll: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64,
-    p3: tl.float64, LINK: tl.constexpr, NUM_PARAMS: tl.constexpr, COUPLING: tl.constexpr, REJECTED_ALONE: tl.constexpr,
-    NLL: tl.constexpr, NLL_OF_ALL: tl.constexpr, TILE: tl.constexpr, SORTED: tl.constexpr,
+    tensors, num_sequences, num_losses, beta: tl.float64, divergence: tl.float64, nll: tl.float64, p0: tl.float64,
+    p1: tl.float64, p2: tl.float64, p3: tl.float64, LINK: tl.constexpr, NUM_PARAMS: tl.constexpr,
+    COUPLING: tl.constexpr, REJECTED_ALONE: tl.constexpr, NLL: tl.constexpr, NLL_OF_ALL: tl.constexpr,
+    TILE: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
+    """tensors: those of LinkInputs, in order."""
+    given = LinkInputs(*tensors, num_sequences, num_losses)
     n, count = given.num_losses, given.num_sequences
     base = tl.zeros((), tl.float64)
     if COUPLING == "labels":

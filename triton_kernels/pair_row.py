@@ -10,7 +10,9 @@ from torch import Tensor
 from . import launch
 from .divergences import DIVERGENCES
 from .vocabulary import (
+    aligned_rows,
     factors,
+    in_packs,
     keep_arguments,
     load_block,
     row_begin,
@@ -25,13 +27,18 @@ MOST_PARAMS = 2
 
 class Head(NamedTuple):
     """Kernel argument: logits, and what becomes of them before the softmax. Each head has its own SOFTCAP and ALIGNED,
-    whether 16 bytes divide its rows' distance."""
+    whether 16 bytes divide all distances between its rows."""
 
     logits: Tensor
     keep: Tensor | None
     temperatures: Tensor | None
-    stride_batch: int
-    stride_time: int
+
+
+class Strides(NamedTuple):
+    """Distances between a head's rows, and between those of its keep mask."""
+
+    batch: int
+    time: int
     keep_batch: int
     keep_time: int
 
@@ -53,11 +60,9 @@ class Lse(NamedTuple):
 
 
 @triton.jit
-def row_of(head, row, time, scale, inner, ALIGNED: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr):
-    begin = row_begin(row, time, head.stride_batch, head.stride_time)
-    if ALIGNED:
-        begin = begin // VEC * VEC  # as it is; now the compiler knows, too
-    keep_lag = row_begin(row, time, head.keep_batch, head.keep_time) - begin
+def row_of(head, strides, row, time, scale, inner, ALIGNED: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr):
+    begin = in_packs(row_begin(row, time, strides.batch, strides.time), ALIGNED, VEC)
+    keep_lag = in_packs(row_begin(row, time, strides.keep_batch, strides.keep_time) - begin, ALIGNED, VEC)
     return Row(begin, keep_lag, row_scale(scale, head.temperatures, row, T), tl.full((), inner, T))
 
 
@@ -97,18 +102,20 @@ def diverged(log_p, log_r, p, r, params, KIND: tl.constexpr, NUM_PARAMS: tl.cons
 def _head(
     logits: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, logit_scale: float,
     keep_mask: Tensor | None,
-) -> tuple[Head, tuple[float, float], bool]:  # fmt: skip
-    """(the head, its scale and what is inside its softcap, whether it has one)."""
+) -> tuple[Head, Strides, tuple[float, float], bool, bool]:  # fmt: skip
+    """(the head, its strides, its scale and what is inside its softcap, whether it has one, whether it is ALIGNED)."""
     scale, inner, capped = factors(temperature, softcap, logit_scale)
     kept, *keep_strides = keep_arguments(keep_mask)
-    return Head(logits, kept, temperatures, *row_strides(logits), *keep_strides), (scale, inner), capped
+    strides = Strides(*row_strides(logits), *keep_strides)
+    return Head(logits, kept, temperatures), strides, (scale, inner), capped, aligned_rows(logits, keep_mask)
 
 
 class Call(NamedTuple):
-    """An op's arguments as its kernels take them. counted: which rows do. sizes: vocab, time, parts. scales: of both
-    heads. kind, launch: options of a launch."""
+    """An op's arguments as its kernels take them. counted: which rows do. sizes: vocab, time, parts. strides, scales:
+    of both heads. kind, launch: options of a launch."""
 
     heads: tuple[Head, Head]
+    strides: tuple[int, ...]
     counted: Tensor | None
     sizes: tuple[int, int, int]
     scales: tuple[float, ...]
@@ -119,15 +126,16 @@ class Call(NamedTuple):
 
 def call_of(logits: Tensor, other: Tensor, given: tuple) -> Call:
     rows, *transforms, kind, params = given
-    of, own, capped = _head(logits, *transforms[:5])
-    of_other, others, other_capped = _head(other, *transforms[5:])
+    head, strides, own, capped, aligned = _head(logits, *transforms[:5])
+    other_head, other_strides, others, other_capped, other_aligned = _head(other, *transforms[5:])
     *_, time, vocab = logits.shape
     parts = launch.vocab_parts(logits.shape[:-1].numel(), vocab, logits.device)
     block = launch.vocab_block(vocab, logits.dtype, parts, heavy=True)
     how = {
-        "SOFTCAP": (capped, other_capped), "SPLIT": parts > 1, "BLOCK": block, "VEC": vector(logits),
-        "num_warps": launch.vocab_warps(block, 8),
+        "SOFTCAP": (capped, other_capped), "ALIGNED": (aligned, other_aligned), "SPLIT": parts > 1, "BLOCK": block,
+        "VEC": vector(logits), "num_warps": launch.vocab_warps(block, 8),
     }  # fmt: skip
     counted, numbers = None if rows is None else rows.view(torch.uint8), (*params, 0.0, 0.0)[:MOST_PARAMS]
     of_kind = {"KIND": DIVERGENCES[kind], "NUM_PARAMS": len(params)}
-    return Call((of, of_other), counted, (vocab, time, parts), (*own, *others), numbers, of_kind, how)
+    heads, scales = (head, other_head), (*own, *others)
+    return Call(heads, (*strides, *other_strides), counted, (vocab, time, parts), scales, numbers, of_kind, how)

@@ -1,7 +1,6 @@
 """Op position_adaptive_clip: one walk forwards that counts valid tokens."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -11,11 +10,12 @@ from .spans import Spans, fill_outside, parameter, sequence, valid_tokens
 from .statistic import positions
 
 
-@triton.jit
+@launch.kernel
 def clip_kernel(
-    spans, log_ratio, tensors, clipped_out, inside_out, eps_low: tl.float64, eps_high: tl.float64,
-    exponent: tl.float64, BLOCK: tl.constexpr,
+    cu_seqlens, mask, starts, num_tokens, num_sequences, log_ratio, tensors, clipped_out, inside_out,
+    eps_low: tl.float64, eps_high: tl.float64, exponent: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    spans = Spans(cu_seqlens, mask, starts, num_tokens, num_sequences)
     T: tl.constexpr = log_ratio.dtype.element_ty
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
@@ -47,7 +47,7 @@ def position_adaptive_clip(
     block = launch.token_block(spans.num_tokens, sequences)
     with launch.on_device_of(log_ratio):
         clip_kernel[(sequences,)](
-            spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block,
+            *spans, log_ratio, tuple(param_tensors), clipped, inside, *params, BLOCK=block,
             num_warps=launch.token_warps(block),
         )  # fmt: skip
     return clipped, inside

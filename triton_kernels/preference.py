@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.preference_ops import PreferenceOpInputs, gradients, results
 from . import launch
-from .link_steps import LinkInputs, link_kernel
+from .link_steps import link_kernel
 from .links import LINKS, SCORES
 from .spans import Spans, fill_outside, hull, sequence, valid_tokens
 
@@ -76,11 +76,13 @@ def nll_of(spans, logp, begin, end, BLOCK: tl.constexpr):
     return tl.sum(sums, 0), tl.sum(counts, 0)
 
 
-@triton.jit
+@launch.kernel
 def score_kernel(
-    spans, of_nll, tokens, scores, beta: tl.float64, parameter: tl.float64, divergence: tl.float64, length: tl.float64,
-    SCORE: tl.constexpr, MEAN: tl.constexpr, REFERENCE: tl.constexpr, NLL: tl.constexpr, BLOCK: tl.constexpr,
+    cu_seqlens, mask, nll_mask, num_tokens, num_sequences, tokens, scores, beta: tl.float64, parameter: tl.float64,
+    divergence: tl.float64, length: tl.float64, SCORE: tl.constexpr, MEAN: tl.constexpr, REFERENCE: tl.constexpr,
+    NLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    spans = Spans(cu_seqlens, mask, None, num_tokens, num_sequences)
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     ratio, diverged, reference, count = sums_of(spans, tokens, begin, end, REFERENCE, BLOCK)
@@ -95,6 +97,7 @@ def score_kernel(
     tl.store(at + 3 * spans.num_sequences, reference * share)
     tl.store(at + 4 * spans.num_sequences, beta * (ratio * share + diverged))
     if NLL:
+        of_nll = Spans(cu_seqlens, nll_mask, None, num_tokens, num_sequences)
         nll, tokens_of_nll = nll_of(of_nll, tokens.logp, begin, end, BLOCK)
         tl.store(at + 5 * spans.num_sequences, nll)
         tl.store(at + 6 * spans.num_sequences, tokens_of_nll)
@@ -106,8 +109,7 @@ def preference(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp, sequences = given.logp, given.cu_seqlens.numel() - 1
     loss, slopes, rewards, accuracy = results(given)
     scores = logp.new_empty((7, sequences), dtype=torch.float64)
-    spans = Spans(given.cu_seqlens, given.mask, None, logp.numel(), sequences)
-    of_nll = spans if given.nll_mask is None else spans._replace(mask=given.nll_mask)
+    nll_mask = given.mask if given.nll_mask is None else given.nll_mask
     tokens = Tokens(logp, given.divergence, given.token_weight, given.divergence_weight, given.ref_logp)
     block, score_param = launch.block_of("span_sum", logp.numel(), sequences), [*given.score_params, 0.0][0]
     losses, sorts = rewards.shape[1], given.coupling.startswith("sorted")
@@ -115,18 +117,18 @@ def preference(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with launch.on_device_of(logp):
         if sequences > 0:
             score_kernel[(sequences,)](
-                spans, of_nll, tokens, scores, given.link_params[0], score_param, given.divergence_factor, given.length,
-                SCORE=SCORES[given.score], MEAN=given.statistic == "mean",
+                given.cu_seqlens, given.mask, nll_mask, logp.numel(), sequences, tokens, scores, given.link_params[0],
+                score_param, given.divergence_factor, given.length, SCORE=SCORES[given.score],
+                MEAN=given.statistic == "mean",
                 REFERENCE=given.coupling == "sorted_margins" and given.ref_logp is not None, NLL=given.nll > 0,
                 BLOCK=block, num_warps=launch.token_warps(block),
             )  # fmt: skip
         link_kernel[(1,)](
-            LinkInputs(
+            (
                 given.pairs, given.desirable, given.base, given.pair_weight, given.normalizer, given.nll_normalizer,
                 scores, logp.new_empty((4, losses), dtype=torch.float64), orders, slopes, rewards, accuracy, loss,
-                sequences, losses,
             ),
-            given.link_params[0], given.divergence_factor, given.nll,
+            sequences, losses, given.link_params[0], given.divergence_factor, given.nll,
             *given.link_params, *[0.0] * (MAX_PARAMS - len(given.link_params)), LINK=LINKS[given.link],
             NUM_PARAMS=len(given.link_params), COUPLING=given.coupling,
             REJECTED_ALONE=given.divergence_flow == "rejected", NLL=given.nll > 0,
@@ -135,11 +137,12 @@ def preference(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, slopes, rewards, accuracy
 
 
-@triton.jit
+@launch.kernel
 def token_gradients_kernel(
-    spans, nll_mask, tokens, grad, slopes, of_logp, of_divergence, of_token_weight, of_divergence_weight,
-    NLL: tl.constexpr, BLOCK: tl.constexpr,
+    cu_seqlens, mask, nll_mask, num_tokens, num_sequences, tokens, grad, slopes, of_logp, of_divergence,
+    of_token_weight, of_divergence_weight, NLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    spans = Spans(cu_seqlens, mask, None, num_tokens, num_sequences)
     T: tl.constexpr = tokens.logp.dtype.element_ty
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
@@ -185,7 +188,7 @@ def preference_backward(
     block = launch.token_block(logp.numel(), sequences)
     with launch.on_device_of(logp):
         token_gradients_kernel[(sequences,)](
-            Spans(cu_seqlens, mask, None, logp.numel(), sequences), nll_mask,
+            cu_seqlens, mask, nll_mask, logp.numel(), sequences,
             Tokens(logp, divergence, token_weight, divergence_weight, ref_logp), grad, slopes,
             *(x if w else None for x, w in zip(made, wanted, strict=True)), NLL=nll, BLOCK=block,
             num_warps=launch.token_warps(block),

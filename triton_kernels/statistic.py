@@ -154,8 +154,12 @@ def _suffix(spans, grad, out, begin, end, MEAN: tl.constexpr, BLOCK: tl.constexp
         tl.store(out + at, tl.where(valid, sums, 0.0), mask=inside)
 
 
-@triton.jit
-def statistic_kernel(spans, logp, old_logp, out, counts, STATISTIC: tl.constexpr, BLOCK: tl.constexpr):
+@launch.kernel
+def statistic_kernel(
+    cu_seqlens, mask, starts, num_tokens, num_sequences, logp, old_logp, out, counts, STATISTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    spans = Spans(cu_seqlens, mask, starts, num_tokens, num_sequences)
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, out, BLOCK)
@@ -166,8 +170,11 @@ def statistic_kernel(spans, logp, old_logp, out, counts, STATISTIC: tl.constexpr
         _prefix(spans, logp, old_logp, out, begin, end, STATISTIC, BLOCK)
 
 
-@triton.jit
-def suffix_kernel(spans, grad, out, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+@launch.kernel
+def suffix_kernel(
+    cu_seqlens, mask, starts, num_tokens, num_sequences, grad, out, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    spans = Spans(cu_seqlens, mask, starts, num_tokens, num_sequences)
     i = tl.program_id(0)
     begin, end = sequence(spans, i)
     fill_outside(spans, i, begin, end, out, BLOCK)
@@ -184,7 +191,7 @@ def _launch_statistic(x: Tensor, old: Tensor | None, spans: Spans, statistic: st
     block = launch.block_of(statistic, spans.num_tokens, spans.num_sequences)
     with launch.on_device_of(x):
         statistic_kernel[(spans.num_sequences,)](
-            spans, x, old, out, counts, STATISTIC=statistic, BLOCK=block, num_warps=launch.token_warps(block)
+            *spans, x, old, out, counts, STATISTIC=statistic, BLOCK=block, num_warps=launch.token_warps(block)
         )
     return out
 
@@ -215,6 +222,6 @@ def statistic_backward(
     block = launch.block_of(statistic, spans.num_tokens, spans.num_sequences)
     with launch.on_device_of(grad):
         suffix_kernel[(spans.num_sequences,)](
-            spans, grad, out, MEAN=statistic == "prefix_mean", BLOCK=block, num_warps=launch.token_warps(block)
+            *spans, grad, out, MEAN=statistic == "prefix_mean", BLOCK=block, num_warps=launch.token_warps(block)
         )
     return out

@@ -19,6 +19,7 @@ from .vocabulary import (
     bent,
     factors,
     ids_per_row,
+    in_packs,
     keep_arguments,
     load_own,
     lse_and_rest,
@@ -103,7 +104,7 @@ def _store_state(
     )  # fmt: skip
 
 
-@triton.jit
+@launch.kernel
 def forward_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
@@ -122,10 +123,8 @@ def forward_kernel(
         if not SPLIT:
             _store_zeros(out, row, at, real)
     else:
-        begin = row_begin(row, time, stride_batch, stride_time)
-        if ALIGNED:
-            begin = begin // VEC * VEC  # as it is; now the compiler knows, too
-        keep_begin = row_begin(row, time, keep_batch, keep_time)
+        begin = in_packs(row_begin(row, time, stride_batch, stride_time), ALIGNED, VEC)
+        keep_begin = in_packs(row_begin(row, time, keep_batch, keep_time), ALIGNED, VEC)
         factor, bend = row_scale(scale, temperatures, row, T), tl.full((), inner, T)
         known = (id >= 0) & (id < vocab)
         own, _ = load_own(logits, keep, begin, keep_begin, id, known, T)
@@ -141,7 +140,7 @@ def forward_kernel(
             _store_state(out, row, at, real, used, known, y_own, factor, state, slot, vocab, KP, WANT, T)
 
 
-@triton.jit
+@launch.kernel
 def merge_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
@@ -202,7 +201,7 @@ def token_logprobs(
         scratch = results[1].new_empty(rows * SUMS.value * parts)
         counts = ids.new_zeros(rows * (1 + 2 * per_row), dtype=torch.int32) if any(want[2:]) else None
     heavy = capped or any(want)
-    block, aligned = launch.vocab_block(vocab, logits.dtype, parts, heavy), aligned_rows(logits)
+    block, aligned = launch.vocab_block(vocab, logits.dtype, parts, heavy), aligned_rows(logits, keep_mask)
     warps = launch.vocab_warps(block, 8 if heavy else 32)
     if not aligned:  # narrow loads need an address each
         block = max(block // 2, 128)

@@ -16,9 +16,11 @@ from . import launch
 from .vocabulary import (
     IGNORED,
     STAGES,
+    aligned_rows,
     blocks_of,
     factors,
     ids_per_row,
+    in_packs,
     keep_arguments,
     lanes_of,
     load_block,
@@ -106,12 +108,12 @@ def _upstream(grad_logp, grad_entropy, grad_lse, grad_squares, ids, row, slot, K
     return id, used, g_logp, g_entropy, g_lse, g_squares, some & (tl.max(used.to(tl.int32), 0) > 0)
 
 
-@triton.jit
+@launch.kernel
 def backward_kernel(
     grad_logp, grad_entropy, grad_lse, grad_squares, logits, ids, lse_in, rest_in, entropy_in, squares_in, temperatures,
     keep, grad, time, vocab, K, parts, stride_batch, stride_time, grad_batch, grad_time, keep_batch, keep_time,
     scale: tl.float64, inner: tl.float64, KP: tl.constexpr, SOFTCAP: tl.constexpr, SAME: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    ALIGNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = lse_in.dtype.element_ty
     row, part = tl.program_id(0).to(tl.int64), 0
@@ -128,11 +130,13 @@ def backward_kernel(
         store_zeros(grad, low, high, BLOCK)
     else:
         # Blocks are aligned in the gradient; `lag` leads to the same logit of a padded or sliced input.
-        lag = tl.zeros((), tl.int64) if SAME else row_begin(row, time, stride_batch, stride_time) - begin
-        keep_begin = row_begin(row, time, keep_batch, keep_time)
+        lag = tl.zeros((), tl.int64)
+        if not SAME:
+            lag = in_packs(row_begin(row, time, stride_batch, stride_time) - begin, ALIGNED, VEC)
+        keep_lag = in_packs(row_begin(row, time, keep_batch, keep_time) - begin - lag, ALIGNED, VEC)
         factor, bend = row_scale(scale, temperatures, row, T), tl.full((), inner, T)
         mine = used & (id >= low - begin) & (id < high - begin)
-        own, kept = load_own(logits, keep, begin + lag, keep_begin, id, mine, T)
+        own, kept = load_own(logits, keep, begin + lag, begin + lag + keep_lag, id, mine, T)
         lse, rest = tl.load(lse_in + row), tl.load(rest_in + row)
         a = g_lse - tl.sum(g_logp, 0)
         b, c = None, None
@@ -143,8 +147,7 @@ def backward_kernel(
             a -= 2 * g_squares
             c = 2 * g_squares * tl.exp(-tl.load(squares_in + row))
         _walk(
-            logits, keep, grad, low, high, lag, keep_begin - begin - lag, factor, bend, lse, rest, a, b, c, SOFTCAP,
-            BLOCK, VEC,
+            logits, keep, grad, low, high, lag, keep_lag, factor, bend, lse, rest, a, b, c, SOFTCAP, BLOCK, VEC,
         )  # fmt: skip
         if grad_logp is not None:
             value, slope = _softmax_part(own, factor, bend, lse, rest, a, b, c, SOFTCAP)
@@ -174,7 +177,8 @@ def _backward(
             *grads, logits, ids, lse, lse_rest, entropy, log_sum_sq_probs, temperatures, kept, grad, time, vocab,
             per_row, parts, *row_strides(logits), *row_strides(grad), *keep_strides, scale, inner,
             KP=triton.next_power_of_2(per_row), SOFTCAP=capped, SAME=row_strides(logits) == row_strides(grad),
-            SPLIT=parts > 1, BLOCK=block, VEC=vector(logits), num_warps=launch.vocab_warps(block, 8 if capped else 16),
+            ALIGNED=aligned_rows(logits, grad, keep_mask), SPLIT=parts > 1, BLOCK=block, VEC=vector(logits),
+            num_warps=launch.vocab_warps(block, 8 if capped else 16),
         )  # fmt: skip
 
 

@@ -23,6 +23,12 @@ def row_begin(row, time, stride_batch, stride_time):
 
 
 @triton.jit
+def in_packs(distance, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """As it is: of what is ALIGNED the compiler now knows that it is a multiple of VEC."""
+    return distance // VEC * VEC if ALIGNED else distance
+
+
+@triton.jit
 def lanes_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
     return tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
@@ -147,9 +153,10 @@ def keep_arguments(keep_mask: Tensor | None) -> tuple:
     return keep_mask.view(torch.uint8), *row_strides(keep_mask)
 
 
-def aligned_rows(logits: Tensor) -> bool:
-    """Whether every row begins at a multiple of VEC."""
-    return all(stride % vector(logits) == 0 for stride in row_strides(logits))
+def aligned_rows(logits: Tensor, *others: Tensor | None) -> bool:
+    """Whether every row of logits, and of what goes with them, begins at a multiple of VEC."""
+    rows = [x for x in (logits, *others) if x is not None]
+    return all(stride % vector(logits) == 0 for x in rows for stride in row_strides(x))
 
 
 def vector(logits: Tensor) -> int:
