@@ -25,6 +25,7 @@ from torch import Tensor
 from ..batch.checks import check_name, check_number, check_tensor
 from ..errors import wrong
 from ..logprobs.combined_head import combined_head
+from ..logprobs.combined_logits import combined_rows
 from ..logprobs.divergence import linear_token_divergence, token_divergence
 
 VARIANTS = ("theorem1", "theorem1_contrast", "theorem1_adaptive", "aligndistil")
@@ -36,7 +37,7 @@ def teacher_of(
     variant: str, dpo_logits: Tensor, other_logits: Tensor, *, beta: float = 0.1, beta2: float = 10.0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(z*, of the logits' shape and dtype; coef, fp32 or fp64 [B, T]).
+    """(z*, of the logits' shape and dtype, 0 in rows left out; coef, fp32 or fp64 [B, T]).
 
     Args:
         variant: one of the four above.
@@ -53,9 +54,10 @@ def teacher_of(
     apart = token_divergence(dpo_logits, other_logits, "total_variation", row_mask=mask) if adaptive else None
     assert apart is None or isinstance(apart, Tensor)
     weight, coef = _weight(variant, beta, beta2, apart, dpo_logits)
-    share = weight[..., None]
-    z = share * (dpo_logits.to(share.dtype) - other_logits)
-    return ((dpo_logits if variant in CONTRASTIVE else other_logits) + z).to(dpo_logits.dtype), coef
+    teacher = torch.zeros_like(dpo_logits, memory_format=torch.contiguous_format)
+    for at, z in combined_rows(dpo_logits, other_logits, *_shares(variant, weight), mask):
+        teacher.view(-1, teacher.shape[-1])[at] = z.to(teacher.dtype)
+    return teacher, coef
 
 
 @torch.no_grad()
@@ -83,8 +85,8 @@ def linear_teacher_of(
         heads = (dpo_hidden.detach(), dpo_weight.detach(), other_hidden.detach(), other_weight.detach())
         apart = linear_token_divergence(*heads, "total_variation", row_mask=mask, memory_budget=memory_budget)
     weight, coef = _weight(variant, beta, beta2, apart, dpo_hidden)
-    a, b = (1 + weight, -weight) if variant in CONTRASTIVE else (weight, 1 - weight)
-    return *combined_head(dpo_hidden, dpo_weight, other_hidden, other_weight, a, b), coef
+    heads = dpo_hidden, dpo_weight, other_hidden, other_weight
+    return *combined_head(*heads, *_shares(variant, weight)), coef
 
 
 def _check(variant: str, mask: Tensor | None, **given: Tensor) -> None:
@@ -96,6 +98,11 @@ def _check(variant: str, mask: Tensor | None, **given: Tensor) -> None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool or mask.shape != rows:
             raise wrong("mask", f"{mask.dtype} {list(mask.shape)}", f"bool {list(rows)}")
+
+
+def _shares(variant: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b) of z* = a z_D + b z_R."""
+    return (1 + weight, -weight) if variant in CONTRASTIVE else (weight, 1 - weight)
 
 
 def _weight(

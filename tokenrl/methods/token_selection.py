@@ -17,8 +17,9 @@ from ..batch.ranks import places, share_counts
 from ..batch.spans import Spans, spans_of
 from ..errors import wrong
 from ..logprobs.combined_head import combined_head
+from ..logprobs.combined_logits import combined_rows
 from ..logprobs.from_hidden import linear_token_logprobs
-from ..logprobs.from_logits import IGNORED, token_logprobs
+from ..logprobs.from_logits import IGNORED, check_ids, token_logprobs
 
 SCOPES = ("sequence", "batch")
 PER = ("sequence", "token", "data")
@@ -154,8 +155,8 @@ def critical_scores(
     An id that is out of the vocabulary of z_pos, -inf, is out; z_neg is finite elsewhere.
 
     Args:
-        pos_logits: of the model fitted to right answers, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), one
-            copy.
+        pos_logits: of the model fitted to right answers, [N, V] or [B, T, V]; combined in fp32 (fp64 of fp64), a
+            few rows at a time.
         neg_logits: of the one fitted to wrong answers, of that shape.
         ids: integers, one per row; rows of -100 give 0.
         lam: at least 0.
@@ -170,10 +171,13 @@ def critical_scores(
     if neg_logits.shape != pos_logits.shape or neg_logits.device != pos_logits.device:
         given = f"{list(neg_logits.shape)} on {neg_logits.device}"
         raise wrong("neg_logits", given, f"those of pos_logits, {list(pos_logits.shape)} on {pos_logits.device}")
+    check_ids(pos_logits, ids, ["logp"])
+    of_rows = ids.reshape(pos_logits.shape[:-1].numel(), *ids.shape[pos_logits.dim() - 1 :])
     wide = torch.promote_types(pos_logits.dtype, torch.float32)
-    z = torch.where(pos_logits == -torch.inf, -torch.inf, (1 + lam) * pos_logits.to(wide) - lam * neg_logits.to(wide))
-    found = token_logprobs(z, ids, row_mask=row_mask, outputs=["logp"], backend=backend).logp.exp()
-    return _of_rows_read(found, ids, row_mask)
+    b, found = torch.full((len(of_rows),), -lam, dtype=wide, device=ids.device), torch.zeros_like(of_rows, dtype=wide)
+    for at, z in combined_rows(pos_logits, neg_logits, 1 - b, b, row_mask):
+        found[at] = token_logprobs(z, of_rows[at], outputs=["logp"], backend=backend).logp.exp()
+    return _of_rows_read(found.view(ids.shape), ids, row_mask)
 
 
 @torch.no_grad()
