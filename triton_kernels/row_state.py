@@ -227,11 +227,12 @@ def _walk_powers(
 @triton.jit
 def walk(
     logits, keep, low, high, keep_lag, own, own_at, slot, K, scale, inner, KP: tl.constexpr, WANT: tl.constexpr,
-    SOFTCAP: tl.constexpr, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """The state of the logits from low to high. Where nothing but the softmax is asked for it is made of powers of two,
     and of the rows of which these are not known once more."""
-    if SOFTCAP or WANT[0] or WANT[1] or WANT[2] or WANT[3] or WANT[4]:
+    if not PLAIN:
         return _walk(
             logits, keep, low, high, keep_lag, own, own_at, slot, K, scale, inner, KP, WANT, SOFTCAP, PACKS, LANES, VEC,
             T,

@@ -108,8 +108,8 @@ def _store_state(
 def forward_kernel(
     logits, ids, temperatures, keep, out, scratch, counts, time, vocab, K, parts, stride_batch, stride_time,
     keep_batch, keep_time, scale: tl.float64, inner: tl.float64, KP: tl.constexpr, WANT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr,
+    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = out[0].dtype.element_ty
     row, part = tl.program_id(0).to(tl.int64), 0
@@ -132,7 +132,7 @@ def forward_kernel(
         low, high = part_to_sum(begin, vocab, part, parts, BLOCK, SPLIT)
         state = walk(
             logits, keep, low, high, keep_begin - begin, own, begin + id, slot, K, factor, bend, KP, WANT, SOFTCAP,
-            BLOCK // (LANES * VEC), LANES, VEC, T,
+            PLAIN, BLOCK // (LANES * VEC), LANES, VEC, T,
         )  # fmt: skip
         if SPLIT:
             _leave(scratch, counts, row, part, parts, K, slot, real, state, factor, KP, WANT)
@@ -214,8 +214,8 @@ def token_logprobs(
     how = {"KP": triton.next_power_of_2(per_row), "WANT": want, "SOFTCAP": capped}
     with launch.on_device_of(logits):
         forward_kernel[(rows * parts,)](
-            *common, **how, SPLIT=parts > 1, ALIGNED=aligned, BLOCK=block,
-            LANES=min(32 * warps, block // vector(logits)), VEC=vector(logits), num_warps=warps,
+            *common, **how, PLAIN=not capped and not any(wanted[len(ALWAYS) :]), SPLIT=parts > 1, ALIGNED=aligned,
+            BLOCK=block, LANES=min(32 * warps, block // vector(logits)), VEC=vector(logits), num_warps=warps,
             **launch.several_ids(per_row if top1 or rank else 1),
         )  # fmt: skip
         if parts > 1:
