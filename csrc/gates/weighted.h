@@ -89,14 +89,14 @@ TRL_HD Gated<T> dppo(const GateInput<T>& in, const Params& params, Divergence di
   const T p = smaller(exponential(in.logp), T(1)), mu = smaller(exponential(in.logp - in.s), T(1));
   const T far = divergence(p, mu);
   const bool positive = in.advantage > 0;
-  const T low = !positive & (p < mu) & (far > params.eps_low) ? T(1) : T(0);
-  const T high = positive & (p > mu) & (far > params.eps_high) ? T(1) : T(0);
+  const T low = select(!positive & (p < mu) & (far > params.eps_low), T(1), T(0));
+  const T high = select(positive & (p > mu) & (far > params.eps_high), T(1), T(0));
   const T ratio = in.ratio;
   const bool dropped = low + high > 0;
-  Gated<T> out = weighted(in, dropped ? T(0) : smaller(ratio, params.ceiling));
+  Gated<T> out = weighted(in, select(dropped, T(0), smaller(ratio, params.ceiling)));
   out.low = low;
   out.high = high;
-  out.dual = !dropped & (ratio > params.ceiling) ? T(1) : T(0);
+  out.dual = select(!dropped & (ratio > params.ceiling), T(1), T(0));
   return out;
 }
 

@@ -148,7 +148,8 @@ def test_a_weight_of_zero_hides_an_infinite_loss(backend):
 
 def test_dual_clip_below_the_lower_bound_is_still_the_formula():
     case = batch(0)
-    objective = tokenrl.objective("ppo", gate=PpoClip(0.2, 0.2, dual=0.7))
+    dual = torch.full(case["logp"].shape, 0.7, dtype=torch.float64)  # as a number it is refused
+    objective = tokenrl.objective("ppo", gate=PpoClip(0.2, 0.2, dual=dual))
     for backend in kernel_backends():
         loss, grad, _ = run(objective, case, backend, torch.float64)
         truth = run(objective, case, "reference", torch.float64)

@@ -14,6 +14,7 @@ import traceback
 import context_cases
 import data_cases
 import example_cases
+import graph_rank_cases
 import preference_rank_cases
 import statistics_cases
 import torch
@@ -27,6 +28,7 @@ WORLDS = (2, 3, 4)
 MODULES = (
     vocab_cases, vocab_linear_cases, vocab_policy_cases, context_cases, data_cases, vocab_divergence_cases,
     preference_rank_cases, statistics_cases, example_cases,
+    graph_rank_cases,
 )  # fmt: skip
 EVERY = {name: case for module in MODULES for name, case in module.CASES.items()}
 # What needs no more ranks than two, or no four: which run is the same to the exchange.

@@ -5,7 +5,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .base import INF, WIDTH, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, surrogate, used
+from .base import (
+    DUAL,
+    INF,
+    SHARE,
+    WIDTH,
+    Bound,
+    Bounds,
+    Gate,
+    as_tensor_like,
+    clamp,
+    parametrised,
+    product,
+    surrogate,
+    used,
+)
 
 
 @parametrised
@@ -20,7 +34,7 @@ class DhpoGate(Gate):
     Source: arXiv 2601.05607 (notes, our reading).
     """
 
-    ranges = dict.fromkeys(("eps_low", "eps_high", "span_eps_low", "span_eps_high"), WIDTH)
+    ranges = dict.fromkeys(("eps_low", "eps_high", "span_eps_low", "span_eps_high"), WIDTH) | {"mix": SHARE}
     mix: Bound = 0.5
     eps_low: Bound = 0.2
     eps_high: Bound = 0.28
@@ -98,7 +112,7 @@ class Hapo(Gate):
     """
 
     name = "hapo"
-    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "dual": DUAL}
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2
     dual: Bound = 10.0

@@ -34,9 +34,11 @@ class Range(NamedTuple):
 
     least: float = -INF
     above: float = -INF
+    most: float = INF
 
 
-ANY, WIDTH, POSITIVE = Range(), Range(least=0), Range(above=0)  # WIDTH: of a bound from the middle
+# Of a bound from the middle, or a coefficient; a bound on a ratio; what PPO's dual clip is, above any other bound.
+ANY, WIDTH, POSITIVE, DUAL, SHARE = Range(), Range(least=0), Range(above=0), Range(above=1), Range(least=0, most=1)
 
 
 class Parametrised(Protocol):
@@ -188,9 +190,11 @@ def check_params(gate: Parametrised) -> None:
 
 def _check_range(name: str, value: object, range: Range) -> None:
     accepted = "a number"
-    if range.least > -INF:
+    if range.most < INF:
+        accepted += f" in [{range.least:g}, {range.most:g}]"
+    elif range.least > -INF:
         accepted += f", at least {range.least:g},"
     elif range.above > -INF:
         accepted += f" above {range.above:g}"
     accepted += " or a tensor with one value per token"
-    check_number(name, value, range.least, above=range.above, accepted=accepted)
+    check_number(name, value, range.least, range.most, above=range.above, accepted=accepted)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...batch.checks import check_name
 from .base import (
+    DUAL,
     INF,
     POSITIVE,
     WIDTH,
@@ -43,7 +44,7 @@ class PpoClip(Gate):
     """
 
     name = "ppo_clip"
-    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "dual": DUAL}
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2
     dual: Bound = INF
@@ -193,7 +194,7 @@ class PrimeRl(Gate):
     """
 
     name = "prime_rl"
-    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "eps_back": WIDTH}
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "eps_back": WIDTH, "kl_tau": WIDTH}
     vanishes = False
     eps_low: Bound = 0.2
     eps_high: Bound = 0.2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...batch.checks import check_name
-from .base import INF, WIDTH, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
+from .base import INF, POSITIVE, WIDTH, Bound, Bounds, Gate, as_tensor_like, clamp, parametrised, product, used
 
 
 def weighted(weight: Bound, advantages: Tensor, logp: Tensor) -> Tensor:
@@ -28,6 +28,7 @@ class Cispo(Gate):
 
     name = "cispo"
     slopes = ("logp",)
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
     eps_low: Bound | None = None
     eps_high: Bound = 5.0
     bound: str = "raw"
@@ -59,6 +60,7 @@ class Reinforce(Gate):
 
     name = "reinforce"
     slopes = ("logp",)
+    ranges = {"tau": WIDTH}
     tau: Bound = 0.0
 
     def value(self, s: Tensor, x: Tensor, logp: Tensor, advantages: Tensor, t: Tensor) -> Tensor:
@@ -144,6 +146,7 @@ class Topr(Gate):
 
     name = "topr"
     slopes = ("logp",)
+    ranges = {"ceiling": POSITIVE}
     ceiling: Bound = 1.0
     score: Bound | None = None
 
@@ -176,6 +179,7 @@ class Vespo(Gate):
     name = "vespo"
     slopes = ("logp",)
     reads_rollout = True
+    ranges = dict.fromkeys(("k_pos", "lambda_pos", "k_neg", "lambda_neg"), WIDTH)
     k_pos: Bound = 2.0
     lambda_pos: Bound = 3.0
     k_neg: Bound = 3.0
@@ -202,7 +206,7 @@ class DppoGate(Gate):
     """
 
     slopes = ("logp",)
-    ranges = {"eps_low": WIDTH, "eps_high": WIDTH}
+    ranges = {"eps_low": WIDTH, "eps_high": WIDTH, "ceiling": POSITIVE}
     eps_low: Bound = 0.15
     eps_high: Bound = 0.15
     ceiling: Bound = 20.0
