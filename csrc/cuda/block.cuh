@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -48,6 +49,12 @@ __device__ __forceinline__ S from_later_lane(S state, unsigned distance) {
   return shuffled(state, [=](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
 }
 
+// Of the lane whose number differs in that bit.
+template <class S>
+__device__ __forceinline__ S from_lane_beside(S state, int bit) {
+  return shuffled(state, [=](uint32_t word) { return __shfl_xor_sync(kAllLanes, word, bit); });
+}
+
 // `carry` and the states of all earlier threads combined. memory: [kWarps], shared; a barrier frees it again.
 template <class S, class Combine>
 __device__ __forceinline__ S scan_before(S own, S carry, Combine combine, S* memory) {
@@ -73,18 +80,25 @@ __device__ __forceinline__ S first_of_lanes(S own, Combine combine) {
   return own;
 }
 
-// All threads' states combined, in every thread. memory: [kWarps], shared, and not in use by a call before.
-template <class S, class Combine>
-__device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
-  own = first_of_lanes<kWarp>(own, combine);
+// The same of any way to make the first lane's out of several lanes' states, over_lanes(state, their number).
+template <class S, class OverLanes>
+__device__ __forceinline__ S over_warps(S own, OverLanes over_lanes, S* memory) {
+  own = over_lanes(own, std::integral_constant<int, kWarp>{});
   if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = own;
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    own = first_of_lanes<kWarps>(memory[threadIdx.x % kWarps], combine);
+    own = over_lanes(memory[threadIdx.x % kWarps], std::integral_constant<int, kWarps>{});
     if (threadIdx.x == 0) memory[0] = own;
   }
   __syncthreads();
   return memory[0];
+}
+
+// All threads' states combined, in every thread. memory: [kWarps], shared, and not in use by a call before.
+template <class S, class Combine>
+__device__ __forceinline__ S reduce(S own, Combine combine, S* memory) {
+  return over_warps(
+      own, [=](S state, auto lanes) { return first_of_lanes<decltype(lanes)::value>(state, combine); }, memory);
 }
 
 // True in all threads of the block that comes last of `blocks`; it sees what thread 0 of every block wrote before.

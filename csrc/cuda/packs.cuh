@@ -15,6 +15,15 @@ struct alignas(16) Pack {
   Logit of[size];
 };
 
+// Who reads a row together: the threads of a block, or those of a warp, beside which others read other rows.
+template <int kCount>
+struct Readers {
+  static constexpr int count = kCount;
+  __device__ __forceinline__ static unsigned rank() { return kCount == kThreads ? threadIdx.x : threadIdx.x % kCount; }
+};
+using BlockReads = Readers<kThreads>;
+using WarpReads = Readers<kWarp>;
+
 // Packs that a thread asks for before it uses the first.
 constexpr int kInFlight = 4;
 
@@ -158,21 +167,22 @@ __device__ __forceinline__ void store_pack(Logit* at, const Pack<Logit>& pack) {
 }
 
 // visit(packs, the first's first index) for what this thread sees of `count` packs from logits[begin] on: several at
-// once, each kThreads packs behind the one before; then one at a time.
-template <class How, int kAtOnce = kInFlight, class Logit, class Visit>
+// once, each as many packs behind the one before as there are readers; then one at a time.
+template <class How, class Who, int kAtOnce = kInFlight, class Logit, class Visit>
 __device__ __forceinline__ void for_whole_packs(const Logit* logits, int64_t begin, int64_t count, Visit visit) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t end = begin + count * kPack;
-  int64_t v = begin + threadIdx.x * kPack;
+  constexpr int kStep = Who::count * kPack;
+  int64_t v = begin + Who::rank() * kPack;
   // The last pack of all is not among many at once, shifted or not.
-  for (; kAtOnce > 1 && v + (kAtOnce - 1) * kThreads * kPack < end - kPack; v += kAtOnce * kThreads * kPack) {
+  for (; kAtOnce > 1 && v + (kAtOnce - 1) * kStep < end - kPack; v += kAtOnce * kStep) {
     Pack<Logit> packs[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) packs[k] = How::load(logits + v + k * kThreads * kPack);
+    for (int k = 0; k < kAtOnce; ++k) packs[k] = How::load(logits + v + k * kStep);
     visit(packs, v);
   }
 #pragma unroll 1
-  for (; v < end; v += kThreads * kPack) {
+  for (; v < end; v += kStep) {
     Pack<Logit> packs[1];
     if (!How::reads_beyond || v < end - kPack) packs[0] = How::load(logits + v);
     else
@@ -182,38 +192,38 @@ __device__ __forceinline__ void for_whole_packs(const Logit* logits, int64_t beg
 }
 
 // single(v) for this thread's among logits [begin, end) behind the last whole pack.
-template <class Logit, class Single>
+template <class Who, class Logit, class Single>
 __device__ __forceinline__ void for_tail(int64_t begin, int64_t end, Single single) {
-  for (int64_t v = end - (end - begin) % Pack<Logit>::size + threadIdx.x; v < end; v += kThreads) single(v);
+  for (int64_t v = end - (end - begin) % Pack<Logit>::size + Who::rank(); v < end; v += Who::count) single(v);
 }
 
 // Both of logits [begin, end). Who sees what depends on no address: the sums of a row have the same bits in whatever
 // place it lies. In one loop, or in one for rows that are aligned and one for the others.
-template <int kAtOnce = kInFlight, class Logit, class Visit, class Single>
+template <class Who, int kAtOnce = kInFlight, class Logit, class Visit, class Single>
 __device__ __forceinline__ void for_packs_in_one_loop(const Logit* logits, int64_t begin, int64_t end, Visit visit,
                                                       Single single) {
-  for_whole_packs<Anywhere, kAtOnce>(logits, begin, (end - begin) / Pack<Logit>::size, visit);
-  for_tail<Logit>(begin, end, single);
+  for_whole_packs<Anywhere, Who, kAtOnce>(logits, begin, (end - begin) / Pack<Logit>::size, visit);
+  for_tail<Who, Logit>(begin, end, single);
 }
-template <class Logit, class Visit, class Single>
+template <class Who, class Logit, class Visit, class Single>
 __device__ __forceinline__ void for_packs(const Logit* logits, int64_t begin, int64_t end, Visit visit, Single single) {
   const int64_t count = (end - begin) / Pack<Logit>::size;
-  if (is_aligned(logits + begin)) for_whole_packs<Aligned>(logits, begin, count, visit);
-  else for_whole_packs<Shifted>(logits, begin, count, visit);
-  for_tail<Logit>(begin, end, single);
+  if (is_aligned(logits + begin)) for_whole_packs<Aligned, Who>(logits, begin, count, visit);
+  else for_whole_packs<Shifted, Who>(logits, begin, count, visit);
+  for_tail<Who, Logit>(begin, end, single);
 }
 
 // The index of the k-th of several packs' logits.
-template <class Logit>
+template <class Who, class Logit>
 __device__ __forceinline__ int64_t index_in(int64_t first, int k) {
-  return first + k / Pack<Logit>::size * kThreads * Pack<Logit>::size + k % Pack<Logit>::size;
+  return first + k / Pack<Logit>::size * Who::count * Pack<Logit>::size + k % Pack<Logit>::size;
 }
 // visit(logit, its index) for each logit of packs that for_packs shows.
-template <class Logit, int kPacks, class Visit>
+template <class Who, class Logit, int kPacks, class Visit>
 __device__ __forceinline__ void for_each_of(const Pack<Logit> (&packs)[kPacks], int64_t first, Visit visit) {
 #pragma unroll
   for (int k = 0; k < kPacks * Pack<Logit>::size; ++k)
-    visit(widen(packs[k / Pack<Logit>::size].of[k % Pack<Logit>::size]), index_in<Logit>(first, k));
+    visit(widen(packs[k / Pack<Logit>::size].of[k % Pack<Logit>::size]), index_in<Who, Logit>(first, k));
 }
 
 }  // namespace tokenrl::cuda

@@ -8,8 +8,9 @@ namespace tokenrl::cuda {
 constexpr int kIdsPerPass = 2;  // of those whose place in the order is asked for
 
 // Nothing but the softmax is asked for.
-template <class T>
+template <class T, class Reads = BlockReads>
 struct SoftmaxOnly : Plain {
+  using Who = Reads;
   static constexpr int blocks = sizeof(T) == 8 ? kBlocksAtOnce : 4;
   struct Part {
     T max = -infinity<T>(), sum = 0, weighted = 0;
@@ -19,6 +20,20 @@ struct SoftmaxOnly : Plain {
   __device__ __forceinline__ static Part part_of(const Softmax<T>& a) { return {a.max, a.sum, a.weighted}; }
   __device__ __forceinline__ static Part merge(const Part& a, const Part& b, T factor) {
     return part_of(tokenrl::merge(a.softmax(), b.softmax(), factor));
+  }
+  // All of some lanes' as one, in each of them: their largest maximum first, so that a lane rescales its own once.
+  template <int kLanes>
+  __device__ __forceinline__ static Part over_lanes(const Part& own, T factor) {
+    T max = own.max;
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) max = larger(max, from_lane_beside(max, lanes));
+    Part all = part_of(rescaled(own.softmax(), max, factor));
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+      all.sum += from_lane_beside(all.sum, lanes);
+      all.weighted += from_lane_beside(all.weighted, lanes);
+    }
+    return all;
   }
 };
 
@@ -45,6 +60,10 @@ struct Everything : Transformed {
       both.equal_before[k] += b.equal_before[k];
     }
     return both;
+  }
+  template <int kLanes>
+  __device__ __forceinline__ static Part over_lanes(const Part& own, T factor) {
+    return first_of_lanes<kLanes>(own, [=](const Part& a, const Part& b) { return merge(a, b, factor); });
   }
 };
 
@@ -113,13 +132,13 @@ __device__ __forceinline__ OwnIds<T> own_ids(const LogprobArgs<Logit, T>& args,
   return own;
 }
 
-template <class Logit, class T>
-__device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs<Logit, T>&,
-                                                               const RowView<Logit, T, SoftmaxOnly<T>>& row,
-                                                               int64_t begin, int64_t end, int64_t) {
+template <class Logit, class T, class Who>
+__device__ __forceinline__ typename SoftmaxOnly<T, Who>::Part visit(const LogprobArgs<Logit, T>&,
+                                                                    const RowView<Logit, T, SoftmaxOnly<T, Who>>& row,
+                                                                    int64_t begin, int64_t end, int64_t) {
   const T factor = row.transform.factor;
   PowersOfTwo<T> powers{factor * kLog2E<T>};
-  for_packs(
+  for_packs<Who>(
       row.logits, begin, end,
       [&](const auto& packs, int64_t) {
         T y[sizeof packs / sizeof(Logit)];
@@ -130,13 +149,13 @@ __device__ __forceinline__ typename SoftmaxOnly<T>::Part visit(const LogprobArgs
         const T y[1] = {row.raw(v)};
         powers.take(y, ::fmax(powers.max, y[0]));
       });
-  if (powers.is_known()) return SoftmaxOnly<T>::part_of(powers.softmax());
+  if (powers.is_known()) return SoftmaxOnly<T, Who>::part_of(powers.softmax());
   Softmax<T> one_by_one = no_logits<T>();
   const auto one = [&](T y, int64_t) { take(one_by_one, y, factor); };
-  for_packs_in_one_loop<1>(
-      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of(packs, first, one); },
+  for_packs_in_one_loop<Who, 1>(
+      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of<Who>(packs, first, one); },
       [&](int64_t v) { one(row.raw(v), v); });
-  return SoftmaxOnly<T>::part_of(one_by_one);
+  return SoftmaxOnly<T, Who>::part_of(one_by_one);
 }
 
 template <class Logit, class T>
@@ -159,8 +178,8 @@ __device__ __forceinline__ typename Everything<T>::Part visit(const LogprobArgs<
       part.equal_before[k] += x == own.x[k] && v < own.id[k];
     }
   };
-  for_packs_in_one_loop(
-      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of(packs, first, one); },
+  for_packs_in_one_loop<BlockReads>(
+      row.logits, begin, end, [&](const auto& packs, int64_t first) { for_each_of<BlockReads>(packs, first, one); },
       [&](int64_t v) { one(static_cast<T>(widen(row.logits[v])), v); });
   return part;
 }

@@ -75,17 +75,18 @@ struct Places {
   int64_t begin, head, end;
 };
 // Who writes that of v.
-template <class Logit>
+template <class Who, class Logit>
 __device__ __forceinline__ unsigned thread_of(const Places& places, int64_t v) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t tail = places.end - (places.end - places.head) % kPack;
   const int64_t turn = v < places.head ? v - places.begin : v < tail ? (v - places.head) / kPack : v - tail;
-  return static_cast<unsigned>(turn % kThreads);
+  return static_cast<unsigned>(turn % Who::count);
 }
 
 // One id per row: the thread that writes its place works its whole gradient out before, and writes it afterwards.
-template <class T, template <class> class Shape>
+template <class T, template <class> class Shape, class Reads = BlockReads>
 struct OneId : Plain {
+  using Who = Reads;
   static constexpr int blocks = sizeof(T) == 8 ? 1 : 3;  // fp64 would spill in the registers of two
 
   template <class Logit>
@@ -104,7 +105,7 @@ struct OneId : Plain {
     __device__ __forceinline__ T in_pack(T y, int64_t) const { return quick(y); }
     __device__ __forceinline__ T operator()(T y, int64_t v) const { return quick.holds ? quick(y) : careful(y, v); }
     __device__ __forceinline__ void start(const Places& places) {
-      const bool mine = id >= places.begin && id < places.end && threadIdx.x == thread_of<Logit>(places, id);
+      const bool mine = id >= places.begin && id < places.end && Who::rank() == thread_of<Who, Logit>(places, id);
       if (mine) own = careful(careful.row.raw(id), id) + share;  // 1 - p of a sure token
       else id = kIgnoredId;
     }
@@ -156,47 +157,68 @@ struct ManyIds : Transformed {
   };
 };
 
-template <class Logit>
+template <class Who, class Logit>
 __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t end) {
   constexpr int kPack = Pack<Logit>::size;
   const int64_t head = begin + elements_to_alignment(out + begin, end - begin), packs = (end - head) / kPack;
-  for (int64_t v = begin + threadIdx.x; v < head; v += kThreads) out[v] = Logit{};
-  for (int64_t p = threadIdx.x; p < packs; p += kThreads) reinterpret_cast<Pack<Logit>*>(out + head)[p] = Pack<Logit>{};
-  for (int64_t v = head + packs * kPack + threadIdx.x; v < end; v += kThreads) out[v] = Logit{};
+  for (int64_t v = begin + Who::rank(); v < head; v += Who::count) out[v] = Logit{};
+  for (int64_t p = Who::rank(); p < packs; p += Who::count)
+    reinterpret_cast<Pack<Logit>*>(out + head)[p] = Pack<Logit>{};
+  for (int64_t v = head + packs * kPack + Who::rank(); v < end; v += Who::count) out[v] = Logit{};
 }
 
-template <class Logit, class T, class Mode>
-__global__ void __launch_bounds__(kThreads, Mode::blocks)
-    logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
+// Writes the gradients [begin, end) of a row.
+template <class Mode, class Logit, class T>
+__device__ __forceinline__ void write_gradients(const LogprobArgs<Logit, T>& args, int64_t index, int64_t begin,
+                                                int64_t end) {
+  using Who = typename Mode::Who;
   constexpr int kPack = Pack<Logit>::size;
-  const int64_t index = blockIdx.x / splits, length = (args.vocab + splits - 1) / splits;
-  const int64_t begin = smaller(blockIdx.x % splits * length, args.vocab), end = smaller(begin + length, args.vocab);
   const RowView<Logit, T, Mode> row(args, index);
   Logit* out = args.grad_logits + row.grad_offset;
-  if (RowGradient<T>::is_zero(args, index)) return write_zeros(out, begin, end);
+  if (RowGradient<T>::is_zero(args, index)) return write_zeros<Who>(out, begin, end);
   typename Mode::template Gradient<Logit> gradient(args, row);
   const int64_t head = begin + elements_to_alignment(row.logits + begin, end - begin);
   // One by one in a strided view whose rows lie otherwise than those of its gradient, too.
   const Places places{begin, gradient.by_packs() && is_aligned(out + head) ? head : end, end};
   gradient.start(places);
   const auto single = [&](int64_t v) { out[v] = narrow<Logit>(gradient(static_cast<T>(widen(row.logits[v])), v)); };
-  for (int64_t v = begin + threadIdx.x; v < places.head; v += kThreads) single(v);
+  for (int64_t v = begin + Who::rank(); v < places.head; v += Who::count) single(v);
   const auto visit = [&](const auto& packs, int64_t first) {
     constexpr int kCount = sizeof packs / sizeof(Logit);
     T grad[kCount];
     widen_packs(packs, grad);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) grad[k] = gradient.in_pack(grad[k], index_in<Logit>(first, k));
+    for (int k = 0; k < kCount; ++k) grad[k] = gradient.in_pack(grad[k], index_in<Who, Logit>(first, k));
 #pragma unroll
-    for (int k = 0; k < kCount; k += kPack) store_pack(out + index_in<Logit>(first, k), narrow_pack<Logit>(grad + k));
+    for (int k = 0; k < kCount; k += kPack)
+      store_pack(out + index_in<Who, Logit>(first, k), narrow_pack<Logit>(grad + k));
   };
-  for_whole_packs<Aligned>(row.logits, places.head, (end - places.head) / kPack, visit);
-  for_tail<Logit>(places.head, end, single);
+  for_whole_packs<Aligned, Who>(row.logits, places.head, (end - places.head) / kPack, visit);
+  for_tail<Who, Logit>(places.head, end, single);
   gradient.finish(out);
+}
+
+template <class Logit, class T, class Mode>
+__global__ void __launch_bounds__(kThreads, Mode::blocks)
+    logprobs_backward_kernel(LogprobArgs<Logit, T> args, int splits) {
+  const int64_t index = blockIdx.x / static_cast<unsigned>(splits), split = blockIdx.x - index * splits;
+  const int64_t length = (args.vocab + splits - 1) / splits;
+  const int64_t begin = smaller(split * length, args.vocab), end = smaller(begin + length, args.vocab);
+  write_gradients<Mode>(args, index, begin, end);
+}
+
+// A warp per row, whatever of Curved its gradient asks for: the memory is what limits either.
+template <class Logit, class T>
+__global__ void __launch_bounds__(kThreads, OneId<T, Curved>::blocks)
+    short_rows_backward_kernel(LogprobArgs<Logit, T> args) {
+  const int64_t index = row_of_warp();
+  if (index < args.batch * args.time) write_gradients<OneId<T, Curved, WarpReads>>(args, index, 0, args.vocab);
 }
 
 template <class Logit, class T>
 bool list_backward(const std::string& type) {
+  if constexpr (sizeof(T) == 4)
+    list_kernel("token_logprobs_backward " + type + " short rows", &short_rows_backward_kernel<Logit, T>);
   return list_kernel("token_logprobs_backward " + type, &logprobs_backward_kernel<Logit, T, OneId<T, Proportional>>) &&
          list_kernel("token_logprobs_backward " + type + " entropy",
                      &logprobs_backward_kernel<Logit, T, OneId<T, Curved>>) &&
@@ -213,6 +235,13 @@ const char* token_logprobs_backward(const LogprobArgs<Logit, T>& args, void* str
   const int splits = static_cast<int>(blocks_per_row(args.batch * args.time, args.vocab));
   const int64_t blocks = args.batch * args.time * splits;
   if (args.num_ids == 1 && !args.transform.keep && args.transform.softcap == infinity<T>()) {
+    if constexpr (sizeof(T) == 4) {
+      if (is_short(args)) {
+        const int64_t of_warps = blocks_of_warps(args.batch * args.time);
+        TRL_LAUNCH((short_rows_backward_kernel<Logit, T>), of_warps, kThreads, 0, stream, args);
+        return launch_error();
+      }
+    }
     if (args.grad_entropy || args.grad_log_sum_sq_probs)
       TRL_LAUNCH((logprobs_backward_kernel<Logit, T, OneId<T, Curved>>), blocks, kThreads, 0, stream, args, splits);
     else

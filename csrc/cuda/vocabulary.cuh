@@ -17,6 +17,16 @@ inline int64_t blocks_per_row(int64_t rows, int64_t vocab) {
   return clamp(blocks / larger(rows, int64_t{1}), int64_t{1}, larger(vocab / least_part, int64_t{1}));
 }
 
+// A row of so many bytes is read by a warp alone: a block would spend more on what its threads found than on the row.
+template <class Logit, class T>
+bool is_short(const LogprobArgs<Logit, T>& args) {
+  constexpr int64_t most = 24 << 10;
+  return sizeof(T) == 4 && args.vocab * static_cast<int64_t>(sizeof(Logit)) <= most;
+}
+// Blocks of a warp for each row; the row of this warp.
+inline int64_t blocks_of_warps(int64_t rows) { return (rows + kWarps - 1) / kWarps; }
+__device__ __forceinline__ int64_t row_of_warp() { return int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; }
+
 // 2^t with the special function unit; 0 below the normal numbers.
 __device__ __forceinline__ float power_of_two(float t) {
 #ifdef __CUDA_ARCH__
@@ -46,10 +56,12 @@ __device__ __forceinline__ bool is_near(T scale, T anchor) {
 
 // A row's logits are themselves times a factor.
 struct Plain {
+  using Who = BlockReads;
   static constexpr bool transforms = false;
 };
 // There may be a softcap and a keep mask.
 struct Transformed {
+  using Who = BlockReads;
   static constexpr bool transforms = true;
 };
 
@@ -62,7 +74,9 @@ struct RowView {
 
   __device__ __forceinline__ RowView(const LogprobArgs<Logit, T>& args, int64_t row)
       : keep(nullptr), index(row), transform(args.transform, row) {
-    const int64_t batch = row / args.time, time = row % args.time;
+    // In 32 bits: a grid has no more rows, and a batch of them no more tokens.
+    const unsigned batch = static_cast<unsigned>(row) / static_cast<unsigned>(args.time);
+    const int64_t time = row - int64_t{batch} * args.time;
     logits = args.logits + batch * args.stride_batch + time * args.stride_time;
     grad_offset = batch * args.grad_stride_batch + time * args.grad_stride_time;
     const Transform<T>& t = args.transform;

@@ -11,7 +11,7 @@ import account
 import pytest
 from nvcc import compile_report, needs_nvcc, sass
 from paths import ROOT
-from sass import Loop, instructions, loops, steady_loops
+from sass import Loop, beside, instructions, loops, steady_loops
 
 IN_FLIGHT = 4  # packs of 16 bytes per turn of a loop
 NAMES = {"bf16": "8BFloat16", "fp16": "4Half", "fp32": "kernelIf"}  # as they are mangled into a kernel's name
@@ -40,6 +40,10 @@ BUDGETS = (
     Budget("token_logprobs", "SoftmaxOnly", "bf16", 7.25, 1 + 1 / 32, 64),
     Budget("token_logprobs", "SoftmaxOnly", "fp16", 7.25, 1 + 1 / 32, 64),
     Budget("token_logprobs", "SoftmaxOnly", "fp32", 7.5, 1 + 1 / 16, 64),
+    Budget("token_logprobs", "short_rows", "bf16", 7.25, 1 + 1 / 32, 64),
+    Budget("token_logprobs", "short_rows", "fp32", 7.5, 1 + 1 / 16, 64),
+    Budget("token_logprobs_backward", "short_rows", "bf16", 8.5, 1, 80),
+    Budget("token_logprobs_backward", "short_rows", "fp32", 7.75, 1, 80),
     Budget("token_logprobs_backward", "Proportional", "bf16", 5.25, 1, 80),
     Budget("token_logprobs_backward", "Proportional", "fp16", 5.25, 1, 80),
     Budget("token_logprobs_backward", "Proportional", "fp32", 4.5, 1, 80),
@@ -87,6 +91,21 @@ def test_the_loops_are_within_their_budgets(record_property):
     assert not beyond, beyond
 
 
+@needs_nvcc
+def test_what_a_row_costs_beside_its_loop(record_property):
+    """Where it begins, what its threads found made one, and what is stored: 4700 slots when each lane's state was
+    merged with another's. Of a block the first warp stores, and the seven others leave behind the last barrier."""
+    found = {}
+    for kernel in ("short_rows", "SoftmaxOnly"):
+        budget = next(b for b in BUDGETS if (b.kernel, b.logit) == (kernel, "bf16"))
+        (name,) = filter(budget.names, sass(budget.source))
+        text, loop = sass(budget.source)[name], measured(budget)[0]
+        stores = beside(text, loop, "STG")
+        found[kernel] = stores if kernel == "short_rows" else stores + 7 * beside(text, loop, "BAR")
+    record_property(account.SHOWN, f"issue slots of a row of bf16 logits beside its loop, sm_90: {found}")
+    assert 100 < found["short_rows"] <= 400 and found["SoftmaxOnly"] <= 3500, found
+
+
 LISTING = """
  /*0000*/       MOV R1, c[0x0][0x28] ;
  /*0010*/       LDG.E.128 R4, desc[UR4][R2.64] ;
@@ -113,6 +132,8 @@ def test_what_a_loop_issues():
     assert [i.at for i in loop.steady] == [16 * k for k in (1, 2, 3, 4, 7, 8, 9, 10)]
     assert loop.kinds() == {"LDG.128": 1, "FP": 1, "MUFU": 1, "control": 3, "STG.16": 1, "INT": 1}
     assert steady_loops(LISTING, 1) == [loop] and steady_loops(LISTING, 2) == []
+    # In by the first, out by the last, which is no store.
+    assert beside(LISTING, loop, "EXIT") == 2
 
 
 @needs_nvcc

@@ -73,9 +73,8 @@ def _reached(start: int, steps: dict[int, list[int]], allowed: Container[int] | 
     return before
 
 
-def loops(kernel: str) -> list[Loop]:
-    """All of a kernel's, each jump back one."""
-    code = {i.at: i for i in instructions(kernel)}
+def _steps(code: dict[int, Instruction]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Of each instruction those that may come next, and those that may have come before."""
     places = list(code)
     after: dict[int, list[int]] = {at: [] for at in places}
     for at, then in zip(places, places[1:], strict=False):
@@ -85,6 +84,38 @@ def loops(kernel: str) -> list[Loop]:
         after[at] += [instruction.target] if instruction.target in code else []
         for then in after[at]:
             before[then].append(at)
+    return after, before
+
+
+def _way(start: int, end: int, steps: dict[int, list[int]]) -> int:
+    """Instructions on the shortest way, the start not counted."""
+    reached, length = _reached(start, steps, None, end), 0
+    while end != start:
+        end, length = reached[end], length + 1
+    return length
+
+
+def beside(kernel: str, loop: Loop, operation: str) -> int:
+    """Instructions on the shortest way through a kernel and its loop that passes the last such operation behind it, the
+    loop's own not counted. Other loops are left by their first exit."""
+    code = {i.at: i for i in instructions(kernel)}
+    after, _ = _steps(code)
+    head, tail = loop.steady[0].at, loop.steady[-1].at
+    behind = _reached(tail, after, {at for at in code if not head <= at <= tail}, tail + 1)
+    ends = [at for at in behind if code[at].operation == "EXIT" and at != tail]
+    ways = [
+        _way(tail, at, after) + min(_way(at, end, after) for end in ends if end in _reached(at, after, None, end))
+        for at in behind
+        if code[at].operation.startswith(operation) and any(end in _reached(at, after, None, end) for end in ends)
+    ]
+    return _way(min(code), head, after) + max(ways)
+
+
+def loops(kernel: str) -> list[Loop]:
+    """All of a kernel's, each jump back one."""
+    code = {i.at: i for i in instructions(kernel)}
+    places = list(code)
+    after, before = _steps(code)
     found = []
     for tail, head in [(at, i.target) for at, i in code.items() if i.target is not None and i.target < at]:
         body = _reached(tail, before, None, head)

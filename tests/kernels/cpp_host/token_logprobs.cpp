@@ -94,7 +94,8 @@ void check_logprobs(int64_t vocab, int64_t gap) {
 
 template <class Logit, class T>
 void check_all_logprobs() {
-  for (const auto& [vocab, gap] : {std::pair<int64_t, int64_t>{1, 0}, {7, 0}, {64, 0}, {333, 1}, {1000, 3}, {4099, 0}})
+  for (const auto& [vocab, gap] :
+       {std::pair<int64_t, int64_t>{1, 0}, {7, 0}, {64, 0}, {333, 1}, {1000, 3}, {4099, 0}, {6500, 3}, {13001, 1}})
     check_logprobs<Logit, T>(vocab, gap);
 }
 
