@@ -93,7 +93,7 @@ def test_the_loops_are_within_their_budgets(record_property):
 
 @needs_nvcc
 def test_what_a_row_costs_beside_its_loop(record_property):
-    """Where it begins, what its threads found made one, and what is stored: 4700 slots when each lane's state was
+    """Where it begins, what its threads found made one, and what is stored: 3634 slots when each lane's state was
     merged with another's. Of a block the first warp stores, and the seven others leave behind the last barrier."""
     found = {}
     for kernel in ("short_rows", "SoftmaxOnly"):
@@ -103,7 +103,7 @@ def test_what_a_row_costs_beside_its_loop(record_property):
         stores = beside(text, loop, "STG")
         found[kernel] = stores if kernel == "short_rows" else stores + 7 * beside(text, loop, "BAR")
     record_property(account.SHOWN, f"issue slots of a row of bf16 logits beside its loop, sm_90: {found}")
-    assert 100 < found["short_rows"] <= 400 and found["SoftmaxOnly"] <= 3500, found
+    assert 100 < found["short_rows"] <= 350 and found["SoftmaxOnly"] <= 2700, found
 
 
 LISTING = """
