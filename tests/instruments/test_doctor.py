@@ -128,3 +128,8 @@ def test_remedies_are_printed_as_they_are(monkeypatch):
     assert "backends cpu and cuda: no compiler [c++] was found" in text and remedies.REBUILD in text
     monkeypatch.setattr(doctor, "here", lambda: WHOLE)
     assert "nothing is missing for a faster one" in called().output
+
+
+def test_the_order_that_it_names_is_the_order_of_the_choice():
+    order = list(backends.BACKENDS)
+    assert "on a GPU cuda before triton" in called().output and order.index("cuda") < order.index("triton")

@@ -67,6 +67,7 @@ def print_doctor(console: Console) -> None:
     console.print(table, highlight=False)
     fastest = ", ".join(f"{name} on {device}" for device, name in found["fastest"].items())
     console.print(f"  a call that names no backend gets {fastest}", highlight=False)
+    console.print("  on a GPU cuda before triton: fewer instructions per logit, as counted", highlight=False)
     for remedy in found["remedies"]:
         console.print(Padding(Text(f"{remedy['what']}: {remedy['why']}"), (1, 0, 0, 2)))
         console.print(Padding(Text(remedy["remedy"]), (0, 0, 0, 6)))

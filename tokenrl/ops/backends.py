@@ -158,6 +158,8 @@ def _why_not_triton(device: torch.device) -> str | None:
     return f"runs cuda tensors, these are on {device.type} (the interpreter, TRITON_INTERPRET=1, runs cpu tensors)"
 
 
+# In the order in which they are chosen. Of the two on a GPU first that whose kernels of logits issue fewer instructions
+# per logit (tests/kernels/test_issue_slots.py, test_triton_aot.py).
 BACKENDS = {
     "cuda": Backend("cuda", "tokenrl", _why_not_native("cuda")),
     "cpu": Backend("cpu", "tokenrl", _why_not_native("cpu"), gates=lambda: CPU_GATES),
